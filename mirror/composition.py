@@ -35,6 +35,8 @@ class Mirror:
     service: PullService
     marks: MarksWatch
     """Has the service follow the operator's blocks and freezes."""
+    emit: Observer
+    """Receives the events of all parts."""
 
     def apply(self, settings: Settings) -> None:
         """Use a changed configuration for new requests. Running fetches keep their connections.
@@ -73,7 +75,9 @@ async def open_mirror(
             marks = MarksWatch(store.layout, service.restrict, emit)
             await marks.check()
             try:
-                yield Mirror(settings, store, single_flight, registries, content, service, marks)
+                yield Mirror(
+                    settings, store, single_flight, registries, content, service, marks, emit
+                )
             finally:
                 # Before the registries close: fetches use their connections.
                 await single_flight.drain(0.0)

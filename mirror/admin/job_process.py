@@ -184,10 +184,10 @@ async def _verify(settings: Settings, given: JsonObject) -> JsonObject:
 
         return await _with_store(settings, run)
     # Imported here: it imports aiohttp, which the other jobs do not need.
-    from mirror.composition import open_mirror
+    from mirror.operations.own_requests import open_recorded_mirror
     from mirror.operations.refetch import refetch
 
-    async with open_mirror(settings, _on_event) as mirror:
+    async with open_recorded_mirror(settings, _on_event) as mirror:
         report = await verify(mirror.store, inventory, images, subset, on_progress)
         if report.problems:
             await repair(

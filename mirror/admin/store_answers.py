@@ -272,7 +272,7 @@ def pull_row(pull: StoredPull) -> JsonObject:
         "row": pull.row_id,
         "id": pull.request_id,
         "at": time_text(pull.at),
-        "client": pull.client,
+        "client": pull.client or (f"oci-mirror {pull.command}" if pull.command else ""),
         "error": pull.error,
     }
 

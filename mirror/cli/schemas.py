@@ -113,6 +113,7 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
         digest=_TEXT_OR_NULL,
         client=_TEXT_OR_NULL,
         user_agent=_TEXT_OR_NULL,
+        command=_TEXT_OR_NULL,
         request_id=_TEXT,
         error=_TEXT_OR_NULL,
         warning=_TEXT_OR_NULL,

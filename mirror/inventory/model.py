@@ -145,7 +145,7 @@ class Keeper(NamedTuple):
     why: str
     """``pinned``, ``frozen`` or ``leased``, or a sentence."""
     remedy: str
-    """What ends it, for people."""
+    """The way to end the mark, for people."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

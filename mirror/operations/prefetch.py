@@ -26,7 +26,6 @@ from mirror.observability.events import (
     LogMessage,
     Observer,
     PrefetchEnded,
-    RequestRecord,
 )
 from mirror.oci.errors import Draining, MirrorError
 from mirror.oci.image_name import ImageName
@@ -35,6 +34,7 @@ from mirror.oci.reference import Repository, Tag
 from mirror.oci.tag_selection import TagSelection
 from mirror.oci.versions import newest_first
 from mirror.operations.cleaning_report import load_report, save_report
+from mirror.operations.own_requests import OwnRequests
 from mirror.operations.warm import ContentProgress, ImageReport, WarmOptions, warm
 from mirror.store import disk
 from mirror.store.layout import Layout
@@ -159,19 +159,13 @@ async def _choose_tags(mirror: Mirror, entry: Prefetch, repository: Repository) 
 
 
 async def _list_tags(mirror: Mirror, repository: Repository) -> list[str]:
-    record = RequestRecord(
-        request_id="prefetch",
-        method="GET",
-        path="",
-        kind=Kind.TAGS,
-        upstream=repository.upstream,
-        repository=repository.path,
-    )
+    requests = OwnRequests("prefetch", repository, mirror.emit)
     names: list[str] = []
     last: str | None = None
     has_more = True
     while has_more:
-        page = await mirror.service.tags(repository, None, last, record)
+        with requests.begin(Kind.TAGS) as pull:
+            page = await mirror.service.tags(repository, None, last, pull)
         names += page.text.split("\n") if page.text else []
         last = names[-1] if names else None
         has_more = page.has_more and bool(page.text)
@@ -188,6 +182,7 @@ async def run_entry(mirror: Mirror, entry: Prefetch) -> PrefetchRun:
         platforms=frozenset(map(Platform.parse, entry.platforms)),
         has_referrers=entry.referrers,
         jobs=_PREFETCH_JOBS,
+        command="prefetch",
     )
     try:
         images = await find_entry_images(mirror, entry, run.errors)

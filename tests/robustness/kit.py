@@ -89,9 +89,9 @@ def every_file_hashes_to_its_name(data: Path) -> None:
         assert hashlib.new(path.parent.name, path.read_bytes()).hexdigest() == path.name
 
 
-POOLS = 8 + 8 + 4 + 1 + 2 + 1 + 3 + min(32, (os.cpu_count() or 1) + 4)
-"""Threads at most: opening, writing, publishing, heartbeats, hashing, evicting, index, the loop's
-own."""
+POOLS = 8 + 8 + 4 + 1 + 2 + 1 + 3 + 1 + min(32, (os.cpu_count() or 1) + 4)
+"""Threads at most: opening, writing, publishing, heartbeats, hashing, evicting, index, the
+history, the loop's own."""
 
 
 def descriptors(pid: int) -> list[str]:
