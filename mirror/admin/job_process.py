@@ -87,8 +87,9 @@ async def _with_store(
 ) -> JsonObject:
     store = await Store.open(settings.data_dir, settings.storage, _on_event)
     try:
-        if store.unwritable_reason is not None:
-            raise StorageUnavailable(f"nothing can be changed: {store.unwritable_reason}")
+        refusal = store.removal_refusal()
+        if refusal is not None:
+            raise StorageUnavailable(f"nothing can be changed: {refusal}")
         return await work(store)
     finally:
         await store.close()
@@ -127,7 +128,8 @@ async def _remove(settings: Settings, given: JsonObject) -> JsonObject:
 
 async def _forget(settings: Settings, given: JsonObject) -> JsonObject:
     async def run(store: Store) -> JsonObject:
-        report = await forget(store, ImageName.parse(given["image"]), read_marks(_layout(settings)))
+        image = ImageName.parse(given["image"]).with_default_tag()
+        report = await forget(store, image, read_marks(_layout(settings)))
         return {
             "tags": len(report.tags),
             "manifests": report.manifests,

@@ -100,8 +100,9 @@ async def opened_store(settings: Settings) -> AsyncIterator[Store]:
         )
     store = await Store.open(settings.data_dir, settings.storage, print_warnings)
     try:
-        if store.unwritable_reason is not None:
-            raise CommandFailed(f"nothing can be removed: {store.unwritable_reason}")
+        refusal = store.removal_refusal()
+        if refusal is not None:
+            raise CommandFailed(f"nothing can be removed: {refusal}")
         yield store
     finally:
         await store.close()

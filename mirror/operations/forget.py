@@ -62,6 +62,8 @@ async def forget(store: Store, image: ImageName, marks: Marks) -> ForgetReport:
             The message names the remedy.
         StorageUnavailable: The index cannot be read or written.
     """
+    if store.index.refusal is not None:
+        raise StorageUnavailable(f"nothing was forgotten: {store.index.refusal}")
     _check_marks(image, marks)
     records, repository = store.index.name_records, image.repository
     tag = image.reference if isinstance(image.reference, Tag) else None

@@ -101,7 +101,9 @@ async def collect_garbage(store: Store, inventory: Inventory, grace: float) -> C
     quarantined = await run_in_thread(_drop_quarantined, layout, inventory, grace)
     report.items += quarantined
     store.count_dropped(sum(dropped.values()) + sum(item.bytes for item in quarantined))
-    expired = await run_in_thread(drop_expired, layout, now)
+    expired = 0
+    with suppress(StorageUnavailable):  # On a full disk. The index drops them as well, in time.
+        expired = await run_in_thread(drop_expired, layout, now)
     if expired:
         report.items.append(_expired_item(expired))
     return report

@@ -156,6 +156,7 @@ async def _remove(
     result.add(await _remove_contents(store, inventory, parts))
     # A mark that was set meanwhile keeps the name.
     marked = {one for one, why in result.kept.items() if why is KeptBecause.MARKED}
+    await store.index.return_to_disk()  # On a disk that was full, there is room now.
     names = [i for i in going if marked.isdisjoint(inventory.sharing.reached(i.root))]
     if not await store.index.remove_names(removed_names(inventory, names)):
         raise StorageUnavailable("the index could not be written: try again")

@@ -171,8 +171,9 @@ async def _prune(layout: Layout, settings: Settings, now: float) -> dict[str, An
     inventory = read_inventory(layout, settings.upstreams, read_marks(layout), now)
     store = await Store.open(settings.data_dir, settings.storage, note)
     try:
-        if store.unwritable_reason is not None:
-            return {"error": store.unwritable_reason, "items": []}
+        refusal = store.removal_refusal()
+        if refusal is not None:
+            return {"error": refusal, "items": []}
         report = await prune(store, inventory, rules_of(settings))
     finally:
         await store.close()

@@ -186,6 +186,9 @@ def _damage(inventory: Inventory, broken: dict[DigestText, ProblemKind]) -> Iter
             names.setdefault(digest, []).append(image.name)
     for digest, problem in broken.items():
         of = names.get(digest, [])
+        is_manifest = (
+            digest in inventory.names_by_root or inventory.type_of(digest) in MANIFEST_PART_TYPES
+        )
         words = "does not hash to its digest" if problem == "damaged" else "cannot be read"
         more = f" and {len(of) - _MAX_NAMES} more" if len(of) > _MAX_NAMES else ""
         where = f"part of {', '.join(of[:_MAX_NAMES])}{more}" if of else "part of no image"
@@ -195,7 +198,7 @@ def _damage(inventory: Inventory, broken: dict[DigestText, ProblemKind]) -> Iter
             digest=digest,
             bytes=inventory.contents[Digest.parse(digest)].size,
             what=f"{inventory.type_of(digest)} {words}: it is in quarantine/, {where}",
-            command=_command(of[0]) if of else None,
+            command=_command(of[0], is_manifest=is_manifest) if of else None,
         )
 
 
@@ -209,12 +212,13 @@ def _incomplete(images: Collection[Image], broken: Collection[DigestText]) -> It
                 digest=str(image.digest),
                 bytes=sum(part.size for part in missing),
                 what=f"lacks {len(missing)} of its contents, such as {missing[0].text}",
-                command=_command(image.name),
+                command=_command(image.name, is_manifest=False),
             )
 
 
-def _command(name: str) -> str:
-    return f"oci-mirror verify --repair {name}"
+def _command(name: str, *, is_manifest: bool) -> str:
+    # A manifest is in quarantine/ now. So verify does not know what the image has.
+    return f"oci-mirror warm {name}" if is_manifest else f"oci-mirror verify --repair {name}"
 
 
 # --- repair ---------------------------------------------------------------------------------------

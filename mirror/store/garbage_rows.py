@@ -11,12 +11,14 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Collection, Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Final
 
 from mirror.oci.errors import InvalidRequest, StorageUnavailable
 from mirror.oci.reference import Digest, Repository
 from mirror.store.layout import Layout
 from mirror.store.names import ACCESS, RESPONSES
+from mirror.store.saved_rows import connect_to_read
 
 _BUSY_TIMEOUT_S: Final = 10.0
 """Seconds to wait for other processes. Each of their transactions takes milliseconds."""
@@ -107,6 +109,13 @@ def read_access_beside(
     return found
 
 
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
+    if mode == "ro":
+        return connect_to_read(path, _BUSY_TIMEOUT_S)
+    uri = f"{path.absolute().as_uri()}?mode={mode}"
+    return sqlite3.connect(uri, uri=True, timeout=_BUSY_TIMEOUT_S, isolation_level=None)
+
+
 @contextmanager
 def _opened(layout: Layout, table: str, mode: str) -> Iterator[sqlite3.Connection | None]:
     """Open a table, each statement of which is a transaction. None if there is no index."""
@@ -115,9 +124,7 @@ def _opened(layout: Layout, table: str, mode: str) -> Iterator[sqlite3.Connectio
         if not path.exists():
             yield None
             return
-        uri = f"{path.absolute().as_uri()}?mode={mode}"
-        connect = sqlite3.connect(uri, uri=True, timeout=_BUSY_TIMEOUT_S, isolation_level=None)
-        with closing(connect) as database:
+        with closing(_connect(path, mode)) as database:
             yield database
     except (sqlite3.Error, OSError) as error:
         raise StorageUnavailable(

@@ -172,6 +172,7 @@ def test_rollback_freezes_an_earlier_digest_that_is_complete(filled: Filled) -> 
         [row] = filled.rows("rollback", "app", "--to", to)
         assert (row["image"], row["digest"], row["missing"]) == (f"{NAME}:latest", str(old), 0)
     assert filled.notes == ""
+    assert filled.rows("pin", "app")[0]["digest"] == str(old), "clients get this one"
 
 
 @pytest.mark.parametrize(

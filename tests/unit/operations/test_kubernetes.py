@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from mirror.operations.kubernetes import (
 )
 from tests.fakes.kubernetes import TOKEN, FakeApiServer, api_server
 from tests.real.tokens import Certificate
+
+ITEMS = b'{"kind": "PodList", "metadata": {}, "items": 5}'
 
 
 def of(text: str) -> str:
@@ -89,13 +92,50 @@ def test_refusal_has_a_remedy(
     assert len(fake.targets) == 1
 
 
-@pytest.mark.parametrize("body", [b"<html>", b"[]", b'{"kind": "Status"}', b'{"kind": "PodList"}'])
+@pytest.mark.parametrize(
+    "body", [b"<html>", b"[]", b'{"kind": "Status"}', b'{"kind": "PodList"}', ITEMS]
+)
 def test_response_that_is_no_list_of_pods_is_an_error(
     fake: FakeApiServer, server: ApiServer, body: bytes
 ) -> None:
     fake.body = body
     with pytest.raises(MirrorError, match="has sent no list of pods"):
         list_pod_images(server)
+
+
+@pytest.mark.parametrize("token", ["x", 5, ["x"]])
+def test_list_without_an_end_is_an_error(
+    fake: FakeApiServer, server: ApiServer, token: object
+) -> None:
+    document = {"kind": "PodList", "metadata": {"continue": token}, "items": []}
+    fake.body = json.dumps(document).encode()
+    with pytest.raises(MirrorError, match="endless list of pods"):
+        list_pod_images(server)
+    assert len(fake.targets) == 2
+
+
+@pytest.mark.parametrize("token", [b"", b"\xff\xfe", b"secret\nline", "sécret".encode()])
+def test_file_that_has_no_token_is_named_without_its_text(
+    fake: FakeApiServer, server: ApiServer, tmp_path: Path, token: bytes
+) -> None:
+    file = tmp_path / "wrong"
+    file.write_bytes(token)
+    with pytest.raises(MirrorError) as caught:
+        list_pod_images(replace(server, token_file=file))
+    assert caught.value.message == f"{file} has no bearer token in one line"
+    assert fake.targets == []
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:99999", "http://127.0.0.1:x", "http://[::1", ""])
+def test_url_that_is_malformed_is_an_error(server: ApiServer, url: str) -> None:
+    with pytest.raises(MirrorError, match="no URL of an API server"):
+        list_pod_images(replace(server, url=url))
+
+
+def test_authority_without_a_certificate_is_named(server: ApiServer, tmp_path: Path) -> None:
+    (tmp_path / "ca").write_text("no certificate")
+    with pytest.raises(MirrorError, match=f"^{tmp_path}/ca has no certificate"):
+        list_pod_images(replace(server, url="https://127.0.0.1:9", ca_file=tmp_path / "ca"))
 
 
 def test_cluster_without_pods_has_no_images(fake: FakeApiServer, server: ApiServer) -> None:
@@ -157,6 +197,8 @@ def test_image_id_has_the_digest_of_the_manifest(image_id: str | None, digest: s
         [],
         {"spec": None, "status": None},
         {"spec": {"containers": None, "volumes": [None, {"image": None}]}},
+        {"status": {"phase": ["x"], "containerStatuses": [{"name": ["x"], "imageID": 5}]}},
+        {"spec": {"containers": [{"name": {}}]}, "status": {"containerStatuses": [{"name": []}]}},
         {"spec": {"containers": [1, {"image": 7}, {}]}, "status": {"containerStatuses": [2, {}]}},
     ],
 )

@@ -378,10 +378,11 @@ def test_nothing_that_a_kept_name_or_a_mark_needs_is_removed(
             images = inventory_of(root).images
             of = {kind: [images[n] for n, k in marked.items() if k == kind and n < len(images)]
                   for kind in ("pin", "freeze", "lease")}  # fmt: skip
+            of["freeze"] = [image for image in of["freeze"] if image.tag is not None]
             mark(
                 root,
                 pins=[(image.name, image.digest) for image in of["pin"]],
-                freezes=[(i.name, i.digest) for i in of["freeze"] if i.tag is not None],
+                freezes=[(image.name, image.digest) for image in of["freeze"]],
                 leases=[image.digest for image in of["lease"]],
             )
             before, inventory = on_disk(root), inventory_of(root)
