@@ -182,9 +182,9 @@ def read_unclear(layout: Layout, marks: Marks, unknown: Collection[Digest]) -> s
         StorageUnavailable: The index cannot be read.
     """
     kept = {name: some.intersection(unknown) for name, some in kept_manifests(marks).items()}
-    repositories = [name for name, some in kept.items() if some]
     unclear = {one for one in unknown if is_damaged(layout, one)}.union(*kept.values())
-    return read_access_beside(layout, unclear, repositories) if unclear else set()
+    # A repository without a record of the manifest has never had it: a pin may come first.
+    return read_access_beside(layout, unclear) if unclear else set()
 
 
 def is_damaged(layout: Layout, digest: Digest) -> bool:

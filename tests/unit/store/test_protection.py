@@ -197,3 +197,11 @@ def test_manifest_of_a_lease_counts_as_damaged_only_if_it_was_here(fixture: Fixt
     moved.parent.mkdir(parents=True)
     moved.write_bytes(b"damaged")
     assert fixture.protected() == leased | {Digest.of(LAYERS[0])}
+
+
+def test_pin_of_a_manifest_that_was_never_here_keeps_nothing_else(fixture: Fixture) -> None:
+    access_to(fixture, "docker.io/library/app", IMAGES[0], LAYERS[0])
+    missing = Digest.of(b"never pulled")
+    name = f"docker.io/library/app@{missing}"
+    fixture.mark(lambda one: Marks(pins={name: Pin(name, missing, 0.0)}))
+    assert fixture.protected() == {missing}
