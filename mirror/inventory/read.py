@@ -21,7 +21,7 @@ from mirror.oci.reference import Digest
 from mirror.store.image_layout import read_index_json
 from mirror.store.layout import Layout
 from mirror.store.marks import Marks, protected_roots
-from mirror.store.saved_rows import read_names
+from mirror.store.saved_rows import IndexUnreadable, read_names
 
 CACHE_NAME: Final = "manifests.db"
 """File of the data directory with the cache of parsed manifests."""
@@ -43,18 +43,23 @@ def read_inventory(
         now: Seconds since the epoch.
 
     Raises:
-        IndexUnreadable: There is an index, and it cannot be read. (Of a lost one, the names are
-            those in ``index.json``.)
+        IndexUnreadable: There is an index, and it cannot be read; or it is lost, and so is
+            ``index.json``, which has its names.
         StorageUnavailable: It is not known what marked images need.
         OSError: A directory cannot be listed.
-        ValueError: The index is lost, and ``index.json`` is damaged.
     """
     # The directories come first: content that is named meanwhile is not taken for an orphan.
     present = list_contents(layout)
     rows, is_all = read_names(layout)
     names = parse_names(rows)
     if not is_all:
-        names.add_saved(read_index_json(layout))
+        try:
+            names.add_saved(read_index_json(layout))
+        except (ValueError, RecursionError) as error:
+            raise IndexUnreadable(
+                f"the index is lost, and index.json is damaged ({error}): start the server, which "
+                "restores the index from what is readable"
+            ) from None
     frozen = {freeze.name: freeze.digest for freeze in marks.freezes.values()}
     found = names.images(present, frozen)
     by_root = {str(name.digest): name for name in found}

@@ -150,9 +150,9 @@ async def _remove(
     roots = dict.fromkeys(image.root for image in going if image.root in freed)
     parts: dict[DigestText, None] = {}
     for image in going:
-        # Below the manifest of an index come its layers, so its parts go from the last one.
-        below = reversed(list(inventory.sharing.reached(image.root)))
-        parts.update((one, None) for one in below if one in freed and one not in roots)
+        for one in _parts_first(inventory, image.root):
+            if one in freed and one not in roots:
+                parts[one] = None
     result.add(await _remove_contents(store, inventory, parts))
     # A mark that was set meanwhile keeps the name.
     marked = {one for one, why in result.kept.items() if why is KeptBecause.MARKED}
@@ -163,6 +163,23 @@ async def _remove(
     left = {image.root for image in names}
     result.add(await _remove_contents(store, inventory, [one for one in roots if one in left]))
     return result
+
+
+def _parts_first(inventory: Inventory, root: DigestText) -> list[DigestText]:
+    """Return all that a manifest reaches, each content before every manifest that refers to it."""
+    order: list[DigestText] = []
+    seen: set[DigestText] = set()
+    stack = [(root, False)]
+    while stack:
+        digest, are_parts_listed = stack.pop()
+        if are_parts_listed:
+            order.append(digest)
+        elif digest not in seen:
+            seen.add(digest)
+            stack.append((digest, True))
+            manifest = inventory.manifests.get(digest)
+            stack += [(one, False) for one in (manifest.columns.digests if manifest else ())]
+    return order
 
 
 async def _remove_contents(

@@ -93,7 +93,7 @@ async def test_index_that_cannot_be_read_is_an_error_and_not_an_empty_one(tmp_pa
 def test_damaged_index_json_of_a_lost_index_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "index.json").write_text("{")
 
-    with pytest.raises(ValueError, match=r"."):
+    with pytest.raises(IndexUnreadable, match=r"index\.json is damaged"):
         read(tmp_path)
 
 

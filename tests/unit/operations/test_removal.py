@@ -18,6 +18,7 @@ from mirror.oci.reference import Digest, Repository, Tag
 from mirror.operations.cleaning_report import CleaningReport
 from mirror.operations.removal import plan_removal, remove_images, removed_names
 from mirror.store.eviction import Evictor
+from mirror.store.removal import Removal
 from mirror.store.store import Store
 from tests.unit.operations.cleaning_kit import (
     APP,
@@ -402,3 +403,25 @@ def test_nothing_that_a_kept_name_or_a_mark_needs_is_removed(
             )  # fmt: skip
 
     asyncio.run(run())
+
+
+async def test_content_goes_before_each_manifest_that_refers_to_it(tmp_path: Path) -> None:
+    """So an interrupted removal finds all the rest by the manifests that are left."""
+    children = [image(LAYERS[number]) for number in range(4)]
+    order: list[Digest] = []
+    remove_really = Evictor.remove
+
+    async def recorded(evictor: Evictor, contents: list[Content]) -> Removal:
+        order.extend(content.digest for content in contents)
+        return await remove_really(evictor, contents)
+
+    async with opened(tmp_path, [NOW]) as store:
+        for number, child in enumerate(children):
+            await pull(store, child, None, [CONFIG, LAYERS[number]])
+        await pull(store, index_of(*children), "v1")
+        with patch.object(Evictor, "remove", recorded):
+            await remove(store, tmp_path, *names(tmp_path))
+    for number, child in enumerate(children):
+        for part in (CONFIG, LAYERS[number]):
+            assert order.index(Digest.of(part)) < order.index(Digest.of(child))
+    assert order[-1] == Digest.of(index_of(*children))

@@ -204,4 +204,9 @@ def test_pin_of_a_manifest_that_was_never_here_keeps_nothing_else(fixture: Fixtu
     access_to(fixture, "docker.io/library/app", IMAGES[0], LAYERS[0], LAYERS[3])
     missing = Digest.of(b"never pulled")
     fixture.mark(lambda one: Marks(pins={NAME: Pin(NAME, missing, 0.0)}))
+
+    access_to(fixture, "docker.io/library/app", IMAGES[0], LAYERS[0])
+    missing = Digest.of(b"never pulled")
+    name = f"docker.io/library/app@{missing}"
+    fixture.mark(lambda one: Marks(pins={name: Pin(name, missing, 0.0)}))
     assert fixture.protected() == {missing}
