@@ -221,6 +221,8 @@ def test_history_of_a_lost_index_leaves_its_names_to_the_server(
     """The index is new to the command, too: it gets the names in index.json before it is used."""
     layout = Layout(tmp_path / "data")
     layout.index.mkdir(parents=True)
+    layout.blob(ONE).parent.mkdir(parents=True)
+    layout.blob(ONE).write_bytes(b"one")
     named = NamedManifest(APP, V1, ONE, "application/vnd.oci.image.manifest.v1+json", 3)
     draft = Draft(layout)
     assert draft.try_begin()
