@@ -16,9 +16,8 @@ from mirror.oci.errors import InvalidRequest
 from mirror.oci.reference import Digest
 from mirror.store import disk
 from mirror.store.layout import Layout
+from mirror.store.removal import BLOCK_BYTES
 
-_BLOCK_BYTES: Final = 512
-"""Bytes of a block in ``st_blocks`` (stat(2))."""
 FETCHING: Final = "fetching"
 UNFINISHED: Final = "unfinished"
 DAMAGED: Final = "damaged"
@@ -87,4 +86,4 @@ def _leftover(digest: Digest, path: Path, kind: str) -> Iterator[OtherFile]:
     with suppress(OSError):
         status = path.lstat()
         if stat.S_ISREG(status.st_mode):
-            yield OtherFile(digest, kind, status.st_blocks * _BLOCK_BYTES, status.st_mtime)
+            yield OtherFile(digest, kind, status.st_blocks * BLOCK_BYTES, status.st_mtime)

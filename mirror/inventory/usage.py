@@ -145,7 +145,7 @@ def next_evictions(
         return
     blobs = (StoredBlob(one.digest, one.size, one.used) for one in inventory.contents.values())
     staying = {Digest.parse(one) for one in inventory.protected}
-    for blob in eviction_order(blobs, staying, {}, enough)[:limit]:
+    for blob in eviction_order(blobs, staying, enough)[:limit]:
         text = str(blob.digest)
         yield NextEviction(
             blob.digest,

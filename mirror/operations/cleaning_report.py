@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,8 +118,3 @@ def load_report(layout: Layout, name: str) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return document if isinstance(document, dict) else None
-
-
-def total_bytes(items: Iterable[Item]) -> int:
-    """Return the bytes of all items."""
-    return sum(item.bytes for item in items)

@@ -10,7 +10,7 @@ part of that.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -47,16 +47,13 @@ class NothingNamed(StorageUnavailable):
         )
 
 
-def find_garbage(
-    layout: Layout, inventory: Inventory, grace: float, protected: Collection[Digest] = ()
-) -> CleaningReport:
+def find_garbage(layout: Layout, inventory: Inventory, grace: float) -> CleaningReport:
     """Return what a collection would remove now, as a report. Blocks. Changes nothing.
 
     Args:
         layout: The data directory.
         inventory: Its content.
         grace: Seconds since the last use for which unused content is kept.
-        protected: Content that must stay beside what the inventory says.
 
     Raises:
         NothingNamed: No image is known.
@@ -64,7 +61,7 @@ def find_garbage(
         OSError: A directory cannot be listed.
     """
     report = CleaningReport(is_dry_run=True)
-    for blob in _old_orphans(layout, inventory, grace, protected):
+    for blob in _old_orphans(layout, inventory, grace):
         report.items.append(_content_item(blob, blob.size, inventory.now))
     for leftover in _old_leftovers(layout, inventory.now, grace):
         report.items.append(_leftover_item(leftover, leftover.bytes, inventory.now))
@@ -112,9 +109,7 @@ async def collect_garbage(store: Store, inventory: Inventory, grace: float) -> C
 # --- content --------------------------------------------------------------------------------------
 
 
-def _old_orphans(
-    layout: Layout, inventory: Inventory, grace: float, protected: Collection[Digest] = ()
-) -> list[Content]:
+def _old_orphans(layout: Layout, inventory: Inventory, grace: float) -> list[Content]:
     """Return content that no name reaches and nobody has used, the oldest first."""
     orphans = inventory.orphans
     if orphans and not inventory.images:
@@ -123,7 +118,7 @@ def _old_orphans(
     old = [blob for blob in found if inventory.now - blob.used > grace]
     if old:
         unclear = _unclear_content(layout, inventory)
-        old = [b for b in old if b.digest not in unclear and b.digest not in protected]
+        old = [blob for blob in old if blob.digest not in unclear]
     return sorted(old, key=lambda blob: blob.used)
 
 

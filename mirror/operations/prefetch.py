@@ -256,7 +256,7 @@ class PrefetchJob:
 
 
 def last_runs(layout: Layout) -> dict[str, Any]:
-    """Return the last run of each entry (``runs``), for the admin API. Blocks."""
+    """Return the last run of each entry (``runs``). Blocks."""
     return load_report(layout, PREFETCH_REPORT) or {"runs": []}
 
 

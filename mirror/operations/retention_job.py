@@ -27,7 +27,7 @@ from mirror.inventory.read import read_inventory
 from mirror.observability.events import Event, LogMessage, Observer, RetentionEnded
 from mirror.oci.errors import MirrorError
 from mirror.oci.tag_selection import TagSelection
-from mirror.operations.cleaning_report import RETENTION_REPORT, load_report, save_report
+from mirror.operations.cleaning_report import RETENTION_REPORT, save_report
 from mirror.operations.prune import prune
 from mirror.operations.retention import PruneRule
 from mirror.store import disk
@@ -189,11 +189,6 @@ def _locked(layout: Layout) -> Iterator[bool]:
         yield disk.try_lock(fd)
     finally:
         os.close(fd)
-
-
-def last_report(layout: Layout) -> dict[str, Any] | None:
-    """Return the report of the last run, for the admin API. None if there was none. Blocks."""
-    return load_report(layout, RETENTION_REPORT)
 
 
 def main() -> int:

@@ -108,7 +108,7 @@ class Disk:
         assert shortage is not None
         if shortage[0]:
             blobs = (StoredBlob(digest, size, at) for digest, (at, size) in self.used.items())
-            for blob in eviction_order(blobs, (), {}, shortage[0]):
+            for blob in eviction_order(blobs, (), shortage[0]):
                 del self.used[blob.digest]
                 if self.layout is not None:
                     self.layout.blob(blob.digest).unlink()

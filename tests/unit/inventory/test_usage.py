@@ -96,7 +96,7 @@ def test_eviction_order_is_that_of_the_evictor_without_what_marks_protect(
 
     blobs = [StoredBlob(one.digest, one.size, one.used) for one in inventory.contents.values()]
     staying = {pinned, Digest.of(content("3", 103)), Digest.of(config(Id="3"))}
-    assert order == [one.digest for one in eviction_order(blobs, staying, {})]
+    assert order == [one.digest for one in eviction_order(blobs, staying)]
     assert len(order) == 12
 
 
