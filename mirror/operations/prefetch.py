@@ -225,7 +225,7 @@ class PrefetchJob:
         layout, entries = self._mirror.store.layout, self._mirror.settings.prefetch
         if not await run_in_thread(_due, layout, entries, now):
             return
-        lock = await run_in_thread(_try_lock, layout)
+        lock = await run_in_thread(disk.lock_file, layout.root / _PREFETCH_LOCK)
         if lock is None:
             return
         try:
@@ -285,13 +285,3 @@ def _save_run(layout: Layout, entries: tuple[Prefetch, ...], document: dict[str,
     own, configured = _key(document["entry"]), {_key(e.model_dump(mode="json")) for e in entries}
     kept = [run for run in _runs(layout) if _key(run.get("entry")) in configured - {own}]
     save_report(layout, PREFETCH_REPORT, {"runs": [*kept, document]})
-
-
-def _try_lock(layout: Layout) -> int | None:
-    """Return a descriptor that holds the lock of the job. None if another process has it."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(layout.root / _PREFETCH_LOCK, flags, 0o644)
-    if disk.try_lock(fd):
-        return fd
-    os.close(fd)
-    return None

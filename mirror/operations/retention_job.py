@@ -183,12 +183,12 @@ async def _prune(layout: Layout, settings: Settings, now: float) -> dict[str, An
 @contextmanager
 def _locked(layout: Layout) -> Iterator[bool]:
     """Hold the lock of the job while the block runs. Yields False if another process has it."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(layout.root / _LOCK, flags, 0o644)
+    fd = disk.lock_file(layout.root / _LOCK)
     try:
-        yield disk.try_lock(fd)
+        yield fd is not None
     finally:
-        os.close(fd)
+        if fd is not None:
+            os.close(fd)
 
 
 def main() -> int:

@@ -336,6 +336,22 @@ def open_locked(path: Path) -> Iterator[int | None]:
         os.close(fd)
 
 
+def lock_file(path: Path) -> int | None:
+    """Create a file if it is missing, and hold its exclusive lock while the descriptor is open.
+
+    Returns:
+        The descriptor; None if another process holds the lock.
+
+    Raises:
+        OSError: The file cannot be opened or locked.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    if try_lock(fd):
+        return fd
+    os.close(fd)
+    return None
+
+
 def is_locked(path: Path) -> bool:
     """Return whether a process holds the exclusive lock of a file.
 
