@@ -39,7 +39,7 @@ from mirror.store.marks import (
 from mirror.store.pace import Pace
 
 _MAX_ROUNDS: Final = 4
-"""Searches for referrers: of images, of their signatures, and so on."""
+"""Levels of referrers that are protected: of images, of their signatures, and so on."""
 
 
 FindLinks: TypeAlias = Callable[[Collection[str], Collection[Digest]], Links | None]
@@ -51,7 +51,7 @@ class ProtectionUnknown(Exception):
 
 
 class Protection:
-    """The content that must stay. For one thread, and one run of it."""
+    """The content that must stay. For one thread and one removal: it only grows."""
 
     def __init__(
         self,
