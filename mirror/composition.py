@@ -40,6 +40,8 @@ class Mirror:
     """Has the service follow the operator's blocks and freezes."""
     hosted: HostedService | None
     """The hosted repositories. None without the section ``hosted``."""
+    emit: Observer
+    """Receives the events of all parts."""
 
     def apply(self, settings: Settings) -> None:
         """Use a changed configuration for new requests. Running fetches keep their connections.
@@ -88,6 +90,7 @@ async def open_mirror(
                         service,
                         marks,
                         hosted,
+                        emit,
                     )
                 finally:
                     # Before the registries close: fetches use their connections.

@@ -37,7 +37,7 @@ from mirror.operations.prefetch import PrefetchJob
 from mirror.operations.retention_job import RetentionJob
 from mirror.pull.marks_watch import WATCH_INTERVAL_S
 from mirror.single_flight import SingleFlight
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.threads import HangingCalls, call_soon_from_any_thread, on_running_loop
 from mirror.web.doors import Door, listen
 from mirror.web.handler import Handler

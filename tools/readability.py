@@ -31,17 +31,19 @@ LIMITS: Final[dict[str, int]] = {
     "parameters": 0,
     "booleans": 0,
     "records": 0,
-    "lines": 16000,
+    "lines": 29900,
     # Beside the 30 and 16 of a mirror that asks for a blob once and parses each request: the
     # protocol that receives large bodies (cold), and the one that reuses stored responses (both).
     # Each is the first to see all bytes of a connection, so every request passes it. And the retry
     # state of a source, which learns that a transfer has begun, has a response and brought bytes
     # (cold). And what a source proves (`ContentRequest.proof_key`, cold). And the table of the
     # running fetches, which was split from `fetch.py`: a module has at most 500 lines (cold).
-    "cold-modules": 36,
-    "cold-functions": 303,
-    "warm-modules": 18,
-    "warm-functions": 86,
+    # And the paths of the data directory, the keys of the index's rows and their queued updates,
+    # which were split from `disk.py` and `index.py` for the same reason.
+    "cold-modules": 38,
+    "cold-functions": 306,
+    "warm-modules": 19,
+    "warm-functions": 87,
 }
 """Count -> the largest number that passes. :data:`HELP` describes each count.
 
@@ -66,8 +68,17 @@ SAME_SENSE: Final[dict[str, str]] = {
     "module __init__": "every package has one",
     "function add_parser": "each command of the command line has one",
     "function run": "each command of the command line has one",
+    "function main": "the entry point of a process of its own",
+    "function verify": "of the hash of a file, and of all images by that",
     "module forget": "the command, and the operation that it runs",
+    "module gc": "the command, and the operation that it runs",
+    "module in_use": "the arguments of the command, and the operation that it runs",
+    "module marking": "the arguments of the commands, and the operations that they run",
     "module prefetch": "the settings, and the operation that they configure",
+    "module prune": "the command, and the operation that it runs",
+    "module removal": "of content, and of images by that",
+    "module retention": "the settings, and the operation that they configure",
+    "module verify": "the command, and the operation that it runs",
     "module refresh": "the command, and the operation that it runs",
     "module warm": "the command, and the operation that it runs",
     "module messages": "each has the messages of its package, to print or to pass on",

@@ -33,9 +33,9 @@ from mirror.operations.forget import forget
 from mirror.operations.gc import DEFAULT_GRACE_S, collect_garbage, find_garbage
 from mirror.operations.prune import choose, prune
 from mirror.operations.removal import plan_removal, remove_images
-from mirror.operations.retention import RetentionRule
+from mirror.operations.retention import PruneRule
 from mirror.operations.verify import Subset, VerifyReport, repair, verify
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.marks import read_marks
 from mirror.store.store import Store
 from mirror.threads import run_in_thread
@@ -87,8 +87,9 @@ async def _with_store(
 ) -> JsonObject:
     store = await Store.open(settings.data_dir, settings.storage, _on_event)
     try:
-        if store.unwritable_reason is not None:
-            raise StorageUnavailable(f"nothing can be changed: {store.unwritable_reason}")
+        refusal = store.removal_refusal()
+        if refusal is not None:
+            raise StorageUnavailable(f"nothing can be changed: {refusal}")
         return await work(store)
     finally:
         await store.close()
@@ -127,7 +128,8 @@ async def _remove(settings: Settings, given: JsonObject) -> JsonObject:
 
 async def _forget(settings: Settings, given: JsonObject) -> JsonObject:
     async def run(store: Store) -> JsonObject:
-        report = await forget(store, ImageName.parse(given["image"]), read_marks(_layout(settings)))
+        image = ImageName.parse(given["image"]).with_default_tag()
+        report = await forget(store, image, read_marks(_layout(settings)))
         return {
             "tags": len(report.tags),
             "manifests": report.manifests,
@@ -151,7 +153,7 @@ async def _gc(settings: Settings, given: JsonObject) -> JsonObject:
 
 async def _prune(settings: Settings, given: JsonObject) -> JsonObject:
     inventory = _read(settings)
-    rule = RetentionRule(
+    rule = PruneRule(
         match=given.get("match", "*"),
         older_than=float(given["older_than"]),
         keep_last=given.get("keep_last"),
@@ -184,10 +186,10 @@ async def _verify(settings: Settings, given: JsonObject) -> JsonObject:
 
         return await _with_store(settings, run)
     # Imported here: it imports aiohttp, which the other jobs do not need.
-    from mirror.composition import open_mirror
+    from mirror.operations.own_requests import open_recorded_mirror
     from mirror.operations.refetch import refetch
 
-    async with open_mirror(settings, _on_event) as mirror:
+    async with open_recorded_mirror(settings, _on_event) as mirror:
         report = await verify(mirror.store, inventory, images, subset, on_progress)
         if report.problems:
             await repair(

@@ -30,7 +30,7 @@ from mirror.observability.events import (
     StorageMeasured,
 )
 from mirror.oci.text import time_text
-from mirror.pull.running_fetches import FetchProgress
+from mirror.pull.running_fetches import RunningFetch
 
 MAX_LIVE_ROWS: Final = 100
 """Fetches, and requests, of a snapshot. A person reads no more; the number of others is stated."""
@@ -124,7 +124,7 @@ class LiveState:
         self._storage: StorageMeasured | None = None
         self._rates: dict[str, _Rate] = {}
         """Digest of a fetch, or id of a request -> its rate."""
-        self.fetches: Callable[[], list[FetchProgress]] = list
+        self.fetches: Callable[[], list[RunningFetch]] = list
         """Returns the running fetches. The server sets it."""
 
     def observe(self, event: Event) -> None:
@@ -213,7 +213,7 @@ class LiveState:
             "storage": _storage_row(self._storage),
         }
 
-    def _fetch_row(self, fetch: FetchProgress, now: float) -> JsonObject:
+    def _fetch_row(self, fetch: RunningFetch, now: float) -> JsonObject:
         digest = str(fetch.digest)
         rate = self._rates.setdefault(digest, _Rate(fetch.position, now))
         return {

@@ -23,7 +23,7 @@ from mirror.admin.sources import ImageQuery, PullQuery
 from mirror.admin.store_answers import StoreAnswers
 from mirror.config.settings import build
 from mirror.oci.errors import MirrorError
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 
 _NICENESS: Final = 10
 """The server goes first."""

@@ -1,7 +1,8 @@
 """What the API needs of the other packages, as protocols.
 
-Lives here: the functions that the operations of the API call. ``cache_sources.py`` has the real
-ones; tests have others. Must not know: HTTP, how any of it is done.
+Lives here: the functions that the operations of the API call. ``store_reader.py``,
+``store_marks.py`` and ``job_runs.py`` have the real ones; tests have others. Must not know: HTTP,
+how any of it is done.
 
 Results are JSON values: times are RFC 3339 text, sizes bytes, durations seconds.
 """

@@ -24,7 +24,7 @@ from mirror.history.stored_pull import PeriodCount, StoredPull
 from mirror.history.sums import Saving, build_savings, build_total
 from mirror.inventory import usage
 from mirror.inventory.json_rows import image_row
-from mirror.inventory.leftovers import find_leftovers
+from mirror.inventory.leftovers import find_other_files
 from mirror.inventory.model import Image, Inventory
 from mirror.inventory.read import read_inventory
 from mirror.inventory.tree import image_tree, node_row
@@ -33,7 +33,7 @@ from mirror.oci.errors import InvalidRequest, NotFound
 from mirror.oci.image_name import ImageName
 from mirror.oci.reference import Digest, Tag
 from mirror.oci.text import time_text
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.marks import read_marks
 
 MIN_AGE_S: Final = 3.0
@@ -126,7 +126,7 @@ class StoreAnswers:
     def usage(self) -> JsonObject:
         """Return what takes up the disk."""
         inventory, storage = self.inventory(), self._settings.storage
-        leftovers = find_leftovers(self._layout)
+        leftovers = find_other_files(self._layout)
         types = usage.usage_by_type(inventory, leftovers)
         groups = usage.usage_by_group(inventory, lambda image: image.repository.upstream)
         enough = max(1, int(storage.max_size * (storage.high_water - storage.low_water)))
@@ -272,7 +272,7 @@ def pull_row(pull: StoredPull) -> JsonObject:
         "row": pull.row_id,
         "id": pull.request_id,
         "at": time_text(pull.at),
-        "client": pull.client,
+        "client": pull.client or (f"oci-mirror {pull.command}" if pull.command else ""),
         "error": pull.error,
     }
 

@@ -75,7 +75,7 @@ class StoreMarks:
         return {"text": f"frozen {freeze.name} at {freeze.digest}"}
 
     async def _check_upstream(self, repository: Repository, digest: Digest) -> None:
-        await fetch_manifest(self._mirror.service, repository, digest)
+        await fetch_manifest(self._mirror, repository, digest, "rollback")
 
     async def unfreeze(self, image: str) -> JsonObject:
         """Let a tag follow its upstream again."""

@@ -55,19 +55,14 @@ def find_layout(settings: Settings) -> Layout:
 def load_inventory(settings: Settings) -> Inventory:
     """Read the content of the data directory.
 
-    Raises :class:`CommandFailed` if there is none, or if its index is damaged, and what
+    Raises :class:`CommandFailed` if there is none, and what
     :func:`mirror.inventory.read.read_inventory` and :func:`mirror.store.marks.read_marks` raise.
     """
     from mirror.inventory.read import read_inventory
     from mirror.store.marks import read_marks
 
     layout = find_layout(settings)
-    try:
-        return read_inventory(layout, settings.upstreams, read_marks(layout), time.time())
-    except ValueError as error:
-        raise CommandFailed(
-            f"{error}: start the server, which restores the index from what is readable"
-        ) from None
+    return read_inventory(layout, settings.upstreams, read_marks(layout), time.time())
 
 
 @asynccontextmanager
@@ -100,8 +95,9 @@ async def opened_store(settings: Settings) -> AsyncIterator[Store]:
         )
     store = await Store.open(settings.data_dir, settings.storage, print_warnings)
     try:
-        if store.unwritable_reason is not None:
-            raise CommandFailed(f"nothing can be removed: {store.unwritable_reason}")
+        refusal = store.removal_refusal()
+        if refusal is not None:
+            raise CommandFailed(f"nothing can be removed: {refusal}")
         yield store
     finally:
         await store.close()

@@ -20,7 +20,7 @@ from mirror.oci.text import size_text
 
 if TYPE_CHECKING:
     from mirror.config.settings import Storage
-    from mirror.inventory.leftovers import Leftover
+    from mirror.inventory.leftovers import OtherFile
     from mirror.inventory.model import Inventory
 
 _NEXT: Final = 20
@@ -61,9 +61,9 @@ def show_usage(arguments: argparse.Namespace) -> int:
     settings = load_settings(arguments)
     inventory = load_inventory(settings)
     from mirror.inventory import usage
-    from mirror.inventory.leftovers import find_leftovers
+    from mirror.inventory.leftovers import find_other_files
 
-    leftovers = find_leftovers(layout_of(settings))
+    leftovers = find_other_files(layout_of(settings))
     types = usage.usage_by_type(inventory, leftovers)
     if arguments.by == "type":
         rows = [{"kind": "type"} | asdict(one) for one in types]
@@ -156,7 +156,7 @@ def _names_text(names: list[str]) -> str:
 
 
 def _eviction_rows(
-    inventory: Inventory, leftovers: list[Leftover], storage: Storage
+    inventory: Inventory, leftovers: list[OtherFile], storage: Storage
 ) -> Iterable[dict[str, Any]]:
     from mirror.inventory import usage
     from mirror.oci.text import time_text

@@ -123,8 +123,13 @@ def _find_pulls(history: HistoryReader, arguments: argparse.Namespace) -> list[S
 
 
 def _headline(pull: StoredPull) -> str:
-    size = f"{size_text(pull.bytes_sent)} in " if pull.bytes_sent else ""
+    sent = pull.fetched_bytes if pull.command else pull.bytes_sent
+    size = f"{size_text(sent)} in " if sent else ""
+    asker = f"`oci-mirror {pull.command}`" if pull.command else pull.client or "-"
+    status: int | str = pull.status or "no response"
+    if pull.command:
+        status = pull.outcome
     return (
-        f"{time_text(pull.at)} {pull.method} {pull.kind} {pull.name} for {pull.client or '-'}: "
-        f"{pull.status or 'no response'}, {size}{pull.duration:.3f} s (id {pull.request_id})"
+        f"{time_text(pull.at)} {pull.method} {pull.kind} {pull.name} for {asker}: "
+        f"{status}, {size}{pull.duration:.3f} s (id {pull.request_id})"
     )

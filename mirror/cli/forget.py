@@ -30,8 +30,8 @@ def add_parser(commands: Commands) -> None:
         help="forget what is known of an image, also a remembered 404",
         description="Deletes what is known of an image: the digest of its tag, which content its "
         "repository may serve, remembered 404 responses. No content is removed. A running server "
-        "asks the upstream at the next pull after two seconds. An image that is pinned or frozen "
-        "is not forgotten.",
+        "asks the upstream at the next pull after two seconds. An image that is pinned, frozen "
+        "or leased is not forgotten.",
     )
     parser.add_argument(
         "images", metavar="IMAGE", nargs="+", type=image_name, help="name of an image"

@@ -36,7 +36,7 @@ _WORDS: Final = {
     "response": "remembered responses whose time is over",
 }
 """Kind of garbage -> its name for a person."""
-_COLUMNS: Final = (
+_GARBAGE_COLUMNS: Final = (
     Column("WHAT", "what"),
     Column("COUNT", "count", is_number=True),
     Column("SIZE", "bytes", size_text, is_number=True),
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
             print_line(json.dumps(item.row()))
         return 0
     if report.items:
-        print_rows(_COLUMNS, _rows(report), is_json=False)
+        print_rows(_GARBAGE_COLUMNS, _rows(report), is_json=False)
     verb = "would be freed" if arguments.is_dry_run else "freed"
     print_line(f"{size_text(report.freed)} {verb}")
     return 0

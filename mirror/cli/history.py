@@ -11,7 +11,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from mirror.cli.arguments import Commands, add_config, add_json, image_name, load_settings
-from mirror.cli.data_directory import layout_of
+from mirror.cli.data_directory import layout_of, opened_index
 from mirror.cli.listing import Column, print_rows, short_digest
 from mirror.cli.output import UsageError, print_note
 from mirror.oci.reference import Digest, Repository, Tag
@@ -68,15 +68,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _read_record(layout: Layout, repository: Repository, tag: Tag) -> TagRecord | None:
-    from mirror.store.index import Index
-
     if not layout.index.is_dir():
         return None
-    index = await Index.open(layout.index, lambda event: None)
-    try:
+    # Not without the saved names: a lost index would be marked as restored, and its names be lost.
+    async with opened_index(layout) as index:
         return await index.tag(repository, tag)
-    finally:
-        await index.close()
 
 
 def _is_here(layout: Layout, digest: str) -> bool:

@@ -18,7 +18,7 @@ from mirror.cli.arguments import load_settings
 from mirror.cli.data_directory import find_layout, opened_index
 from mirror.cli.listing import Column, print_rows
 from mirror.cli.output import CommandFailed, print_line, print_note
-from mirror.oci.text import age_text, time_text
+from mirror.oci.text import age_text, printable, time_text
 from mirror.operations import in_use, kubernetes
 from mirror.operations.kubernetes import ApiServer, UsedImage
 from mirror.store.layout import Layout
@@ -27,7 +27,9 @@ _MAX_LIST_BYTES: Final = 64 * 1024 * 1024
 """Bytes of a list that is read: 500,000 images."""
 _SHOWN_NAMES: Final = 5
 """Names that mean no digest and are printed. All are in the JSON."""
-_COLUMNS: Final = (
+_SHOWN_CHARS: Final = 200
+"""Characters of a name in a message: any tenant of a cluster chooses it."""
+_LEASE_COLUMNS: Final = (
     Column("SOURCE", "source"),
     Column("DIGESTS", "digests", is_number=True),
     Column("IN CACHE", "cached", is_number=True),
@@ -45,7 +47,7 @@ def run_in_use(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.from_kubernetes:
         server = _api_server(arguments)
-        pods = kubernetes.list_images(server)
+        pods = kubernetes.list_pod_images(server)
         origin = f"{pods.pods} pods"
         return _put(arguments, layout, server.url, _sorted(pods.images), origin)
     if arguments.file is not None:
@@ -53,7 +55,7 @@ def run_in_use(arguments: argparse.Namespace) -> int:
         images = in_use.parse_list(_read_list(arguments.file))
         return _put(arguments, layout, source, images, f"{len(images)} lines")
     rows = map(_row, in_use.list_leases(layout, time.time()))
-    print_rows(_COLUMNS, rows, is_json=arguments.is_json)
+    print_rows(_LEASE_COLUMNS, rows, is_json=arguments.is_json)
     return 0
 
 
@@ -88,7 +90,7 @@ def _read_list(name: str) -> str:
     if name == "-":
         text = sys.stdin.read(_MAX_LIST_BYTES + 1)
     else:
-        with open(name, encoding="utf-8", errors="replace") as file:
+        with open(name, encoding="utf-8-sig", errors="replace") as file:
             text = file.read(_MAX_LIST_BYTES + 1)
     if len(text) > _MAX_LIST_BYTES:
         raise CommandFailed(f"{name}: a list has at most 64 MiB")
@@ -118,7 +120,7 @@ def _put(
         f"{leased.cached} of them are in the cache"
     )
     if leased.unknown:
-        shown = ", ".join(leased.unknown[:_SHOWN_NAMES])
+        shown = ", ".join(printable(one, _SHOWN_CHARS) for one in leased.unknown[:_SHOWN_NAMES])
         more = "" if len(leased.unknown) <= _SHOWN_NAMES else ", …"
         print_note(f"{len(leased.unknown)} names mean no image in the cache: {shown}{more}")
     return 0

@@ -170,11 +170,11 @@ async def _roll_back(
 ) -> marking.Rollback:
     async def check_upstream(repository: Repository, digest: Digest) -> None:
         # Imported here: only an image that is not complete needs it.
-        from mirror.composition import open_mirror
         from mirror.operations.asking import fetch_manifest
+        from mirror.operations.own_requests import open_recorded_mirror
 
-        async with open_mirror(settings, print_warnings) as mirror:
-            await fetch_manifest(mirror.service, repository, digest)
+        async with open_recorded_mirror(settings, print_warnings) as mirror:
+            await fetch_manifest(mirror, repository, digest, "rollback")
 
     async with opened_index(layout) as index:
         return await marking.roll_back(layout, index, name, to, time.time(), check_upstream)

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from mirror.config.settings import Settings
     from mirror.inventory.model import Inventory
     from mirror.operations.cleaning_report import CleaningReport
-    from mirror.operations.retention import RetentionRule
+    from mirror.operations.retention import PruneRule
 
-_COLUMNS: Final = (
+_PRUNED_COLUMNS: Final = (
     Column("IMAGE", "name"),
     Column("FREES", "bytes", size_text, is_number=True),
     Column("WHY", "why"),
@@ -107,20 +107,20 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     rows = [item.row() for item in report.removed("image")]
     if rows:
-        print_rows(_COLUMNS, rows, is_json=False)
+        print_rows(_PRUNED_COLUMNS, rows, is_json=False)
     for text in _kept(report):
         print_line(text)
     print_line(summary(report, "image", report.removed("image")))
     return 0
 
 
-def _rules(arguments: argparse.Namespace, settings: Settings) -> list[RetentionRule]:
-    from mirror.operations.retention import RetentionRule
+def _rules(arguments: argparse.Namespace, settings: Settings) -> list[PruneRule]:
+    from mirror.operations.retention import PruneRule
     from mirror.operations.retention_job import rules_of
 
     if arguments.older_than is not None or arguments.keep_last is not None:
         return [
-            RetentionRule(
+            PruneRule(
                 match=arguments.match or "*",
                 older_than=arguments.older_than,
                 keep_last=arguments.keep_last,
@@ -138,7 +138,7 @@ def _rules(arguments: argparse.Namespace, settings: Settings) -> list[RetentionR
 
 
 async def _prune(
-    settings: Settings, inventory: Inventory, rules: list[RetentionRule]
+    settings: Settings, inventory: Inventory, rules: list[PruneRule]
 ) -> CleaningReport:
     from mirror.operations.prune import prune
 

@@ -51,11 +51,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 async def _refresh_all(settings: Settings, images: list[ImageName], *, is_json: bool) -> bool:
     # Imported here: it imports aiohttp, which other commands do not need.
-    from mirror.composition import open_mirror
+    from mirror.operations.own_requests import open_recorded_mirror
     from mirror.operations.refresh import refresh
 
     is_good = True
-    async with open_mirror(settings, print_warnings) as mirror:
+    async with open_recorded_mirror(settings, print_warnings) as mirror:
         for image in images:
             try:
                 report = await refresh(mirror, image)

@@ -64,10 +64,10 @@ _TYPE_USAGE: Final = _row(
     size=_NUMBER_OF,
     reclaimable=_NUMBER_OF,
 )
-_TIME: Final = {"type": "string", "pattern": _TIME_OR_NULL["pattern"]}
-_MARK: Final = _row(image=_TEXT, digest=_DIGEST_TEXT, since=_TIME)
+_TIME_TEXT: Final = {"type": "string", "pattern": _TIME_OR_NULL["pattern"]}
+_MARK: Final = _row(image=_TEXT, digest=_DIGEST_TEXT, since=_TIME_TEXT)
 _BLOCK: Final = _row(
-    target=_TEXT, reason=_TEXT, since=_TIME, digests={"type": "array", "items": _DIGEST_TEXT}
+    target=_TEXT, reason=_TEXT, since=_TIME_TEXT, digests={"type": "array", "items": _DIGEST_TEXT}
 )
 _SECONDS: Final = {"type": "number", "minimum": 0}
 _CLEANED: Final = _row(
@@ -113,6 +113,7 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
         digest=_TEXT_OR_NULL,
         client=_TEXT_OR_NULL,
         user_agent=_TEXT_OR_NULL,
+        command=_TEXT_OR_NULL,
         request_id=_TEXT,
         error=_TEXT_OR_NULL,
         warning=_TEXT_OR_NULL,
@@ -156,7 +157,7 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
         digests=_NUMBER_OF,
         cached=_NUMBER_OF,
         unknown=_TEXTS,
-        until=_TIME,
+        until=_TIME_TEXT,
     ),
     "ls": _row(
         name=_TEXT,
@@ -191,7 +192,7 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
         error=_TEXT_OR_NULL,
     ),
     "rm": _CLEANED,
-    "rollback": _row(image=_TEXT, digest=_DIGEST_TEXT, since=_TIME, missing=_NUMBER_OF),
+    "rollback": _row(image=_TEXT, digest=_DIGEST_TEXT, since=_TIME_TEXT, missing=_NUMBER_OF),
     "savings": _row(
         kind={"enum": ["upstream", "repository", "network", "total", "disk"]},
         name=_TEXT,

@@ -91,12 +91,12 @@ async def _verify_and_repair(
     settings: Settings, inventory: Inventory, images: list[Image] | None, subset: Subset | None
 ) -> VerifyReport:
     # Imported here: it imports aiohttp, which other commands do not need.
-    from mirror.composition import open_mirror
+    from mirror.operations.own_requests import open_recorded_mirror
     from mirror.operations.refetch import refetch
     from mirror.operations.verify import repair, verify
     from mirror.threads import run_in_thread
 
-    async with open_mirror(settings, print_warnings) as mirror:
+    async with open_recorded_mirror(settings, print_warnings) as mirror:
         report = await verify(mirror.store, inventory, images, subset, _progress().show)
         if report.problems:
             await repair(

@@ -171,7 +171,7 @@ def _read_stdin() -> bytes:
 async def _warm(
     settings: Settings, images: list[ImageName], options: WarmOptions, *, is_json: bool
 ) -> list[ImageReport]:
-    from mirror.composition import open_mirror
+    from mirror.operations.own_requests import open_recorded_mirror
     from mirror.operations.upkeep import start_upkeep
     from mirror.operations.warm import ImageReport, warm
 
@@ -184,7 +184,7 @@ async def _warm(
             else:
                 _move_bar(bars, event)
 
-        async with open_mirror(settings, print_warnings) as mirror:
+        async with open_recorded_mirror(settings, print_warnings) as mirror:
             await start_upkeep(mirror.store, mirror.single_flight, print_warnings)
             return await warm(mirror, images, options, report)
 

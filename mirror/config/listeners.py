@@ -55,7 +55,7 @@ class Admin(Section):
 
     @model_validator(mode="after")
     def _check_token(self) -> Self:
-        if self.is_open and not values.is_loopback(self.listen):
+        if self.is_open and not values.is_loopback_only(self.listen):
             raise key_error(
                 ("token_file",),
                 f"is needed, because {self.listen} is not a loopback address",
@@ -112,7 +112,7 @@ class Hosted(Section):
             listen: Address and port of the mirror's own listener.
         """
         for key, address in (("listen", self.listen), ("hosts", listen if self.hosts else None)):
-            if address is not None and not values.is_loopback(address):
+            if address is not None and not values.is_loopback_only(address):
                 raise key_error(
                     ("hosted", key),
                     f"everybody who can reach {address} could push: use a loopback address",

@@ -264,7 +264,7 @@ def check_listen(text: str) -> str:
     return text
 
 
-def is_loopback(listen: str) -> bool:
+def is_loopback_only(listen: str) -> bool:
     """Return whether only this machine can connect to an ``address:port`` that was checked."""
     host = split_host(listen)[0]
     try:

@@ -109,6 +109,20 @@ class Batch:
             else:
                 self.dropped += 1
 
+    def add_own_request(self, pull: RequestRecord, now: float) -> None:
+        """Add a request of a command or a job. It is not counted as a request of a client.
+
+        A hit is not kept: nothing was fetched. ``now``: Unix time in seconds.
+        """
+        if pull.outcome is Outcome.HIT:
+            return
+        if pull.digest and pull.outcome in (Outcome.MISS, Outcome.JOIN):
+            self.uses.append((now, (pull.digest,)))
+        if len(self.rows) < _MAX_ROWS:
+            self.rows.append(pull)
+        else:
+            self.dropped += 1
+
     def add_fetched(
         self, record: RequestRecord | None, upstream: str, size: int, billed: int
     ) -> None:

@@ -27,7 +27,9 @@ _WAL_BYTES: Final = 4 * 1024 * 1024
 """Bytes to which the log is truncated after its content is in the file."""
 _VERSION: Final = 1
 """Number of the tables' form. A file of another version is moved aside like a damaged one."""
-_DAMAGED: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_SCHEMA})
+_DAMAGE_CODES: Final = frozenset(
+    {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_SCHEMA}
+)
 # Texts of errors that mean a table or a column of another version.
 _FOREIGN: Final = ("no such table", "no such column", "has no column", "has no unique")
 CREATE_TABLES: Final = """
@@ -73,7 +75,7 @@ def is_file_damaged(error: Exception) -> bool:
     is_foreign = isinstance(error, sqlite3.OperationalError) and any(
         text in str(error) for text in _FOREIGN
     )
-    return is_foreign or (code is not None and code & 0xFF in _DAMAGED)
+    return is_foreign or (code is not None and code & 0xFF in _DAMAGE_CODES)
 
 
 def find_file(directory: Path) -> Path | None:

@@ -23,6 +23,7 @@ from mirror.observability.events import (
     ExchangeEnded,
     HistoryRowsDropped,
     Observer,
+    OwnRequestEnded,
     RequestEnded,
     RequestRecord,
     TagMoved,
@@ -90,6 +91,8 @@ class HistoryRecorder:
         match event:
             case ExchangeEnded(upstream=upstream, is_billed=True):
                 self._batch.add_fetched(CURRENT_RECORD.get(), upstream, 0, 1)
+            case OwnRequestEnded(pull):
+                self._batch.add_own_request(pull, self._now())
             case ContentUsed(digests):
                 self._batch.uses.append((self._now(), digests))
             case TagMoved(variant=""):
@@ -120,4 +123,4 @@ class HistoryRecorder:
         self._writer.close(timeout)
 
 
-_OTHERS: Final = frozenset({ExchangeEnded, ContentUsed, TagMoved})
+_OTHERS: Final = frozenset({ExchangeEnded, OwnRequestEnded, ContentUsed, TagMoved})

@@ -51,6 +51,9 @@ _MIN_THRESHOLD: Final = 1 << (SAMPLE_BITS - 10)
 _MAX_BATCH_KEYS: Final = 2_000
 """Pairs of repository and network in one batch. Further ones are counted without both."""
 
+COMMANDS_NETWORK: Final = "commands"
+"""Counted in place of the network of a client: what commands and jobs of the mirror fetch."""
+
 _ADD_MINUTE: Final = """
 INSERT INTO minutes (start, upstream, outcome, requests, bytes_sent, bytes_fetched, billable,
     billed)
@@ -197,7 +200,8 @@ def _fetch_key(record: RequestRecord | None, upstream: str) -> tuple[str, str, s
     # A hit fetches nothing. But the request may end after a fetch that others use as well.
     outcome = Outcome.MISS if record.outcome is Outcome.HIT else record.outcome
     name = record.repository if is_served else ""
-    return upstream, name, network_of(record.client), outcome.value
+    network = COMMANDS_NETWORK if record.command else network_of(record.client)
+    return upstream, name, network, outcome.value
 
 
 # --- tags ---------------------------------------------------------------------------------------

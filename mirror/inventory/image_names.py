@@ -72,19 +72,24 @@ class Names:
     manifests: dict[str, str]
     """``repository@digest`` of each manifest that was pulled -> the text of its access record."""
 
-    def images(self, present: Container[DigestText]) -> list[Name]:
+    def images(
+        self, present: Container[DigestText], frozen: Mapping[str, Digest] | None = None
+    ) -> list[Name]:
         """Return the names whose manifest is on disk, each once.
 
         A variant of a tag (see :attr:`mirror.inventory.model.Image.variant`) is a name of its own
-        if its manifest is another one.
+        if its manifest is another one. ``frozen``: the digests that clients get of frozen tags, by
+        the name of the tag.
         """
         found: dict[str, Name] = {}
         tagged: set[str] = set()
         for row in sorted(self.tags, key=lambda row: row.variant):  # Variants come last.
-            text = next((one for one in row.digests if one in present), None)
+            repository, tag = row.repository, row.tag
+            served = frozen.get(f"{repository}:{tag}") if frozen else None
+            digests = row.digests if served is None else (str(served),)
+            text = next((one for one in digests if one in present), None)
             if text is None:
                 continue
-            repository, tag = row.repository, row.tag
             key = f"{repository}:{tag}@{text}"
             if key not in found:
                 digest = Digest.parse(text)
@@ -100,7 +105,7 @@ class Names:
                     current=current,
                     variant=row.variant,
                     checked=row.checked,
-                    first_seen=_time(row.digests[text]),
+                    first_seen=_time(row.digests.get(text)),
                 )
                 tagged.add(f"{repository}@{text}")
         first_seen = self._first_seen()

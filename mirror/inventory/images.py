@@ -7,12 +7,13 @@ databases.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Final
 
 from mirror.config.settings import Upstream
 from mirror.inventory.image_names import Name
+from mirror.inventory.keeping import Keepers, with_referrers_kept, with_unclear_kept
 from mirror.inventory.model import (
     MANIFEST_PART_TYPES,
     Content,
@@ -55,6 +56,7 @@ def build_inventory(
     upstreams: Mapping[str, Upstream],
     marks: Marks,
     now: float,
+    unclear: frozenset[DigestText] = frozenset(),
 ) -> Inventory:
     """Build an inventory from what was read.
 
@@ -64,19 +66,20 @@ def build_inventory(
         upstreams: The configured upstreams.
         marks: The marks of the data directory.
         now: Seconds since the epoch.
+        unclear: Content that may belong to marked manifests which are damaged or missing.
     """
     manifests = on_disk.manifests
     parts = {one: manifest.columns.digests for one, manifest in manifests.items()}
     sharing = Sharing.of({str(name.digest) for name in names}, parts)
     sizes = _sizes(on_disk)
     restrictions = Restrictions.of_marks(marks)
-    builder = _Builder(on_disk, sizes, sharing, upstreams, marks, restrictions, now)
+    keepers = Keepers(marks, names, now)
+    builder = _Builder(on_disk, sizes, sharing, upstreams, marks, restrictions, keepers, now)
     images = tuple(sorted(map(builder.build, names), key=_order))
-    marked = set(map(str, protected_roots(marks, now)))
-    if marks.pins or marks.freezes:
-        named = {*marks.pins, *marks.freezes}
-        marked |= {image.root for image in images if image.name in named}
-    return Inventory(
+    if unclear:
+        images = tuple(with_unclear_kept(images, unclear))
+    marked = {*map(str, protected_roots(marks, now)), *keepers.tags}
+    inventory = Inventory(
         now=now,
         images=images,
         present=on_disk.present,
@@ -84,7 +87,11 @@ def build_inventory(
         sizes=sizes,
         sharing=sharing,
         marked=frozenset(marked),
+        unclear=unclear,
         scan=on_disk.scan,
+    )
+    return (
+        replace(inventory, images=with_referrers_kept(images, inventory)) if marked else inventory
     )
 
 
@@ -115,6 +122,7 @@ class _Builder:
     upstreams: Mapping[str, Upstream]
     marks: Marks
     restrictions: Restrictions
+    keepers: Keepers
     now: float
 
     def build(self, name: Name) -> Image:
@@ -126,7 +134,9 @@ class _Builder:
         if name.tag is not None and subject is None:
             subject = subject_of_tag(name.tag, self.on_disk.present)
         reached = self.sharing.reached(root)
-        marks, reason = self._marks_of(name, reached)
+        keepers = self.keepers.of(name, reached)
+        reason = self._block_reason_of(name, reached)
+        marks = [keeper.why for keeper in keepers] + ["blocked"] * (reason is not None)
         sizes, status = self.sizes, self.on_disk.status
         return Image(
             repository=name.repository,
@@ -144,7 +154,8 @@ class _Builder:
             size=sum(map(sizes.get, reached, repeat(0))),
             missing=parts.missing,
             stale=self._why_stale(name, is_frozen=_FROZEN in marks),
-            marks=marks,
+            marks=tuple(marks),
+            keeper=next(iter(keepers), None),
             block_reason=reason,
             subject=subject,
         )
@@ -156,27 +167,17 @@ class _Builder:
         is_current = name.current == name.digest
         return why_stale(name.checked, upstream, self.now, is_current=is_current)
 
-    def _marks_of(
-        self, name: Name, reached: Collection[DigestText]
-    ) -> tuple[tuple[str, ...], str | None]:
-        """Return the marks of an image, and why it is blocked."""
-        marks = self.marks
-        if not (marks.pins or marks.freezes or marks.blocks or marks.leases):
-            return (), None
-        digests = [Digest.parse(one) for one in reached]
+    def _block_reason_of(self, name: Name, reached: Collection[DigestText]) -> str | None:
+        """Return why an image is blocked. None: it is not."""
+        if not self.marks.blocks:
+            return None
         reason = self.restrictions.reason_for(name.repository, name.tag or name.digest)
         if reason is None:
             # A block of a part counts: the image cannot be pulled without it.
             blocked = self.restrictions.digests
+            digests = map(Digest.parse, reached)
             reason = next((blocked[one] for one in digests if one in blocked), None)
-        leases = [marks.leases[one] for one in digests if one in marks.leases]
-        has = {
-            "pinned": name.text in marks.pins,
-            _FROZEN: name.text in marks.freezes,
-            "leased": any(lease.until > self.now for lease in leases),
-            "blocked": reason is not None,
-        }
-        return tuple([mark for mark in has if has[mark]]), reason
+        return reason
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,9 @@ from typing import Final
 from mirror.oci.errors import InvalidRequest
 from mirror.oci.reference import Digest
 from mirror.store import disk
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
+from mirror.store.removal import BLOCK_BYTES
 
-_BLOCK_BYTES: Final = 512
-"""Bytes of a block in ``st_blocks`` (stat(2))."""
 FETCHING: Final = "fetching"
 UNFINISHED: Final = "unfinished"
 DAMAGED: Final = "damaged"
@@ -30,7 +29,7 @@ _WHY: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class Leftover:
+class OtherFile:
     """One file that is no whole content."""
 
     digest: Digest
@@ -58,19 +57,19 @@ class Leftover:
         return _WHY[self.kind]
 
 
-def find_leftovers(layout: Layout) -> list[Leftover]:
+def find_other_files(layout: Layout) -> list[OtherFile]:
     """List the files below ``ingest/`` and ``quarantine/``. Foreign entries are passed over."""
     return [*_ingests(layout), *_quarantined(layout)]
 
 
-def _ingests(layout: Layout) -> Iterator[Leftover]:
+def _ingests(layout: Layout) -> Iterator[OtherFile]:
     for directory in layout.ingest_directories():
         for digest, path in _files(directory):
             kind = FETCHING if disk.is_locked(path) else UNFINISHED
             yield from _leftover(digest, path, kind)
 
 
-def _quarantined(layout: Layout) -> Iterator[Leftover]:
+def _quarantined(layout: Layout) -> Iterator[OtherFile]:
     for directory in layout.content_directories():
         for digest, path in _files(layout.root / "quarantine" / directory.name):
             yield from _leftover(digest, path, DAMAGED)
@@ -83,8 +82,8 @@ def _files(directory: Path) -> Iterator[tuple[Digest, Path]]:
                 yield Digest.parse(f"{directory.name}:{path.name}"), path
 
 
-def _leftover(digest: Digest, path: Path, kind: str) -> Iterator[Leftover]:
+def _leftover(digest: Digest, path: Path, kind: str) -> Iterator[OtherFile]:
     with suppress(OSError):
         status = path.lstat()
         if stat.S_ISREG(status.st_mode):
-            yield Leftover(digest, kind, status.st_blocks * _BLOCK_BYTES, status.st_mtime)
+            yield OtherFile(digest, kind, status.st_blocks * BLOCK_BYTES, status.st_mtime)

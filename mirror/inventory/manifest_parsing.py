@@ -209,8 +209,7 @@ def load_manifest(text: DigestText, row: str) -> StoredManifest:
     digests, sizes = digests_text.split(), list(map(int, sizes_text.split()))
     if not len(digests) == len(sizes) == len(columns.types):
         raise ValueError("columns of different lengths")
-    _, media_types, _, types, platforms, elsewhere = columns
-    columns = PartColumns(digests, media_types, sizes, types, platforms, elsewhere)
+    columns = columns._replace(digests=digests, sizes=sizes)
     return StoredManifest(
         *(text, media_type, content_type, columns),
         *(artifact_type, subject, platform, is_opaque),

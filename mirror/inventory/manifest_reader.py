@@ -15,7 +15,7 @@ from mirror.inventory.manifest_cache import ManifestCache
 from mirror.inventory.model import MANIFEST_PART_TYPES, ContentType, DigestText, StoredManifest
 from mirror.oci.descriptor import MANIFEST_LIMIT
 from mirror.oci.reference import Digest
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.records import MALFORMED
 
 _MAX_GONE_ROWS: Final = 1000

@@ -139,6 +139,15 @@ class StoredManifest(NamedTuple):
         return Digest.parse(self.text)
 
 
+class Keeper(NamedTuple):
+    """The reason why an image is not removed."""
+
+    why: str
+    """``pinned``, ``frozen`` or ``leased``, or a sentence."""
+    remedy: str
+    """The way to end the mark, for people."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Image:
     """A name whose manifest is on disk. Times are seconds since the epoch.
@@ -174,6 +183,8 @@ class Image:
     marks: tuple[str, ...] = ()
     """``pinned``, ``frozen``, ``leased``, ``blocked``."""
     block_reason: str | None = None
+    keeper: Keeper | None = None
+    """Why it is not removed. None: it may be."""
     subject: DigestText | None = None
     """The content that a signature, an SBOM or a list of referrers belongs to."""
 
@@ -229,6 +240,8 @@ class Inventory:
     """The content that each root reaches. A root is the manifest of an image."""
     marked: frozenset[DigestText]
     """The digests that pins, freezes and leases name, and those that marked tags have now."""
+    unclear: frozenset[DigestText]
+    """Content that may belong to marked manifests which are damaged or missing."""
     scan: Callable[[], dict[Digest, Content]] = field(repr=False)
     """Lists the directories with the sizes and the recency of all content. Raises ``OSError``."""
 
@@ -243,10 +256,12 @@ class Inventory:
     @cached_property
     def protected(self) -> frozenset[DigestText]:
         """Content that must stay: that of marked manifests, and their referrers."""
-        protected: set[DigestText] = set()
+        protected = set(self.unclear)
         queue = list(self.marked)
+        seen: set[DigestText] = set()
         for root in queue:  # It grows while it is read.
-            if root not in protected:
+            if root not in seen:
+                seen.add(root)
                 protected.update(self.sharing.reached(root))
                 queue += [referrer.root for referrer in self.referrers_of(root)]
         return frozenset(protected)
@@ -311,7 +326,7 @@ class Inventory:
         The pattern may leave out the tag, the upstream, and ``docker.io/library/``. Its ``*`` also
         stands for ``/``.
         """
-        return [image for image in self.images if is_match(image, pattern)]
+        return [image for image in self.images if is_named(image, pattern)]
 
     # --- who shares -------------------------------------------------------------------------------
 
@@ -341,7 +356,10 @@ class Inventory:
         return tuple([image for image in self.images if digest in self.sharing.reached(image.root)])
 
     def going_with(self, images: Iterable[Image]) -> tuple[Image, ...]:
-        """Return ``images`` and the referrers whose last subject goes with them."""
+        """Return ``images`` and the referrers whose last subject goes with them.
+
+        A referrer that is kept itself does not go.
+        """
         going = dict.fromkeys(images)
         queue = list(going)
         while queue and self._referrers:
@@ -350,7 +368,7 @@ class Inventory:
                 referrer
                 for image in queue
                 for referrer in self.referrers_of(image.root)
-                if referrer not in going and referrer.subject in alone
+                if referrer not in going and referrer.subject in alone and not referrer.keeper
             ]
             going.update(dict.fromkeys(queue))
         return tuple(going)
@@ -395,7 +413,7 @@ def _group(pairs: Iterable[tuple[DigestText, Image]]) -> Mapping[DigestText, tup
     return {digest: tuple(images) for digest, images in found.items()}
 
 
-def is_match(image: Image, pattern: str) -> bool:
+def is_named(image: Image, pattern: str) -> bool:
     """Return whether a pattern matches the name of an image (see :meth:`Inventory.match`)."""
     repository = str(image.repository)
     reference = image.name.removeprefix(repository)

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from itertools import islice
 from typing import Final
 
 from mirror.config.settings import Upstream
-from mirror.inventory.image_names import parse_names
+from mirror.inventory.image_names import Names, parse_names
 from mirror.inventory.images import OnDisk, build_inventory
 from mirror.inventory.manifest_cache import ManifestCache
 from mirror.inventory.manifest_reader import read_manifests
-from mirror.inventory.model import DigestText, Inventory
+from mirror.inventory.model import MANIFEST_PART_TYPES, DigestText, Inventory, StoredManifest
 from mirror.inventory.scan import list_contents, scan, stat_contents
-from mirror.store.disk import Layout
+from mirror.oci.reference import Digest
 from mirror.store.image_layout import read_index_json
+from mirror.store.layout import Layout
 from mirror.store.marks import Marks, protected_roots
-from mirror.store.saved_rows import read_names
+from mirror.store.saved_rows import IndexUnreadable, read_names
 
 CACHE_NAME: Final = "manifests.db"
 """File of the data directory with the cache of parsed manifests."""
@@ -41,18 +43,25 @@ def read_inventory(
         now: Seconds since the epoch.
 
     Raises:
-        IndexUnreadable: There is an index, and it cannot be read. (Of a lost one, the names are
-            those in ``index.json``.)
+        IndexUnreadable: There is an index, and it cannot be read; or it is lost, and so is
+            ``index.json``, which has its names.
+        StorageUnavailable: It is not known what marked images need.
         OSError: A directory cannot be listed.
-        ValueError: The index is lost, and ``index.json`` is damaged.
     """
     # The directories come first: content that is named meanwhile is not taken for an orphan.
     present = list_contents(layout)
     rows, is_all = read_names(layout)
     names = parse_names(rows)
     if not is_all:
-        names.add_saved(read_index_json(layout))
-    found = names.images(present)
+        try:
+            names.add_saved(read_index_json(layout))
+        except (ValueError, RecursionError) as error:
+            raise IndexUnreadable(
+                f"the index is lost, and index.json is damaged ({error}): start the server, which "
+                "restores the index from what is readable"
+            ) from None
+    frozen = {freeze.name: freeze.digest for freeze in marks.freezes.values()}
+    found = names.images(present, frozen)
     by_root = {str(name.digest): name for name in found}
 
     def stated_type(root: DigestText) -> str:
@@ -63,4 +72,39 @@ def read_inventory(
     manifests = read_manifests(layout, present, roots, stated_type, cache)
     status = stat_contents(layout, {*manifests, *by_root}, now)
     on_disk = OnDisk(present, manifests, status, partial(scan, layout, now))
-    return build_inventory(found, on_disk, upstreams, marks, now)
+    unclear = _read_unclear(layout, marks, now, names, manifests)
+    return build_inventory(found, on_disk, upstreams, marks, now, unclear)
+
+
+def _read_unclear(
+    layout: Layout,
+    marks: Marks,
+    now: float,
+    names: Names,
+    manifests: Mapping[DigestText, StoredManifest],
+) -> frozenset[DigestText]:
+    """Return the content that may belong to marked manifests whose parts are not known.
+
+    Raises ``StorageUnavailable`` if the index cannot be read.
+    """
+    roots = set(map(str, protected_roots(marks, now)))
+    named = {*marks.pins, *marks.freezes}
+    for row in names.tags if named else ():
+        if f"{row.repository}:{row.tag}" in named:
+            roots.update(islice(row.digests, 1))
+    unknown = set()
+    queue = list(roots)
+    for text in queue:  # It grows while it is read.
+        manifest = manifests.get(text)
+        if manifest is None or manifest.is_opaque:
+            unknown.add(Digest.parse(text))
+            continue
+        entries = zip(manifest.columns.digests, manifest.columns.types, strict=True)
+        below = [one for one, kind in entries if kind in MANIFEST_PART_TYPES and one not in roots]
+        roots.update(below)
+        queue += below
+    if not unknown:
+        return frozenset()
+    from mirror.store.protection import read_unclear  # It imports the index.
+
+    return frozenset(map(str, read_unclear(layout, marks, unknown)))

@@ -18,7 +18,7 @@ from typing import Final
 
 from mirror.inventory.model import Content, DigestText
 from mirror.oci.reference import Digest
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 
 _HEX_LENGTHS: Final = {"sha256": 64, "sha512": 128}
 """Algorithm -> the length of the names of its files."""

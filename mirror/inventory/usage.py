@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
-from mirror.inventory.leftovers import Leftover
+from mirror.inventory.leftovers import OtherFile
 from mirror.inventory.model import ContentType, Image, Inventory
 from mirror.oci.reference import Digest
 from mirror.store.eviction import StoredBlob, eviction_order
@@ -65,7 +65,7 @@ class NextEviction:
     """Images that lack it afterwards."""
 
 
-def usage_by_type(inventory: Inventory, leftovers: Iterable[Leftover]) -> list[TypeUsage]:
+def usage_by_type(inventory: Inventory, leftovers: Iterable[OtherFile]) -> list[TypeUsage]:
     """Return the use of the disk by type. Raises ``OSError``: the directories are listed."""
     types, orphans = inventory.types, inventory.orphans
     active: dict[str, list[int]] = {content_type.value: [] for content_type in ContentType}
@@ -121,7 +121,7 @@ def usage_by_group(inventory: Inventory, group_of: Callable[[Image], str]) -> li
 
 
 def next_evictions(
-    inventory: Inventory, leftovers: Iterable[Leftover], enough: int, limit: int
+    inventory: Inventory, leftovers: Iterable[OtherFile], enough: int, limit: int
 ) -> Iterator[NextEviction]:
     """Return what an eviction removes next, in its order.
 
@@ -145,7 +145,7 @@ def next_evictions(
         return
     blobs = (StoredBlob(one.digest, one.size, one.used) for one in inventory.contents.values())
     staying = {Digest.parse(one) for one in inventory.protected}
-    for blob in eviction_order(blobs, staying, {}, enough)[:limit]:
+    for blob in eviction_order(blobs, staying, enough)[:limit]:
         text = str(blob.digest)
         yield NextEviction(
             blob.digest,

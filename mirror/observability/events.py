@@ -104,6 +104,8 @@ class RequestRecord:
     token, which is a part of resolve, upstream, fetch or wait."""
     trace: PullTrace | None = None
     """Further measurements. None: the response came from memory."""
+    command: str = ""
+    """The command or job of the mirror that asks, such as ``warm``. Empty: a client asks."""
 
     def stage(self, name: str) -> StageTimer:
         """Return a context that measures one stage. Stages of the same name add up."""
@@ -150,6 +152,13 @@ class RequestStarted:
 @dataclass(frozen=True, slots=True)
 class RequestEnded:
     """A request ended, with any outcome. There is exactly one for each :class:`RequestStarted`."""
+
+    pull: RequestRecord
+
+
+@dataclass(frozen=True, slots=True)
+class OwnRequestEnded:
+    """A request ended that a command or a job of the mirror has made: no client has sent it."""
 
     pull: RequestRecord
 
@@ -462,6 +471,7 @@ class LogMessage:
 Event: TypeAlias = (
     RequestStarted
     | RequestEnded
+    | OwnRequestEnded
     | BytesSent
     | BytesFetched
     | ExchangeEnded

@@ -402,7 +402,9 @@ class MetricsObserver:
                 self._log_lines.inc(lines)
             case events.HistoryRowsDropped(rows):
                 self._history_rows.inc(rows)
-            case events.LogMessage() | events.TagMoved() | events.ContentUsed():
+            case events.LogMessage() | events.OwnRequestEnded():
+                pass
+            case events.TagMoved() | events.ContentUsed():
                 pass
             case unknown:
                 assert_never(unknown)
@@ -491,10 +493,6 @@ def _bounded(value: str, known: tuple[str, ...]) -> str:
 
 def _status(status: int) -> str:
     """Return the label of an HTTP status: its class, but 429 as it is. ``none``: no response."""
-    match status:
-        case 0:
-            return "none"
-        case 429:
-            return "429"
-        case _:
-            return f"{status // 100}xx" if 200 <= status < 600 else "other"
+    if status in (0, 429):
+        return str(status) if status else "none"
+    return f"{status // 100}xx" if 200 <= status < 600 else "other"

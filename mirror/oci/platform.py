@@ -29,7 +29,7 @@ _ARCHITECTURES: Final = {
 """Other name of an architecture -> (its name, variant)."""
 _DEFAULT_VARIANTS: Final = {"arm64": "v8", "arm": "v7"}
 """Variant of an architecture whose variant is not stated."""
-_MAX_TEXT_CHARS: Final = 100
+_MAX_PLATFORM_CHARS: Final = 100
 """Characters of one part of a platform, as an index states it."""
 
 
@@ -64,7 +64,7 @@ class Platform:
             return None
         parts = [stated.get(key) for key in ("os", "architecture", "variant")]
         os, architecture, variant = (
-            part.lower()[:_MAX_TEXT_CHARS] if isinstance(part, str) else "" for part in parts
+            part.lower()[:_MAX_PLATFORM_CHARS] if isinstance(part, str) else "" for part in parts
         )
         if not os or not architecture or "unknown" in (os, architecture):
             return None

@@ -5,25 +5,30 @@ Lives here: the request of an operation to the pull service. Must not know: why 
 
 from __future__ import annotations
 
-from mirror.observability.events import Kind, RequestRecord
+from mirror.composition import Mirror
+from mirror.observability.events import Kind
 from mirror.oci.descriptor import DEFAULT_ACCEPT
 from mirror.oci.reference import Reference, Repository
+from mirror.operations.own_requests import OwnRequests
 from mirror.pull.results import ManifestResult
-from mirror.pull.service import PullService
 
 
 async def fetch_manifest(
-    service: PullService, repository: Repository, reference: Reference
+    mirror: Mirror, repository: Repository, reference: Reference, command: str
 ) -> ManifestResult:
     """Return a manifest, from the cache or from the upstream. It is kept.
 
     Args:
-        service: Serves it, as for a client.
+        mirror: The parts of this process.
         repository: The repository.
         reference: A tag or a digest.
+        command: Name of the command, for the history.
 
     Raises ``MirrorError`` like :meth:`mirror.pull.service.PullService.manifest`.
     """
-    path = f"/v2/{repository}/manifests/{reference}"
-    pull = RequestRecord(request_id="", method="GET", path=path, kind=Kind.MANIFEST)
-    return await service.manifest(repository, reference, DEFAULT_ACCEPT, pull, is_head=False)
+    with OwnRequests(command, repository, mirror.emit).begin(Kind.MANIFEST, reference) as pull:
+        result = await mirror.service.manifest(
+            repository, reference, DEFAULT_ACCEPT, pull, is_head=False
+        )
+        pull.digest = str(result.digest)
+        return result

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 
 Action: TypeAlias = Literal["removed", "kept"]
 """``removed`` also stands for what a dry run would remove."""
-Kind: TypeAlias = Literal["image", "content", "leftover", "quarantine", "response"]
+ItemKind: TypeAlias = Literal["image", "content", "leftover", "quarantine", "response"]
 """- ``image``: a name, with all content that no other name reaches.
 - ``content``: whole content.
 - ``leftover``: the file of a fetch that has ended without publishing it.
@@ -35,7 +35,7 @@ class Item:
     """One thing that was looked at."""
 
     action: Action
-    kind: Kind
+    kind: ItemKind
     name: str | None = None
     """Name of the image. None: it has none."""
     digest: str | None = None
@@ -68,7 +68,7 @@ class CleaningReport:
     items: list[Item] = field(default_factory=list)
     """In the order in which they were looked at."""
 
-    def removed(self, kind: Kind | None = None) -> list[Item]:
+    def removed(self, kind: ItemKind | None = None) -> list[Item]:
         """Return what was removed. ``kind``: only this; None: all."""
         return [
             item
@@ -94,7 +94,13 @@ class CleaningReport:
 
 
 def save_report(layout: Layout, name: str, document: Mapping[str, Any]) -> None:
-    """Replace the file of the last report. Raises ``OSError``. Blocks."""
+    """Replace the file of the last report. Raises ``OSError``. Blocks.
+
+    Args:
+        layout: The data directory.
+        name: The name of the file in it.
+        document: The report, as JSON values.
+    """
     path = layout.root / name
     draft = path.with_name(f"{name}.{os.getpid()}.tmp")
     try:
@@ -112,8 +118,3 @@ def load_report(layout: Layout, name: str) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return document if isinstance(document, dict) else None
-
-
-def total_bytes(items: Iterable[Item]) -> int:
-    """Return the bytes of all items."""
-    return sum(item.bytes for item in items)

@@ -11,18 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from mirror.observability.events import Kind
 from mirror.oci.descriptor import MANIFEST_LIMIT, parse_manifest, sniff_media_type
 from mirror.oci.errors import Denied, ManifestInvalid, StorageUnavailable
 from mirror.oci.image_name import ImageName
 from mirror.oci.reference import Digest, Repository, Tag
-from mirror.store.marks import Marks
+from mirror.store.marks import Marks, kept_manifests, repository_part
 from mirror.store.store import Store
 from mirror.threads import parse_in_thread_if_large
 
 T = TypeVar("T")
+_MAX_ROUNDS: Final = 4
+"""Searches for referrers: of images, of their signatures, and so on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +55,15 @@ async def forget(store: Store, image: ImageName, marks: Marks) -> ForgetReport:
     Args:
         store: The data directory.
         image: A name without tag and digest means the whole repository.
-        marks: The operator's marks. A name that is pinned or frozen is not forgotten.
+        marks: The operator's marks. What a pin, a freeze or a lease keeps is not forgotten.
 
     Raises:
-        Denied: A mark forbids it. The message names the remedy.
+        Denied: A mark forbids it: a pin, a freeze, a lease, or one of what this is a signature of.
+            The message names the remedy.
         StorageUnavailable: The index cannot be read or written.
     """
+    if store.index.refusal is not None:
+        raise StorageUnavailable(f"nothing was forgotten: {store.index.refusal}")
     _check_marks(image, marks)
     records, repository = store.index.name_records, image.repository
     tag = image.reference if isinstance(image.reference, Tag) else None
@@ -67,11 +72,25 @@ async def forget(store: Store, image: ImageName, marks: Marks) -> ForgetReport:
     if tag is not None or is_whole:
         tags = _known(await records.tags(repository, tag))
     manifests, blobs = _known(await records.content(repository))
+    kept = await _kept_by_marks(store, repository, marks)
+    leased = _leased(marks, store.now())
+    if is_whole:
+        chosen = manifests | blobs
+    else:
+        named = {record.digest for record in tags.values()}
+        if isinstance(image.reference, Digest):
+            named.add(image.reference)
+        found = await _with_parts(store, repository, named)
+        chosen = found[0] | found[1]
+        if not named.isdisjoint(kept.referrers):
+            raise Denied("it belongs to an image that is pinned, frozen or leased: unmark that one")
+    if not chosen.isdisjoint(leased):
+        raise Denied("a node uses it: wait until its lease ends, see `oci-mirror in-use`")
     if not is_whole:
         roots = {digest for record in tags.values() for digest in record.digests}
         if isinstance(image.reference, Digest):
             roots.add(image.reference)
-        own = await _own_content(store, repository, roots, set(tags), marks)
+        own = await _own_content(store, repository, roots, set(tags), kept.roots)
         counts = len(own[0] & manifests), len(own[1] & blobs)
         manifests, blobs = own
     else:
@@ -109,12 +128,50 @@ def _check_marks(image: ImageName, marks: Marks) -> None:
             raise Denied(f"{name} is {word}: run `oci-mirror {command} {name}` first")
 
 
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """Manifests of a repository that marks keep."""
+
+    roots: set[Digest]
+    """The manifests that marks name, with their referrers."""
+    referrers: set[Digest]
+    """Signatures and SBOMs of those, and of the images that they list."""
+
+
+async def _kept_by_marks(store: Store, repository: Repository, marks: Marks) -> _Kept:
+    """Return what pins and freezes of a repository, and leases, keep in it."""
+    roots = set(kept_manifests(marks).get(str(repository), ()))
+    leased = _leased(marks, store.now())
+    if leased:
+        known, _ = _known(await store.index.name_records.content(repository))
+        roots |= leased & known
+    pinned = {*marks.pins, *marks.freezes}
+    names = [name for name in pinned if repository_part(name) == str(repository)]
+    if not roots and not names:
+        return _Kept(set(), set())
+    referrers: set[Digest] = set()
+    new = roots | set(_known(await store.index.links(names, ())).current)
+    for _ in range(_MAX_ROUNDS):
+        roots |= new
+        manifests, _blobs = await _with_parts(store, repository, new)
+        new = set(_known(await store.index.links((), manifests)).referrers) - roots
+        referrers |= new
+        if not new:
+            break
+    return _Kept(roots, referrers)
+
+
+def _leased(marks: Marks, now: float) -> set[Digest]:
+    """Return the digests that nodes use. ``now``: seconds since the epoch."""
+    return {lease.digest for lease in marks.leases.values() if lease.until > now}
+
+
 async def _own_content(
     store: Store,
     repository: Repository,
     roots: set[Digest],
     tags: set[str],
-    marks: Marks,
+    marked: set[Digest],
 ) -> tuple[set[Digest], set[Digest]]:
     """Return the manifests and blobs that no other name of the repository refers to.
 
@@ -123,17 +180,14 @@ async def _own_content(
         repository: The repository.
         roots: The manifests that are forgotten.
         tags: Keys of the tag records that are forgotten.
-        marks: Their manifests keep what they refer to.
+        marked: Manifests that keep what they refer to, as marks name them.
     """
     records = store.index.name_records
     manifests, blobs = await _with_parts(store, repository, roots)
     others = _known(await records.tags(repository))
     kept = {digest for key, one in others.items() if key not in tags for digest in one.digests}
     kept |= _known(await records.manifests(repository)) - manifests
-    marked = [(one.name, one.digest) for one in marks.pins.values()]
-    marked += [(one.name, one.digest) for one in marks.freezes.values()]
-    names = (f"{repository}:", f"{repository}@")
-    kept |= {digest for name, digest in marked if name.startswith(names)}
+    kept |= marked
     kept_manifests, kept_blobs = await _with_parts(store, repository, kept)
     return manifests - kept_manifests, blobs - kept_blobs
 

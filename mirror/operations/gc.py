@@ -10,7 +10,7 @@ part of that.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -21,11 +21,11 @@ from mirror.oci.reference import Digest
 from mirror.oci.text import age_text
 from mirror.operations.cleaning_report import CleaningReport, Item
 from mirror.store import disk
-from mirror.store.disk import Layout
-from mirror.store.garbage_rows import count_expired, drop_expired, read_access_of
+from mirror.store.garbage_rows import count_expired, drop_expired, read_access_beside
 from mirror.store.hosted_contents import HostedContents
+from mirror.store.layout import Layout
 from mirror.store.protection import ProtectionUnknown
-from mirror.store.quarantine import quarantined_files
+from mirror.store.quarantine import digest_of_file, quarantined_files
 from mirror.store.recovery import is_resumable
 from mirror.store.removal import Leftover, Removal, drop_leftover, find_leftovers
 from mirror.store.store import Store
@@ -48,16 +48,13 @@ class NothingNamed(StorageUnavailable):
         )
 
 
-def find_garbage(
-    layout: Layout, inventory: Inventory, grace: float, protected: Collection[Digest] = ()
-) -> CleaningReport:
+def find_garbage(layout: Layout, inventory: Inventory, grace: float) -> CleaningReport:
     """Return what a collection would remove now, as a report. Blocks. Changes nothing.
 
     Args:
         layout: The data directory.
         inventory: Its content.
         grace: Seconds since the last use for which unused content is kept.
-        protected: Content that must stay beside what the inventory says.
 
     Raises:
         NothingNamed: No image is known.
@@ -65,11 +62,11 @@ def find_garbage(
         OSError: A directory cannot be listed.
     """
     report = CleaningReport(is_dry_run=True)
-    for blob in _old_orphans(layout, inventory, grace, protected):
+    for blob in _old_orphans(layout, inventory, grace):
         report.items.append(_content_item(blob, blob.size, inventory.now))
     for leftover in _old_leftovers(layout, inventory.now, grace):
         report.items.append(_leftover_item(leftover, leftover.bytes, inventory.now))
-    for path, size, age in _old_quarantine(layout, inventory.now, grace):
+    for path, size, age in _old_quarantine(layout, inventory, grace):
         report.items.append(_quarantine_item(path, size, age))
     expired = count_expired(layout, inventory.now)
     if expired:
@@ -79,6 +76,11 @@ def find_garbage(
 
 async def collect_garbage(store: Store, inventory: Inventory, grace: float) -> CleaningReport:
     """Remove the garbage of a data directory. Says what went, and what was used meanwhile.
+
+    Args:
+        store: The open data directory.
+        inventory: Its content.
+        grace: As for :func:`find_garbage`.
 
     Raises what :func:`find_garbage` raises, and ``StorageUnavailable`` if the marks cannot be read.
     """
@@ -94,10 +96,12 @@ async def collect_garbage(store: Store, inventory: Inventory, grace: float) -> C
     dropped = await run_in_thread(_drop_leftovers, layout, leftovers)
     for leftover, size in dropped.items():
         report.items.append(_leftover_item(leftover, size, now))
-    quarantined = await run_in_thread(_drop_quarantined, layout, now, grace)
+    quarantined = await run_in_thread(_drop_quarantined, layout, inventory, grace)
     report.items += quarantined
     store.count_dropped(sum(dropped.values()) + sum(item.bytes for item in quarantined))
-    expired = await run_in_thread(drop_expired, layout, now)
+    expired = 0
+    with suppress(StorageUnavailable):  # On a full disk. The index drops them as well, in time.
+        expired = await run_in_thread(drop_expired, layout, now)
     if expired:
         report.items.append(_expired_item(expired))
     return report
@@ -106,9 +110,7 @@ async def collect_garbage(store: Store, inventory: Inventory, grace: float) -> C
 # --- content --------------------------------------------------------------------------------------
 
 
-def _old_orphans(
-    layout: Layout, inventory: Inventory, grace: float, protected: Collection[Digest] = ()
-) -> list[Content]:
+def _old_orphans(layout: Layout, inventory: Inventory, grace: float) -> list[Content]:
     """Return content that no name reaches and nobody has used, the oldest first."""
     orphans = inventory.orphans
     found = [content for content in inventory.contents.values() if str(content.digest) in orphans]
@@ -119,7 +121,7 @@ def _old_orphans(
     old = [blob for blob in found if inventory.now - blob.used > grace]
     if old:
         unclear = _unclear_content(layout, inventory)
-        old = [b for b in old if b.digest not in unclear and b.digest not in protected]
+        old = [blob for blob in old if blob.digest not in unclear]
     return sorted(old, key=lambda blob: blob.used)
 
 
@@ -130,7 +132,10 @@ def _unclear_content(layout: Layout, inventory: Inventory) -> set[Digest]:
         manifest = inventory.manifests.get(image.root)
         if manifest is None or manifest.is_opaque:
             repositories.add(image.repository)
-    return {digest for one in repositories for digest in read_access_of(layout, one)}
+    # What verify has moved away is in no inventory, nor is a damaged child of an index.
+    damaged = {digest_of_file(path) for path, _ in quarantined_files(layout)} - {None}
+    moved = [one for one in damaged if one is not None and str(one) not in inventory.present]
+    return read_access_beside(layout, moved, [str(one) for one in repositories])
 
 
 def _content_items(orphans: Iterable[Content], removal: Removal, now: float) -> Iterator[Item]:
@@ -186,16 +191,21 @@ def _leftover_item(leftover: Leftover, size: int, now: float) -> Item:
     )
 
 
-def _old_quarantine(layout: Layout, now: float, grace: float) -> Iterator[tuple[Path, int, float]]:
+def _old_quarantine(
+    layout: Layout, inventory: Inventory, grace: float
+) -> Iterator[tuple[Path, int, float]]:
     for path, status in quarantined_files(layout):
-        age = now - status.st_ctime
+        digest = digest_of_file(path)
+        if str(digest) in inventory.protected and str(digest) not in inventory.present:
+            continue  # As long as it is there, what may belong to it stays.
+        age = inventory.now - status.st_ctime
         if age > grace:
             yield path, status.st_size, age
 
 
-def _drop_quarantined(layout: Layout, now: float, grace: float) -> list[Item]:
+def _drop_quarantined(layout: Layout, inventory: Inventory, grace: float) -> list[Item]:
     items = []
-    for path, size, age in list(_old_quarantine(layout, now, grace)):
+    for path, size, age in list(_old_quarantine(layout, inventory, grace)):
         with suppress(OSError):
             path.unlink()
             items.append(_quarantine_item(path, size, age))

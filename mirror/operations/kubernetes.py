@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import ssl
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -27,17 +28,21 @@ ACCOUNT_DIR: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 """Directory with the token of a pod's service account, and the authority of the API server."""
 _PAGE_PODS: Final = 500
 """Pods of one page, as kubectl asks for them: 5 MiB of JSON."""
+_MAX_POD_PAGES: Final = 10_000
+"""Pages of a list: 5 million pods, which no cluster has."""
 _MAX_PAGE_BYTES: Final = 256 * 1024 * 1024
 """Bytes of one page: pods of 500 KiB each."""
 _API_TIMEOUT_S: Final = 30.0
 """Seconds without a byte from the API server."""
 _MAX_ATTEMPTS: Final = 3
 """Lists that are begun before an expired one is an error."""
+# RFC 6750, section 2.1.
+_IS_TOKEN: Final = re.compile(r"[A-Za-z0-9._~+/-]+=*", re.ASCII).fullmatch
 _FINISHED_PHASES: Final = frozenset({"Succeeded", "Failed"})
 """Phases of pods whose containers have ended and are not started again."""
 _TOKEN_EXPIRED: Final = 410
 """Status of a ``continue`` token that has expired."""
-_REMEDIES: Final = {
+_STATUS_REMEDIES: Final = {
     401: "the API server does not accept the token: see --token-file",
     403: "the account may not list pods: bind a ClusterRole with the verb list on pods to it",
     404: "this is no Kubernetes API server: see --api-server",
@@ -88,7 +93,7 @@ class PodImages:
     images: frozenset[UsedImage]
 
 
-def list_images(server: ApiServer) -> PodImages:
+def list_pod_images(server: ApiServer) -> PodImages:
     """Ask the API server for all pods, and return their images. Blocks.
 
     Raises:
@@ -108,40 +113,48 @@ class _ListExpired(Exception):
 
 
 def _list_images(server: ApiServer) -> PodImages:
-    count, images, token = 0, set[UsedImage](), ""
+    count, images, token, seen = 0, set[UsedImage](), "", set[str]()
     with _Connection(server) as connection:
         while True:
             page = connection.get(token)
             for pod in page["items"]:
                 count += 1
                 images.update(images_of(pod))
-            token = page["metadata"].get("continue") or ""
+            token = str(page["metadata"].get("continue") or "")
             if not token:
                 return PodImages(count, frozenset(images))
+            if token in seen or len(seen) >= _MAX_POD_PAGES:
+                raise UpstreamProtocolError("the API server has sent an endless list of pods")
+            seen.add(token)
 
 
 class _Connection:
     """A connection to the API server. Redirects and proxies are not used."""
 
     def __init__(self, server: ApiServer) -> None:
-        parts = urlsplit(server.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UpstreamUnavailable(f"{server.url} is no URL of an API server")
+        try:
+            parts = urlsplit(server.url)
+            port, is_url = parts.port, parts.scheme in ("http", "https") and bool(parts.hostname)
+        except ValueError:
+            is_url = False
+        if not is_url or not server.url.isprintable():
+            raise UpstreamUnavailable("--api-server is no URL of an API server")
+        host = parts.hostname or ""
         self._path = parts.path.rstrip("/")
         self._headers = {"Accept": "application/json", "User-Agent": "oci-mirror"}
         if server.token_file is not None:
-            token = server.token_file.read_text(encoding="ascii").strip()
+            token = server.token_file.read_text(encoding="ascii", errors="replace").strip()
+            if not _IS_TOKEN(token):
+                raise UpstreamUnavailable(f"{server.token_file} has no bearer token in one line")
             self._headers["Authorization"] = f"Bearer {token}"
         self._name = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
         if parts.scheme == "https":
-            context = ssl.create_default_context(cafile=server.ca_file)
+            context = _tls_context(server.ca_file)
             self._connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-                parts.hostname, parts.port, timeout=_API_TIMEOUT_S, context=context
+                host, port, timeout=_API_TIMEOUT_S, context=context
             )
         else:
-            self._connection = http.client.HTTPConnection(
-                parts.hostname, parts.port, timeout=_API_TIMEOUT_S
-            )
+            self._connection = http.client.HTTPConnection(host, port, timeout=_API_TIMEOUT_S)
 
     def __enter__(self) -> _Connection:
         return self
@@ -168,15 +181,16 @@ class _Connection:
         return self._parse(body)
 
     def _refusal(self, status: int) -> MirrorError:
-        remedy = _REMEDIES.get(status, "try again later")
+        remedy = _STATUS_REMEDIES.get(status, "try again later")
         return UpstreamUnavailable(f"{self._name} has answered with {status}: {remedy}")
 
     def _parse(self, body: bytes) -> dict[str, Any]:
         try:
             page = json.loads(body)
-            if page["kind"] == "PodList" and isinstance(page["metadata"], dict):
-                page["items"] = page["items"] or []  # Go writes an empty list as null.
-                return dict(page)
+            items = page["items"] or []  # Go writes an empty list as null.
+            is_list = page["kind"] == "PodList" and isinstance(items, list)
+            if is_list and isinstance(page["metadata"], dict):
+                return {**page, "items": items}
         except MALFORMED:
             pass
         raise UpstreamProtocolError(f"{self._name} has sent no list of pods")
@@ -188,15 +202,15 @@ def images_of(pod: Any) -> Iterator[UsedImage]:
     There are none if it has finished. What is malformed is passed over.
     """
     spec, status = _fields(pod, "spec"), _fields(pod, "status")
-    if status.get("phase") in _FINISHED_PHASES:
+    if _text(status, "phase") in _FINISHED_PHASES:
         return
     for kind in ("containers", "initContainers", "ephemeralContainers"):
         digests = {
-            one.get("name"): digest_of_image_id(one.get("imageID"))
+            _text(one, "name"): digest_of_image_id(one.get("imageID"))
             for one in _items(status, f"{kind[:-1]}Statuses")
         }
         for container in _items(spec, kind):
-            name, digest = container.get("image"), digests.pop(container.get("name"), "")
+            name, digest = container.get("image"), digests.pop(_text(container, "name"), "")
             if isinstance(name, str) and name:
                 yield UsedImage(name=name, digest=digest)
             elif digest:
@@ -220,6 +234,19 @@ def digest_of_image_id(image_id: Any) -> str:
 def _fields(value: Any, key: str) -> Mapping[str, Any]:
     field = value.get(key) if isinstance(value, dict) else None
     return field if isinstance(field, dict) else {}
+
+
+def _text(fields: Mapping[str, Any], key: str) -> str:
+    value = fields.get(key)
+    return value if isinstance(value, str) else ""
+
+
+def _tls_context(ca_file: Path | None) -> ssl.SSLContext:
+    """Return the settings of TLS. Raises ``UpstreamUnavailable`` if a file has no certificate."""
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except ssl.SSLError:
+        raise UpstreamUnavailable(f"{ca_file} has no certificate (PEM)") from None
 
 
 def _items(fields: Mapping[str, Any], key: str) -> list[dict[str, Any]]:

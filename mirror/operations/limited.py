@@ -13,7 +13,7 @@ from typing import Final, TypeAlias
 from mirror.single_flight import SharedTask, SingleFlight
 
 Work: TypeAlias = Callable[[], Awaitable[None]]
-"""Called without arguments in the background. Must not raise."""
+"""Called without arguments, in the background. An exception ends all other work."""
 _NUMBERS: Final = count()
 """Makes the key of each worker different from all others."""
 
@@ -38,7 +38,7 @@ async def run_limited(single_flight: SingleFlight, works: Iterable[Work], limit:
         for worker in workers:
             await worker.wait()
     except BaseException:
-        # Also of the workers that run: the first error ends the whole.
+        # The first error, of the caller or of a worker, ends all workers.
         for worker in workers:
             worker.cancel()
         tasks = {worker.task for worker in workers if worker.task is not None}

@@ -78,7 +78,7 @@ async def pin(layout: Layout, index: Index, names: Sequence[ImageName], now: flo
     pins = [await _pin_of(index, name.with_default_tag(), now) for name in names]
 
     def add(marks: Marks) -> Marks:
-        new = {one.name: _keep_since(one, marks.pins.get(one.name)) for one in pins}
+        new = {one.name: _pin_in(marks, one) for one in pins}
         return replace(marks, pins={**marks.pins, **new})
 
     marks = await change(layout, add)
@@ -91,8 +91,14 @@ async def _pin_of(index: Index, name: ImageName, now: float) -> Pin:
     return Pin(str(name), (await find_digests(index, name))[0], now)
 
 
-def _keep_since(new: Pin, earlier: Pin | None) -> Pin:
-    return new if earlier is None else replace(new, since=earlier.since)
+def _pin_in(marks: Marks, new: Pin) -> Pin:
+    """Return a new pin with the digest that a frozen tag is served as, and the earlier time."""
+    freeze, earlier = marks.freezes.get(new.name), marks.pins.get(new.name)
+    return replace(
+        new,
+        digest=new.digest if freeze is None else freeze.digest,
+        since=new.since if earlier is None else earlier.since,
+    )
 
 
 async def unpin(layout: Layout, names: Sequence[ImageName]) -> list[Pin]:

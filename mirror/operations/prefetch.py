@@ -26,7 +26,6 @@ from mirror.observability.events import (
     LogMessage,
     Observer,
     PrefetchEnded,
-    RequestRecord,
 )
 from mirror.oci.errors import Draining, MirrorError
 from mirror.oci.image_name import ImageName
@@ -35,9 +34,10 @@ from mirror.oci.reference import Repository, Tag
 from mirror.oci.tag_selection import TagSelection
 from mirror.oci.versions import newest_first
 from mirror.operations.cleaning_report import load_report, save_report
+from mirror.operations.own_requests import OwnRequests
 from mirror.operations.warm import ContentProgress, ImageReport, WarmOptions, warm
 from mirror.store import disk
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.records import repository_of
 from mirror.threads import run_in_thread
 
@@ -159,19 +159,13 @@ async def _choose_tags(mirror: Mirror, entry: Prefetch, repository: Repository) 
 
 
 async def _list_tags(mirror: Mirror, repository: Repository) -> list[str]:
-    record = RequestRecord(
-        request_id="prefetch",
-        method="GET",
-        path="",
-        kind=Kind.TAGS,
-        upstream=repository.upstream,
-        repository=repository.path,
-    )
+    requests = OwnRequests("prefetch", repository, mirror.emit)
     names: list[str] = []
     last: str | None = None
     has_more = True
     while has_more:
-        page = await mirror.service.tags(repository, None, last, record)
+        with requests.begin(Kind.TAGS) as pull:
+            page = await mirror.service.tags(repository, None, last, pull)
         names += page.text.split("\n") if page.text else []
         last = names[-1] if names else None
         has_more = page.has_more and bool(page.text)
@@ -188,6 +182,7 @@ async def run_entry(mirror: Mirror, entry: Prefetch) -> PrefetchRun:
         platforms=frozenset(map(Platform.parse, entry.platforms)),
         has_referrers=entry.referrers,
         jobs=_PREFETCH_JOBS,
+        command="prefetch",
     )
     try:
         images = await find_entry_images(mirror, entry, run.errors)
@@ -230,7 +225,7 @@ class PrefetchJob:
         layout, entries = self._mirror.store.layout, self._mirror.settings.prefetch
         if not await run_in_thread(_due, layout, entries, now):
             return
-        lock = await run_in_thread(_try_lock, layout)
+        lock = await run_in_thread(disk.lock_file, layout.root / _PREFETCH_LOCK)
         if lock is None:
             return
         try:
@@ -261,7 +256,7 @@ class PrefetchJob:
 
 
 def last_runs(layout: Layout) -> dict[str, Any]:
-    """Return the last run of each entry (``runs``), for the admin API. Blocks."""
+    """Return the last run of each entry (``runs``). Blocks."""
     return load_report(layout, PREFETCH_REPORT) or {"runs": []}
 
 
@@ -290,13 +285,3 @@ def _save_run(layout: Layout, entries: tuple[Prefetch, ...], document: dict[str,
     own, configured = _key(document["entry"]), {_key(e.model_dump(mode="json")) for e in entries}
     kept = [run for run in _runs(layout) if _key(run.get("entry")) in configured - {own}]
     save_report(layout, PREFETCH_REPORT, {"runs": [*kept, document]})
-
-
-def _try_lock(layout: Layout) -> int | None:
-    """Return a descriptor that holds the lock of the job. None if another process has it."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(layout.root / _PREFETCH_LOCK, flags, 0o644)
-    if disk.try_lock(fd):
-        return fd
-    os.close(fd)
-    return None

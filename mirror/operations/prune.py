@@ -10,42 +10,47 @@ from collections.abc import Sequence
 
 from mirror.inventory.model import DigestText, Image, Inventory
 from mirror.operations.cleaning_report import CleaningReport, Item
-from mirror.operations.removal import remove_images
-from mirror.operations.retention import RetentionRule, decide
+from mirror.operations.removal import find_parts, remove_images
+from mirror.operations.retention import PruneRule, decide
 from mirror.store.store import Store
 
 
-def choose(inventory: Inventory, rules: Sequence[RetentionRule]) -> CleaningReport:
+def choose(inventory: Inventory, rules: Sequence[PruneRule]) -> CleaningReport:
     """Return what the rules would remove now, as a report of images. Changes nothing."""
     report = CleaningReport(is_dry_run=True)
     freed: dict[Image, set[DigestText]] = {}
     decisions = decide(_subjects(inventory), rules, inventory.now)
     removed = [decision.image for decision in decisions if decision.is_removed]
+    parts = find_parts(inventory, set(removed))
+    removed = [image for image in removed if image not in parts]
     left = set(inventory.freed_by(removed))
     for image in removed:
         own = left.intersection(inventory.sharing.reached(image.root))
         left -= own
         freed[image] = own
     for decision in decisions:
-        own = freed.get(decision.image, set())
+        own, is_removed = freed.get(decision.image, set()), decision.image in freed
         report.items.append(
             Item(
-                action="removed" if decision.is_removed else "kept",
+                action="removed" if is_removed else "kept",
                 kind="image",
                 name=decision.image.name,
                 digest=decision.image.root,
-                bytes=inventory.size_of(own) if decision.is_removed else decision.image.size,
-                count=len(own) if decision.is_removed else 1,
-                why=decision.why,
+                bytes=inventory.size_of(own) if is_removed else decision.image.size,
+                count=len(own) if is_removed else 1,
+                why=parts.get(decision.image, decision.why),
             )
         )
     return report
 
 
-async def prune(
-    store: Store, inventory: Inventory, rules: Sequence[RetentionRule]
-) -> CleaningReport:
+async def prune(store: Store, inventory: Inventory, rules: Sequence[PruneRule]) -> CleaningReport:
     """Remove the images that the rules name. Says which ones went and stayed, and why.
+
+    Args:
+        store: The open data directory.
+        inventory: Its content.
+        rules: The first one that is about an image decides.
 
     Raises what :func:`mirror.operations.removal.remove_images` raises.
     """

@@ -9,14 +9,14 @@ tags that an older tool wrote. All but the API are tags, and they move.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from mirror.observability.events import RequestRecord
+from mirror.observability.events import Kind
 from mirror.oci.descriptor import DEFAULT_ACCEPT, parse_referrers, referrers_tag
 from mirror.oci.errors import DigestInvalid, ManifestInvalid, NotFound
-from mirror.oci.reference import Digest, Repository, Tag
+from mirror.oci.reference import Digest, Tag
+from mirror.operations.own_requests import OwnRequests
 from mirror.pull.results import ManifestResult
 from mirror.pull.service import PullService
 from mirror.threads import parse_in_thread_if_large
@@ -43,26 +43,22 @@ def cosign_tags(digest: Digest) -> tuple[Tag, ...]:
     return tuple(Tag(f"{stem}{suffix}") for suffix in COSIGN_SUFFIXES)
 
 
-async def find_referring(
-    service: PullService,
-    repository: Repository,
-    digest: Digest,
-    make_record: Callable[[], RequestRecord],
-) -> Referring:
+async def find_referring(service: PullService, requests: OwnRequests, digest: Digest) -> Referring:
     """Ask for everything that refers to a manifest. Tags that do not exist are passed over.
 
     Args:
         service: Asks the upstream, or the cache.
-        repository: The repository of the manifest.
+        requests: Those for the repository of the manifest.
         digest: The manifest.
-        make_record: Returns the record of a new request.
 
     Raises:
         MirrorError: A channel could not be asked.
     """
-    found = await _read(await service.referrers(repository, digest, None, make_record()))
+    with requests.begin(Kind.REFERRERS, digest) as pull:
+        body = await service.referrers(requests.repository, digest, None, pull)
+    found = await _read(body)
     indexes = []
-    fallback = await _find_tag(service, repository, Tag(referrers_tag(digest)), make_record)
+    fallback = await _find_tag(service, requests, Tag(referrers_tag(digest)))
     if fallback is not None and fallback.body is not None:
         indexes.append(fallback)
         try:
@@ -70,21 +66,19 @@ async def find_referring(
         except ManifestInvalid:
             found.append(fallback.digest)  # Some other manifest has this tag.
     for tag in cosign_tags(digest):
-        manifest = await _find_tag(service, repository, tag, make_record)
+        manifest = await _find_tag(service, requests, tag)
         if manifest is not None:
             found.append(manifest.digest)
     chosen = tuple(dict.fromkeys(found))[:_MAX_REFERRERS]
     return Referring(chosen, tuple(indexes))
 
 
-async def _find_tag(
-    service: PullService,
-    repository: Repository,
-    tag: Tag,
-    make_record: Callable[[], RequestRecord],
-) -> ManifestResult | None:
+async def _find_tag(service: PullService, requests: OwnRequests, tag: Tag) -> ManifestResult | None:
     try:
-        return await service.manifest(repository, tag, DEFAULT_ACCEPT, make_record(), is_head=False)
+        with requests.begin(Kind.MANIFEST, tag) as pull:
+            return await service.manifest(
+                requests.repository, tag, DEFAULT_ACCEPT, pull, is_head=False
+            )
     except NotFound:
         return None
 

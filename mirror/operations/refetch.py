@@ -9,6 +9,7 @@ from mirror.composition import Mirror
 from mirror.observability.events import Kind, RequestRecord
 from mirror.oci.errors import Draining, MirrorError
 from mirror.oci.reference import Digest, Repository
+from mirror.operations.own_requests import OwnRequests
 from mirror.threads import run_in_thread
 
 
@@ -24,16 +25,15 @@ async def refetch(mirror: Mirror, repository: Repository, digest: Digest, kind: 
     Raises:
         Draining: The process ends.
     """
-    record = RequestRecord(
-        "verify", "GET", "", kind=kind, upstream=repository.upstream, repository=repository.path
-    )
     if repository.upstream not in mirror.settings.upstreams:
         return f"{repository.upstream} is not one of upstreams: configure it"
     try:
-        if kind is Kind.MANIFEST:
-            await mirror.service.manifest(repository, digest, (), record, is_head=False)
-        else:
-            await _wait_for_blob(mirror, repository, digest, record)
+        requests = OwnRequests("verify", repository, mirror.emit)
+        with requests.begin(kind, digest) as pull:
+            if kind is Kind.MANIFEST:
+                await mirror.service.manifest(repository, digest, (), pull, is_head=False)
+            else:
+                await _wait_for_blob(mirror, repository, digest, pull)
         await mirror.store.wait_until_published()
     except Draining:
         raise

@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mirror.composition import Mirror
-from mirror.observability.events import Kind, RequestRecord
+from mirror.observability.events import Kind
 from mirror.oci.descriptor import DEFAULT_ACCEPT
-from mirror.oci.errors import Denied, NameUnknown, TagInvalid
+from mirror.oci.errors import Denied, NameUnknown, StorageUnavailable, TagInvalid
 from mirror.oci.image_name import ImageName
 from mirror.oci.reference import Digest, Tag
+from mirror.operations.own_requests import OwnRequests
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,7 @@ async def refresh(mirror: Mirror, image: ImageName) -> RefreshReport:
         TagInvalid: The name has a digest.
         NameUnknown: Its registry is not one of the upstreams.
         Denied: The tag is frozen, its image is blocked, or the pull policy forbids requests.
+        StorageUnavailable: The index cannot be written.
         MirrorError: What the upstream answers, or why it cannot be asked.
     """
     repository, tag = image.repository, image.reference
@@ -61,19 +63,15 @@ async def refresh(mirror: Mirror, image: ImageName) -> RefreshReport:
     frozen = mirror.service.restrictions.frozen.get((repository, tag))
     if frozen is not None:
         raise Denied(f"{image} is frozen at {frozen}: run `oci-mirror unfreeze {image}` first")
+    if mirror.store.index.refusal is not None:
+        raise StorageUnavailable(f"the digest cannot be recorded: {mirror.store.index.refusal}")
     previous = await mirror.store.index.tag(repository, tag)
-    record = RequestRecord(
-        request_id="refresh",
-        method="GET",
-        path="",
-        kind=Kind.MANIFEST,
-        upstream=repository.upstream,
-        repository=repository.path,
-        reference=tag.name,
-    )
-    result = await mirror.service.manifest(
-        repository, tag, DEFAULT_ACCEPT, record, is_head=False, is_refresh=True
-    )
+    requests = OwnRequests("refresh", repository, mirror.emit)
+    with requests.begin(Kind.MANIFEST, tag.name) as pull:
+        result = await mirror.service.manifest(
+            repository, tag, DEFAULT_ACCEPT, pull, is_head=False, is_refresh=True
+        )
+        pull.digest = str(result.digest)
     # Old clients may get another manifest. Each asks again for its own.
     await mirror.store.index.name_records.expire_variants(repository, tag)
     await mirror.store.wait_until_published()

@@ -19,7 +19,6 @@ from mirror.inventory.model import MANIFEST_PART_TYPES, Content, DigestText, Ima
 from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest, Repository
 from mirror.operations.cleaning_report import CleaningReport, Item
-from mirror.operations.retention import KEEPING_MARKS
 from mirror.store.name_removal import RemovedName
 from mirror.store.protection import ProtectionUnknown
 from mirror.store.removal import KeptBecause, Removal, reset_future_uses
@@ -28,21 +27,21 @@ from mirror.threads import run_in_thread
 
 _MAX_NAMES: Final = 3
 """Names of other images in a reason."""
-REMEDIES: Final = {
-    "pinned": "unpin it first: oci-mirror unpin",
-    "frozen": "unfreeze it first: oci-mirror unfreeze",
-    "leased": "a node uses it: wait until its lease ends",
-}
-"""Mark that keeps an image -> what to do about it."""
 
 
 def plan_removal(
     inventory: Inventory, images: Iterable[Image], whys: Mapping[Image, str]
 ) -> CleaningReport:
-    """Return what :func:`remove_images` would do now. Changes nothing."""
+    """Return what :func:`remove_images` would do now. Changes nothing.
+
+    Args:
+        inventory: The content of the data directory.
+        images: The images to remove.
+        whys: Image -> the reason of its removal.
+    """
     report = CleaningReport(is_dry_run=True)
-    chosen = _without_kept(report, images)
-    removal = _Result({one: inventory.sizes[one] for one in inventory.freed_by(chosen)})
+    chosen = _without_kept(report, inventory, images)
+    removal = _RemovalState({one: inventory.sizes[one] for one in inventory.freed_by(chosen)})
     _describe(report, inventory, inventory.going_with(chosen), removal, whys)
     return report
 
@@ -63,7 +62,7 @@ async def remove_images(
         OSError: Another process does not release the eviction lock, or the disk refuses.
     """
     report = CleaningReport()
-    chosen = _without_kept(report, images)
+    chosen = _without_kept(report, inventory, images)
     contents = await run_in_thread(lambda: inventory.contents)
     await run_in_thread(reset_future_uses, store.layout, contents.values(), inventory.now)
     used = await run_in_thread(_used_since, store, contents, chosen)
@@ -75,17 +74,36 @@ async def remove_images(
     return report
 
 
-def _without_kept(report: CleaningReport, images: Iterable[Image]) -> list[Image]:
-    """Return the images that no mark keeps. Adds the others to the report."""
+def _without_kept(
+    report: CleaningReport, inventory: Inventory, images: Iterable[Image]
+) -> list[Image]:
+    """Return the images that nothing keeps. Adds the others to the report."""
     chosen: list[Image] = []
     for image in dict.fromkeys(images):
-        mark = next((mark for mark in KEEPING_MARKS if mark in image.marks), None)
-        if mark is None:
+        if image.keeper is None:
             chosen.append(image)
         else:
-            remedy = f"{REMEDIES[mark]} {image.name}" if mark != "leased" else REMEDIES[mark]
-            report.items.append(_kept(image, f"{mark}: {remedy}"))
-    return chosen
+            report.items.append(_kept(image, f"{image.keeper.why}: {image.keeper.remedy}"))
+    parts = find_parts(inventory, set(chosen))
+    report.items += [_kept(image, why) for image, why in parts.items()]
+    return [image for image in chosen if image not in parts]
+
+
+def find_parts(inventory: Inventory, chosen: Collection[Image]) -> dict[Image, str]:
+    """Return the digests that are part of an image of their repository that stays, and the reason.
+
+    Clients pull an index by its tag, and then one of its manifests by its digest. That name goes
+    with the index: the repository needs access to it as long as that is there.
+    """
+    going = {image for image in chosen if image.tag is None}
+    repositories = {image.repository for image in going}
+    whole: dict[tuple[Repository, DigestText], str] = {}
+    for image in inventory.images if going else ():
+        if image.repository in repositories and image not in chosen and not image.is_referrer:
+            for digest in inventory.sharing.reached(image.root):
+                whole.setdefault((image.repository, digest), image.name)
+    keys = {image: (image.repository, image.root) for image in going}
+    return {image: f"part of {whole[key]}" for image, key in keys.items() if key in whole}
 
 
 def _kept(image: Image, why: str) -> Item:
@@ -108,7 +126,7 @@ def _used_since(
 
 
 @dataclass(slots=True)
-class _Result:
+class _RemovalState:
     """The result of a removal, by text of the digests."""
 
     sizes: dict[DigestText, int] = field(default_factory=dict)
@@ -126,24 +144,42 @@ async def _remove(
     inventory: Inventory,
     going: Collection[Image],
     freed: Collection[DigestText],
-) -> _Result:
+) -> _RemovalState:
     """Remove contents and names, in an order that can be interrupted."""
-    result = _Result()
+    result = _RemovalState()
     roots = dict.fromkeys(image.root for image in going if image.root in freed)
     parts: dict[DigestText, None] = {}
     for image in going:
-        # Below the manifest of an index come its layers, so its parts go from the last one.
-        below = reversed(list(inventory.sharing.reached(image.root)))
-        parts.update((one, None) for one in below if one in freed and one not in roots)
+        for one in _parts_first(inventory, image.root):
+            if one in freed and one not in roots:
+                parts[one] = None
     result.add(await _remove_contents(store, inventory, parts))
     # A mark that was set meanwhile keeps the name.
     marked = {one for one, why in result.kept.items() if why is KeptBecause.MARKED}
+    await store.index.return_to_disk()  # On a disk that was full, there is room now.
     names = [i for i in going if marked.isdisjoint(inventory.sharing.reached(i.root))]
     if not await store.index.remove_names(removed_names(inventory, names)):
         raise StorageUnavailable("the index could not be written: try again")
     left = {image.root for image in names}
     result.add(await _remove_contents(store, inventory, [one for one in roots if one in left]))
     return result
+
+
+def _parts_first(inventory: Inventory, root: DigestText) -> list[DigestText]:
+    """Return all that a manifest reaches, each content before every manifest that refers to it."""
+    order: list[DigestText] = []
+    seen: set[DigestText] = set()
+    stack = [(root, False)]
+    while stack:
+        digest, are_parts_listed = stack.pop()
+        if are_parts_listed:
+            order.append(digest)
+        elif digest not in seen:
+            seen.add(digest)
+            stack.append((digest, True))
+            manifest = inventory.manifests.get(digest)
+            stack += [(one, False) for one in (manifest.columns.digests if manifest else ())]
+    return order
 
 
 async def _remove_contents(
@@ -195,7 +231,7 @@ def _describe(
     report: CleaningReport,
     inventory: Inventory,
     going: Collection[Image],
-    result: _Result,
+    result: _RemovalState,
     whys: Mapping[Image, str],
 ) -> None:
     """Add an item for each image, and one for each reason for which some of its content stays."""
@@ -234,7 +270,9 @@ def _describe(
         ]
 
 
-def _why_kept(digest: DigestText, result: _Result, others: Mapping[DigestText, list[str]]) -> str:
+def _why_kept(
+    digest: DigestText, result: _RemovalState, others: Mapping[DigestText, list[str]]
+) -> str:
     why = result.kept.get(digest)
     if why is not None:
         return f"{why}: oci-mirror gc removes it later" if why is KeptBecause.READ else str(why)
@@ -246,7 +284,7 @@ def _why_kept(digest: DigestText, result: _Result, others: Mapping[DigestText, l
 
 
 def _other_names(
-    inventory: Inventory, going: Collection[Image], result: _Result
+    inventory: Inventory, going: Collection[Image], result: _RemovalState
 ) -> dict[DigestText, list[str]]:
     """Return which other images share the content of these that stays."""
     gone = set(going)

@@ -13,15 +13,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Final, Protocol
+from typing import Protocol
 
-from mirror.inventory.model import Image, is_match
+from mirror.inventory.model import Image, is_named
 from mirror.oci.reference import Digest
 from mirror.oci.text import age_text
 from mirror.oci.versions import Version, parse_version
-
-KEEPING_MARKS: Final = ("pinned", "frozen", "leased")
-"""Marks of images that no rule removes."""
 
 
 class TagCondition(Protocol):
@@ -32,7 +29,7 @@ class TagCondition(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RetentionRule:
+class PruneRule:
     """A rule. An image is removed if it is too old, and not one of the newest."""
 
     match: str = "*"
@@ -48,11 +45,11 @@ class RetentionRule:
         """Return whether the rule is about an image."""
         if self.tags is not None and (image.tag is None or not self.tags.matches(image.tag.name)):
             return False
-        return is_match(image, self.match)
+        return is_named(image, self.match)
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class PruneDecision:
     """The decision about one image."""
 
     image: Image
@@ -61,7 +58,7 @@ class Decision:
     """The reason, for people."""
 
 
-def decide(images: Iterable[Image], rules: Sequence[RetentionRule], now: float) -> list[Decision]:
+def decide(images: Iterable[Image], rules: Sequence[PruneRule], now: float) -> list[PruneDecision]:
     """Decide about each image that a rule covers, in the order of the rules.
 
     Args:
@@ -69,7 +66,7 @@ def decide(images: Iterable[Image], rules: Sequence[RetentionRule], now: float) 
         rules: The first one that covers an image decides.
         now: Seconds since the epoch.
     """
-    decisions: list[Decision] = []
+    decisions: list[PruneDecision] = []
     rest = sorted(images, key=lambda image: str(image.repository))
     for rule in rules:
         covered = [image for image in rest if rule.is_about(image)]
@@ -81,25 +78,24 @@ def decide(images: Iterable[Image], rules: Sequence[RetentionRule], now: float) 
 
 
 def _decide_in_repository(
-    images: Sequence[Image], rule: RetentionRule, now: float
-) -> Iterator[Decision]:
+    images: Sequence[Image], rule: PruneRule, now: float
+) -> Iterator[PruneDecision]:
     newest = _newest(images, rule.keep_last or 0)
     for image in images:
-        mark = next((mark for mark in KEEPING_MARKS if mark in image.marks), None)
         age = max(0.0, now - image.used)
-        if mark is not None:
-            yield Decision(image, is_removed=False, why=mark)
+        if image.keeper is not None:
+            yield PruneDecision(image, is_removed=False, why=image.keeper.why)
         elif image in newest:
-            yield Decision(
+            yield PruneDecision(
                 image, is_removed=False, why=f"one of the last {rule.keep_last} of its repository"
             )
         elif rule.older_than is not None and age <= rule.older_than:
-            yield Decision(image, is_removed=False, why=f"used {age_text(age)} ago")
+            yield PruneDecision(image, is_removed=False, why=f"used {age_text(age)} ago")
         elif rule.keep_last is not None:
             why = f"not one of the last {rule.keep_last}, last used {age_text(age)} ago"
-            yield Decision(image, is_removed=True, why=why)
+            yield PruneDecision(image, is_removed=True, why=why)
         else:
-            yield Decision(image, is_removed=True, why=f"last used {age_text(age)} ago")
+            yield PruneDecision(image, is_removed=True, why=f"last used {age_text(age)} ago")
 
 
 def _newest(images: Sequence[Image], count: int) -> set[Image]:

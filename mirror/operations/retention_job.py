@@ -27,11 +27,11 @@ from mirror.inventory.read import read_inventory
 from mirror.observability.events import Event, LogMessage, Observer, RetentionEnded
 from mirror.oci.errors import MirrorError
 from mirror.oci.tag_selection import TagSelection
-from mirror.operations.cleaning_report import RETENTION_REPORT, load_report, save_report
+from mirror.operations.cleaning_report import RETENTION_REPORT, save_report
 from mirror.operations.prune import prune
-from mirror.operations.retention import RetentionRule
+from mirror.operations.retention import PruneRule
 from mirror.store import disk
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.marks import read_marks
 from mirror.store.store import Store
 from mirror.threads import run_in_thread
@@ -48,10 +48,10 @@ _SECTIONS: Final = {"data_dir", "storage", "retention", "retention_interval"}
 """Keys of the configuration that the process needs. The others may hold secrets."""
 
 
-def rules_of(settings: Settings) -> list[RetentionRule]:
+def rules_of(settings: Settings) -> list[PruneRule]:
     """Return the configured rules."""
     return [
-        RetentionRule(
+        PruneRule(
             match=rule.match,
             older_than=rule.older_than,
             keep_last=rule.keep_last,
@@ -171,8 +171,9 @@ async def _prune(layout: Layout, settings: Settings, now: float) -> dict[str, An
     inventory = read_inventory(layout, settings.upstreams, read_marks(layout), now)
     store = await Store.open(settings.data_dir, settings.storage, note)
     try:
-        if store.unwritable_reason is not None:
-            return {"error": store.unwritable_reason, "items": []}
+        refusal = store.removal_refusal()
+        if refusal is not None:
+            return {"error": refusal, "items": []}
         report = await prune(store, inventory, rules_of(settings))
     finally:
         await store.close()
@@ -182,17 +183,12 @@ async def _prune(layout: Layout, settings: Settings, now: float) -> dict[str, An
 @contextmanager
 def _locked(layout: Layout) -> Iterator[bool]:
     """Hold the lock of the job while the block runs. Yields False if another process has it."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(layout.root / _LOCK, flags, 0o644)
+    fd = disk.lock_file(layout.root / _LOCK)
     try:
-        yield disk.try_lock(fd)
+        yield fd is not None
     finally:
-        os.close(fd)
-
-
-def last_report(layout: Layout) -> dict[str, Any] | None:
-    """Return the report of the last run, for the admin API. None if there was none. Blocks."""
-    return load_report(layout, RETENTION_REPORT)
+        if fd is not None:
+            os.close(fd)
 
 
 def main() -> int:

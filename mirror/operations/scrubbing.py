@@ -16,7 +16,7 @@ from typing import Final
 
 from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.scrub import Scrubbed
 
 _AHEAD: Final = 64

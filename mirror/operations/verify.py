@@ -21,7 +21,7 @@ _RECORD_STEP: Final = 1000
 """Verification times that are written to the index at once."""
 _MAX_NAMES: Final = 3
 """Names of images in one finding."""
-_MAX_ROUNDS: Final = 5
+_MAX_REPAIR_ROUNDS: Final = 5
 """Rounds of a repair: an index, its manifests, their layers, and one more after a new damage."""
 
 ProblemKind: TypeAlias = Literal["damaged", "unreadable", "incomplete"]
@@ -104,7 +104,7 @@ class VerifyReport:
 
 OnProgress: TypeAlias = Callable[[int, int], None]
 """Receives the bytes that were hashed so far, and those of all content that is to be hashed."""
-Fetch: TypeAlias = Callable[[Repository, Digest, Kind], Awaitable[str | None]]
+Refetch: TypeAlias = Callable[[Repository, Digest, Kind], Awaitable[str | None]]
 """Fetches content through a repository. Returns why it could not, or None."""
 ReadInventory: TypeAlias = Callable[[], Awaitable[Inventory]]
 
@@ -186,6 +186,9 @@ def _damage(inventory: Inventory, broken: dict[DigestText, ProblemKind]) -> Iter
             names.setdefault(digest, []).append(image.name)
     for digest, problem in broken.items():
         of = names.get(digest, [])
+        is_manifest = (
+            digest in inventory.names_by_root or inventory.type_of(digest) in MANIFEST_PART_TYPES
+        )
         words = "does not hash to its digest" if problem == "damaged" else "cannot be read"
         more = f" and {len(of) - _MAX_NAMES} more" if len(of) > _MAX_NAMES else ""
         where = f"part of {', '.join(of[:_MAX_NAMES])}{more}" if of else "part of no image"
@@ -195,7 +198,7 @@ def _damage(inventory: Inventory, broken: dict[DigestText, ProblemKind]) -> Iter
             digest=digest,
             bytes=inventory.contents[Digest.parse(digest)].size,
             what=f"{inventory.type_of(digest)} {words}: it is in quarantine/, {where}",
-            command=_command(of[0]) if of else None,
+            command=_command(of[0], is_manifest=is_manifest) if of else None,
         )
 
 
@@ -209,19 +212,20 @@ def _incomplete(images: Collection[Image], broken: Collection[DigestText]) -> It
                 digest=str(image.digest),
                 bytes=sum(part.size for part in missing),
                 what=f"lacks {len(missing)} of its contents, such as {missing[0].text}",
-                command=_command(image.name),
+                command=_command(image.name, is_manifest=False),
             )
 
 
-def _command(name: str) -> str:
-    return f"oci-mirror verify --repair {name}"
+def _command(name: str, *, is_manifest: bool) -> str:
+    # A manifest is in quarantine/ now. So verify does not know what the image has.
+    return f"oci-mirror warm {name}" if is_manifest else f"oci-mirror verify --repair {name}"
 
 
 # --- repair ---------------------------------------------------------------------------------------
 
 
 async def repair(
-    report: VerifyReport, inventory: Inventory, read_inventory: ReadInventory, fetch: Fetch
+    report: VerifyReport, inventory: Inventory, read_inventory: ReadInventory, fetch: Refetch
 ) -> None:
     """Fetch what a verification has found broken. Updates the findings of ``report``.
 
@@ -239,7 +243,7 @@ async def repair(
     images = [image for image in inventory.images if _is_due(inventory, image, due)]
     wanted = _broken_contents(inventory, images, due)
     names = {(image.name, image.digest) for image in images}
-    for _ in range(_MAX_ROUNDS):
+    for _ in range(_MAX_REPAIR_ROUNDS):
         for repository, digest, kind in wanted:
             why = await fetch(repository, digest, kind)
             if why is not None:

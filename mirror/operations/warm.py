@@ -32,9 +32,10 @@ from mirror.oci.image_name import DEFAULT_TAG, ImageName
 from mirror.oci.platform import Choice, Platform, choose_entries
 from mirror.oci.reference import Digest, Reference
 from mirror.operations.limited import Work, run_limited
+from mirror.operations.own_requests import OwnRequests
 from mirror.operations.referring import find_referring
 from mirror.pull.results import ManifestResult
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.reader import Reader
 from mirror.threads import parse_in_thread_if_large, run_in_thread
 
@@ -108,6 +109,8 @@ class WarmOptions:
     """Whether signatures, SBOMs and other referrers are fetched, too."""
     jobs: int = DEFAULT_JOBS
     """Contents that are fetched at the same time."""
+    command: str = "warm"
+    """Name of the command or job, for the history."""
 
 
 async def warm(
@@ -147,6 +150,7 @@ class _ImageRun:
     added: set[Digest]
     """Content that this call has added, of all images: two images may share it."""
     result: ImageReport = field(init=False)
+    _requests: OwnRequests = field(init=False)
     _sizes: dict[Digest, int] = field(default_factory=dict)
     """The content of this image that must be on disk at the end -> its bytes."""
     _is_planned: set[tuple[Kind, Digest]] = field(default_factory=set)
@@ -154,6 +158,7 @@ class _ImageRun:
 
     def __post_init__(self) -> None:
         self.result = ImageReport(self.image)
+        self._requests = OwnRequests(self.options.command, self.image.repository, self.mirror.emit)
 
     async def run(self) -> None:
         """Fetch the image, and report the result. Raises ``Draining`` only."""
@@ -179,9 +184,9 @@ class _ImageRun:
             names = ", ".join(self.mirror.settings.upstreams)
             message = f"{repository.upstream} is not one of upstreams ({names}): configure it"
             raise NotFound(message)
-        record = self._record(Kind.MANIFEST)
         async with self.fetches:
-            root = await self._request_manifest(reference, record)
+            with self._requests.begin(Kind.MANIFEST, reference) as record:
+                root = await self._request_manifest(reference, record)
         self.result.digest = root.digest
         if record.outcome is Outcome.STALE:
             self._errors.append(f"the upstream could not be asked: {record.warning}")
@@ -227,7 +232,8 @@ class _ImageRun:
         self._is_planned.add((Kind.MANIFEST, digest))
         try:
             async with self.fetches:
-                manifest = await self._request_manifest(digest, self._record(Kind.MANIFEST))
+                with self._requests.begin(Kind.MANIFEST, digest) as record:
+                    manifest = await self._request_manifest(digest, record)
         except Draining:
             raise
         except MirrorError as error:
@@ -237,11 +243,10 @@ class _ImageRun:
 
     async def _fetch_referring(self, digest: Digest, level: int) -> None:
         """Fetch the manifests that refer to a manifest, on all three channels."""
-        record = partial(self._record, Kind.REFERRERS)
-        repository, service = self.image.repository, self.mirror.service
+        service = self.mirror.service
         try:
             async with self.fetches:
-                found = await find_referring(service, repository, digest, record)
+                found = await find_referring(service, self._requests, digest)
         except Draining:
             raise
         except MirrorError as error:
@@ -256,23 +261,13 @@ class _ImageRun:
 
     # --- content --------------------------------------------------------------------------------
 
-    def _record(self, kind: Kind) -> RequestRecord:
-        repository = self.image.repository
-        return RequestRecord(
-            request_id="warm",
-            method="GET",
-            path="",
-            kind=kind,
-            upstream=repository.upstream,
-            repository=repository.path,
-        )
-
     async def _request_manifest(
         self, reference: Reference, record: RequestRecord
     ) -> ManifestResult:
         manifest = await self.mirror.service.manifest(
             self.image.repository, reference, DEFAULT_ACCEPT, record, is_head=False
         )
+        record.digest = str(manifest.digest)
         is_new = record.outcome in (Outcome.MISS, Outcome.JOIN)
         if manifest.media_type.lower() not in SCHEMA1_TYPES:  # The index keeps those.
             self._add(manifest.digest, manifest.size or 0, is_new=is_new)
@@ -304,15 +299,16 @@ class _ImageRun:
 
     async def _read_blob(self, blob: Descriptor) -> None:
         """Request a blob, and wait until all its bytes are there and verified."""
-        record, digest = self._record(Kind.BLOB), blob.digest
-        result = await self.mirror.service.blob(
-            self.image.repository, digest, record, is_head=False
-        )
-        is_new = record.outcome in (Outcome.MISS, Outcome.JOIN)
-        size = result.size or blob.size
-        if result.content is not None and not isinstance(result.content, bytes):
-            on_progress = partial(self._tell, digest, Kind.BLOB, "fetching", size=size)
-            size = await _wait_for_all(result.content, on_progress if is_new else _ignore)
+        digest = blob.digest
+        with self._requests.begin(Kind.BLOB, digest) as record:
+            result = await self.mirror.service.blob(
+                self.image.repository, digest, record, is_head=False
+            )
+            is_new = record.outcome in (Outcome.MISS, Outcome.JOIN)
+            size = result.size or blob.size
+            if result.content is not None and not isinstance(result.content, bytes):
+                on_progress = partial(self._tell, digest, Kind.BLOB, "fetching", size=size)
+                size = await _wait_for_all(result.content, on_progress if is_new else _ignore)
         self._add(digest, size, is_new=is_new)
         state: ContentState = "stored" if is_new else "here"
         self._tell(digest, Kind.BLOB, state, position=size, size=size)

@@ -60,6 +60,10 @@ def read_documents(text: str) -> Iterator[Value]:
         raise DocumentsRefused(1, "nested too deeply") from None
 
 
+# YAML 1.2, section 10.2.1.1.
+_NULLS: Final = frozenset({"", "~", "null", "Null", "NULL"})
+
+
 @dataclass(slots=True)
 class _Frame:
     """A mapping or list whose end has not come."""
@@ -124,10 +128,12 @@ class _DocumentBuilder:
         """Put a complete value where it belongs. Returns it if it is a whole document."""
         if anchor is not None:
             self._anchors[anchor] = value, weight
+        is_null = is_plain and value in _NULLS
         if not self._stack:
-            is_empty = is_plain and value in ("", "~", "null")
-            return None if is_empty else value
+            return None if is_null else value
         frame = self._stack[-1]
+        if is_null and (isinstance(frame.value, list) or frame.key is not None):
+            value = ""  # Not the text, which could be the name of an image.
         frame.weight += weight
         if isinstance(frame.value, list):
             frame.value.append(value)

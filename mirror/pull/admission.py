@@ -147,6 +147,6 @@ def admit(
 
 
 def admit_digest(digest: Digest, restrictions: Restrictions) -> Admission:
-    """Decide whether a manifest may be served that a tag has resolved to."""
+    """Decide whether the manifest to which a tag has resolved may be served."""
     reason = restrictions.digests.get(digest)
     return _ALLOW if reason is None else Deny(reason)

@@ -78,7 +78,10 @@ def is_fresh(confirmed: float | None, upstream: Upstream, now: float) -> bool:
 def decide_by_age(confirmed: float | None, upstream: Upstream, now: float) -> Decision:
     """Decide whether a cached tag or list may be served, by its age.
 
-    The arguments are those of :func:`is_fresh`.
+    Args:
+        confirmed: As for :func:`is_fresh`.
+        upstream: Settings of the upstream.
+        now: The current time, in seconds since the epoch.
     """
     if is_fresh(confirmed, upstream, now):
         return Fresh()
@@ -110,7 +113,13 @@ def decide_tag(
 
 
 def trace_tag(record: TagRecord | None, upstream: Upstream, now: float) -> PullTrace:
-    """Return why the upstream is asked for a tag. The arguments are those of :func:`decide_tag`."""
+    """Return why the upstream is asked for a tag.
+
+    Args:
+        record: As for :func:`decide_tag`.
+        upstream: Settings of the upstream.
+        now: The current time, in seconds since the epoch.
+    """
     if record is None:
         return PullTrace()
     return PullTrace(
@@ -126,6 +135,11 @@ def decide_access(access_record: AccessRecord | None, upstream: Upstream, now: f
     A reference from a manifest that was pulled through the repository does not expire. Access that
     the upstream granted expires after :data:`ACCESS_TTL_S`. A record that expires later than that
     was written while the clock ran ahead, and is not fresh.
+
+    Args:
+        access_record: The record that the repository refers to the content. None: there is none.
+        upstream: Settings of the upstream.
+        now: The current time, in seconds since the epoch.
     """
     if upstream.pull_policy == "Never":
         return Fresh() if access_record is not None else Refuse()
@@ -149,6 +163,11 @@ def after_failure(error: MirrorError, upstream: Upstream, *, has_fallback: bool)
 
     A refusal (401, 403, 404) is the upstream's decision, and no failure. An upstream that sends a
     manifest which cannot be served has not failed either: an older one would hide it.
+
+    Args:
+        error: The failure.
+        upstream: Settings of the upstream.
+        has_fallback: Whether a cached result could be served.
     """
     is_failure = isinstance(error, UpstreamError) and not isinstance(error, ManifestInvalid)
     return Stale(error.message) if has_fallback and upstream.serve_stale and is_failure else Fail()

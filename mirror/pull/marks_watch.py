@@ -1,4 +1,4 @@
-"""Have the pull service follow the operator's marks, which commands change in the data directory.
+"""Apply the operator's marks to the pull service, and follow their changes.
 
 Lives here: when the marks are read, and what happens if they cannot be. Must not know: how requests
 are restricted, clients.

@@ -32,7 +32,7 @@ _MAX_SUSPECTED_DIGESTS: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class FetchProgress:
+class RunningFetch:
     """A fetch of this process at one moment."""
 
     digest: Digest
@@ -131,10 +131,10 @@ class RunningFetches:
             return None
         return fetch
 
-    def progress(self) -> list[FetchProgress]:
+    def progress(self) -> list[RunningFetch]:
         """Return how far each fetch is, the oldest one first."""
         return [
-            FetchProgress(
+            RunningFetch(
                 digest=fetch.ingest.digest,
                 repository=fetch.repository,
                 endpoint=fetch.endpoint,

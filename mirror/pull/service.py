@@ -132,7 +132,14 @@ class PullService:
             frozen = self.restrictions.frozen.get((repository, reference))
             if frozen is None:
                 return await self._by_tag(
-                    TagRequest(repository, reference, pull, accept, is_head, is_refresh)
+                    TagRequest(
+                        repository,
+                        reference,
+                        pull,
+                        accept=accept,
+                        is_head=is_head,
+                        is_refresh=is_refresh,
+                    )
                 )
             reference = frozen
             self._admit_digest(reference, pull)

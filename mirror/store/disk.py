@@ -143,6 +143,11 @@ def touch(layout: Layout, digests: Iterable[Digest], now: float) -> None:
 
     A missing file is passed over. So is a file that another program wrote to: its time is the
     evidence of that write. Never raises for a disk that refuses.
+
+    Args:
+        layout: The data directory.
+        digests: The content.
+        now: The last use, in seconds since the epoch.
     """
     seconds = int(now) * _NANOSECONDS
     for digest in digests:
@@ -244,7 +249,13 @@ def read_state(layout: Layout, digest: Digest) -> tuple[IngestState, float] | No
 
 
 def write_state(layout: Layout, digest: Digest, state: IngestState) -> None:
-    """Replace the state atomically. Raises ``OSError``, and leaves no draft then."""
+    """Replace the state atomically. Raises ``OSError``, and leaves no draft then.
+
+    Args:
+        layout: The data directory.
+        digest: The content that is fetched.
+        state: The new state.
+    """
     path = layout.ingest_state(digest)
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     document = {
@@ -325,6 +336,22 @@ def open_locked(path: Path) -> Iterator[int | None]:
         os.close(fd)
 
 
+def lock_file(path: Path) -> int | None:
+    """Create a file if it is missing, and hold its exclusive lock while the descriptor is open.
+
+    Returns:
+        The descriptor; None if another process holds the lock.
+
+    Raises:
+        OSError: The file cannot be opened or locked.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    if try_lock(fd):
+        return fd
+    os.close(fd)
+    return None
+
+
 def is_locked(path: Path) -> bool:
     """Return whether a process holds the exclusive lock of a file.
 
@@ -346,6 +373,12 @@ def is_locked(path: Path) -> bool:
 
 def publish(layout: Layout, digest: Digest, fd: int, now: float) -> None:
     """Make verified content durable and visible: fsync, rename, fsync of the directory.
+
+    Args:
+        layout: The data directory.
+        digest: The content.
+        fd: Its open ingest file, whose lock we hold.
+        now: Its last use, in seconds since the epoch.
 
     Raises:
         OSError: One of these steps failed. Nothing is left under ``blobs/``, and the ingest file is
@@ -407,7 +440,13 @@ def _open_directory(path: Path) -> int:
 
 
 def drop_ingest(layout: Layout, digest: Digest, fd: int) -> None:
-    """Remove an ingest file whose lock we hold. Never raises: recovery removes it later."""
+    """Remove an ingest file whose lock we hold. Never raises: recovery removes it later.
+
+    Args:
+        layout: The data directory.
+        digest: The content.
+        fd: The open file. Another one that has its name now stays.
+    """
     with suppress(OSError):
         if is_at(fd, layout.ingest(digest)):
             layout.ingest(digest).unlink(missing_ok=True)

@@ -16,7 +16,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
@@ -160,30 +160,18 @@ class Catalog:
 
 
 def eviction_order(
-    blobs: Iterable[StoredBlob],
-    pinned: Collection[Digest],
-    references: Mapping[Digest, Collection[Digest]],
-    enough: float = math.inf,
+    blobs: Iterable[StoredBlob], protected: Container[Digest], enough: float = math.inf
 ) -> list[StoredBlob]:
     """Return the content that may be evicted, least recently used first.
 
-    Pinned manifests are never evicted, nor is content that one refers to, directly or through an
-    index. At the same recency small content (manifests) is evicted first: so whole images are left,
-    rather than manifests without layers.
+    At the same recency small content (manifests) is evicted first: so whole images are left, rather
+    than manifests without layers.
 
     Args:
         blobs: All whole content. At most about twice as much as is returned is held in memory.
-        pinned: Manifests that must stay, and any other content that must stay.
-        references: The parts of each manifest that must stay.
+        protected: Content that must stay.
         enough: Bytes to evict: the result ends with the content that reaches them.
     """
-    protected: set[Digest] = set()
-    queue = list(pinned)
-    while queue:
-        digest = queue.pop()
-        if digest not in protected:
-            protected.add(digest)
-            queue.extend(references.get(digest, ()))
     by_use: dict[float, list[StoredBlob]] = {}
     held, newest, limit = 0, math.inf, 2 * enough
     for blob in blobs:
@@ -387,7 +375,7 @@ class Evictor:
 
         Raises ``ProtectionUnknown``.
         """
-        dropped = trim_quarantine(self._layout, keep=0)
+        dropped = trim_quarantine(self._layout, keep=0, staying=protection.digests)
         for leftover in find_leftovers(self._layout):
             if dropped < free:
                 dropped += drop_leftover(self._layout, leftover.digest)
@@ -413,7 +401,7 @@ class Evictor:
             blobs = protection.without_hosted(self._catalog.blobs(self._now()))
             # Other content is evicted in the place of what a client reads.
             staying = protection.digests | removal.kept.keys()
-            chosen = eviction_order(blobs, staying, {}, free - removal.bytes)
+            chosen = eviction_order(blobs, staying, free - removal.bytes)
             if not chosen:
                 break
             for batch in batches(chosen):

@@ -9,14 +9,16 @@ The index drops a response when it reads it after its time, and otherwise when t
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Final
 
 from mirror.oci.errors import InvalidRequest, StorageUnavailable
 from mirror.oci.reference import Digest, Repository
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.names import ACCESS, RESPONSES
+from mirror.store.saved_rows import connect_to_read
 
 _BUSY_TIMEOUT_S: Final = 10.0
 """Seconds to wait for other processes. Each of their transactions takes milliseconds."""
@@ -29,6 +31,8 @@ _DELETE_EXPIRED: Final = (
     "DELETE FROM Cache WHERE rowid IN"
     " (SELECT rowid FROM Cache WHERE expire_time < ? ORDER BY expire_time LIMIT ?)"
 )
+_MANIFESTS_END: Final = "manifest!"
+"""Comes after the key of every access record of a manifest."""
 _KEYS_BETWEEN: Final = (
     "SELECT key FROM Cache WHERE key >= ? AND key < ? AND raw = 1 AND typeof(key) = 'text'"
 )
@@ -65,18 +69,51 @@ def read_access_of(layout: Layout, repository: Repository) -> set[Digest]:
 
     Raises ``StorageUnavailable`` if the index cannot be read.
     """
+    return read_access_beside(layout, (), [str(repository)])
+
+
+def read_access_beside(
+    layout: Layout, manifests: Collection[Digest], repositories: Collection[str] = ()
+) -> set[Digest]:
+    """Return the content of all repositories that are known to have one of some manifests. Blocks.
+
+    With manifests, all access records of manifests are read: 100,000 take 0.1 s.
+
+    Args:
+        layout: The data directory.
+        manifests: The manifests.
+        repositories: Whole names of further repositories.
+
+    Raises:
+        StorageUnavailable: The index cannot be read.
+    """
     found: set[Digest] = set()
     with _opened(layout, ACCESS, "ro") as database:
         if database is None:
             return found
-        for kind in ("blob", "manifest"):
-            start = f"{kind} {repository}@"
-            for (key,) in database.execute(_KEYS_BETWEEN, (start, f"{start}{_LAST}")):
-                try:
-                    found.add(Digest.parse(key.removeprefix(start)))
-                except InvalidRequest:
-                    continue
+        names = dict.fromkeys(repositories)
+        wanted = set(map(str, manifests))
+        if wanted:
+            for (key,) in database.execute(_KEYS_BETWEEN, ("manifest ", _MANIFESTS_END)):
+                name, _, digest = key.removeprefix("manifest ").partition("@")
+                if digest in wanted:
+                    names[name] = None
+        for name in names:
+            for kind in ("blob", "manifest"):
+                start = f"{kind} {name}@"
+                for (key,) in database.execute(_KEYS_BETWEEN, (start, f"{start}{_LAST}")):
+                    try:
+                        found.add(Digest.parse(key.removeprefix(start)))
+                    except InvalidRequest:
+                        continue
     return found
+
+
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
+    if mode == "ro":
+        return connect_to_read(path, _BUSY_TIMEOUT_S)
+    uri = f"{path.absolute().as_uri()}?mode={mode}"
+    return sqlite3.connect(uri, uri=True, timeout=_BUSY_TIMEOUT_S, isolation_level=None)
 
 
 @contextmanager
@@ -87,9 +124,7 @@ def _opened(layout: Layout, table: str, mode: str) -> Iterator[sqlite3.Connectio
         if not path.exists():
             yield None
             return
-        uri = f"{path.absolute().as_uri()}?mode={mode}"
-        connect = sqlite3.connect(uri, uri=True, timeout=_BUSY_TIMEOUT_S, isolation_level=None)
-        with closing(connect) as database:
+        with closing(_connect(path, mode)) as database:
             yield database
     except (sqlite3.Error, OSError) as error:
         raise StorageUnavailable(

@@ -21,8 +21,9 @@ from mirror.oci.descriptor import parse_referrers, referrers_tag
 from mirror.oci.errors import ManifestInvalid
 from mirror.oci.reference import Digest
 from mirror.store.names import NAMED, RESPONSES
-from mirror.store.records import MALFORMED, TagRecord, load_tag
+from mirror.store.records import MALFORMED, load_tag
 from mirror.store.rows import Row, Rows, Tables
+from mirror.store.tag_rows import AFTER_SPACE, read_tag
 from mirror.threads import run_in_thread
 
 REFERRERS_LIST: Final = "list referrers "
@@ -33,8 +34,6 @@ _STEP_TAGS: Final = 50
 _REFERRERS_TAG: Final = re.compile(
     r":(?P<subject>sha(?:256|512)-[a-f0-9]{64})(?:\.(?:sig|att|sbom))?(?: .*)?"
 )
-_AFTER_SPACE: Final = "!"
-"""The character after the space: a key with this in place of a space comes after its variants."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,16 +99,6 @@ def _read_tags(tables: Tables, names: list[str]) -> set[Digest]:
     return {record.digest for name in names for record in read_tag(tables, name)}
 
 
-def read_tag(tables: Tables, name: str) -> list[TagRecord]:
-    """Return the record of a tag, and its variants for clients that do not accept every media type.
-
-    ``name``: the whole name, ``host/path:tag``. Empty: the tag is not known.
-    """
-    variants = tables.read_range(NAMED, f"{name} ", f"{name}{_AFTER_SPACE}")
-    texts = (tables.read_or_none(NAMED, name)[0], *(row.text for row in variants))
-    return [record for record in map(load_tag, texts) if record is not None]
-
-
 def _read_tags_of_referrers(
     tags: Set[str], after: int, tables: Tables
 ) -> tuple[int | None, set[Digest]]:
@@ -129,7 +118,7 @@ def _digests_of_tags(tags: Set[str], page: list[Row]) -> Iterator[Digest]:
 
 def _read_lists(subjects: Set[str], after: str, tables: Tables) -> tuple[str, set[Digest]]:
     """Return the referrers in the next lists, and the last key. It is empty after the last list."""
-    page = tables.read_range(RESPONSES, after, f"{REFERRERS_LIST[:-1]}{_AFTER_SPACE}")
+    page = tables.read_range(RESPONSES, after, f"{REFERRERS_LIST[:-1]}{AFTER_SPACE}")
     found: set[Digest] = set()
     for row in page:
         if row.key.rpartition("@")[2] in subjects:

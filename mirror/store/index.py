@@ -25,7 +25,7 @@ from typing import Final, TypeVar
 from mirror.observability.events import IndexRestored, LogMessage, Observer
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store import names
-from mirror.store.image_links import Links, find_links, read_tag
+from mirror.store.image_links import Links, find_links
 from mirror.store.name_records import NameRecords
 from mirror.store.name_removal import RemovedName, read_variants, updates_of
 from mirror.store.names import ACCESS, NAMED, RESPONSES, NamesPage, access_key, manifest_key
@@ -48,6 +48,7 @@ from mirror.store.records import (
     parse_time,
 )
 from mirror.store.rows import Rows, Tables
+from mirror.store.tag_rows import read_tag
 from mirror.threads import on_running_loop
 
 T = TypeVar("T")

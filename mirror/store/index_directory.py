@@ -294,7 +294,9 @@ class IndexDirectory(Generic[Databases]):
         # Not those of the restore. The directory's own databases are restored as well, and a merge
         # must not replace their newer rows.
         databases.note_changes()
-        why = f"{type(refusal).__name__}: {refusal}"
+        why = str(refusal)
+        if isinstance(refusal, OSError) and refusal.strerror:
+            why = f"{refusal.filename or self._path}: {refusal.strerror}"
         self.refusal = f"the index cannot be written ({why})"
         message = "the index cannot be written: a temporary copy is used until the disk accepts it"
         self._emit(LogMessage("warning", message, (("why", why),)))

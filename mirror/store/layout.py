@@ -13,7 +13,7 @@ Lives here: where each file is. Must not know: what is done with it.
     history/                 the history of pulls (see :mod:`mirror.history`)
     hosted/names.db          names of the hosted repositories (no cache: see ``mirror/hosted``)
     uploads/<id>             bytes of an upload to a hosted repository
-    eviction.lock            its ``flock`` means that an eviction runs
+    eviction.lock            its ``flock`` means that content is being removed
     index.json.lock          its ``flock`` means that ``index.json`` is being written
     marks.json               pins, freezes, blocks, leases (see :mod:`mirror.store.marks`)
     marks.lock               its ``flock`` means that ``marks.json`` is being changed
@@ -80,7 +80,7 @@ class Layout:
 
     @property
     def eviction_lock(self) -> Path:
-        """The file whose lock is held while an eviction runs."""
+        """The file whose lock is held while an eviction or a command removes content."""
         return self.root / "eviction.lock"
 
     @property

@@ -140,6 +140,21 @@ def protected_roots(marks: Marks, now: float) -> set[Digest]:
     return roots
 
 
+def kept_manifests(marks: Marks) -> dict[str, set[Digest]]:
+    """Return the digests that pins and freezes name, by the whole name of the repository."""
+    found: dict[str, set[Digest]] = {}
+    kept: tuple[Pin | Freeze, ...] = (*marks.pins.values(), *marks.freezes.values())
+    for mark in kept:
+        found.setdefault(repository_part(mark.name), set()).add(mark.digest)
+    return found
+
+
+def repository_part(name: str) -> str:
+    """Return the repository of the whole name of an image, ``host/path:tag`` or ``…@digest``."""
+    repository, separator, _ = name.partition("@")
+    return repository if separator else name.rpartition(":")[0]
+
+
 def with_leases(marks: Marks, leases: Iterable[Lease]) -> Marks:
     """Return marks with these leases, of all sources, in place of those that they have."""
     longest: dict[Digest, Lease] = {}

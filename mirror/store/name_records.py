@@ -21,6 +21,7 @@ from mirror.store.names import ACCESS, NAMED, RESPONSES
 from mirror.store.pending_rows import Update
 from mirror.store.records import TagRecord, dump_tag, load_tag
 from mirror.store.rows import Row, Rows, Tables
+from mirror.store.tag_rows import read_tag_rows
 
 _UpdateRows: TypeAlias = Callable[
     [str, Sequence[tuple[str, Update]]], Awaitable[list[str | None] | None]
@@ -49,19 +50,14 @@ class NameRecords:
         """
         if tag is None:
             rows = await self._range(NAMED, f"{repository}:")
+            texts = None if rows is None else [(row.key, row.text) for row in rows]
         else:
-            rows = await self._range(NAMED, f"{repository}:{tag} ")
-            key = f"{repository}:{tag}"
-            unanswered: tuple[str | None, str | None] | None = None
-            found = await self._rows.read(
-                partial(Tables.read_or_none, table=NAMED, key=key), unanswered
-            )
-            if rows is None or found is None:
-                return None
-            rows += [Row(0, key, text) for text in (found[0],) if text is not None]
-        if rows is None:
+            unanswered: list[tuple[str, str]] | None = None
+            name = f"{repository}:{tag}"
+            texts = await self._rows.read(partial(read_tag_rows, name=name), unanswered)
+        if texts is None:
             return None
-        records = ((row.key, load_tag(row.text)) for row in rows)
+        records = ((key, load_tag(text)) for key, text in texts)
         return {key: record for key, record in records if record is not None}
 
     async def manifests(self, repository: Repository) -> set[Digest] | None:

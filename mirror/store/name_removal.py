@@ -11,15 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
 
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store.names import ACCESS, NAMED, access_key, manifest_key
 from mirror.store.records import load_tag
 from mirror.store.rows import Tables
-
-_AFTER_SPACE: Final = "!"
-"""The character after the space, with which the variant of a key begins."""
+from mirror.store.tag_rows import read_tag_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +44,9 @@ def read_variants(tables: Tables, removed: Iterable[RemovedName]) -> list[tuple[
     for name in removed:
         if name.tag is not None:
             key = f"{name.repository}:{name.tag}"
-            rows = tables.read_range(NAMED, f"{key} ", f"{key}{_AFTER_SPACE}")
-            found += [(one, name.digest) for one in (key, *(row.key for row in rows))]
+            # With the key itself: its record may be written before the changes are.
+            keys = dict.fromkeys([key, *(one for one, _ in read_tag_rows(tables, key))])
+            found += [(one, name.digest) for one in keys]
     return found
 
 

@@ -1,4 +1,4 @@
-"""Updates of rows of the index that are queued: a read applies them to the text of the database.
+"""Queued updates of index rows. A read applies them to the text that the database has.
 
 Lives here: which updates of a row the database has, and how a transaction applies them. Must not
 know: the meaning of a row, threads.

@@ -7,6 +7,9 @@ Protected are the digests that a mark names and the digests that a pinned or fro
 parts of these manifests at any depth, and their referrers: signatures, attestations, SBOMs. A
 referrer is known if the index has its tag (``sha256-<hex>``, or that with ``.sig``, ``.att`` or
 ``.sbom``), or a list of referrers that a client has asked for.
+
+If such a manifest is damaged, or that of a pin or a freeze is missing, it is not known which parts
+it has. Then all content that its repository may serve is protected.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from mirror.oci.descriptor import MANIFEST_LIMIT, parse_manifest, sniff_media_ty
 from mirror.oci.errors import ManifestInvalid, StorageUnavailable
 from mirror.oci.reference import Digest
 from mirror.store import disk
+from mirror.store.garbage_rows import read_access_beside
 from mirror.store.hosted_contents import HostedContents, Listed
 from mirror.store.image_links import Links
 from mirror.store.layout import Layout
@@ -27,6 +31,7 @@ from mirror.store.marks import (
     Marks,
     MarksDamaged,
     Stamp,
+    kept_manifests,
     marks_held,
     protected_roots,
     read_marks,
@@ -35,7 +40,7 @@ from mirror.store.marks import (
 from mirror.store.pace import Pace
 
 _MAX_ROUNDS: Final = 4
-"""Searches for referrers: of images, of their signatures, and so on."""
+"""Levels of referrers that are protected: of images, of their signatures, and so on."""
 
 
 FindLinks: TypeAlias = Callable[[Collection[str], Collection[Digest]], Links | None]
@@ -47,7 +52,7 @@ class ProtectionUnknown(Exception):
 
 
 class Protection:
-    """The content that must stay. For one thread, and one run of it."""
+    """The content that must stay. For one thread and one removal: it only grows."""
 
     def __init__(
         self,
@@ -69,6 +74,8 @@ class Protection:
         self._manifests: set[Digest] = set()
         """Manifests whose parts were read. A part may itself be a manifest that was not."""
         self._hosted = HostedContents(layout.hosted_names)
+        self._unclear: set[Digest] = set()
+        """Manifests that are protected, and whose parts are not known."""
         self.digests: set[Digest] = set()
         """All content that must stay, as of the last :meth:`update`."""
 
@@ -94,6 +101,7 @@ class Protection:
                 raise ProtectionUnknown("the index does not say what refers to marked images")
             names = []
             found = self._add({*links.current, *links.referrers})
+        self._add_unclear(marks)
         self._stamp = (stamp,)
 
     def without_hosted(self, contents: Iterable[Listed]) -> Iterator[Listed]:
@@ -116,6 +124,17 @@ class Protection:
             return bool(self._hosted.find([digest]))
         except StorageUnavailable as error:
             raise ProtectionUnknown(error.message) from None
+
+    def _add_unclear(self, marks: Marks) -> None:
+        """Protect what may be part of manifests that are damaged or missing.
+
+        Those of leases, and parts of an index, may be missing because nobody has pulled them.
+        """
+        if self._unclear:
+            try:
+                self.digests |= read_unclear(self._layout, marks, self._unclear)
+            except StorageUnavailable as error:
+                raise ProtectionUnknown(error.message) from None
 
     def _read(self) -> tuple[Stamp | None, Marks]:
         try:
@@ -159,31 +178,76 @@ class Protection:
             if digest in self._manifests:
                 continue
             pace.keep()
-            manifests, blobs = read_parts(self._layout, digest)
+            parts = read_known_parts(self._layout, digest)
             self._manifests.add(digest)
             self.digests.add(digest)
-            self.digests.update(blobs)
-            queue += manifests
+            if parts is None:
+                self._unclear.add(digest)
+            else:
+                self.digests.update(parts[1])
+                queue += parts[0]
             new.append(digest)
         return new
+
+
+def read_unclear(layout: Layout, marks: Marks, unknown: Collection[Digest]) -> set[Digest]:
+    """Return the content that may be part of protected manifests whose parts are not known.
+
+    That is all content that their repositories may serve. A missing manifest counts only if a pin
+    or a freeze names it, and the index knows that its repository has it: otherwise it was never
+    here. Blocks.
+
+    Args:
+        layout: The data directory.
+        marks: The marks.
+        unknown: The manifests.
+
+    Raises:
+        StorageUnavailable: The index cannot be read.
+    """
+    kept = {name: some.intersection(unknown) for name, some in kept_manifests(marks).items()}
+    damaged = {one for one in unknown if is_damaged(layout, one)}
+    # A damaged one was here, although the index may have lost its record.
+    repositories = [name for name, some in kept.items() if not some.isdisjoint(damaged)]
+    unclear = damaged.union(*kept.values())
+    return read_access_beside(layout, unclear, repositories) if unclear else set()
+
+
+def is_damaged(layout: Layout, digest: Digest) -> bool:
+    """Return whether content has wrong bytes, or was moved to ``quarantine/``, or is opaque."""
+    return layout.blob(digest).exists() or layout.quarantine(digest).exists()
 
 
 def read_parts(layout: Layout, digest: Digest) -> tuple[list[Digest], list[Digest]]:
     """Return the manifests and the blobs that a manifest on the disk refers to.
 
-    There are none if it is missing, or no manifest. Blocks. Raises ``OSError`` if the disk does not
-    answer.
+    There are none if it is missing, damaged, or no manifest. Blocks. Raises ``OSError`` if the disk
+    does not answer.
+    """
+    return read_known_parts(layout, digest) or ([], [])
+
+
+def read_known_parts(layout: Layout, digest: Digest) -> tuple[list[Digest], list[Digest]] | None:
+    """Return the manifests and the blobs that content on the disk refers to.
+
+    A blob refers to none. None: it is not known, because the content is missing or damaged, or a
+    manifest that is not understood. Blocks. Raises ``OSError`` if the disk does not answer.
     """
     opened = disk.open_whole(layout, digest)
     if opened is None:
-        return [], []
+        return None
     try:
         if opened[1].st_size > MANIFEST_LIMIT:
             return [], []
         body = os.pread(opened[0], MANIFEST_LIMIT, 0)
+    finally:
+        os.close(opened[0])
+    if Digest.of(body, digest.algorithm) != digest:
+        return None
+    try:
         parsed = parse_manifest(body, sniff_media_type(body))
     except ManifestInvalid:
         return [], []
-    finally:
-        os.close(opened[0])
+    if parsed.is_opaque:
+        return None
     return [part.digest for part in parsed.children], [part.digest for part in parsed.blobs]

@@ -6,10 +6,12 @@ Lives here: the files of ``quarantine/``. Must not know: how damage is found. Al
 from __future__ import annotations
 
 import os
+from collections.abc import Container
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from mirror.oci.errors import DigestInvalid
 from mirror.oci.reference import Digest
 from mirror.store import disk
 from mirror.store.layout import Layout
@@ -40,17 +42,30 @@ def quarantine(layout: Layout, digest: Digest, fd: int) -> bool:
     return False
 
 
-def trim_quarantine(layout: Layout, keep: int) -> int:
-    """Remove damaged files except the newest ``keep``. Returns the freed bytes."""
+def trim_quarantine(layout: Layout, keep: int, staying: Container[Digest] = ()) -> int:
+    """Remove damaged files except the newest ``keep``. Returns the freed bytes.
+
+    ``staying``: digests whose files stay. While the damaged manifest of a marked image is there,
+    all that may belong to the image is protected (see :mod:`mirror.store.protection`).
+    """
     newest_first = sorted(
         quarantined_files(layout), key=lambda file: file[1].st_ctime, reverse=True
     )
     freed = 0
     for path, status in newest_first[keep:]:
         with suppress(OSError):
+            if digest_of_file(path) in staying:
+                continue
             path.unlink()
             freed += status.st_size
     return freed
+
+
+def digest_of_file(path: Path) -> Digest | None:
+    """Return the digest that damaged content should have had. None: a foreign file."""
+    with suppress(DigestInvalid):
+        return Digest.parse(f"{path.parent.name}:{path.name}")
+    return None
 
 
 def quarantine_size(layout: Layout) -> int:

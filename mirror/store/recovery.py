@@ -66,6 +66,11 @@ def remove_leftovers(layout: Layout, now: float, boot: str) -> None:
 
     Other processes may work in the same directories. Files that they have locked, or have removed
     in the meantime, are passed over. Raises ``OSError`` if the disk refuses.
+
+    Args:
+        layout: The data directory.
+        now: Seconds since the epoch.
+        boot: Identifies this boot of the machine (:func:`mirror.store.disk.boot_id`).
     """
     for directory in layout.ingest_directories():
         for name in [entry.name for entry in os.scandir(directory)]:

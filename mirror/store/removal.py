@@ -27,7 +27,7 @@ from typing import Final, Protocol
 from mirror.oci.errors import DigestInvalid
 from mirror.oci.reference import Digest
 from mirror.store import disk
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.pace import Pace
 from mirror.store.protection import Protection
 from mirror.store.space import Totals

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import sqlite3
 from contextlib import closing
+from pathlib import Path
 from typing import Final
 
 from mirror.oci.errors import StorageUnavailable
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.statements import SELECT_TEXTS
 
 # The same as in mirror.store.names, which is slow to import: it has diskcache.
 _NAMED: Final = "named"
 _RESTORED: Final = "restored"
-_READ_TIMEOUT_S: Final = 10.0
+_INDEX_TIMEOUT_S: Final = 10.0
 """Seconds to wait while a server recovers the database after a crash. Reads do not wait for
 writers."""
 
@@ -43,14 +44,8 @@ def read_names(layout: Layout) -> tuple[list[tuple[str, str]], bool]:
     try:
         if not path.exists():
             return [], False
-        uri = path.absolute().as_uri()
-        try:
-            rows = _select(f"{uri}?mode=ro")
-        except sqlite3.OperationalError:
-            # A disk that refuses writes also refuses the file that readers and writers share.
-            if path.with_name("cache.db-wal").exists():
-                raise
-            rows = _select(f"{uri}?mode=ro&immutable=1")
+        with closing(connect_to_read(path, _INDEX_TIMEOUT_S)) as database:
+            rows = database.execute(SELECT_TEXTS).fetchall()
         return rows, any(key == _RESTORED for key, _ in rows)
     except (sqlite3.Error, OSError) as error:
         raise IndexUnreadable(
@@ -59,6 +54,33 @@ def read_names(layout: Layout) -> tuple[list[tuple[str, str]], bool]:
         ) from None
 
 
-def _select(uri: str) -> list[tuple[str, str]]:
-    with closing(sqlite3.connect(uri, uri=True, timeout=_READ_TIMEOUT_S)) as database:
-        return database.execute(SELECT_TEXTS).fetchall()
+def connect_to_read(path: Path, timeout: float) -> sqlite3.Connection:
+    """Connect to a database of the index, also on a disk that refuses writes.
+
+    Args:
+        path: The database.
+        timeout: Seconds to wait for other processes.
+
+    Raises:
+        sqlite3.Error: It cannot be read.
+    """
+    uri = f"{path.absolute().as_uri()}?mode=ro"
+    try:
+        return _checked(sqlite3.connect(uri, uri=True, timeout=timeout, isolation_level=None))
+    except sqlite3.OperationalError:
+        # A full disk also refuses the file that readers and writers share. Without it, the log
+        # cannot be read, and is not needed if it is empty.
+        log = path.with_name(f"{path.name}-wal")
+        if log.exists() and log.stat().st_size:
+            raise
+        return sqlite3.connect(f"{uri}&immutable=1", uri=True, isolation_level=None)
+
+
+def _checked(database: sqlite3.Connection) -> sqlite3.Connection:
+    """Return a connection that can read its database. Raises ``sqlite3.Error`` otherwise."""
+    try:
+        database.execute("SELECT 1 FROM Cache LIMIT 1").fetchall()
+    except sqlite3.Error:
+        database.close()
+        raise
+    return database

@@ -27,7 +27,7 @@ from typing import Final, Literal, TypeAlias
 from mirror.oci.errors import DigestMismatch
 from mirror.oci.reference import Digest, Verifier
 from mirror.store import disk
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.quarantine import quarantine
 
 _PIECE_BYTES: Final = 256 * 1024

@@ -281,6 +281,18 @@ class Store:
             return "the disk is full, and no more content can be evicted"
         return self._unwritable or self.index.refusal
 
+    def removal_refusal(self) -> str | None:
+        """Return the reason why content cannot be removed, or None. Blocks.
+
+        A full disk is no reason: to remove content needs no space, and makes room for the index.
+        """
+        databases = (*self.layout.index.glob("*/cache.db"),)
+        for path in (*self.layout.content_directories(), self.layout.index, *databases):
+            # The kernel also checks for read-only mounts here.
+            if path.exists() and not os.access(path, os.W_OK):
+                return f"{path}: not writable, so run this as the user of the server"
+        return None
+
     async def measure(self) -> None:
         """Report the usage and the running ingests, and remove some outdated files.
 

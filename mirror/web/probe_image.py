@@ -53,7 +53,7 @@ _PROBE_PLATFORMS: Final = (
     {"architecture": "s390x", "os": "linux"},
 )
 _CREATED: Final = "1970-01-01T00:00:00Z"
-_FILE_NAME: Final = "oci-mirror-check"
+_MEMBER_NAME: Final = "oci-mirror-check"
 _FILE_TEXT: Final = b"This image shows that a pull went through oci-mirror. It can be deleted.\n"
 
 
@@ -157,7 +157,7 @@ def _layer() -> tuple[ProbeContent, Digest]:
     """Return the layer, and the digest of its uncompressed bytes."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-        member = tarfile.TarInfo(_FILE_NAME)  # Its time is 0, so the bytes are always the same.
+        member = tarfile.TarInfo(_MEMBER_NAME)  # Its time is 0, so the bytes are always the same.
         member.size = len(_FILE_TEXT)
         archive.addfile(member, io.BytesIO(_FILE_TEXT))
     raw = file.getvalue()

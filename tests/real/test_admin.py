@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import axe_core_python  # type: ignore[import-untyped]  # it ships a file of JavaScript
+import axe_core_python
 import pytest
 
 from tests.real import images

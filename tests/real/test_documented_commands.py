@@ -214,6 +214,7 @@ def test_examples_of_a_document_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(site.directory)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # `verify` starts a process that hashes.
     monkeypatch.delenv("OCI_MIRROR_CONFIG", raising=False)
     failures: list[tuple[int, str, int | str, str]] = []
     for block in (one for one in BLOCKS if one.document == document):
@@ -248,6 +249,7 @@ def test_json_of_every_command_fits_its_schema(
     site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(site.directory)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # `verify` starts a process that hashes.
     (site.mirror.data_dir / "marks.json").unlink(missing_ok=True)
     for name in images_of(()):
         site.fill(name)

@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 import pytest
 
 from mirror.oci.reference import Digest
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from tests.real.process import need
 from tests.real.server import ROOT, Mirror
 from tests.server_kit import Server
@@ -89,9 +89,9 @@ def every_file_hashes_to_its_name(data: Path) -> None:
         assert hashlib.new(path.parent.name, path.read_bytes()).hexdigest() == path.name
 
 
-POOLS = 8 + 8 + 4 + 1 + 2 + 1 + 3 + min(32, (os.cpu_count() or 1) + 4)
-"""Threads at most: opening, writing, publishing, heartbeats, hashing, evicting, index, the loop's
-own."""
+POOLS = 8 + 8 + 4 + 1 + 2 + 1 + 3 + 1 + min(32, (os.cpu_count() or 1) + 4)
+"""Threads at most: opening, writing, publishing, heartbeats, hashing, evicting, index, the
+history, the loop's own."""
 
 
 def descriptors(pid: int) -> list[str]:

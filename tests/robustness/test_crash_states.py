@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.recovery import recover
 from tests.robustness.crash_driver import MORE, pull, registry
 from tests.robustness.crash_states import Operation, State, states, trace

@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 
 from mirror.oci.reference import Digest
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from tests.fakes.registry import FakeRegistry
 from tests.server_kit import Server, running
 from tests.unit.store.kit import random_bytes

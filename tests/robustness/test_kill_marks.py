@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mirror.oci.reference import Digest, Tag
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.marks import Marks, change_marks, read_marks, replace_leases
 from tests.robustness.kit import strace
 from tests.unit.store.kit import image, opened, pin, pulled

@@ -15,8 +15,8 @@ import pytest
 
 from mirror.inventory.read import read_inventory
 from mirror.oci.reference import Digest
-from mirror.store.disk import Layout
-from mirror.store.marks import Marks, Pin, change_marks, read_marks
+from mirror.store.layout import Layout
+from mirror.store.marks import Lease, Marks, Pin, change_marks, read_marks
 from tests.real import images
 from tests.real.registry import DockerRegistry
 from tests.real.server import Mirror
@@ -51,6 +51,8 @@ class Filled:
     config: Path
     removed: images.Image
     """``1.0.0``."""
+    leased: images.Image
+    """``1.2.0``."""
     pinned: images.Image
     """``1.5.0``."""
     kept: images.Image
@@ -62,7 +64,7 @@ class Filled:
         """The contents that no command may lose."""
         return {
             str(one.digest)
-            for image in (self.pinned, self.kept)
+            for image in (self.leased, self.pinned, self.kept)
             for one in (image.manifest, *image.blobs)
         }
 
@@ -72,7 +74,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Filled]:
     """Fill a data directory by pulls through a server. Its registry runs on for the repairs."""
     root = tmp_path_factory.mktemp("cleaning")
     versions = {f"{major}.{minor}.0": images.image(seed=10 * major + minor)
-                for major, minor in ((1, 0), (1, 5), (2, 0))}  # fmt: skip
+                for major, minor in ((1, 0), (1, 2), (1, 5), (2, 0))}  # fmt: skip
     with DockerRegistry() as registry:
         mirror = Mirror({"docker.io": registry.url}, data_dir=root / "data")
         with mirror:
@@ -84,7 +86,9 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Filled]:
                     assert mirror.download(f"{path}/blobs/{blob.digest}").status == 200
         layout = Layout(mirror.data_dir)
         pin = Pin(f"{NAME}:1.5.0", Digest.parse(versions["1.5.0"].digest), time.time())
-        change_marks(layout, lambda marks: Marks(pins={pin.name: pin}))
+        used = Digest.parse(versions["1.2.0"].digest)
+        lease = Lease(used, time.time() + 86400, "pods")
+        change_marks(layout, lambda marks: Marks(pins={pin.name: pin}, leases={used: lease}))
         data = random_bytes(5_000, 77)
         orphan, old = Digest.of(data), int(time.time()) - 3 * 86400
         layout.blob(orphan).write_bytes(data)
@@ -97,6 +101,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Filled]:
             mirror.data_dir,
             config,
             versions["1.0.0"],
+            versions["1.2.0"],
             versions["1.5.0"],
             versions["2.0.0"],
             orphan,
@@ -151,7 +156,7 @@ def check_nothing_lost(filled: Filled, data: Path, command: str) -> None:
     layout = Layout(data)
     inventory = read_inventory(layout, {}, read_marks(layout), time.time())
     found = {image.name: image for image in inventory.images}
-    assert {f"{NAME}:1.5.0", f"{NAME}:2.0.0"} <= found.keys()
+    assert {f"{NAME}:1.2.0", f"{NAME}:1.5.0", f"{NAME}:2.0.0"} <= found.keys()
     assert found[f"{NAME}:1.5.0"].is_complete
     if command != "verify":
         every_file_hashes_to_its_name(data)

@@ -16,7 +16,7 @@ from mirror.config.settings import Storage
 from mirror.observability.events import Evicted
 from mirror.oci.descriptor import MANIFEST_LIMIT, OCI_INDEX, OCI_MANIFEST
 from mirror.oci.reference import Digest
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.threads import run_in_thread
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.robustness.kit import fill

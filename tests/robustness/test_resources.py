@@ -18,8 +18,8 @@ import pytest
 from mirror.config.settings import Storage
 from mirror.observability.events import Event, TagMoved
 from mirror.oci.reference import Digest, Repository, Tag
-from mirror.store.disk import Layout
 from mirror.store.index import Index
+from mirror.store.layout import Layout
 from mirror.store.records import AccessRecord
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.real.process import wait_until

@@ -71,7 +71,8 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "history": {"history", "store.layout", *SHARED},
     "composition": {"hosted", "pull", "store", "upstream", *SHARED},
     "operations": {
-        *("operations", "composition", "config.prefetch", "inventory", "pull", "store", *SHARED),
+        *("operations", "composition", "config.prefetch", "history", "inventory", "pull"),
+        *("store", *SHARED),
     },
     # Its listener cuts off clients as that of ``web`` does.
     "admin": {

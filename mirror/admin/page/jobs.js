@@ -72,7 +72,8 @@ function update(item, job) {
   else progress.firstChild.style.width = "";
 }
 
-let known = new Map();
+/** Job -> when it ended, as of the last call. Null before the first one. */
+let known = null;
 let current = [];
 
 /** Show the jobs. Returns whether one has ended since the last call. */
@@ -80,7 +81,8 @@ export function showJobs(jobs) {
   current = jobs;
   keyed(byId("job-list"), jobs, (job) => job.id, make, update);
   byId("jobs-empty").hidden = jobs.length > 0;
-  const ended = jobs.filter((job) => job.ended && known.has(job.id) && !known.get(job.id));
+  // A short job may begin and end between two calls.
+  const ended = known === null ? [] : jobs.filter((job) => job.ended && !known.get(job.id));
   for (const job of ended) {
     if (job.state === "failed") toast(`${NAMES[job.kind] ?? job.kind}: ${job.error}`, true);
     else toast(`${NAMES[job.kind] ?? job.kind} ${job.state}`);

@@ -113,7 +113,7 @@ def _check_mirror(arguments: argparse.Namespace) -> Iterator[Finding]:
     # Imported here: start-up counts, and these need aiohttp.
     from mirror.cli.doctor import machine_checks
     from mirror.cli.doctor.endpoint_checks import check_endpoints, read_samples
-    from mirror.store.disk import Layout
+    from mirror.store.layout import Layout
     from mirror.store.marks import read_marks
 
     given = [name for name in ("runtime", "registry", "mirror") if getattr(arguments, name)]

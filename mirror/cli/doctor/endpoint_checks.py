@@ -33,8 +33,8 @@ from mirror.oci.reference import Reference, Repository, Tag
 from mirror.oci.text import printable
 from mirror.pull.admission import Allow, admit
 from mirror.single_flight import SingleFlight
-from mirror.store.disk import Layout
 from mirror.store.image_layout import read_index_json
+from mirror.store.layout import Layout
 from mirror.threads import HangingCalls
 from mirror.upstream.connections import own_addresses, tls_context
 from mirror.upstream.failover import FailoverClient

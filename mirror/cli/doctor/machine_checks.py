@@ -220,7 +220,9 @@ def _damage_of(database: Path, clock: Callable[[], float]) -> str | None:
     """Return what is wrong with an SQLite database. None: nothing was found in time."""
     deadline = clock() + _QUICK_CHECK_S
     try:
-        with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as connection:
+        with closing(
+            sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)
+        ) as connection:
             connection.set_progress_handler(lambda: int(clock() > deadline), _PROGRESS_STEP)
             (result,) = connection.execute("PRAGMA quick_check(1)").fetchone()
     except sqlite3.OperationalError as error:

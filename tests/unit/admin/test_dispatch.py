@@ -17,6 +17,7 @@ from tests.unit.admin.kit import READ_ONLY, running_admin
 CHANGES = [one.path for one in OPERATIONS if one.is_change]
 
 
+@pytest.mark.row("HC13-admin-api")
 async def test_request_without_a_right_token_gets_401_and_a_challenge(tmp_path: Path) -> None:
     async with running_admin(tmp_path) as kit:
         for authorization in ("", "Bearer wrong-token-0123456789", "Basic eDp5", "Bearer"):
@@ -29,6 +30,7 @@ async def test_request_without_a_right_token_gets_401_and_a_challenge(tmp_path: 
         assert status == 401
 
 
+@pytest.mark.row("HC13-admin-api")
 @pytest.mark.parametrize("path", CHANGES)
 async def test_read_only_token_may_change_nothing(tmp_path: Path, path: str) -> None:
     async with running_admin(tmp_path) as kit:
@@ -39,6 +41,7 @@ async def test_read_only_token_may_change_nothing(tmp_path: Path, path: str) -> 
         assert (status, session["role"]) == (200, "read-only")
 
 
+@pytest.mark.row("HC13-admin-api")
 async def test_only_read_only_tokens_configured_means_nothing_can_be_changed(
     tmp_path: Path,
 ) -> None:
@@ -48,6 +51,7 @@ async def test_only_read_only_tokens_configured_means_nothing_can_be_changed(
         assert (await kit.post("/admin/v1/pin", {"image": "nginx"}))[0] == 403
 
 
+@pytest.mark.row("HC13-admin-api")
 @pytest.mark.parametrize(
     "host",
     ["attacker.example", "attacker.example:5102", "localhost.attacker.example", "a@127.0.0.1", ""],
@@ -60,6 +64,7 @@ async def test_another_name_in_host_is_refused(tmp_path: Path, host: str) -> Non
             assert "admin.hosts" in body["detail"]
 
 
+@pytest.mark.row("HC13-admin-api")
 @pytest.mark.parametrize(
     "host", ["localhost", "localhost:1", "127.0.0.1:5102", "[::1]:5102", "mirror.example"]
 )
@@ -68,6 +73,7 @@ async def test_localhost_addresses_and_configured_names_are_hosts_of_ours(host: 
         assert (await kit.get("/admin/v1/session", Host=host))[0] == 200
 
 
+@pytest.mark.row("HC13-admin-api")
 @pytest.mark.parametrize(
     "headers",
     [
@@ -87,17 +93,20 @@ async def test_request_that_another_site_has_caused_is_refused(headers: dict[str
         assert (await kit.get("/admin/v1/images", **headers))[0] == 403
 
 
+@pytest.mark.row("HC13-admin-api")
 async def test_link_of_another_site_may_lead_to_the_page() -> None:
     async with running_admin() as kit:
         assert (await kit.get("/", Sec_Fetch_Site="cross-site"))[0] == 200
 
 
+@pytest.mark.row("HC13-admin-api")
 async def test_own_origin_is_accepted() -> None:
     async with running_admin() as kit:
         headers = {"Origin": kit.url, "Sec_Fetch_Site": "same-origin"}
         assert (await kit.post("/admin/v1/pin", {"image": "nginx"}, **headers))[0] == 200
 
 
+@pytest.mark.row("HC13-admin-api")
 async def test_form_of_another_site_is_no_json() -> None:
     async with (
         running_admin() as kit,

@@ -6,6 +6,7 @@ import pytest
 
 from mirror.admin.guard import is_same_site, may_be_host
 
+pytestmark = pytest.mark.row("HC13-admin-api")
 NAMES = ("mirror.example", "other.example:8443")
 
 

@@ -15,7 +15,7 @@ from mirror.observability.events import (
     StorageMeasured,
 )
 from mirror.oci.reference import Digest, Repository
-from mirror.pull.running_fetches import FetchProgress
+from mirror.pull.running_fetches import RunningFetch
 
 DIGEST = Digest.parse("sha256:" + "a" * 64)
 HUB = "https://registry-1.docker.io"
@@ -61,9 +61,9 @@ def test_rate_of_a_fetch_is_smoothed() -> None:
     live, clock = state()
     position = 0
 
-    def fetches() -> list[FetchProgress]:
+    def fetches() -> list[RunningFetch]:
         repository = Repository.parse("docker.io", "library/app")
-        return [FetchProgress(DIGEST, repository, HUB, position, 10_000, 2, 5)]
+        return [RunningFetch(DIGEST, repository, HUB, position, 10_000, 2, 5)]
 
     live.fetches = fetches
     assert live.snapshot()["fetches"][0]["rate"] is None

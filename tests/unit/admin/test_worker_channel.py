@@ -14,13 +14,13 @@ from mirror.admin.worker_channel import (
 )
 from mirror.observability.events import CircuitChanged, ExchangeEnded, Kind, StorageMeasured
 from mirror.oci.reference import Digest, Repository
-from mirror.pull.running_fetches import FetchProgress
+from mirror.pull.running_fetches import RunningFetch
 
 HUB = "https://registry-1.docker.io"
 
 
-def fetch(digest: str, connections: int, followers: int) -> FetchProgress:
-    return FetchProgress(
+def fetch(digest: str, connections: int, followers: int) -> RunningFetch:
+    return RunningFetch(
         digest=Digest.parse("sha256:" + digest * 64),
         repository=Repository.parse("docker.io", "library/app"),
         endpoint=HUB,
@@ -31,7 +31,7 @@ def fetch(digest: str, connections: int, followers: int) -> FetchProgress:
     )
 
 
-def worker(number: int, at: float, *fetches: FetchProgress) -> dict[str, Any]:
+def worker(number: int, at: float, *fetches: RunningFetch) -> dict[str, Any]:
     live = LiveState(number, lambda: 1_767_323_045.0 + number, lambda: at)
     live.fetches = lambda: list(fetches)
     live.observe(ExchangeEnded("docker.io", HUB, "GET", Kind.BLOB, 200 + number, 0.1, False))

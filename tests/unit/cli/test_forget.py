@@ -11,7 +11,7 @@ import pytest
 
 from mirror.cli.schemas import SCHEMAS
 from mirror.oci.reference import Digest
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.marks import Marks, Pin, change_marks
 from mirror.threads import run_in_thread
 from tests.fakes.registry import FakeRegistry

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.cli.cleaning_kit import LAYERS, URL, content, fill, rows
+from tests.unit.cli.cleaning_kit import LAYERS, URL, content, damage, fill, rows
 from tests.unit.cli.kit import Run, make_run
+from tests.unit.store.kit import fill_up, small_disk
 
 
 @pytest.fixture
@@ -45,3 +46,25 @@ def test_longer_grace_keeps_content(run: Run, tmp_path: Path) -> None:
 def test_grace_that_is_too_short_is_wrong_usage(run: Run, tmp_path: Path, grace: str) -> None:
     fill(tmp_path)
     assert run(URL, "gc", "--grace", grace).code == 2
+
+
+def test_commands_that_remove_work_on_a_full_disk_and_others_say_why_not(
+    run: Run, tmp_path: Path
+) -> None:
+    with small_disk(tmp_path / "data", "8m") as disk:
+        data = fill(tmp_path)
+        fill_up(disk)
+        damage(content(data, LAYERS[2]))
+        forgotten = run(URL, "forget", "app:1.0")
+        assert forgotten.code == 1
+        assert "nothing was forgotten: the index cannot be written" in forgotten.err
+        assert "Error:" not in forgotten.err.splitlines()[-1]
+        verified = run(URL, "verify")
+        assert verified.code == 1, verified
+        assert not content(data, LAYERS[2]).exists(), verified
+        collected = run(URL, "gc")
+        assert (collected.code, collected.out.splitlines()[-1:]) == (0, ["6B freed"]), collected
+        removed = run(URL, "rm", "app:1.1")
+        assert removed.code == 0
+        assert not content(data, LAYERS[1]).exists()
+        assert "app:1.1" not in run(URL, "ls").out

@@ -25,8 +25,10 @@ from mirror.observability.events import (
 )
 from mirror.observability.traces import FetchProgress, PullTrace
 from mirror.oci.reference import Digest, Repository, Tag
+from mirror.store.image_layout import Draft
 from mirror.store.index import Index
-from mirror.store.records import PreviousDigest, TagRecord
+from mirror.store.layout import Layout
+from mirror.store.records import NamedManifest, PreviousDigest, TagRecord
 from tests.unit.history.kit import Recording, a_pull, recording
 
 APP, V1 = Repository("docker.io", "library/app"), Tag("v1")
@@ -211,3 +213,31 @@ def test_history_joins_the_index_and_the_history_without_doubles() -> None:
     assert [row["digest"] for row in joined] == [str(TWO), str(ONE), str(THREE)]
     assert joined[0]["last_seen"] == "1970-01-01T00:01:39Z"
     assert build_rows("app:v1", digests, None, lambda digest: True)[0]["is_current"] is False
+
+
+def test_history_of_a_lost_index_leaves_its_names_to_the_server(
+    config: Path, run: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    """The index is new to the command, too: it gets the names in index.json before it is used."""
+    layout = Layout(tmp_path / "data")
+    layout.index.mkdir(parents=True)
+    layout.blob(ONE).parent.mkdir(parents=True)
+    layout.blob(ONE).write_bytes(b"one")
+    named = NamedManifest(APP, V1, ONE, "application/vnd.oci.image.manifest.v1+json", 3)
+    draft = Draft(layout)
+    assert draft.try_begin()
+    draft.add([[named]])
+    draft.publish()
+
+    assert run("history", "app:v1")[0] == 0
+
+    async def restored() -> TagRecord | None:
+        index = await Index.open(layout.index, lambda event: None)
+        try:
+            return await index.tag(APP, V1)
+        finally:
+            await index.close()
+
+    found = asyncio.run(restored())
+    assert found is not None
+    assert found.digest == ONE

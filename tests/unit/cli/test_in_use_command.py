@@ -14,7 +14,7 @@ import pytest
 from mirror.cli.main import main
 from mirror.cli.schemas import SCHEMAS
 from mirror.oci.reference import Digest, Repository, Tag
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.marks import protected_roots, read_marks
 from tests.fakes.kubernetes import TOKEN, api_server
 from tests.unit.store.kit import image, opened, pulled

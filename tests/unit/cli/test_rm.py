@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mirror.oci.reference import Digest
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.marks import Marks, Pin, change_marks
 from tests.unit.cli.cleaning_kit import LAYERS, NAME, URL, content, fill, rows
 from tests.unit.cli.kit import Run, make_run

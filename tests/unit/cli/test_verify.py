@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mirror.oci.reference import Digest
 from mirror.threads import run_in_thread
 from tests.fakes.registry import FakeRegistry
 from tests.unit.cli.cleaning_kit import LAYERS, NAME, URL, content, damage, fill, rows
@@ -45,6 +46,23 @@ def test_json_follows_the_schema(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize("subset", ["8/7", "x"])
 def test_malformed_subset_is_wrong_usage(run: Run, subset: str) -> None:
     assert run(URL, "verify", "--subset", subset).code == 2
+
+
+async def test_command_that_is_named_for_a_damaged_manifest_mends_it(
+    run: Run, tmp_path: Path
+) -> None:
+    async with FakeRegistry() as registry:
+        digest = registry.add_image(b"one", tag="v1")
+        await run_in_thread(run, registry.url, "warm", "app:v1")
+        manifest = tmp_path / "data" / "blobs" / digest.algorithm / digest.hex
+        damage(manifest)
+        result = await run_in_thread(run, registry.url, "verify")
+        (command,) = (line for line in result.out.splitlines() if "mend it with" in line)
+        assert command == f"  mend it with: oci-mirror warm {NAME}:v1"
+        assert not manifest.exists()
+        mended = await run_in_thread(run, registry.url, *command.split()[4:])
+    assert mended.code == 0
+    assert Digest.of(manifest.read_bytes()) == digest
 
 
 async def test_repair_fetches_damaged_content_from_the_registry(run: Run, tmp_path: Path) -> None:

@@ -130,3 +130,22 @@ def test_upstream_that_is_down_is_one_line(run: Run) -> None:
     assert result.code == 1
     assert len(result.err.splitlines()) == 1
     assert "docker.io/library/app:v1: " in result.err
+
+
+async def test_warm_is_explained_and_counted_by_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_command = make_run(tmp_path, capsys)
+    async with FakeRegistry() as registry:
+        registry.add_image(b"x" * 2048, tag="v1")
+        await run_in_thread(run_command, registry.url, "warm", "app:v1")
+        explained = await run_in_thread(run_command, registry.url, "explain", "app:v1")
+        rows = await run_in_thread(run_command, registry.url, "explain", "--json")
+        by = ("--by", "network")
+        savings = await run_in_thread(run_command, registry.url, "savings", *by)
+
+    assert "for `oci-mirror warm`: miss" in explained.out
+    assert {json.loads(line)["command"] for line in rows.out.splitlines()} == {"warm"}
+    for line in rows.out.splitlines():
+        jsonschema.validate(json.loads(line), SCHEMAS["explain"])
+    assert savings.out.splitlines()[1].startswith("commands")

@@ -15,7 +15,7 @@ from mirror.inventory.read import read_inventory
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
 from mirror.oci.image_name import ImageName
 from mirror.oci.reference import Digest, Repository, Tag
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.marks import Marks, change_marks, read_marks
 from mirror.store.names import ACCESS, NAMED, manifest_key
 from mirror.store.records import (

@@ -40,6 +40,18 @@ def test_file_of_another_format_counts_as_lost(cache: ManifestCache, tmp_path: P
     assert cache.load() == {}
 
 
+@pytest.mark.parametrize(("written", "damaged"), [(b"layer1", b"layer2"), (b"manifest1", b"man")])
+def test_row_that_was_damaged_on_the_disk_is_left_out(
+    cache: ManifestCache, tmp_path: Path, written: bytes, damaged: bytes
+) -> None:
+    cache.try_save([("manifest1", "layer1"), ("manifest9", "layer9")])
+    file = tmp_path / "manifests.db"
+    file.write_bytes(file.read_bytes().replace(written, damaged.ljust(len(written), b"\xff")))
+
+    assert "manifest1" not in cache.load()
+    assert cache.load()["manifest9"] == "layer9"
+
+
 def test_directory_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     cache = ManifestCache(tmp_path / "missing" / "manifests.db")
 

@@ -15,7 +15,7 @@ from mirror.inventory.model import Inventory
 from mirror.inventory.read import read_inventory
 from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.reference import Digest, Tag
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.marks import Marks
 from mirror.store.records import manifest_record
 from mirror.store.saved_rows import IndexUnreadable
@@ -93,7 +93,7 @@ async def test_index_that_cannot_be_read_is_an_error_and_not_an_empty_one(tmp_pa
 def test_damaged_index_json_of_a_lost_index_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "index.json").write_text("{")
 
-    with pytest.raises(ValueError, match=r"."):
+    with pytest.raises(IndexUnreadable, match=r"index\.json is damaged"):
         read(tmp_path)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mirror.inventory.leftovers import Leftover
+from mirror.inventory.leftovers import OtherFile
 from mirror.inventory.usage import next_evictions, usage_by_group, usage_by_type
 from mirror.oci.reference import Digest
 from mirror.store.eviction import StoredBlob, eviction_order
@@ -12,9 +12,9 @@ from mirror.store.marks import Pin
 from tests.unit.inventory.kit import NOW, DataDirectory, config, content, text
 
 SHARED, OWN, ORPHAN = content("shared", 1000), content("own", 300), content("orphan", 500)
-LEFT = Leftover(Digest.of(b"left"), "unfinished", 4096, NOW - 1)
-DAMAGED = Leftover(Digest.of(b"damaged"), "damaged", 512, NOW)
-RUNNING = Leftover(Digest.of(b"running"), "fetching", 8192, NOW)
+LEFT = OtherFile(Digest.of(b"left"), "unfinished", 4096, NOW - 1)
+DAMAGED = OtherFile(Digest.of(b"damaged"), "damaged", 512, NOW)
+RUNNING = OtherFile(Digest.of(b"running"), "fetching", 8192, NOW)
 LEFTOVERS = [LEFT, DAMAGED, RUNNING]
 ENOUGH = 10**9
 
@@ -96,7 +96,7 @@ def test_eviction_order_is_that_of_the_evictor_without_what_marks_protect(
 
     blobs = [StoredBlob(one.digest, one.size, one.used) for one in inventory.contents.values()]
     staying = {pinned, Digest.of(content("3", 103)), Digest.of(config(Id="3"))}
-    assert order == [one.digest for one in eviction_order(blobs, staying, {})]
+    assert order == [one.digest for one in eviction_order(blobs, staying)]
     assert len(order) == 12
 
 

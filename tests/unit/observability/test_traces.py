@@ -72,6 +72,7 @@ async def test_blob_that_an_image_refers_to_is_known_before_it_is_fetched(tmp_pa
         fake.add_image(DATA, tag="v1")
         await server.get(server.manifest("v1"))
         await server.get(server.blob(Digest.of(DATA)))
+        await server.store.wait_until_published()
         await server.get(server.blob(Digest.of(DATA)))
         _, miss, hit = await server.records()
         assert miss.trace.is_known

@@ -9,7 +9,7 @@ from mirror.inventory.model import Inventory
 from mirror.inventory.read import read_inventory
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST, parse_manifest
 from mirror.oci.reference import Digest, Repository, Tag
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.marks import Freeze, Lease, Marks, Pin, change_marks, read_marks
 from mirror.store.records import AccessRecord, access_records_of
 from mirror.store.store import Store

@@ -14,7 +14,7 @@ from mirror.observability.events import Event
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
 from mirror.oci.image_name import ImageName
 from mirror.oci.reference import Digest
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from tests.fakes.registry import FakeRegistry
 from tests.server_kit import LIMITS
 

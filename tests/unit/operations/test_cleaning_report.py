@@ -13,7 +13,7 @@ from mirror.operations.cleaning_report import (
     load_report,
     save_report,
 )
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 
 
 def item(action: str, kind: str = "image", size: int = 10) -> Item:

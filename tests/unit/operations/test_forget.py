@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from mirror.oci.image_name import ImageName
 from mirror.oci.reference import Digest, Reference, Tag
 from mirror.operations.forget import ForgetReport, forget
 from mirror.operations.warm import WarmOptions, warm
-from mirror.store.marks import Freeze, Marks, Pin
+from mirror.store.marks import Freeze, Lease, Marks, Pin
 from tests.fakes.registry import FakeRegistry
-from tests.unit.operations.kit import add_index, image, on_disk, opened
+from tests.unit.operations.kit import add_index, add_referrer, image, on_disk, opened
 
 APP = image("app:v1")
 NONE = Marks()
@@ -214,6 +215,40 @@ async def test_content_of_a_pin_stays_readable_if_another_name_is_forgotten(
             assert counts(report) == (("v1",), 0, 0, 0)
             await registry.stop()
             assert await pull(mirror, APP, digest) is Outcome.HIT
+
+
+@pytest.mark.parametrize("reference", ["tag", "digest", "whole", "platform"])
+async def test_image_that_a_node_uses_is_not_forgotten(tmp_path: Path, reference: str) -> None:
+    async with FakeRegistry() as registry:
+        digests = add_index(registry, "linux/amd64")
+        async with filled(tmp_path, registry, "app:v1") as mirror:
+            lease = Lease(digests["linux/amd64"], mirror.store.now() + 60.0, "pods")
+            leased = Marks(leases={lease.digest: lease})
+            name = {
+                "tag": APP,
+                "digest": image(f"app@{digests['']}"),
+                "whole": ImageName(APP.repository, None),
+                "platform": image(f"app@{lease.digest}"),
+            }[reference]
+            with pytest.raises(Denied, match="a node uses it"):
+                await forget(mirror.store, name, leased)
+            await registry.stop()
+            assert await pull(mirror, APP) is Outcome.HIT
+            assert await pull_blob(mirror, APP, b"shared layer") is Outcome.HIT
+            ended = Marks(leases={lease.digest: replace(lease, until=mirror.store.now() - 1.0)})
+            assert (await forget(mirror.store, APP, ended)).has_changed
+
+
+async def test_signature_of_a_pinned_image_is_not_forgotten(tmp_path: Path) -> None:
+    async with FakeRegistry() as registry:
+        digest = registry.add_image(b"one", tag="v1")
+        name = f"app:sha256-{digest.hex}.sig"
+        add_referrer(registry, b"signed", name.rpartition(":")[2])
+        async with filled(tmp_path, registry, "app:v1", name) as mirror:
+            pinned = Marks(pins={str(APP): Pin(str(APP), digest, 0.0)})
+            with pytest.raises(Denied, match="it belongs to an image that is pinned"):
+                await forget(mirror.store, image(name), pinned)
+            assert (await forget(mirror.store, image(name), NONE)).has_changed
 
 
 async def test_index_that_cannot_be_read_is_an_error(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ from mirror.oci.reference import Digest
 from mirror.operations.gc import DEFAULT_GRACE_S, NothingNamed, collect_garbage, find_garbage
 from mirror.store import disk
 from mirror.store.disk import IngestState, Layout
+from mirror.store.quarantine import quarantine
 from mirror.store.store import Store
 from tests.unit.hosted.kit import hosted_kit
 from tests.unit.operations.cleaning_kit import DAY, NOW, OTHER, inventory_of, mark, on_disk, pull
-from tests.unit.store.kit import image, keep, opened, random_bytes
+from tests.unit.store.kit import image, index_of, keep, opened, random_bytes
 
 LAYER, OTHER_LAYER = random_bytes(2_000, 1), random_bytes(3_000, 2)
 CONFIG = b"{}"
@@ -154,3 +156,38 @@ async def test_hosted_content_is_no_garbage_until_no_repository_has_it(tmp_path:
         await kit.service.delete_blob("app", digest)
         await collect_garbage(kit.store, inventory_of(tmp_path, LATER), DEFAULT_GRACE_S)
         assert str(digest) not in on_disk(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["pins", "freezes", "leases"])
+async def test_content_of_a_marked_image_stays_while_its_manifest_is_damaged(
+    tmp_path: Path, kind: str
+) -> None:
+    async with opened(tmp_path, [NOW]) as store:
+        root = await pull(store, image(LAYER), "v1", [CONFIG, LAYER])
+        await pull(store, image(OTHER_LAYER), "v1", [OTHER_LAYER], OTHER)
+        orphan = await keep(store, random_bytes(500, 3))
+        marks = {kind: [root] if kind == "leases" else [("docker.io/library/app:v1", root)]}
+        mark(tmp_path, **marks)
+        with disk.open_locked(store.layout.blob(root)) as fd:
+            assert fd is not None
+            quarantine(store.layout, root, fd)
+        for _ in range(2):
+            now = store.layout.quarantine(root).stat().st_ctime + 2 * DAY
+            mark(tmp_path, **marks)
+            inventory = inventory_of(tmp_path, NOW + DAY - 1)
+            inventory = replace(inventory, now=max(now, LATER))
+            await collect_garbage(store, inventory, DEFAULT_GRACE_S)
+        assert {str(Digest.of(CONFIG)), str(Digest.of(LAYER))} <= on_disk(tmp_path)
+        assert store.layout.quarantine(root).exists(), "it says what is not known"
+        assert str(orphan) not in on_disk(tmp_path)
+
+
+async def test_layers_of_a_damaged_platform_stay_while_it_can_be_inspected(tmp_path: Path) -> None:
+    async with opened(tmp_path, [NOW]) as store:
+        child = await pull(store, image(LAYER), None, [CONFIG, LAYER])
+        await pull(store, index_of(image(LAYER)), "v1")
+        with disk.open_locked(store.layout.blob(child)) as fd:
+            assert fd is not None
+            quarantine(store.layout, child, fd)
+        await collect_garbage(store, inventory_of(tmp_path, LATER), DEFAULT_GRACE_S)
+        assert {str(Digest.of(CONFIG)), str(Digest.of(LAYER))} <= on_disk(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,12 @@ from mirror.operations.kubernetes import (
     UsedImage,
     digest_of_image_id,
     images_of,
-    list_images,
+    list_pod_images,
 )
 from tests.fakes.kubernetes import TOKEN, FakeApiServer, api_server
 from tests.real.tokens import Certificate
+
+ITEMS = b'{"kind": "PodList", "metadata": {}, "items": 5}'
 
 
 def of(text: str) -> str:
@@ -52,7 +55,7 @@ def server(fake: FakeApiServer, tmp_path: Path) -> ApiServer:
 
 
 def test_images_of_all_pods_are_read_page_by_page(fake: FakeApiServer, server: ApiServer) -> None:
-    found = list_images(server)
+    found = list_pod_images(server)
     assert found.images == EXPECTED
     assert found.pods == 5
     assert fake.targets == [
@@ -64,10 +67,10 @@ def test_images_of_all_pods_are_read_page_by_page(fake: FakeApiServer, server: A
 
 def test_list_that_has_expired_begins_again(fake: FakeApiServer, server: ApiServer) -> None:
     fake.expired = 1
-    assert list_images(server).images == EXPECTED
+    assert list_pod_images(server).images == EXPECTED
     fake.expired = 100
     with pytest.raises(MirrorError, match="has expired several times"):
-        list_images(server)
+        list_pod_images(server)
 
 
 @pytest.mark.parametrize(
@@ -85,32 +88,69 @@ def test_refusal_has_a_remedy(
 ) -> None:
     fake.status = status
     with pytest.raises(MirrorError, match=f"127.0.0.1.* has answered with {status}: .*{remedy}"):
-        list_images(server)
+        list_pod_images(server)
     assert len(fake.targets) == 1
 
 
-@pytest.mark.parametrize("body", [b"<html>", b"[]", b'{"kind": "Status"}', b'{"kind": "PodList"}'])
+@pytest.mark.parametrize(
+    "body", [b"<html>", b"[]", b'{"kind": "Status"}', b'{"kind": "PodList"}', ITEMS]
+)
 def test_response_that_is_no_list_of_pods_is_an_error(
     fake: FakeApiServer, server: ApiServer, body: bytes
 ) -> None:
     fake.body = body
     with pytest.raises(MirrorError, match="has sent no list of pods"):
-        list_images(server)
+        list_pod_images(server)
+
+
+@pytest.mark.parametrize("token", ["x", 5, ["x"]])
+def test_list_without_an_end_is_an_error(
+    fake: FakeApiServer, server: ApiServer, token: object
+) -> None:
+    document = {"kind": "PodList", "metadata": {"continue": token}, "items": []}
+    fake.body = json.dumps(document).encode()
+    with pytest.raises(MirrorError, match="endless list of pods"):
+        list_pod_images(server)
+    assert len(fake.targets) == 2
+
+
+@pytest.mark.parametrize("token", [b"", b"\xff\xfe", b"secret\nline", "sécret".encode()])
+def test_file_that_has_no_token_is_named_without_its_text(
+    fake: FakeApiServer, server: ApiServer, tmp_path: Path, token: bytes
+) -> None:
+    file = tmp_path / "wrong"
+    file.write_bytes(token)
+    with pytest.raises(MirrorError) as caught:
+        list_pod_images(replace(server, token_file=file))
+    assert caught.value.message == f"{file} has no bearer token in one line"
+    assert fake.targets == []
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:99999", "http://127.0.0.1:x", "http://[::1", ""])
+def test_url_that_is_malformed_is_an_error(server: ApiServer, url: str) -> None:
+    with pytest.raises(MirrorError, match="no URL of an API server"):
+        list_pod_images(replace(server, url=url))
+
+
+def test_authority_without_a_certificate_is_named(server: ApiServer, tmp_path: Path) -> None:
+    (tmp_path / "ca").write_text("no certificate")
+    with pytest.raises(MirrorError, match=f"^{tmp_path}/ca has no certificate"):
+        list_pod_images(replace(server, url="https://127.0.0.1:9", ca_file=tmp_path / "ca"))
 
 
 def test_cluster_without_pods_has_no_images(fake: FakeApiServer, server: ApiServer) -> None:
     fake.body = b'{"kind": "PodList", "metadata": {}, "items": null}'
-    assert list_images(server).images == frozenset()
+    assert list_pod_images(server).images == frozenset()
 
 
 def test_api_server_that_cannot_be_reached_is_named(server: ApiServer) -> None:
     for url in ("http://127.0.0.1:9", "https://127.0.0.1:9"):
         with pytest.raises(MirrorError, match=f"^{url} cannot be asked: Connection refused$"):
-            list_images(replace(server, url=url))
+            list_pod_images(replace(server, url=url))
     with pytest.raises(MirrorError, match="no URL of an API server"):
-        list_images(replace(server, url="127.0.0.1"))
+        list_pod_images(replace(server, url="127.0.0.1"))
     with pytest.raises(FileNotFoundError):
-        list_images(replace(server, token_file=Path("/missing")))
+        list_pod_images(replace(server, token_file=Path("/missing")))
 
 
 def test_token_is_sent_only_to_a_server_with_a_certificate_of_the_authority(
@@ -119,10 +159,10 @@ def test_token_is_sent_only_to_a_server_with_a_certificate_of_the_authority(
     certificate = Certificate.make(tmp_path)
     with api_server(certificate) as fake:
         with pytest.raises(MirrorError, match=r"cannot be asked: .*certificate verify failed"):
-            list_images(replace(server, url=fake.url))
+            list_pod_images(replace(server, url=fake.url))
         assert fake.targets == []
         known = replace(server, url=fake.url, ca_file=certificate.cert_file)
-        assert list_images(known).images == EXPECTED
+        assert list_pod_images(known).images == EXPECTED
 
 
 def test_pod_finds_its_own_cluster() -> None:
@@ -157,6 +197,8 @@ def test_image_id_has_the_digest_of_the_manifest(image_id: str | None, digest: s
         [],
         {"spec": None, "status": None},
         {"spec": {"containers": None, "volumes": [None, {"image": None}]}},
+        {"status": {"phase": ["x"], "containerStatuses": [{"name": ["x"], "imageID": 5}]}},
+        {"spec": {"containers": [{"name": {}}]}, "status": {"containerStatuses": [{"name": []}]}},
         {"spec": {"containers": [1, {"image": 7}, {}]}, "status": {"containerStatuses": [2, {}]}},
     ],
 )

@@ -13,7 +13,8 @@ from mirror.oci.descriptor import referrers_tag
 from mirror.oci.reference import Digest
 from mirror.operations import prefetch
 from mirror.operations.prefetch import PrefetchJob, find_entry_images, last_runs, run_entry
-from mirror.store.disk import Layout
+from mirror.store import disk
+from mirror.store.layout import Layout
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.unit.operations.kit import on_disk, opened
 
@@ -159,7 +160,7 @@ async def test_another_process_that_runs_entries_is_left_alone(tmp_path: Path) -
         async with opened(tmp_path, registry, more=configured({"images": ["app:v1"]})) as mirror:
             events: list[Event] = []
             job = PrefetchJob(mirror, events.append)
-            lock = prefetch._try_lock(mirror.store.layout)
+            lock = disk.lock_file(tmp_path / prefetch._PREFETCH_LOCK)
             assert lock is not None
             await job.run(10_000.0)
             assert registry.requests == []

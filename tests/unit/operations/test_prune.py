@@ -9,14 +9,14 @@ from mirror.inventory.model import Inventory
 from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.reference import Digest
 from mirror.operations.prune import choose, prune
-from mirror.operations.retention import RetentionRule
+from mirror.operations.retention import PruneRule
 from mirror.store.store import Store
 from tests.unit.operations.cleaning_kit import DAY, NOW, inventory_of, mark, names, on_disk, pull
 from tests.unit.store.kit import image, opened, random_bytes
 
 LAYERS = [random_bytes(2_000, seed) for seed in range(4)]
 CONFIG = b"{}"
-LAST_TWO = [RetentionRule(keep_last=2)]
+LAST_TWO = [PruneRule(keep_last=2)]
 
 
 async def four_versions(store: Store) -> list[Digest]:
@@ -44,7 +44,7 @@ async def test_shared_content_counts_once_in_a_plan(tmp_path: Path) -> None:
     async with opened(tmp_path, [NOW]) as store:
         await pull(store, image(LAYERS[0]), "a", [CONFIG, LAYERS[0]])
         await pull(store, image(*LAYERS[:2]), "b", LAYERS[:2])
-        plan = choose(inventory_of(tmp_path, NOW + DAY), [RetentionRule(older_than=1.0)])
+        plan = choose(inventory_of(tmp_path, NOW + DAY), [PruneRule(older_than=1.0)])
         total = sum(path.stat().st_size for path in (tmp_path / "blobs").glob("*/*"))
         assert plan.freed == total
 
@@ -74,9 +74,9 @@ async def test_signature_goes_with_its_image_and_not_before(tmp_path: Path) -> N
         await pull(store, signature(signed))
         assert len(untagged(inventory_of(tmp_path))) == 1
         old = NOW + 40 * DAY
-        await prune(store, inventory_of(tmp_path, old), [RetentionRule(keep_last=1)])
+        await prune(store, inventory_of(tmp_path, old), [PruneRule(keep_last=1)])
         assert len(untagged(inventory_of(tmp_path))) == 1
-        await prune(store, inventory_of(tmp_path, old), [RetentionRule(older_than=30 * DAY)])
+        await prune(store, inventory_of(tmp_path, old), [PruneRule(older_than=30 * DAY)])
         assert on_disk(tmp_path) == set()
 
 

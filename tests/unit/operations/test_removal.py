@@ -18,6 +18,7 @@ from mirror.oci.reference import Digest, Repository, Tag
 from mirror.operations.cleaning_report import CleaningReport
 from mirror.operations.removal import plan_removal, remove_images, removed_names
 from mirror.store.eviction import Evictor
+from mirror.store.removal import Removal
 from mirror.store.store import Store
 from tests.unit.operations.cleaning_kit import (
     APP,
@@ -250,6 +251,100 @@ async def test_child_manifest_loses_its_access_as_a_manifest(tmp_path: Path) -> 
         assert both.blobs == {Digest.of(CONFIG), Digest.of(LAYERS[0])}
 
 
+# --- marks are about a digest of a repository -----------------------------------------------------
+
+
+async def moved_tag(store: Store) -> tuple[Digest, Digest]:
+    """A tag that has moved from one image to another. The first one has its digest as its name."""
+    earlier = await pull(store, image(LAYERS[0]), "v1", [CONFIG, LAYERS[0]])
+    later = await pull(store, image(LAYERS[1]), "v1", [LAYERS[1]])
+    return earlier, later
+
+
+@pytest.mark.parametrize("kind", ["pinned", "frozen"])
+async def test_digest_that_a_mark_of_a_moved_tag_names_stays(tmp_path: Path, kind: str) -> None:
+    async with opened(tmp_path, [NOW]) as store:
+        earlier, _ = await moved_tag(store)
+        marks = [("docker.io/library/app:v1", earlier)]
+        mark(tmp_path, **{"pins" if kind == "pinned" else "freezes": marks})
+        inventory = inventory_of(tmp_path)
+        report = await remove_images(store, inventory, inventory.images, {})
+        assert [item.action for item in report.items] == ["kept", "kept"]
+        command = "oci-mirror unpin" if kind == "pinned" else "oci-mirror unfreeze"
+        assert all(
+            item.why.endswith(f"{command} docker.io/library/app:v1") for item in report.items
+        )
+        layer = Digest.of(LAYERS[0])
+        assert await store.index.access_record(APP, earlier, "manifest") is not None
+        assert await store.index.access_record(APP, layer, "blob") is not None
+
+
+async def test_mark_of_another_repository_keeps_the_content_and_not_the_name(
+    tmp_path: Path,
+) -> None:
+    async with opened(tmp_path, [NOW]) as store:
+        digest = await pull(store, image(LAYERS[0]), "v1", [CONFIG, LAYERS[0]])
+        await pull(store, image(LAYERS[0]), "v1", (), OTHER)
+        mark(tmp_path, pins=[("docker.io/library/app:v1", digest)])
+        before = on_disk(tmp_path)
+        await remove(store, tmp_path, "ghcr.io/org/other:v1")
+        assert names(tmp_path) == {"docker.io/library/app:v1"}
+        assert on_disk(tmp_path) == before
+
+
+async def test_signature_of_a_kept_image_stays(tmp_path: Path) -> None:
+    async with opened(tmp_path, [NOW]) as store:
+        digest = await pull(store, image(LAYERS[0]), "v1", [CONFIG, LAYERS[0]])
+        signature = f"sha256-{digest.hex}.sig"
+        await pull(store, image(LAYERS[1]), signature, [LAYERS[1]])
+        mark(tmp_path, pins=[("docker.io/library/app:v1", digest)])
+        report = await remove(store, tmp_path, f"docker.io/library/app:{signature}")
+        assert [item.why for item in report.items] == [
+            "pinned: unpin it first: oci-mirror unpin docker.io/library/app:v1"
+        ]
+        assert f"docker.io/library/app:{signature}" in names(tmp_path)
+
+
+async def test_marked_signature_stays_when_its_image_goes(tmp_path: Path) -> None:
+    async with opened(tmp_path, [NOW]) as store:
+        digest = await pull(store, image(LAYERS[0]), "v1", [CONFIG, LAYERS[0]])
+        name = f"docker.io/library/app:sha256-{digest.hex}.sig"
+        signature = await pull(store, image(LAYERS[1]), name.rpartition(":")[2], [LAYERS[1]])
+        mark(tmp_path, pins=[(name, signature)], freezes=[(name, signature)])
+        await remove(store, tmp_path, "docker.io/library/app:v1")
+        assert names(tmp_path) == {name}
+        assert await store.index.access_record(APP, Digest.of(LAYERS[1]), "blob") is not None
+
+
+async def test_digest_that_an_index_lists_stays_with_it_and_goes_with_it(tmp_path: Path) -> None:
+    async with opened(tmp_path, [NOW]) as store:
+        child = await pull(store, image(LAYERS[0]), None, [CONFIG, LAYERS[0]])
+        await pull(store, index_of(image(LAYERS[0])), "v1")
+        alone = f"docker.io/library/app@{child}"
+        report = await remove(store, tmp_path, alone)
+        assert [(item.action, item.why) for item in report.items] == [
+            ("kept", "part of docker.io/library/app:v1")
+        ]
+        await remove(store, tmp_path, alone, "docker.io/library/app:v1")
+        assert names(tmp_path) == set()
+        assert on_disk(tmp_path) == set()
+
+
+async def test_repository_of_a_marked_image_whose_manifest_is_damaged_stays(
+    tmp_path: Path,
+) -> None:
+    async with opened(tmp_path, [NOW]) as store:
+        digest = await pull(store, image(*LAYERS[:2]), "v1", [CONFIG, *LAYERS[:2]])
+        await pull(store, image(LAYERS[1]), "v2", ())
+        mark(tmp_path, pins=[("docker.io/library/app:v1", digest)])
+        store.layout.blob(digest).unlink()
+        before = on_disk(tmp_path)
+        report = await remove(store, tmp_path, "docker.io/library/app:v2")
+        assert on_disk(tmp_path) == before
+        (item,) = report.items
+        assert (item.action, "oci-mirror warm" in item.why) == ("kept", True)
+
+
 # --- whatever the images are ----------------------------------------------------------------------
 
 BODIES = [image(*(LAYERS[n] for n in chosen)) for chosen in ((0,), (0, 1), (1, 2), (3,), (2, 3))]
@@ -284,10 +379,11 @@ def test_nothing_that_a_kept_name_or_a_mark_needs_is_removed(
             images = inventory_of(root).images
             of = {kind: [images[n] for n, k in marked.items() if k == kind and n < len(images)]
                   for kind in ("pin", "freeze", "lease")}  # fmt: skip
+            of["freeze"] = [image for image in of["freeze"] if image.tag is not None]
             mark(
                 root,
                 pins=[(image.name, image.digest) for image in of["pin"]],
-                freezes=[(i.name, i.digest) for i in of["freeze"] if i.tag is not None],
+                freezes=[(image.name, image.digest) for image in of["freeze"]],
                 leases=[image.digest for image in of["lease"]],
             )
             before, inventory = on_disk(root), inventory_of(root)
@@ -307,3 +403,25 @@ def test_nothing_that_a_kept_name_or_a_mark_needs_is_removed(
             )  # fmt: skip
 
     asyncio.run(run())
+
+
+async def test_content_goes_before_each_manifest_that_refers_to_it(tmp_path: Path) -> None:
+    """So an interrupted removal finds all the rest by the manifests that are left."""
+    children = [image(LAYERS[number]) for number in range(4)]
+    order: list[Digest] = []
+    remove_really = Evictor.remove
+
+    async def recorded(evictor: Evictor, contents: list[Content]) -> Removal:
+        order.extend(content.digest for content in contents)
+        return await remove_really(evictor, contents)
+
+    async with opened(tmp_path, [NOW]) as store:
+        for number, child in enumerate(children):
+            await pull(store, child, None, [CONFIG, LAYERS[number]])
+        await pull(store, index_of(*children), "v1")
+        with patch.object(Evictor, "remove", recorded):
+            await remove(store, tmp_path, *names(tmp_path))
+    for number, child in enumerate(children):
+        for part in (CONFIG, LAYERS[number]):
+            assert order.index(Digest.of(part)) < order.index(Digest.of(child))
+    assert order[-1] == Digest.of(index_of(*children))

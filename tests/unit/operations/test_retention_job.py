@@ -14,10 +14,10 @@ import pytest
 from mirror.config.settings import Settings, build
 from mirror.observability.events import Event, LogMessage, RetentionEnded
 from mirror.operations import retention_job
-from mirror.operations.cleaning_report import RETENTION_REPORT, save_report
-from mirror.operations.retention import RetentionRule
-from mirror.operations.retention_job import RetentionJob, last_report, rules_of, run_rules
-from mirror.store.disk import Layout
+from mirror.operations.cleaning_report import RETENTION_REPORT, load_report, save_report
+from mirror.operations.retention import PruneRule
+from mirror.operations.retention_job import RetentionJob, rules_of, run_rules
+from mirror.store.layout import Layout
 from tests.unit.operations.cleaning_kit import NOW, names, on_disk, pull
 from tests.unit.store.kit import image, opened, random_bytes
 
@@ -42,7 +42,7 @@ async def test_run_removes_images_and_saves_its_report(tmp_path: Path) -> None:
     assert names(tmp_path) == {"docker.io/library/app:1.2"}
     assert (document["error"], document["removed_images"]) == (None, 2)
     assert document["freed_bytes"] == 2 * (2_000 + len(image(LAYERS[0])))
-    saved = last_report(Layout(tmp_path))
+    saved = load_report(Layout(tmp_path), RETENTION_REPORT)
     assert saved == document
     assert {item["name"] for item in saved["items"]} == {
         "docker.io/library/app:1.0",
@@ -137,7 +137,7 @@ def test_configured_rules_are_parsed(tmp_path: Path) -> None:
     rules = [{"match": "ghcr.io/*", "older_than": "30d", "keep_last": "3", "tags": "<2"}]
     (rule,) = rules_of(settings_of(tmp_path, rules))
     assert (rule.match, rule.older_than, rule.keep_last) == ("ghcr.io/*", 30 * 86400.0, 3)
-    assert isinstance(rule, RetentionRule)
+    assert isinstance(rule, PruneRule)
     assert rule.tags is not None
     assert rule.tags.matches("1.9")
     assert not rule.tags.matches("2.0")

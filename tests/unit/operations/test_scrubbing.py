@@ -11,7 +11,7 @@ from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest
 from mirror.operations import scrubbing
 from mirror.operations.scrubbing import scrub_each
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 
 
 def put(layout: Layout, count: int) -> list[Digest]:

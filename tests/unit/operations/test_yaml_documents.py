@@ -24,14 +24,19 @@ def refusal(text: str) -> DocumentsRefused:
 
 def test_scalars_stay_text_and_empty_documents_are_left_out() -> None:
     assert read("a: 1\nb: yes\nc: ~\n---\n---\n# nothing\n---\n- x\n---\nnull\n--- text") == [
-        {"a": "1", "b": "yes", "c": "~"},
+        {"a": "1", "b": "yes", "c": ""},
         ["x"],
         "text",
     ]
 
 
+def test_null_is_not_text_unless_it_is_quoted_or_a_key() -> None:
+    text = "image: null\nlist: [~, 'null']\nquoted: 'null'\nnull: Null\n"
+    assert read(text) == [{"image": "", "list": ["", "null"], "quoted": "null", "null": ""}]
+
+
 def test_json_is_read() -> None:
-    assert read('{"a": [{"b": "c"}, null]}') == [{"a": [{"b": "c"}, "null"]}]
+    assert read('{"a": [{"b": "c"}, null]}') == [{"a": [{"b": "c"}, ""]}]
 
 
 def test_alias_and_merge_key_give_the_value_of_the_anchor() -> None:

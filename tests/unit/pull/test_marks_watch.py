@@ -15,7 +15,7 @@ from mirror.observability.events import LogMessage, Outcome
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
 from mirror.oci.reference import Digest
 from mirror.pull.marks_watch import WATCH_INTERVAL_S
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.marks import Block, Freeze, Marks, change_marks
 from tests.fakes.registry import FakeRegistry
 from tests.server_kit import Server, running

@@ -24,11 +24,11 @@ from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST, parse_manifest
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store import disk, index_directory
 from mirror.store.blobs import BlobStore
-from mirror.store.disk import Layout
 from mirror.store.index import Index
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import IngestContext, Role
 from mirror.store.ingest_writer import MemoryBudget
+from mirror.store.layout import Layout
 from mirror.store.marks import Marks, Pin, change_marks
 from mirror.store.other_process import follow_other_process
 from mirror.store.reader import FileExtent, Reader

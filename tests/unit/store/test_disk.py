@@ -502,3 +502,14 @@ def test_quarantine_never_raises_on_a_read_only_disk(
     os.close(fd)
     assert layout.blob(digest).exists() == ("unlink" in calls)
     assert not layout.quarantine(digest).exists()
+
+
+def test_file_is_locked_by_one_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "job.lock"
+    first = disk.lock_file(path)
+    assert first is not None
+    assert disk.lock_file(path) is None
+    os.close(first)
+    again = disk.lock_file(path)
+    assert again is not None
+    os.close(again)

@@ -193,20 +193,11 @@ BLOBS = st.lists(
 )
 
 
-@given(
-    BLOBS,
-    st.sets(st.sampled_from(DIGESTS)),
-    st.dictionaries(st.sampled_from(DIGESTS), st.lists(st.sampled_from(DIGESTS))),
-)
-def test_pinned_manifests_and_their_parts_stay_and_the_rest_goes_by_age(
-    blobs: list[StoredBlob], pinned: set[Digest], references: dict[Digest, list[Digest]]
+@given(BLOBS, st.sets(st.sampled_from(DIGESTS)))
+def test_protected_content_stays_and_the_rest_goes_by_age(
+    blobs: list[StoredBlob], protected: set[Digest]
 ) -> None:
-    chosen = eviction_order(blobs, pinned, references)
-    protected = set(pinned)
-    while more := {
-        part for d in protected for part in references.get(d, ()) if part not in protected
-    }:
-        protected |= more
+    chosen = eviction_order(blobs, protected)
     assert not {blob.digest for blob in chosen} & protected
     assert {blob.digest for blob in blobs} - protected == {blob.digest for blob in chosen}
     assert [blob.used for blob in chosen] == sorted(blob.used for blob in chosen)
@@ -265,8 +256,8 @@ def test_bytes_to_free_is_0_up_to_the_high_water_mark_and_reaches_the_low_one_ab
 def test_order_ends_with_the_content_that_reaches_the_bytes_to_evict(
     blobs: list[StoredBlob], enough: int
 ) -> None:
-    order = eviction_order(blobs, set(), {}, enough)
-    assert order == eviction_order(blobs, set(), {})[: len(order)]
+    order = eviction_order(blobs, set(), enough)
+    assert order == eviction_order(blobs, set())[: len(order)]
     held = [blob.size for blob in order]
     assert sum(held) >= enough or len(order) == len(blobs)
     assert sum(held[:-1]) < enough
@@ -280,6 +271,6 @@ def test_order_holds_about_what_is_evicted_and_takes_linear_time(step: float) ->
     count = 50_000
     blobs = (StoredBlob(DIGESTS[0], 10, 1e9 + step * number) for number in range(count))
     begun = time.process_time()
-    order = eviction_order(blobs, set(), {}, 1000)
+    order = eviction_order(blobs, set(), 1000)
     assert len(order) == 100
     assert time.process_time() - begun < 1.0

@@ -119,7 +119,7 @@ def test_index_goes_before_its_manifests_and_a_manifest_before_its_layers(
                         await use(store, body, *layers)
             store.catalog.refresh()
             blobs = list(store.catalog.blobs(clock[0]))
-            order = [blob.digest for blob in eviction.eviction_order(blobs, set(), {})]
+            order = [blob.digest for blob in eviction.eviction_order(blobs, set())]
             recency = {blob.digest: blob.used for blob in blobs}
             for digest, refers in parts.items():
                 for part in refers:

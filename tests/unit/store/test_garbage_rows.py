@@ -8,8 +8,8 @@ import pytest
 
 from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest, Repository
-from mirror.store.disk import Layout
 from mirror.store.garbage_rows import count_expired, drop_expired, read_access_of
+from mirror.store.layout import Layout
 from mirror.store.records import AccessRecord
 from tests.unit.store.kit import REPO, opened
 

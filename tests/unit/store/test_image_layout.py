@@ -18,7 +18,7 @@ from mirror.observability.events import Event, LogMessage
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store import image_layout
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.records import MALFORMED, NamedManifest
 
 REPO = Repository("docker.io", "library/app")

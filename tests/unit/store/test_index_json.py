@@ -20,8 +20,8 @@ from mirror.store import image_layout, index_directory, rows
 from mirror.store import index as index_module
 from mirror.store import names as index_names
 from mirror.store import store as store_module
-from mirror.store.disk import Layout
 from mirror.store.index import Index
+from mirror.store.layout import Layout
 from mirror.store.names import NamesPage
 from mirror.store.orphans import ORPHAN_ROW_TTL_S
 from mirror.store.records import AccessRecord, NamedManifest

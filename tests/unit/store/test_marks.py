@@ -14,7 +14,7 @@ import pytest
 
 from mirror.oci.reference import Digest
 from mirror.store import disk, marks
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.marks import (
     Block,
     Freeze,

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from mirror.oci.reference import Digest
-from mirror.store.disk import Layout
 from mirror.store.image_links import Links
+from mirror.store.layout import Layout
 from mirror.store.marks import Freeze, Marks, Pin, change_marks, replace_leases
+from mirror.store.names import ACCESS
 from mirror.store.protection import Protection, ProtectionUnknown, read_parts
+from mirror.store.rows import Tables
 from tests.unit.store.kit import image, index_of, pin
 
 NAME = "docker.io/library/app:1.0"
@@ -154,3 +157,56 @@ def test_parts_of_content_that_is_no_manifest_are_none(fixture: Fixture) -> None
     put(fixture.layout, b"no manifest", b"{}" + b" " * 5_000_000)
     for data in (b"no manifest", b"{}" + b" " * 5_000_000, b"missing"):
         assert read_parts(fixture.layout, Digest.of(data)) == ([], [])
+
+
+# --- manifests whose parts are not known ----------------------------------------------------------
+
+
+def access_to(fixture: Fixture, name: str, manifest: bytes, *blobs: bytes) -> None:
+    """Record the access of a repository to content, as a pull does."""
+    rows = [(f"manifest {name}@{Digest.of(manifest)}", "")]
+    rows += [(f"blob {name}@{Digest.of(data)}", "") for data in blobs]
+    tables = Tables(fixture.layout.index, {ACCESS: None})
+    with closing(tables), tables.transaction(ACCESS):
+        tables.write_all(ACCESS, rows)
+
+
+def test_missing_or_damaged_manifest_of_a_pin_keeps_all_of_its_repository(
+    fixture: Fixture,
+) -> None:
+    name, other = "docker.io/library/app", "docker.io/library/app2"
+    access_to(fixture, name, IMAGES[0], LAYERS[0], LAYERS[3])
+    access_to(fixture, other, IMAGES[1], LAYERS[1])
+    fixture.mark(lambda one: Marks(pins={NAME: Pin(NAME, Digest.of(IMAGES[0]), 0.0)}))
+    path = fixture.layout.blob(Digest.of(IMAGES[0]))
+    expected = {*map(Digest.of, (IMAGES[0], LAYERS[0], LAYERS[3]))}
+    path.write_bytes(IMAGES[0].replace(b"sha256", b"sha255", 1))
+    assert fixture.protected() == expected
+    path.unlink()
+    assert fixture.protected() == expected
+
+
+def test_manifest_of_a_lease_counts_as_damaged_only_if_it_was_here(fixture: Fixture) -> None:
+    access_to(fixture, "docker.io/library/app", IMAGES[0], LAYERS[0])
+    leased = {Digest.of(IMAGES[0])}
+    fixture.mark(lambda one: replace_leases(Marks(), "pods", leased, 100.0, 0.0))
+    path = fixture.layout.blob(Digest.of(IMAGES[0]))
+    path.unlink()
+    assert fixture.protected() == leased, "it was evicted before it was leased"
+    moved = fixture.layout.quarantine(Digest.of(IMAGES[0]))
+    moved.parent.mkdir(parents=True)
+    moved.write_bytes(b"damaged")
+    assert fixture.protected() == leased | {Digest.of(LAYERS[0])}
+
+
+def test_pin_of_a_manifest_that_was_never_here_keeps_nothing_else(fixture: Fixture) -> None:
+    """It may be a typing error. The repository can still be evicted."""
+    access_to(fixture, "docker.io/library/app", IMAGES[0], LAYERS[0], LAYERS[3])
+    missing = Digest.of(b"never pulled")
+    fixture.mark(lambda one: Marks(pins={NAME: Pin(NAME, missing, 0.0)}))
+
+    access_to(fixture, "docker.io/library/app", IMAGES[0], LAYERS[0])
+    missing = Digest.of(b"never pulled")
+    name = f"docker.io/library/app@{missing}"
+    fixture.mark(lambda one: Marks(pins={name: Pin(name, missing, 0.0)}))
+    assert fixture.protected() == {missing}

@@ -18,9 +18,9 @@ import pytest
 from mirror.oci.errors import ContentLost, DigestMismatch, MirrorError
 from mirror.store import blobs as blobs_module
 from mirror.store import disk
-from mirror.store.disk import Layout
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import Role
+from mirror.store.layout import Layout
 from mirror.store.reader import Extent, FileExtent, Reader, read_all
 from tests.unit.store.kit import (
     Kit,

@@ -6,11 +6,12 @@ import os
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mirror.store import names, saved_rows
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.names import NAMED
 from mirror.store.rows import Tables
 from mirror.store.saved_rows import IndexUnreadable, read_names
@@ -68,14 +69,15 @@ def test_database_on_a_disk_that_refuses_writes_is_read(
     path = tmp_path / "index" / NAMED / "cache.db"
     for suffix in ("-wal", "-shm"):
         path.with_name(f"cache.db{suffix}").unlink(missing_ok=True)
-    select = saved_rows._select
+    path.with_name("cache.db-wal").touch()  # What a failed attempt to open it leaves.
+    connect = sqlite3.connect
 
-    def refusing(uri: str) -> list[tuple[str, str]]:
-        if "immutable" not in uri:
+    def refusing(name: str, **options: Any) -> sqlite3.Connection:
+        if "immutable" not in name:
             raise sqlite3.OperationalError("unable to open database file")
-        return select(uri)
+        return connect(name, **options)
 
-    monkeypatch.setattr(saved_rows, "_select", refusing)
+    monkeypatch.setattr(sqlite3, "connect", refusing)
 
     assert read_names(Layout(tmp_path))[0] == [("a", "1")]
     assert not os.path.exists(f"{path}-shm")

@@ -21,9 +21,9 @@ from mirror.observability.events import Event, Evicted, LogMessage, StorageMeasu
 from mirror.oci.errors import UpstreamUnavailable
 from mirror.oci.reference import Digest
 from mirror.store import disk, eviction, removal, space
-from mirror.store.disk import Layout
 from mirror.store.eviction import Catalog, Evictor
 from mirror.store.ingest import Ingest
+from mirror.store.layout import Layout
 from mirror.store.protection import Protection
 from mirror.store.removal import Candidate, KeptBecause
 from mirror.store.space import Totals, Usage

@@ -24,8 +24,8 @@ from mirror.oci.errors import UpstreamUnavailable
 from mirror.oci.reference import Digest, Tag
 from mirror.store import blobs, disk, orphans
 from mirror.store import store as module
-from mirror.store.disk import Layout
 from mirror.store.ingest_lock import Role
+from mirror.store.layout import Layout
 from mirror.store.records import AccessRecord
 from mirror.store.store import Store
 from tests.unit.store.kit import (

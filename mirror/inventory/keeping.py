@@ -1,0 +1,90 @@
+"""Which images the marks keep from removal.
+
+Lives here: the one rule that ``rm``, ``prune``, retention and the listings share. Must not know:
+files, how images are removed.
+
+A mark names a digest in a repository, and keeps every name there that has this digest: a tag, or
+the digest itself after its tag has moved. It also keeps the digest that its tag has now. A lease
+keeps what has its digest in any repository. All of them keep the signatures and SBOMs of what they
+keep. Marks about content that is damaged keep the whole repository: its access records say what may
+belong to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Final
+
+from mirror.inventory.image_names import Name
+from mirror.inventory.model import DigestText, Image, Inventory, Keeper
+from mirror.oci.reference import Digest
+from mirror.store.marks import Freeze, Marks, Pin, repository_part
+
+_REMEDIES: Final = {
+    "pinned": "unpin it first: oci-mirror unpin",
+    "frozen": "unfreeze it first: oci-mirror unfreeze",
+}
+_LEASED: Final = Keeper("leased", "a node uses it: wait until its lease ends")
+_UNCLEAR: Final = "a marked image may need it, whose manifest is not on the disk"
+
+
+class Keepers:
+    """The marks that keep images, by repository and digest."""
+
+    def __init__(self, marks: Marks, names: Iterable[Name], now: float) -> None:
+        """Collect the marks. ``now``: seconds since the epoch. A lease that has ended is none."""
+        self._leases = {str(one.digest) for one in marks.leases.values() if one.until > now}
+        self._keepers: dict[tuple[str, DigestText], dict[str, Keeper]] = {}
+        for pin in marks.pins.values():
+            self._add("pinned", pin, pin.digest)
+        for freeze in marks.freezes.values():
+            self._add("frozen", freeze, freeze.digest)
+        self.tags: set[DigestText] = set()
+        """The digests that pinned and frozen tags have now."""
+        for name in names if self._keepers else ():
+            for mark, found in (("pinned", marks.pins), ("frozen", marks.freezes)):
+                one: Pin | Freeze | None = found.get(name.text)
+                if one is not None:
+                    self._add(mark, one, name.digest)
+                    self._add(mark, one, name.current)
+                    self.tags |= {str(name.digest), str(name.current)}
+
+    def _add(self, mark: str, named: Pin | Freeze, digest: Digest) -> None:
+        keeper = Keeper(mark, f"{_REMEDIES[mark]} {named.name}")
+        key = repository_part(named.name), str(digest)
+        self._keepers.setdefault(key, {}).setdefault(mark, keeper)
+
+    def of(self, name: Name, reached: Collection[DigestText]) -> list[Keeper]:
+        """Return what keeps a name. ``reached``: all content of its image."""
+        found = list(self._keepers.get((str(name.repository), str(name.digest)), {}).values())
+        if not self._leases.isdisjoint(reached):
+            found.append(_LEASED)
+        return found
+
+
+def with_referrers_kept(images: Sequence[Image], inventory: Inventory) -> tuple[Image, ...]:
+    """Return the images, of which the referrers of kept ones are kept, too."""
+    kept: dict[Image, Keeper] = {}
+    queue: list[tuple[Image, Keeper]] = [(one, one.keeper) for one in images if one.keeper]
+    for image, keeper in queue:  # It grows while it is read.
+        for referrer in inventory.referrers_of(image.root):
+            if referrer.keeper is None and referrer not in kept:
+                kept[referrer] = keeper
+                queue.append((referrer, keeper))
+    return tuple([_kept(one, kept[one]) if one in kept else one for one in images])
+
+
+def _kept(image: Image, keeper: Keeper) -> Image:
+    return replace(image, keeper=keeper, marks=(keeper.why, *image.marks))
+
+
+def with_unclear_kept(images: Sequence[Image], unclear: Collection[DigestText]) -> Iterator[Image]:
+    """Return the images, of which those are kept that may share content with a damaged one.
+
+    The names stay, because their access records say what may belong to it.
+    """
+    keeper = Keeper(_UNCLEAR, "fetch that first with oci-mirror warm, or take its mark away")
+    for image in images:
+        is_unclear = image.keeper is None and image.root in unclear
+        yield replace(image, keeper=keeper) if is_unclear else image
