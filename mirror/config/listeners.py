@@ -11,7 +11,8 @@ from typing import Annotated, Self
 from pydantic import AfterValidator, model_validator
 
 from mirror.config import values
-from mirror.config.section import FilePath, Host, Section, Size, key_error
+from mirror.config.hosted_rules import HostedRetentionRule, ImmutableTagsOrText
+from mirror.config.section import FilePath, FiniteDuration, Host, Section, Size, key_error
 
 
 class Tls(Section):
@@ -89,6 +90,21 @@ class Hosted(Section):
     sparse_indexes: bool = False
     """
     Accept an index although manifests that it lists were not pushed to its repository.
+    """
+    immutable_tags: tuple[ImmutableTagsOrText, ...] = ()
+    """
+    Tags that cannot be moved to another manifest, and that only an admin can delete: patterns such
+    as team/*:v*, or sections with match and tags.
+    """
+    retention: tuple[HostedRetentionRule, ...] = ()
+    """
+    Rules that remove images from hosted repositories, each with match, older_than, keep_last, tags,
+    untagged and age. Immutable tags stay. Empty: only deletion removes images.
+    """
+    grace: FiniteDuration = 86400.0
+    """
+    Time for which content stays that nothing refers to any more: blobs that no manifest names, and
+    images that a rule has removed. Clients push blobs before the manifest that names them.
     """
 
     def names(self) -> dict[str, str]:

@@ -13,7 +13,8 @@ from mirror.config.section import FiniteDuration, NonEmptyText, Section
 from mirror.oci.tag_selection import TagSelection
 
 
-def _check_tags(text: str) -> str:
+def check_tags(text: str) -> str:
+    """Return a selection of tags. Raises ``ValueError`` if it is none."""
     TagSelection.parse(text)
     return text
 
@@ -33,7 +34,7 @@ class RetentionRule(Section):
     Number of images of each repository that stay: the latest versions if the tags are versions,
     and the images that were first seen last among all others.
     """
-    tags: Annotated[str, AfterValidator(_check_tags)] | None = None
+    tags: Annotated[str, AfterValidator(check_tags)] | None = None
     """
     Only tags in a range of versions such as ">=1.2 <2", or that match a pattern such as pr-*.
     Default: all images, also those without a tag.

@@ -44,7 +44,9 @@ CREATE TABLE manifests (
     repository TEXT NOT NULL, digest TEXT NOT NULL, media_type TEXT NOT NULL,
     artifact_type TEXT NOT NULL, subject TEXT NOT NULL, size INTEGER NOT NULL,
     annotations TEXT NOT NULL, pushed_at REAL NOT NULL, pushed_by TEXT NOT NULL,
+    pulled_at REAL NOT NULL DEFAULT 0, orphaned_at REAL NOT NULL DEFAULT 0,
     PRIMARY KEY (repository, digest)) WITHOUT ROWID;
+CREATE INDEX orphaned_manifests ON manifests (repository, digest) WHERE orphaned_at > 0;
 CREATE INDEX manifests_by_subject ON manifests (repository, subject, digest) WHERE subject <> '';
 CREATE TABLE parts (
     repository TEXT NOT NULL, manifest TEXT NOT NULL, digest TEXT NOT NULL,
@@ -63,18 +65,29 @@ CREATE TABLE uploads (
     boot TEXT NOT NULL, started_at REAL NOT NULL) WITHOUT ROWID;
 CREATE TABLE contents (
     digest TEXT PRIMARY KEY, size INTEGER NOT NULL, names INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE released (digest TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE repositories (
     name TEXT PRIMARY KEY, bytes INTEGER NOT NULL, contents INTEGER NOT NULL,
     manifests INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE totals (
-    one INTEGER PRIMARY KEY CHECK (one = 1), bytes INTEGER NOT NULL, contents INTEGER NOT NULL,
-    generation INTEGER NOT NULL);
-INSERT INTO totals VALUES (1, 0, 0, 0);
+    one INTEGER PRIMARY KEY CHECK (one = 1), bytes INTEGER NOT NULL, contents INTEGER NOT NULL);
+INSERT INTO totals VALUES (1, 0, 0);
+
+CREATE VIEW unnamed_blobs AS SELECT * FROM blobs b WHERE NOT EXISTS
+    (SELECT 1 FROM parts p WHERE p.repository = b.repository AND p.digest = b.digest);
+CREATE VIEW unnamed_manifests AS SELECT * FROM manifests m WHERE NOT EXISTS
+    (SELECT 1 FROM tags t WHERE t.repository = m.repository AND t.digest = m.digest)
+    AND NOT EXISTS
+    (SELECT 1 FROM parts p WHERE p.repository = m.repository AND p.digest = m.digest);
+CREATE VIEW orphans AS SELECT * FROM unnamed_manifests m WHERE m.orphaned_at > 0 AND NOT EXISTS
+    (SELECT 1 FROM manifests s WHERE s.repository = m.repository AND s.digest = m.subject);
 
 CREATE TRIGGER contents_added AFTER INSERT ON contents BEGIN
-    UPDATE totals SET bytes = bytes + new.size, contents = contents + 1; END;
+    UPDATE totals SET bytes = bytes + new.size, contents = contents + 1;
+    DELETE FROM released WHERE digest = new.digest; END;
 CREATE TRIGGER contents_removed AFTER DELETE ON contents BEGIN
-    UPDATE totals SET bytes = bytes - old.size, contents = contents - 1; END;
+    UPDATE totals SET bytes = bytes - old.size, contents = contents - 1;
+    INSERT OR IGNORE INTO released VALUES (old.digest); END;
 CREATE TRIGGER blobs_added AFTER INSERT ON blobs BEGIN
     INSERT INTO contents VALUES (new.digest, new.size, 1)
         ON CONFLICT (digest) DO UPDATE SET names = names + 1;
@@ -164,6 +177,11 @@ class Database:
         await asyncio.wait({write.future})
         result: T = write.future.result()
         return result
+
+    def write_later(self, change: Callable[[Connection], object]) -> None:
+        """Make a change soon, without waiting. Not durable, and nobody is told if it fails."""
+        self._waiting.append(_Write(change, False, self._loop.create_future()))
+        self._writing.submit(self._commit_waiting)
 
     async def close(self) -> None:
         """Finish the writes that wait, and close all connections."""

@@ -16,9 +16,10 @@ from sqlite3 import Connection
 from typing import Any, Final
 
 from mirror.config.settings import Hosted
-from mirror.hosted import name_rows, upload_files, upload_rows
+from mirror.hosted import collection_rows, name_rows, upload_files, upload_rows
 from mirror.hosted.database import Database
-from mirror.hosted.name_rows import ManifestRow
+from mirror.hosted.immutable_tags import ImmutableTagRules
+from mirror.hosted.name_rows import USE_STEP_S, ManifestRow
 from mirror.hosted.pushed_manifest import PushedManifest, read_pushed_manifest
 from mirror.hosted.sessions import UploadSessions, disk_errors
 from mirror.oci.descriptor import MANIFEST_LIMIT
@@ -50,6 +51,7 @@ class HostedService:
         """
         self.settings = hosted
         self.uploads = UploadSessions(hosted, database, store, now)
+        self._immutable_tags = ImmutableTagRules(hosted)
         self._database = database
         self._store = store
         self._now = now
@@ -144,6 +146,7 @@ class HostedService:
             DigestInvalid: The bytes hash to another digest.
             ManifestRefused: It is no manifest that is accepted.
             PartsUnknown: The repository does not have all that the manifest refers to.
+            TagImmutable: A tag names another manifest for good.
             QuotaExceeded: The quota is used up.
             StorageUnavailable: The disk refuses.
         """
@@ -154,12 +157,13 @@ class HostedService:
             raise DigestInvalid("the manifest hashes to another digest")
         manifest = await parse_in_thread_if_large(read_pushed_manifest, body, content_type, digest)
         all_tags = [*([] if isinstance(reference, Digest) else [reference]), *tags]
-        check = partial(
-            name_rows.check_parts,
-            repository=repository,
-            manifest=manifest,
-            may_be_sparse=self.settings.sparse_indexes,
-        )
+
+        def check(connection: Connection) -> None:
+            self._immutable_tags.check_push(connection, repository, digest, all_tags)
+            name_rows.check_parts(
+                connection, repository, manifest, may_be_sparse=self.settings.sparse_indexes
+            )
+
         # Before anything is written. It is checked again in the transaction.
         await self._database.read(check)
 
@@ -204,12 +208,48 @@ class HostedService:
             raise ManifestUnknown("the content of this manifest is lost: push it again")
         return body
 
-    async def delete_manifest(self, repository: str, reference: Reference) -> None:
-        """Delete a manifest with its tags, or one tag. Raises ``ManifestUnknown``."""
-        if isinstance(reference, Digest):
-            delete = partial(name_rows.delete_manifest, repository=repository, digest=reference)
-        else:
-            delete = partial(name_rows.delete_tag, repository=repository, tag=reference)
+    async def mark_manifest_used(self, repository: str, reference: Reference) -> None:
+        """Record that a client may be about to push an index of a manifest, or a tag of it."""
+        mark = partial(
+            name_rows.mark_manifest_used,
+            repository=repository,
+            reference=reference,
+            now=self._now(),
+        )
+        await self._database.write(mark, is_durable=False)
+
+    def mark_pulled(self, repository: str, row: ManifestRow) -> None:
+        """Record the pull of a manifest soon. No client waits for it."""
+        now = self._now()
+        if row.pulled_at < now - USE_STEP_S:
+            mark = partial(
+                name_rows.mark_manifest_used, repository=repository, reference=row.digest, now=now
+            )
+            self._database.write_later(mark)
+
+    async def delete_manifest(
+        self, repository: str, reference: Reference, *, may_change_immutable: bool = False
+    ) -> None:
+        """Delete a manifest with its tags, or one tag.
+
+        Args:
+            repository: The repository.
+            reference: A digest, or a tag, whose manifest stays.
+            may_change_immutable: Whether immutable tags may be deleted.
+
+        Raises:
+            ManifestUnknown: The repository does not have it.
+            TagImmutable: It would take an immutable tag away.
+        """
+
+        def delete(connection: Connection) -> bool:
+            if not may_change_immutable:
+                self._immutable_tags.check_deletion(connection, repository, reference)
+            if isinstance(reference, Tag):
+                return name_rows.delete_tag(connection, repository, reference)
+            collection_rows.orphan_dependents(connection, repository, reference, self._now())
+            return name_rows.delete_manifest(connection, repository, reference)
+
         if not await self._database.write(delete):
             raise ManifestUnknown("the repository does not have this manifest")
 

@@ -16,14 +16,14 @@ from typing import Any, Final
 
 from mirror.hosted.pushed_manifest import PushedManifest
 from mirror.oci.errors import PartsUnknown
-from mirror.oci.reference import Digest, Tag
+from mirror.oci.reference import Digest, Reference, Tag
 
 _STEP: Final = 500
 """Digests of one query: SQLite takes at most 32,766 parameters, and more than these save little."""
 _MAX_SHOWN: Final = 20
 """Missing parts that an error names: it is one line."""
-_USE_STEP_S: Final = 600.0
-"""Seconds between two records of the use of one blob. Collection waits far longer."""
+USE_STEP_S: Final = 600.0
+"""Seconds between two records of the use of one blob or manifest. Collection waits longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,8 @@ class ManifestRow:
     media_type: str
     size: int
     """Bytes."""
+    pulled_at: float = 0.0
+    """Last recorded pull, in seconds since the epoch. Zero: none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ def mark_blob_used(connection: Connection, repository: str, digest: Digest, now:
     """Record that a client has just asked for a blob. It may push a manifest that names it."""
     connection.execute(
         "UPDATE blobs SET used_at = ? WHERE repository = ? AND digest = ? AND used_at < ?",
-        (now, repository, str(digest), now - _USE_STEP_S),
+        (now, repository, str(digest), now - USE_STEP_S),
     )
 
 
@@ -95,11 +97,11 @@ def delete_blob(connection: Connection, repository: str, digest: Digest) -> bool
 
 # --- manifests and tags ---------------------------------------------------------------------------
 
-_MANIFEST: Final = "SELECT m.digest, m.media_type, m.size FROM manifests m"
+_MANIFEST: Final = "SELECT m.digest, m.media_type, m.size, m.pulled_at FROM manifests m"
 
 
 def _manifest_row(row: Any) -> ManifestRow | None:
-    return None if row is None else ManifestRow(Digest.parse(row[0]), row[1], row[2])
+    return None if row is None else ManifestRow(Digest.parse(row[0]), *row[1:])
 
 
 def manifest_by_digest(
@@ -186,7 +188,8 @@ def add_manifest(
     """
     digest = str(manifest.digest)
     added = connection.execute(
-        "INSERT INTO manifests VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+        "INSERT INTO manifests (repository, digest, media_type, artifact_type, subject, size,"
+        " annotations, pushed_at, pushed_by) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
         " ON CONFLICT (repository, digest) DO NOTHING",
         (
             *(repository, digest, manifest.media_type, manifest.artifact_type),
@@ -202,13 +205,52 @@ def add_manifest(
     else:
         # The same bytes may be pushed again with another type.
         connection.execute(
-            "UPDATE manifests SET media_type = ? WHERE repository = ? AND digest = ?",
-            (manifest.media_type, repository, digest),
+            "UPDATE manifests SET media_type = ?, pushed_at = max(pushed_at, ?)"
+            " WHERE repository = ? AND digest = ?",
+            (manifest.media_type, now, repository, digest),
         )
+    # What it lists, and what refers to it, belongs to something again.
+    connection.executemany(
+        "UPDATE manifests SET orphaned_at = 0"
+        " WHERE repository = ? AND digest = ? AND orphaned_at > 0",
+        [(repository, str(one)) for one in (digest, *manifest.children)],
+    )
+    connection.execute(
+        "UPDATE manifests SET orphaned_at = 0"
+        " WHERE repository = ? AND subject = ? AND subject <> '' AND orphaned_at > 0",
+        (repository, digest),
+    )
     connection.executemany(
         "INSERT INTO tags VALUES (?, ?, ?, ?, ?) ON CONFLICT (repository, tag) DO UPDATE SET"
         " digest = excluded.digest, pushed_at = excluded.pushed_at, pushed_by = excluded.pushed_by",
         [(repository, str(tag), digest, now, user) for tag in tags],
+    )
+
+
+def tags_of(connection: Connection, repository: str, digest: Digest) -> list[str]:
+    """Return the tags that name a manifest of a repository, in order."""
+    rows = connection.execute(
+        "SELECT tag FROM tags WHERE repository = ? AND digest = ? ORDER BY tag",
+        (repository, str(digest)),
+    )
+    return [row[0] for row in rows]
+
+
+def mark_manifest_used(
+    connection: Connection, repository: str, reference: Reference, now: float
+) -> None:
+    """Record that a client has pulled a manifest, or may be about to push an index of it."""
+    digest = (
+        str(reference)
+        if isinstance(reference, Digest)
+        else connection.execute(
+            "SELECT max(digest) FROM tags WHERE repository = ? AND tag = ?",
+            (repository, str(reference)),
+        ).fetchone()[0]
+    )
+    connection.execute(
+        "UPDATE manifests SET pulled_at = ? WHERE repository = ? AND digest = ? AND pulled_at < ?",
+        (now, repository, digest, now - USE_STEP_S),
     )
 
 

@@ -237,6 +237,13 @@ class QuotaExceeded(Denied):
     """
 
 
+class TagImmutable(Denied):
+    """A push or a deletion would change an immutable tag of a hosted repository.
+
+    Raised by ``hosted``. Code ``DENIED``: all clients show its message.
+    """
+
+
 class Unauthorized(MirrorError):
     """The upstream needs credentials that we do not have, or refused ours (401).
 

@@ -40,6 +40,7 @@ class HostedPulls:
         """
         row = await self._hosted.find_manifest(repository.path, reference)
         body = None if is_head else await self._hosted.read_manifest(row)
+        self._hosted.mark_pulled(repository.path, row)
         pull.outcome = Outcome.HIT
         return ManifestResult(row.digest, row.media_type, size=row.size, body=body)
 

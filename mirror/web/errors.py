@@ -9,6 +9,7 @@ The statuses are chosen by what clients do next:
   failure of the upstream is never sent as 404, because clients would believe it, and never as 500.
 - An upstream that is unavailable is 502, not 503: containerd repeats 500, 503 and 504 at its last
   host, and never 502.
+- 409, not 403, for a tag that cannot be moved: no other user may do it either.
 - 401 is sent at the door for pushes only, with a challenge.
 - 403, not 401, if the upstream requires credentials that this server does not have. A 401 must
   carry a challenge (RFC 9110, section 15.5.2). A challenge would make clients send us credentials
@@ -39,6 +40,7 @@ from mirror.oci.errors import (
     NotFound,
     RangeNotSatisfiable,
     StorageUnavailable,
+    TagImmutable,
     TooLarge,
     TooManyRequests,
     Unauthorized,
@@ -55,6 +57,7 @@ _STATUS: Final[dict[type, int]] = {
     InvalidRequest: 400,
     LoginRequired: 401,
     Denied: 403,
+    TagImmutable: 409,
     Unauthorized: 403,
     NotFound: 404,
     MethodUnsupported: 405,

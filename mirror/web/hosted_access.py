@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeAlias
 
+from mirror.oci.errors import Denied
 from mirror.oci.reference import Repository
 
 
@@ -24,6 +25,8 @@ class AccessAction(StrEnum):
     PULL = "pull"
     PUSH = "push"
     DELETE = "delete"
+    ADMIN = "admin"
+    """Delete what is immutable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,5 +48,7 @@ has to send credentials, or has sent wrong ones, and ``Denied`` if the user may 
 
 
 async def allow_everybody(attempt: AccessAttempt) -> str:
-    """Allow everything to everybody, as an anonymous user."""
+    """Allow everything to everybody, as an anonymous user, who is no admin. Raises ``Denied``."""
+    if attempt.action is AccessAction.ADMIN:
+        raise Denied("only an admin may do this, and the configuration names none")
     return ""

@@ -25,6 +25,7 @@ from mirror.oci.errors import (
     NameInvalid,
     SizeInvalid,
     StorageUnavailable,
+    TagImmutable,
     TooLarge,
     UploadOutOfOrder,
 )
@@ -136,14 +137,22 @@ class HostedHandler:
                 | paths.ReferrersRequest()
             ):
                 await self._ask(request, pull, AccessAction.PULL, parsed.repository)
-                if isinstance(parsed, paths.BlobRequest) and request.method == "HEAD":
-                    # A client that finds the blob here may push a manifest that names it. On a
-                    # disk that refuses, it cannot push one, and can still pull.
-                    with suppress(StorageUnavailable):
-                        await self._service.mark_blob_used(parsed.repository.path, parsed.digest)
+                if request.method == "HEAD":
+                    await self._mark_found(parsed)
                 return None
             case _:
                 return None
+
+    async def _mark_found(self, parsed: paths.RepositoryRequest) -> None:
+        """Let no collection remove what a client finds here: it may push a manifest that names it.
+
+        On a disk that refuses, it cannot push one, and can still pull.
+        """
+        with suppress(StorageUnavailable):
+            if isinstance(parsed, paths.BlobRequest):
+                await self._service.mark_blob_used(parsed.repository.path, parsed.digest)
+            elif isinstance(parsed, paths.ManifestRequest):
+                await self._service.mark_manifest_used(parsed.repository.path, parsed.reference)
 
     async def _send_repositories(
         self, request: web.BaseRequest, pull: RequestRecord, parsed: paths.RepositoriesRequest
@@ -155,7 +164,8 @@ class HostedHandler:
             names, has_more = await self._service.repositories(count, last)
             for index, name in enumerate(names):
                 last = name
-                if await self._may_pull(request, pull, name):
+                repository = Repository(self.name, name)
+                if await self._is_allowed(request, pull, AccessAction.PULL, repository):
                     found.append(name)
                 if count is not None and len(found) == count:
                     has_more = has_more or index + 1 < len(names)
@@ -169,9 +179,15 @@ class HostedHandler:
         body = json.dumps({"repositories": found}).encode()
         return self._reply(pull, 200, {"Content-Type": "application/json", **headers}, body)
 
-    async def _may_pull(self, request: web.BaseRequest, pull: RequestRecord, name: str) -> bool:
+    async def _is_allowed(
+        self,
+        request: web.BaseRequest,
+        pull: RequestRecord,
+        action: AccessAction,
+        repository: Repository,
+    ) -> bool:
         try:
-            await self._ask(request, pull, AccessAction.PULL, Repository(self.name, name))
+            await self._ask(request, pull, action, repository)
         except (Denied, LoginRequired):
             return False
         return True
@@ -197,7 +213,7 @@ class HostedHandler:
             case ManifestChange():
                 pull.reference = str(parsed.reference)
                 if is_deletion:
-                    await self._service.delete_manifest(pull.repository, parsed.reference)
+                    await self._delete_manifest(request, pull, parsed)
                     return self._reply(pull, 202)
                 return await self._put_manifest(request, pull, parsed, user)
             case BlobDeletion():
@@ -324,6 +340,19 @@ class HostedHandler:
         if parsed.tags:
             headers["OCI-Tag"] = ", ".join(map(str, parsed.tags))
         return self._reply(pull, 201, headers)
+
+    async def _delete_manifest(
+        self, request: web.BaseRequest, pull: RequestRecord, parsed: ManifestChange
+    ) -> None:
+        repository, reference = parsed.repository, parsed.reference
+        try:
+            await self._service.delete_manifest(repository.path, reference)
+        except TagImmutable:
+            if not await self._is_allowed(request, pull, AccessAction.ADMIN, repository):
+                raise
+            await self._service.delete_manifest(
+                repository.path, reference, may_change_immutable=True
+            )
 
     # --- responses ------------------------------------------------------------------------------
 

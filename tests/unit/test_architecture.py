@@ -42,7 +42,8 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "config": set(),
     "config.values": {"oci"},
     "config.section": {"config.values"},
-    "config.listeners": {"config.section", "config.values"},
+    "config.hosted_rules": {"config.retention", "config.section"},
+    "config.listeners": {"config.hosted_rules", "config.section", "config.values"},
     "config.prefetch": {"config.section", "oci"},
     "config.retention": {"config.section", "oci"},
     "config.settings": {
@@ -71,7 +72,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "history": {"history", "store.layout", *SHARED},
     "composition": {"hosted", "pull", "store", "upstream", *SHARED},
     "operations": {
-        *("operations", "composition", "config.prefetch", "history", "inventory", "pull"),
+        *("operations", "composition", "config.prefetch", "history", "hosted", "inventory", "pull"),
         *("store", *SHARED),
     },
     # Its listener cuts off clients as that of ``web`` does.

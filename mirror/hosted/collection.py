@@ -1,0 +1,77 @@
+"""Collection: remove what nothing in a hosted repository needs, after a grace time.
+
+Lives here: the order of the steps, and how long each one keeps others from writing. Must not know:
+which rows are needless (``collection_rows.py``), when a collection is due.
+
+Theory of operation: there is no mark phase. ``parts`` says at any time which manifests refer to a
+content, and a row is deleted in the same transaction that finds that none does. A push checks the
+parts of a manifest in its transaction, too. So the two cannot overtake each other. What a client
+was told of and has not used yet (a blob that it has pushed, mounted, or found by ``HEAD``) is
+needed for the grace time. Files go last, and only after the rows are durably gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
+from mirror.hosted import collection_rows
+from mirror.hosted.collection_rows import NeedlessRow, cutoff_of
+from mirror.hosted.database import Database
+
+_STEP: Final = 200
+"""Rows of one transaction, in which no push can commit: about 10 ms."""
+
+OnCollected = Callable[[NeedlessRow], None]
+"""Called with each row after its deletion is durable."""
+
+
+async def find_needless(database: Database, now: float, grace: float) -> list[NeedlessRow]:
+    """Return what a collection would remove now, without what belongs to that only.
+
+    Args:
+        database: The names.
+        now: Seconds since the epoch.
+        grace: Seconds for which what nothing needs is kept after its last use.
+    """
+    cutoff = cutoff_of(now, grace)
+    everything = 2**62
+    find = partial(collection_rows.needless_manifests, cutoff=cutoff, count=everything)
+    manifests = await database.read(find)
+    find_blobs = partial(
+        collection_rows.needless_blobs, cutoff=cutoff, count=everything, after=None
+    )
+    return [*manifests, *await database.read(find_blobs)]
+
+
+async def collect(
+    database: Database, now: float, grace: float, on_collected: OnCollected
+) -> list[NeedlessRow]:
+    """Remove what nothing needs. Returns it. The arguments are those of :func:`find_needless`.
+
+    A collection that is cancelled or killed has removed some of it, each wholly.
+    """
+    cutoff = cutoff_of(now, grace)
+    collected: list[NeedlessRow] = []
+
+    async def delete(rows: list[NeedlessRow]) -> int:
+        change = partial(collection_rows.delete_needless, rows=rows, cutoff=cutoff)
+        deleted = await database.write(change)
+        for row in deleted:
+            on_collected(row)
+        collected.extend(deleted)
+        return len(deleted)
+
+    # An index first, then the manifests that only it has listed: again until none is found.
+    find = partial(collection_rows.needless_manifests, cutoff=cutoff, count=_STEP)
+    while rows := await database.read(find):
+        if not await delete(rows):
+            break
+    last: NeedlessRow | None = None
+    while rows := await database.read(
+        partial(collection_rows.needless_blobs, cutoff=cutoff, count=_STEP, after=last)
+    ):
+        last = rows[-1]
+        await delete(rows)
+    return collected

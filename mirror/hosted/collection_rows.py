@@ -1,0 +1,157 @@
+"""Rows that nothing needs any more: which they are, and their deletion.
+
+Lives here: each query and each change, as a function of a connection. Must not know: threads, time,
+files.
+
+A blob is needed while a manifest of its repository refers to it (``parts``). A manifest stays until
+told, also without a tag. It is *orphaned* once a rule has removed its last tag, or a deletion has
+removed the index or the subject that it belonged to. An orphaned manifest is needed again if a tag,
+an index or its subject is pushed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from sqlite3 import Connection
+
+from mirror.hosted import name_rows
+from mirror.hosted.name_rows import USE_STEP_S
+from mirror.oci.headers import OCTET_STREAM
+from mirror.oci.reference import Digest
+
+
+@dataclass(frozen=True, slots=True)
+class NeedlessRow:
+    """A blob or a manifest of a repository that nothing needs."""
+
+    repository: str
+    digest: Digest
+    media_type: str
+    """Of a manifest. ``application/octet-stream`` for a blob."""
+    size: int
+    """Bytes."""
+    is_manifest: bool
+
+
+def cutoff_of(now: float, grace: float) -> float:
+    """Return the time before which something must have been used last, to be removed now.
+
+    A use is recorded once in a while only, so that much is added to ``grace``. All are seconds.
+    """
+    return now - grace - USE_STEP_S
+
+
+# --- orphans --------------------------------------------------------------------------------------
+
+
+def orphan_dependents(connection: Connection, repository: str, digest: Digest, at: float) -> None:
+    """Call before a manifest is deleted: orphan the manifests that belong to no other one.
+
+    These are the manifests that it lists, and its referrers. Those with a tag are not orphaned.
+
+    Args:
+        connection: The database.
+        repository: The repository.
+        digest: The manifest that is deleted.
+        at: The time from which they are orphans, in seconds since the epoch.
+    """
+    connection.execute(
+        "UPDATE manifests AS m SET orphaned_at = :at"
+        " WHERE m.repository = :repository AND m.orphaned_at = 0 AND m.digest IN ("
+        " SELECT digest FROM parts WHERE repository = :repository AND manifest = :digest"
+        " UNION SELECT digest FROM manifests WHERE repository = :repository"
+        " AND subject = :digest AND subject <> '')"
+        " AND NOT EXISTS"
+        " (SELECT 1 FROM tags t WHERE t.repository = m.repository AND t.digest = m.digest)"
+        " AND NOT EXISTS (SELECT 1 FROM parts p WHERE p.repository = m.repository"
+        " AND p.digest = m.digest AND p.manifest <> :digest)",
+        {"repository": repository, "digest": str(digest), "at": at},
+    )
+
+
+def orphan(connection: Connection, repository: str, digest: Digest, at: float) -> bool:
+    """Orphan a manifest, unless a tag or an index names it. Returns whether it is an orphan now."""
+    orphaned = connection.execute(
+        "UPDATE manifests SET orphaned_at = CASE orphaned_at WHEN 0 THEN :at ELSE orphaned_at END"
+        " WHERE repository = :repository AND digest = (SELECT digest FROM unnamed_manifests"
+        " WHERE repository = :repository AND digest = :digest)",
+        {"repository": repository, "digest": str(digest), "at": at},
+    )
+    return orphaned.rowcount > 0
+
+
+# --- collection -----------------------------------------------------------------------------------
+
+
+def needless_manifests(connection: Connection, cutoff: float, count: int) -> list[NeedlessRow]:
+    """Return at most ``count`` orphaned manifests that nothing has used since ``cutoff``."""
+    rows = connection.execute(
+        "SELECT repository, digest, media_type, size FROM orphans WHERE orphaned_at < :cutoff"
+        " AND max(pushed_at, pulled_at) < :cutoff ORDER BY repository, digest LIMIT :count",
+        {"cutoff": cutoff, "count": count},
+    )
+    return [NeedlessRow(row[0], Digest.parse(row[1]), row[2], row[3], True) for row in rows]
+
+
+def needless_blobs(
+    connection: Connection, cutoff: float, count: int, after: NeedlessRow | None
+) -> list[NeedlessRow]:
+    """Return at most ``count`` blobs after ``after`` that no manifest of their repository names."""
+    last = ("", "") if after is None else (after.repository, str(after.digest))
+    rows = connection.execute(
+        "SELECT repository, digest, size FROM unnamed_blobs"
+        " WHERE (repository, digest) > (?, ?) AND used_at < ? ORDER BY repository, digest LIMIT ?",
+        (*last, cutoff, count),
+    )
+    return [NeedlessRow(row[0], Digest.parse(row[1]), OCTET_STREAM, row[2], False) for row in rows]
+
+
+def delete_needless(
+    connection: Connection, rows: Sequence[NeedlessRow], cutoff: float
+) -> list[NeedlessRow]:
+    """Delete rows that are still needless. Returns them.
+
+    It is decided here, in the transaction that deletes them. A manifest that is pushed at the same
+    time has either committed the rows of its parts, or is refused since a part is gone.
+    """
+    deleted = []
+    for row in rows:
+        values = {"repository": row.repository, "digest": str(row.digest), "cutoff": cutoff}
+        if not row.is_manifest:
+            found = connection.execute(
+                "DELETE FROM blobs WHERE repository = :repository AND digest ="
+                " (SELECT digest FROM unnamed_blobs WHERE repository = :repository"
+                " AND digest = :digest AND used_at < :cutoff)",
+                values,
+            )
+            if found.rowcount:
+                deleted.append(row)
+            continue
+        orphaned = connection.execute(
+            "SELECT orphaned_at FROM orphans WHERE repository = :repository AND digest = :digest"
+            " AND orphaned_at < :cutoff AND max(pushed_at, pulled_at) < :cutoff",
+            values,
+        ).fetchone()
+        if orphaned is not None:
+            # What belonged to it has been without a name for as long.
+            orphan_dependents(connection, row.repository, row.digest, orphaned[0])
+            name_rows.delete_manifest(connection, row.repository, row.digest)
+            deleted.append(row)
+    return deleted
+
+
+# --- files of content that no repository has any more ---------------------------------------------
+
+
+def released_digests(connection: Connection, count: int) -> list[Digest]:
+    """Return at most ``count`` contents that no repository has any more."""
+    rows = connection.execute("SELECT digest FROM released LIMIT ?", (count,))
+    return [Digest.parse(row[0]) for row in rows]
+
+
+def forget_released(connection: Connection, digests: Sequence[Digest]) -> None:
+    """Forget contents of :func:`released_digests`: their files are gone, or are cache now."""
+    connection.executemany(
+        "DELETE FROM released WHERE digest = ?", [(str(digest),) for digest in digests]
+    )

@@ -1,0 +1,135 @@
+"""Collection: what nothing needs goes after its grace time, and nothing else does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mirror.hosted import collection_rows
+from mirror.hosted.collection import collect, find_needless
+from mirror.hosted.collection_rows import NeedlessRow
+from mirror.hosted.name_rows import USE_STEP_S
+from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
+from mirror.oci.reference import Digest, Tag
+from tests.unit.hosted.kit import (
+    NOW,
+    HostedKit,
+    descriptor,
+    hosted_kit,
+    index_of,
+    manifest_of,
+)
+
+GRACE = 86400.0
+LATER = NOW + GRACE + USE_STEP_S + 1
+
+
+async def run(kit: HostedKit, now: float = LATER, grace: float = GRACE) -> list[NeedlessRow]:
+    return await collect(kit.database, now, grace, lambda row: None)
+
+
+async def digests(kit: HostedKit, now: float = LATER) -> set[Digest]:
+    return {row.digest for row in await run(kit, now)}
+
+
+async def put(kit: HostedKit, body: bytes, tag: str | None, kind: str = OCI_MANIFEST) -> Digest:
+    reference = Digest.of(body) if tag is None else Tag(tag)
+    manifest = await kit.service.put_manifest("app", reference, (), body, kind, "")
+    return manifest.digest
+
+
+async def test_blob_that_no_manifest_names_goes_after_the_grace_and_not_before(
+    tmp_path: Path,
+) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        blob = await kit.push_blob(b"alone")
+        await kit.push_image(b"layer")
+        assert await digests(kit, NOW + GRACE) == set()
+        assert {row.digest for row in await find_needless(kit.database, LATER, GRACE)} == {blob}
+        assert await digests(kit) == {blob}
+        assert await digests(kit) == set()
+        assert await kit.read_blob(Digest.of(b"layer")) == b"layer"
+        assert await kit.database.read(lambda db: collection_rows.released_digests(db, 9)) == [blob]
+
+
+async def test_blob_stays_as_long_as_a_client_was_told_of_it_within_the_grace(
+    tmp_path: Path,
+) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        found, mounted = [await kit.push_blob(data) for data in (b"found", b"mounted")]
+        kit.clock[0] = LATER - 10
+        await kit.service.mark_blob_used("app", found)
+        assert await kit.service.mount("app", "two", mounted)
+        collected = [(row.repository, row.digest) for row in await run(kit)]
+        assert collected == [("app", mounted)]
+
+
+async def test_manifest_without_a_tag_stays(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        await kit.push_image(b"layer", tag=None)
+        await kit.push_image(b"other", tag="v1")
+        await kit.service.delete_manifest("app", Tag("v1"))
+        assert await digests(kit) == set()
+
+
+async def test_deleted_index_takes_what_only_it_has_listed(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        children = [manifest_of(data) for data in (b"one", b"two", b"tagged", b"shared")]
+        for data, tag in ((b"one", None), (b"two", None), (b"tagged", "v1"), (b"shared", None)):
+            await kit.push_image(data, tag=tag)
+        index = await put(kit, index_of(*children), "latest", OCI_INDEX)
+        await put(kit, index_of(children[3]), "other", OCI_INDEX)
+        await kit.service.delete_manifest("app", index)
+        assert await digests(kit, NOW + GRACE) == set()
+        gone = {Digest.of(data) for data in (*children[:2], b"one", b"two")}
+        assert await digests(kit) == gone
+
+
+async def test_referrer_goes_with_its_subject_and_stays_if_the_subject_was_never_here(
+    tmp_path: Path,
+) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        subject = await kit.push_image(b"layer")
+        image = manifest_of(b"layer")
+        signature = await kit.push_image(b"sig", tag=None, subject=descriptor(image, OCI_MANIFEST))
+        of_mirrored = await kit.push_image(
+            b"other", tag=None, subject=descriptor(b"elsewhere", OCI_MANIFEST)
+        )
+        await kit.service.delete_manifest("app", subject)
+        collected = await digests(kit)
+        assert signature in collected
+        assert of_mirrored not in collected
+
+
+@pytest.mark.parametrize("how", ["tag", "index", "subject", "pull"])
+async def test_orphan_that_is_needed_again_stays(tmp_path: Path, how: str) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        image, signature = manifest_of(b"layer"), b""
+        subject = await kit.push_image(b"layer", tag="v1")
+        signature = manifest_of(b"sig", subject=descriptor(image, OCI_MANIFEST))
+        orphan = await kit.push_image(b"sig", tag=None, subject=descriptor(image, OCI_MANIFEST))
+        await kit.service.delete_manifest("app", subject)
+        kit.clock[0] = LATER - 10
+        if how == "tag":
+            await put(kit, signature, "signature")
+        elif how == "index":
+            await put(kit, index_of(signature), "index", OCI_INDEX)
+        elif how == "subject":
+            await put(kit, image, "v1")
+        else:
+            await kit.service.mark_manifest_used("app", orphan)
+        assert orphan not in await digests(kit)
+        if how != "pull":  # For good: it is no orphan any more.
+            assert orphan not in await digests(kit, LATER + 10 * GRACE)
+
+
+async def test_mirror_of_a_pull_is_recorded_once_in_a_while(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        await kit.push_image(b"layer")
+        for now, recorded in ((NOW, NOW), (NOW + 10, NOW), (NOW + 700, NOW + 700)):
+            kit.clock[0] = now
+            kit.service.mark_pulled("app", await kit.service.find_manifest("app", Tag("v1")))
+            await kit.database.write(lambda db: None)
+            row = await kit.service.find_manifest("app", Tag("v1"))
+            assert row.pulled_at == recorded
