@@ -125,6 +125,7 @@ class _Write(Generic[T]):
     future: asyncio.Future[T]
     result: T | None = None
     error: Exception | None = None
+    on_committed: Callable[[T], None] | None = None
 
 
 class Database:
@@ -155,7 +156,13 @@ class Database:
         """
         return await self._loop.run_in_executor(self._reading, self._read, query)
 
-    async def write(self, change: Callable[[Connection], T], *, is_durable: bool = True) -> T:
+    async def write(
+        self,
+        change: Callable[[Connection], T],
+        *,
+        is_durable: bool = True,
+        on_committed: Callable[[T], None] | None = None,
+    ) -> T:
         """Return ``change(connection)``, called in a thread in a transaction, once it is committed.
 
         Cancelling the caller does not undo the write.
@@ -164,6 +171,7 @@ class Database:
             change: Runs in a savepoint of its own. Its exception undoes it, and no other write.
             is_durable: Return after the commit is on the disk. False: a crash of the machine may
                 undo it.
+            on_committed: Called with the result after the commit, also if the caller was cancelled.
 
         Raises:
             NamesDamaged: The database is damaged.
@@ -171,7 +179,7 @@ class Database:
                 transaction. Nothing was changed.
             Exception: The exception of ``change``.
         """
-        write = _Write(change, is_durable, self._loop.create_future())
+        write = _Write(change, is_durable, self._loop.create_future(), on_committed=on_committed)
         self._waiting.append(write)
         self._writing.submit(self._commit_waiting)
         await asyncio.wait({write.future})
@@ -247,6 +255,8 @@ def _set_results(batch: list[_Write[Any]]) -> None:
             write.future.exception()  # Retrieved: a caller that was cancelled never asks.
         else:
             write.future.set_result(write.result)
+            if write.on_committed is not None:
+                write.on_committed(write.result)
 
 
 # --- opening --------------------------------------------------------------------------------------

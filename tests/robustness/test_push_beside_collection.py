@@ -72,7 +72,7 @@ class Pusher:
     async def _put(self, body: bytes, kind: str, tag: Tag | None, began: float) -> bool:
         try:
             await self.kit.service.put_manifest(
-                self.repository, tag or Digest.of(body), (), body, kind, ""
+                self.repository, tag or Digest.of(body), (), body, kind
             )
         except PartsUnknown:
             assert self.kit.clock[0] > began, "a client was told of a part within the grace"

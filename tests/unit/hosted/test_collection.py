@@ -35,7 +35,7 @@ async def digests(kit: HostedKit, now: float = LATER) -> set[Digest]:
 
 async def put(kit: HostedKit, body: bytes, tag: str | None, kind: str = OCI_MANIFEST) -> Digest:
     reference = Digest.of(body) if tag is None else Tag(tag)
-    manifest = await kit.service.put_manifest("app", reference, (), body, kind, "")
+    manifest = await kit.service.put_manifest("app", reference, (), body, kind)
     return manifest.digest
 
 
