@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _WORDS: Final = {
     "content": "content that no image needs",
+    "hosted": "hosted content that nothing needs",
     "leftover": "leftovers of fetches that ended",
     "quarantine": "damaged content",
     "response": "remembered responses whose time is over",

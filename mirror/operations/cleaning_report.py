@@ -18,9 +18,10 @@ from mirror.store.layout import Layout
 
 Action: TypeAlias = Literal["removed", "kept"]
 """``removed`` also stands for what a dry run would remove."""
-ItemKind: TypeAlias = Literal["image", "content", "leftover", "quarantine", "response"]
+ItemKind: TypeAlias = Literal["image", "content", "hosted", "leftover", "quarantine", "response"]
 """- ``image``: a name, with all content that no other name reaches.
 - ``content``: whole content.
+- ``hosted``: a blob or a manifest of a hosted repository, or its file.
 - ``leftover``: the file of a fetch that has ended without publishing it.
 - ``quarantine``: damaged content.
 - ``response``: rows of the index whose time is over: remembered 404 responses, lists."""

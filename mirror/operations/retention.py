@@ -41,6 +41,9 @@ class PruneRule:
     tags: TagCondition | None = None
     """The rule is about these tags only. None: about all images, also those without a tag."""
 
+    is_age_of_push: bool = False
+    """Whether ``older_than`` counts from the time at which the image was first seen."""
+
     def is_about(self, image: Image) -> bool:
         """Return whether the rule is about an image."""
         if self.tags is not None and (image.tag is None or not self.tags.matches(image.tag.name)):
@@ -81,8 +84,10 @@ def _decide_in_repository(
     images: Sequence[Image], rule: PruneRule, now: float
 ) -> Iterator[PruneDecision]:
     newest = _newest(images, rule.keep_last or 0)
+    verb = "pushed" if rule.is_age_of_push else "used"
+    last = verb if rule.is_age_of_push else f"last {verb}"
     for image in images:
-        age = max(0.0, now - image.used)
+        age = max(0.0, now - (image.first_seen if rule.is_age_of_push else image.used))
         if image.keeper is not None:
             yield PruneDecision(image, is_removed=False, why=image.keeper.why)
         elif image in newest:
@@ -90,12 +95,12 @@ def _decide_in_repository(
                 image, is_removed=False, why=f"one of the last {rule.keep_last} of its repository"
             )
         elif rule.older_than is not None and age <= rule.older_than:
-            yield PruneDecision(image, is_removed=False, why=f"used {age_text(age)} ago")
+            yield PruneDecision(image, is_removed=False, why=f"{verb} {age_text(age)} ago")
         elif rule.keep_last is not None:
-            why = f"not one of the last {rule.keep_last}, last used {age_text(age)} ago"
+            why = f"not one of the last {rule.keep_last}, {last} {age_text(age)} ago"
             yield PruneDecision(image, is_removed=True, why=why)
         else:
-            yield PruneDecision(image, is_removed=True, why=f"last used {age_text(age)} ago")
+            yield PruneDecision(image, is_removed=True, why=f"{last} {age_text(age)} ago")
 
 
 def _newest(images: Sequence[Image], count: int) -> set[Image]:

@@ -1,0 +1,86 @@
+"""What rules of retention look at, and what they change.
+
+Lives here: each query and each change, as a function of a connection. Must not know: the rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from sqlite3 import Connection
+
+from mirror.hosted import collection_rows
+from mirror.oci.reference import Digest, Tag
+
+
+@dataclass(frozen=True, slots=True)
+class HostedImageRow:
+    """A tag, or a manifest that no tag and no index names. Times are seconds since the epoch."""
+
+    repository: str
+    tag: Tag | None
+    digest: Digest
+    media_type: str
+    size: int
+    """Bytes of the manifest."""
+    pushed_at: float
+    pulled_at: float
+    """Zero: never."""
+
+
+def tagged_images(connection: Connection) -> list[HostedImageRow]:
+    """Return all tags of all repositories, in order."""
+    rows = connection.execute(
+        "SELECT t.repository, t.tag, m.digest, m.media_type, m.size, t.pushed_at, m.pulled_at"
+        " FROM tags t JOIN manifests m ON m.repository = t.repository AND m.digest = t.digest"
+        " ORDER BY t.repository, t.tag"
+    )
+    return [HostedImageRow(row[0], Tag(row[1]), Digest.parse(row[2]), *row[3:]) for row in rows]
+
+
+def untagged_images(connection: Connection) -> list[HostedImageRow]:
+    """Return the manifests that nothing names. Those with a subject, and orphans, are none of them.
+
+    Manifests with a subject go with it, and orphans are about to go.
+    """
+    rows = connection.execute(
+        "SELECT repository, digest, media_type, size, pushed_at, pulled_at FROM unnamed_manifests"
+        " WHERE subject = '' AND orphaned_at = 0 ORDER BY repository, digest"
+    )
+    return [HostedImageRow(row[0], None, Digest.parse(row[1]), *row[2:]) for row in rows]
+
+
+def remove_images(
+    connection: Connection, rows: Iterable[HostedImageRow], now: float
+) -> list[HostedImageRow]:
+    """Remove images that are as they were when they were chosen. Returns them.
+
+    A tag goes at once. Its manifest becomes an orphan, unless something else names it, and so does
+    a manifest without a tag: a collection removes it.
+
+    Args:
+        connection: The database.
+        rows: The images.
+        now: Seconds since the epoch.
+    """
+    removed = []
+    for row in rows:
+        digest = str(row.digest)
+        pulled = connection.execute(
+            "SELECT 1 FROM manifests WHERE repository = ? AND digest = ? AND pulled_at = ?",
+            (row.repository, digest, row.pulled_at),
+        ).fetchone()
+        if pulled is None:
+            continue
+        if row.tag is None:
+            if collection_rows.orphan(connection, row.repository, row.digest, now):
+                removed.append(row)
+            continue
+        deleted = connection.execute(
+            "DELETE FROM tags WHERE repository = ? AND tag = ? AND digest = ? AND pushed_at = ?",
+            (row.repository, str(row.tag), digest, row.pushed_at),
+        )
+        if deleted.rowcount:
+            collection_rows.orphan(connection, row.repository, row.digest, now)
+            removed.append(row)
+    return removed

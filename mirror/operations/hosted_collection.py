@@ -1,0 +1,135 @@
+"""Collection of hosted content: the rows that nothing needs, and then their files.
+
+Lives here: from rows that are gone to files that may go. Must not know: which rows are needless
+(:mod:`mirror.hosted.collection`), how content is unlinked.
+
+A file may be needed by the cache, too: then it stays, and is cache from now on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
+from mirror.config.settings import Hosted
+from mirror.hosted import collection_rows
+from mirror.hosted.collection import collect, find_needless
+from mirror.hosted.collection_rows import NeedlessRow
+from mirror.hosted.database import Database
+from mirror.inventory.model import Inventory
+from mirror.observability.events import HostedChange
+from mirror.oci.errors import StorageUnavailable
+from mirror.oci.reference import Digest, Repository
+from mirror.operations.cleaning_report import CleaningReport, Item
+from mirror.operations.hosted_retention import Tell
+from mirror.store.protection import ProtectionUnknown
+from mirror.store.store import Store
+from mirror.threads import run_in_thread
+
+COLLECTION_USER: Final = "collection"
+"""The user of the changes that a collection makes."""
+_MAX_RELEASED: Final = 100_000
+"""Files of one run. The next one removes the rest."""
+
+
+async def plan_hosted_collection(
+    database: Database, hosted: Hosted, now: float, grace: float
+) -> CleaningReport:
+    """Return what a collection would remove now. Changes nothing.
+
+    Args:
+        database: The names.
+        hosted: Names the registry.
+        now: Seconds since the epoch.
+        grace: Seconds for which what nothing needs is kept.
+
+    Raises ``StorageUnavailable``.
+    """
+    found = await find_needless(database, now, grace)
+    return CleaningReport(is_dry_run=True, items=[_item(hosted, row, row.size) for row in found])
+
+
+async def collect_hosted(
+    store: Store,
+    database: Database,
+    hosted: Hosted,
+    grace: float,
+    read_inventory: Callable[[], Inventory],
+    tell: Tell,
+) -> CleaningReport:
+    """Remove what nothing needs, with its files. Says what went.
+
+    Args:
+        store: The open data directory.
+        database: The names.
+        hosted: Names the registry.
+        grace: Seconds for which what nothing needs is kept.
+        read_inventory: Returns the content of the data directory. Called in a thread, and only if
+            there are files to remove.
+        tell: Called with each change after it is durable.
+
+    Raises:
+        StorageUnavailable: The database, the index or the marks cannot be read.
+        OSError: Another process does not release the eviction lock.
+    """
+    now = store.now()
+    collected = await collect(database, now, grace, lambda row: tell(_change(hosted, row, now)))
+    freed = await _remove_files(store, database, read_inventory)
+    report = CleaningReport()
+    for row in collected:
+        report.items.append(_item(hosted, row, freed.pop(row.digest, 0)))
+    for digest, size in freed.items():  # Of deletions by clients.
+        why = "no hosted repository has it any more"
+        report.items.append(
+            Item(action="removed", kind="hosted", digest=str(digest), bytes=size, why=why)
+        )
+    return report
+
+
+async def _remove_files(
+    store: Store, database: Database, read_inventory: Callable[[], Inventory]
+) -> dict[Digest, int]:
+    """Remove the files of content that no repository has. Returns their bytes."""
+    find = partial(collection_rows.released_digests, count=_MAX_RELEASED)
+    released = await database.read(find)
+    if not released:
+        return {}
+    inventory = await run_in_thread(read_inventory)
+    contents = await run_in_thread(lambda: inventory.contents)
+    needless = [
+        contents[one] for one in released if str(one) in inventory.orphans and one in contents
+    ]
+    try:
+        removal = await store.evictor.remove(needless)
+    except ProtectionUnknown as error:
+        raise StorageUnavailable(f"nothing more was removed: {error}") from None
+    done = [one for one in released if one not in removal.kept]
+    await database.write(partial(collection_rows.forget_released, digests=done))
+    return dict(removal.sizes)
+
+
+def _item(hosted: Hosted, row: NeedlessRow, size: int) -> Item:
+    kind = "its image was removed" if row.is_manifest else "no manifest names it"
+    return Item(
+        action="removed",
+        kind="hosted",
+        name=f"{hosted.name}/{row.repository}@{row.digest}",
+        digest=str(row.digest),
+        bytes=size,
+        why=kind,
+    )
+
+
+def _change(hosted: Hosted, row: NeedlessRow, now: float) -> HostedChange:
+    return HostedChange(
+        action="delete",
+        repository=Repository(hosted.name, row.repository),
+        digest=row.digest,
+        tag="",
+        media_type=row.media_type,
+        size=row.size,
+        user=COLLECTION_USER,
+        client="",
+        at=now,
+    )
