@@ -76,7 +76,7 @@ async def open_mirror(
             open_registries(settings, emit, single_flight) as registries,
         ):
             content = ContentService(settings, store, registries, single_flight, emit, now)
-            async with _open_hosted(settings, store, now, emit) as hosted:
+            async with open_hosted(settings, store, now, emit) as hosted:
                 service = PullService(content, None if hosted is None else HostedPulls(hosted))
                 marks = MarksWatch(store.layout, service.restrict, emit)
                 await marks.check()
@@ -100,10 +100,20 @@ async def open_mirror(
 
 
 @asynccontextmanager
-async def _open_hosted(
+async def open_hosted(
     settings: Settings, store: Store, now: Callable[[], float], emit: Observer
 ) -> AsyncIterator[HostedService | None]:
-    """Open the hosted repositories. Raises ``NamesDamaged``."""
+    """Open the hosted repositories. None without the section ``hosted``.
+
+    Args:
+        settings: The configuration.
+        store: The open data directory.
+        now: Returns the Unix time in seconds.
+        emit: Receives the changes of repositories.
+
+    Raises:
+        NamesDamaged: The names cannot be used.
+    """
     if settings.hosted is None:
         yield None
         return

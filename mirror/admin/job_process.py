@@ -31,8 +31,8 @@ from mirror.oci.image_name import ImageName
 from mirror.operations.cleaning_report import CleaningReport
 from mirror.operations.forget import forget
 from mirror.operations.gc import DEFAULT_GRACE_S, collect_garbage, find_garbage
+from mirror.operations.hosted_removal import plan_removal_by_name, remove_by_name
 from mirror.operations.prune import choose, prune
-from mirror.operations.removal import plan_removal, remove_images
 from mirror.operations.retention import PruneRule
 from mirror.operations.verify import Subset, VerifyReport, repair, verify
 from mirror.store.layout import Layout
@@ -67,7 +67,9 @@ def _layout(settings: Settings) -> Layout:
 
 def _read(settings: Settings) -> Inventory:
     layout = _layout(settings)
-    return read_inventory(layout, settings.upstreams, read_marks(layout), time.time())
+    return read_inventory(
+        layout, settings.upstreams, read_marks(layout), time.time(), settings.hosted_name
+    )
 
 
 def _find(inventory: Inventory, names: Iterable[str]) -> list[Image]:
@@ -118,10 +120,10 @@ async def _remove(settings: Settings, given: JsonObject) -> JsonObject:
     images = _find(inventory, given["images"])
     whys = dict.fromkeys(images, "as asked for")
     if given.get("dry_run"):
-        return _cleaning_result(plan_removal(inventory, images, whys))
+        return _cleaning_result(plan_removal_by_name(inventory, images, whys))
 
     async def run(store: Store) -> JsonObject:
-        return _cleaning_result(await remove_images(store, inventory, images, whys))
+        return _cleaning_result(await remove_by_name(settings, store, inventory, images, whys))
 
     return await _with_store(settings, run)
 

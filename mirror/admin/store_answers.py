@@ -77,7 +77,9 @@ class StoreAnswers:
             return known
         begun = time.monotonic()
         marks = read_marks(self._layout)
-        self._inventory = read_inventory(self._layout, self._settings.upstreams, marks, now)
+        self._inventory = read_inventory(
+            self._layout, self._settings.upstreams, marks, now, self._settings.hosted_name
+        )
         self._read_seconds = time.monotonic() - begun
         return self._inventory
 

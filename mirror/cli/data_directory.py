@@ -62,7 +62,9 @@ def load_inventory(settings: Settings) -> Inventory:
     from mirror.store.marks import read_marks
 
     layout = find_layout(settings)
-    return read_inventory(layout, settings.upstreams, read_marks(layout), time.time())
+    return read_inventory(
+        layout, settings.upstreams, read_marks(layout), time.time(), settings.hosted_name
+    )
 
 
 @asynccontextmanager

@@ -19,7 +19,8 @@ from mirror.cli.output import print_line
 from mirror.oci.text import size_text
 
 if TYPE_CHECKING:
-    from mirror.config.settings import Storage
+    from mirror.config.settings import Hosted, Storage
+    from mirror.inventory.hosted_names import HostedUsage
     from mirror.inventory.leftovers import OtherFile
     from mirror.inventory.model import Inventory
 
@@ -61,8 +62,10 @@ def show_usage(arguments: argparse.Namespace) -> int:
     settings = load_settings(arguments)
     inventory = load_inventory(settings)
     from mirror.inventory import usage
+    from mirror.inventory.hosted_names import read_hosted_usage
     from mirror.inventory.leftovers import find_other_files
 
+    hosted = read_hosted_usage(layout_of(settings))
     leftovers = find_other_files(layout_of(settings))
     types = usage.usage_by_type(inventory, leftovers)
     if arguments.by == "type":
@@ -74,7 +77,13 @@ def show_usage(arguments: argparse.Namespace) -> int:
     print_rows(columns, rows, is_json=arguments.is_json)
     if not arguments.is_json:
         print_line("")
-        print_line(_quota_text(usage.total_size(types), settings.storage))
+        cached = max(0, usage.total_size(types) - hosted.bytes)
+        print_line(_quota_text(cached, settings.storage))
+        if settings.hosted is not None or hosted.contents:
+            print_line(_hosted_text(hosted, settings.hosted))
+    elif settings.hosted is not None:
+        quota = settings.hosted.max_size
+        print_rows((), [{"kind": "hosted", **asdict(hosted), "quota": quota}], is_json=True)
     if arguments.is_verbose:
         evictions = list(_eviction_rows(inventory, leftovers, settings.storage))
         if not arguments.is_json:
@@ -137,6 +146,16 @@ def _quota_text(size: int, storage: Storage) -> str:
         f"{size_text(size)} of {size_text(storage.max_size)} ({share}); "
         f"evictions begin at {size_text(begins)}"
     )
+
+
+def _hosted_text(hosted: HostedUsage, settings: Hosted | None) -> str:
+    text = f"hosted: {size_text(hosted.bytes)}"
+    if settings is not None:
+        used = hosted.bytes + hosted.reserved
+        share = f"{used / settings.max_size:.0%}" if settings.max_size else "-"
+        text += f" and {size_text(hosted.reserved)} reserved by {hosted.uploads} uploads, of "
+        text += f"{size_text(settings.max_size)} ({share})"
+    return f"{text}; it is never evicted"
 
 
 def _eviction_columns(now: float, arguments: argparse.Namespace) -> tuple[Column, ...]:

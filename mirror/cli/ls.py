@@ -7,6 +7,7 @@ read.
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -15,9 +16,9 @@ from typing import Any, Final
 
 from mirror.cli import inventory as common
 from mirror.cli.arguments import Commands, add_config, add_json, load_settings
-from mirror.cli.data_directory import load_inventory
+from mirror.cli.data_directory import find_layout, load_inventory
 from mirror.cli.listing import Column, print_rows, since_text
-from mirror.cli.output import UsageError
+from mirror.cli.output import CommandFailed, UsageError
 from mirror.oci.text import size_text
 
 SORT_KEYS: Final[Mapping[str, tuple[str, bool]]] = {
@@ -70,12 +71,48 @@ def add_parser(commands: Commands) -> None:
         action="store_true",
         help="list signatures and other referrers, too (as --filter kind=referrer does)",
     )
-    parser.set_defaults(run=list_images)
+    parser.add_argument(
+        "--uploads",
+        dest="has_uploads",
+        action="store_true",
+        help="list the uploads in progress to hosted repositories instead",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run ``ls``. Returns the exit code."""
+    return list_uploads(arguments) if arguments.has_uploads else list_images(arguments)
+
+
+def list_uploads(arguments: argparse.Namespace) -> int:
+    """Run ``ls --uploads``. Returns the exit code."""
+    from mirror.inventory.hosted_names import read_uploads
+
+    settings, now = load_settings(arguments), time.time()
+    if settings.hosted is None:
+        raise CommandFailed("there are no hosted repositories: the configuration has no hosted")
+    uploads = read_uploads(find_layout(settings), settings.hosted.name)
+    rows = [upload.row(now) for upload in uploads]
+    if arguments.pattern:
+        rows = [row for row in rows if fnmatchcase(row["repository"], arguments.pattern)]
+    since = since_text(now)
+    columns = [
+        Column("REPOSITORY", "repository"),
+        Column("USER", "user"),
+        Column("RECEIVED", "size", size_text, is_number=True),
+        Column("RESERVED", "reserved", size_text, is_number=True),
+        Column("STARTED", "started", since),
+        Column("LAST BYTE", "last_byte", since),
+        Column("ID", "id"),
+    ]
+    print_rows(columns, rows, is_json=arguments.is_json)
+    return 0
 
 
 @common.collector_paused()
 def list_images(arguments: argparse.Namespace) -> int:
-    """Run ``ls``. Returns the exit code."""
+    """List images. Returns the exit code."""
     filters = [_parse_filter(text) for text in arguments.filters]
     settings = load_settings(arguments)
     inventory = load_inventory(settings)

@@ -27,10 +27,11 @@ def add_parser(commands: Commands) -> None:
     """Add ``rm``."""
     parser = commands.add_parser(
         "rm",
-        help="remove images from the cache",
-        description="Removes the names, and all content that no other name reaches. Says what "
-        "stays, and why. A digest also stands for the tags of its repository that have it. Works "
-        "beside a running server.",
+        help="remove images from the cache, or delete hosted ones",
+        description="Removes the names, and all content that no other name reaches. Of a hosted "
+        "image, it deletes the tag, or the manifest of a digest. Says what stays, and why. A "
+        "digest also stands for the tags of its repository that have it. Works beside a running "
+        "server.",
     )
     parser.add_argument(
         "images", metavar="IMAGE", nargs="+", type=image_name, help="name of an image"
@@ -74,10 +75,10 @@ def find_images(inventory: Inventory, names: list[ImageName]) -> list[Image]:
 async def _remove(
     settings: Settings, inventory: Inventory, images: list[Image], *, is_dry_run: bool
 ) -> CleaningReport:
-    from mirror.operations.removal import plan_removal, remove_images
+    from mirror.operations.hosted_removal import plan_removal_by_name, remove_by_name
 
     whys = dict.fromkeys(images, "as asked for")
     if is_dry_run:
-        return plan_removal(inventory, images, whys)
+        return plan_removal_by_name(inventory, images, whys)
     async with opened_store(settings) as store:
-        return await remove_images(store, inventory, images, whys)
+        return await remove_by_name(settings, store, inventory, images, whys)

@@ -44,7 +44,11 @@ _CONTENT_TYPE: Final = {"enum": ["index", "manifest", "config", "layer", "referr
 _FILE_TYPE: Final = {
     "enum": [*_CONTENT_TYPE["enum"], "fetching", "unfinished", "damaged"],
 }
-_STATE: Final = {"enum": ["complete", "partial", "stale", "pinned", "frozen", "leased", "blocked"]}
+_STATE: Final = {
+    "enum": [
+        *("complete", "partial", "stale", "hosted", "pinned", "frozen", "leased", "blocked"),
+    ]
+}
 
 _GROUP_USAGE: Final = _row(
     kind={"enum": ["upstream", "repository"]},
@@ -89,6 +93,52 @@ _NEXT_EVICTION: Final = _row(
     images=_TEXTS,
 )
 
+_IMAGE: Final = _row(
+    name=_TEXT,
+    kind={"enum": ["image", "referrer"]},
+    upstream=_TEXT,
+    repository=_TEXT,
+    tag=_TEXT_OR_NULL,
+    digest=_DIGEST_TEXT,
+    current_digest=_DIGEST_TEXT,
+    platforms=_TEXTS,
+    missing_platforms=_TEXTS,
+    size=_NUMBER_OF,
+    unique=_NUMBER_OF,
+    last_used=_TIME_OR_NULL,
+    checked=_TIME_OR_NULL,
+    state={"type": "array", "items": _STATE, "minItems": 1},
+    missing_parts=_NUMBER_OF,
+    missing_bytes=_NUMBER_OF,
+    stale_why=_TEXT_OR_NULL,
+    blocked_why=_TEXT_OR_NULL,
+    subject=_DIGEST_OR_NULL,
+    accept=_TEXT_OR_NULL,
+    pushed=_TIME_OR_NULL,
+    pushed_by=_TEXT_OR_NULL,
+)
+_UPLOAD: Final = _row(
+    kind={"const": "upload"},
+    id=_TEXT,
+    repository=_TEXT,
+    user=_TEXT_OR_NULL,
+    size=_NUMBER_OF,
+    reserved=_NUMBER_OF,
+    started=_TIME_TEXT,
+    last_byte=_TIME_TEXT,
+    age=_NUMBER_OF,
+    idle=_NUMBER_OF,
+)
+_HOSTED_USAGE: Final = _row(
+    kind={"const": "hosted"},
+    contents=_NUMBER_OF,
+    bytes=_NUMBER_OF,
+    repositories=_NUMBER_OF,
+    uploads=_NUMBER_OF,
+    reserved=_NUMBER_OF,
+    quota=_NUMBER_OF,
+)
+
 SCHEMAS: Final[Mapping[str, RowSchema]] = {
     "block": _BLOCK,
     "doctor": _row(
@@ -98,7 +148,7 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
         message=_TEXT,
         remedy=_TEXT_OR_NULL,
     ),
-    "du": {"oneOf": [_TYPE_USAGE, _GROUP_USAGE, _NEXT_EVICTION]},
+    "du": {"oneOf": [_TYPE_USAGE, _GROUP_USAGE, _HOSTED_USAGE, _NEXT_EVICTION]},
     "explain": _row(
         time=_TIME_OR_NULL,
         name=_TEXT,
@@ -159,28 +209,7 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
         unknown=_TEXTS,
         until=_TIME_TEXT,
     ),
-    "ls": _row(
-        name=_TEXT,
-        kind={"enum": ["image", "referrer"]},
-        upstream=_TEXT,
-        repository=_TEXT,
-        tag=_TEXT_OR_NULL,
-        digest=_DIGEST_TEXT,
-        current_digest=_DIGEST_TEXT,
-        platforms=_TEXTS,
-        missing_platforms=_TEXTS,
-        size=_NUMBER_OF,
-        unique=_NUMBER_OF,
-        last_used=_TIME_OR_NULL,
-        checked=_TIME_OR_NULL,
-        state={"type": "array", "items": _STATE, "minItems": 1},
-        missing_parts=_NUMBER_OF,
-        missing_bytes=_NUMBER_OF,
-        stale_why=_TEXT_OR_NULL,
-        blocked_why=_TEXT_OR_NULL,
-        subject=_DIGEST_OR_NULL,
-        accept=_TEXT_OR_NULL,
-    ),
+    "ls": {"oneOf": [_IMAGE, _UPLOAD]},
     "pin": _MARK,
     "prune": _CLEANED,
     "refresh": _row(
@@ -231,7 +260,8 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
         bytes=_NUMBER_OF,
         what=_TEXT,
         command=_TEXT_OR_NULL,
-        is_mended={"type": "boolean"},
+        is_mended=_YES_NO,
+        is_hosted=_YES_NO,
     ),
     "warm": _row(
         image=_TEXT,

@@ -387,6 +387,11 @@ class Settings(Section):
         self.hosted.check_reach(self.listen)
         return self
 
+    @property
+    def hosted_name(self) -> str | None:
+        """The host of hosted repositories in image references. None: there are none."""
+        return None if self.hosted is None else self.hosted.name
+
     def upstream_names(self) -> dict[str, str]:
         """Return each name by which a request may call an upstream, to the upstream's own name."""
         aliases = {upstream.alias_of(name): name for name, upstream in self.upstreams.items()}

@@ -55,6 +55,10 @@ class Name:
     """When the upstream last confirmed it, in seconds since the epoch. None: never."""
     first_seen: float = 0.0
     """When the digest was first seen under a tag, in seconds since the epoch. Zero: not known."""
+    is_hosted: bool = False
+    """Whether a client has pushed it to a repository of this server (:mod:`mirror.hosted`)."""
+    pushed_by: str = ""
+    """The user who pushed it. Empty: anonymous, or not hosted."""
 
     @property
     def text(self) -> str:

@@ -57,6 +57,7 @@ def build_inventory(
     marks: Marks,
     now: float,
     unclear: frozenset[DigestText] = frozenset(),
+    hosted: frozenset[DigestText] = frozenset(),
 ) -> Inventory:
     """Build an inventory from what was read.
 
@@ -67,6 +68,7 @@ def build_inventory(
         marks: The marks of the data directory.
         now: Seconds since the epoch.
         unclear: Content that may belong to marked manifests which are damaged or missing.
+        hosted: Content that a hosted repository has.
     """
     manifests = on_disk.manifests
     parts = {one: manifest.columns.digests for one, manifest in manifests.items()}
@@ -88,6 +90,7 @@ def build_inventory(
         sharing=sharing,
         marked=frozenset(marked),
         unclear=unclear,
+        hosted=hosted,
         scan=on_disk.scan,
     )
     return (
@@ -158,10 +161,12 @@ class _Builder:
             keeper=next(iter(keepers), None),
             block_reason=reason,
             subject=subject,
+            is_hosted=name.is_hosted,
+            pushed_by=name.pushed_by,
         )
 
     def _why_stale(self, name: Name, *, is_frozen: bool) -> str | None:
-        if name.tag is None or is_frozen:
+        if name.tag is None or is_frozen or name.is_hosted:
             return None
         upstream = self.upstreams.get(name.repository.upstream)
         is_current = name.current == name.digest

@@ -35,6 +35,8 @@ def image_row(inventory: Inventory, image: Image) -> dict[str, Any]:
         "blocked_why": image.block_reason,
         "subject": image.subject,
         "accept": image.variant.strip() or None,
+        "pushed": time_text(image.first_seen or None) if image.is_hosted else None,
+        "pushed_by": image.pushed_by or None,
     }
 
 

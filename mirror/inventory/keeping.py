@@ -25,6 +25,9 @@ _REMEDIES: Final = {
     "pinned": "unpin it first: oci-mirror unpin",
     "frozen": "unfreeze it first: oci-mirror unfreeze",
 }
+HOSTED: Final = "hosted"
+"""The mark of hosted images: no rule for the cache removes them, only ``rm`` and their users do."""
+_HOSTED: Final = Keeper(HOSTED, "it is no cache: oci-mirror rm, or a client, deletes it")
 _LEASED: Final = Keeper("leased", "a node uses it: wait until its lease ends")
 _UNCLEAR: Final = "a marked image may need it, whose manifest is not on the disk"
 
@@ -60,13 +63,16 @@ class Keepers:
         found = list(self._keepers.get((str(name.repository), str(name.digest)), {}).values())
         if not self._leases.isdisjoint(reached):
             found.append(_LEASED)
+        if name.is_hosted:
+            found.append(_HOSTED)
         return found
 
 
 def with_referrers_kept(images: Sequence[Image], inventory: Inventory) -> tuple[Image, ...]:
     """Return the images, of which the referrers of kept ones are kept, too."""
     kept: dict[Image, Keeper] = {}
-    queue: list[tuple[Image, Keeper]] = [(one, one.keeper) for one in images if one.keeper]
+    # A hosted image keeps no referrer of the cache: one that was pushed is hosted itself.
+    queue = [(one, one.keeper) for one in images if one.keeper and one.keeper.why != HOSTED]
     for image, keeper in queue:  # It grows while it is read.
         for referrer in inventory.referrers_of(image.root):
             if referrer.keeper is None and referrer not in kept:

@@ -143,7 +143,7 @@ class Keeper(NamedTuple):
     """The reason why an image is not removed."""
 
     why: str
-    """``pinned``, ``frozen`` or ``leased``, or a sentence."""
+    """``pinned``, ``frozen``, ``leased`` or ``hosted``, or a sentence."""
     remedy: str
     """The way to end the mark, for people."""
 
@@ -181,12 +181,16 @@ class Image:
     stale: str | None = None
     """Why the upstream is asked before the tag is served again. None: it is fresh, or a digest."""
     marks: tuple[str, ...] = ()
-    """``pinned``, ``frozen``, ``leased``, ``blocked``."""
+    """``hosted``, ``pinned``, ``frozen``, ``leased``, ``blocked``."""
     block_reason: str | None = None
     keeper: Keeper | None = None
     """Why it is not removed. None: it may be."""
     subject: DigestText | None = None
     """The content that a signature, an SBOM or a list of referrers belongs to."""
+    is_hosted: bool = False
+    """Whether a client has pushed it here: no upstream has it."""
+    pushed_by: str = ""
+    """The user who pushed it. Empty: anonymous, or not hosted."""
 
     @property
     def name(self) -> str:
@@ -242,6 +246,8 @@ class Inventory:
     """The digests that pins, freezes and leases name, and those that marked tags have now."""
     unclear: frozenset[DigestText]
     """Content that may belong to marked manifests which are damaged or missing."""
+    hosted: frozenset[DigestText] = field(repr=False)
+    """Content that a hosted repository has, also if no name reaches it."""
     scan: Callable[[], dict[Digest, Content]] = field(repr=False)
     """Lists the directories with the sizes and the recency of all content. Raises ``OSError``."""
 
@@ -255,8 +261,8 @@ class Inventory:
 
     @cached_property
     def protected(self) -> frozenset[DigestText]:
-        """Content that must stay: that of marked manifests, and their referrers."""
-        protected = set(self.unclear)
+        """Content that must stay: that of marked manifests, and their referrers, and hosted one."""
+        protected = {*self.unclear, *self.hosted}
         queue = list(self.marked)
         seen: set[DigestText] = set()
         for root in queue:  # It grows while it is read.

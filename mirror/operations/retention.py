@@ -64,13 +64,16 @@ class PruneDecision:
 def decide(images: Iterable[Image], rules: Sequence[PruneRule], now: float) -> list[PruneDecision]:
     """Decide about each image that a rule covers, in the order of the rules.
 
+    Hosted images are no cache: the rules are not about them.
+
     Args:
         images: The images, without signatures and SBOMs that go with another image.
         rules: The first one that covers an image decides.
         now: Seconds since the epoch.
     """
     decisions: list[PruneDecision] = []
-    rest = sorted(images, key=lambda image: str(image.repository))
+    cached = (image for image in images if not image.is_hosted)
+    rest = sorted(cached, key=lambda image: str(image.repository))
     for rule in rules:
         covered = [image for image in rest if rule.is_about(image)]
         done = set(covered)

@@ -21,6 +21,9 @@ _RECORD_STEP: Final = 1000
 """Verification times that are written to the index at once."""
 _MAX_NAMES: Final = 3
 """Names of images in one finding."""
+_NOTHING_RESTORES: Final = (
+    "; no upstream has hosted content: push the image again, or restore it from a backup"
+)
 _MAX_REPAIR_ROUNDS: Final = 5
 """Rounds of a repair: an index, its manifests, their layers, and one more after a new damage."""
 
@@ -67,8 +70,10 @@ class Problem:
     what: str
     """The problem in words, for people."""
     command: str | None
-    """Mends it. None: nothing has to be mended."""
+    """Mends it. None: nothing has to be mended, or no command can."""
     is_mended: bool = False
+    is_hosted: bool = False
+    """Whether a hosted repository has it, and nothing else: no command brings it back."""
 
     def row(self) -> dict[str, Any]:
         """Return the finding as JSON values."""
@@ -80,6 +85,7 @@ class Problem:
             "what": self.what,
             "command": self.command,
             "is_mended": self.is_mended,
+            "is_hosted": self.is_hosted,
         }
 
 
@@ -99,7 +105,9 @@ class VerifyReport:
     @property
     def has_damage(self) -> bool:
         """Whether damage was found that no repair has mended."""
-        return any(p.problem != "incomplete" and not p.is_mended for p in self.problems)
+        return any(
+            (p.problem != "incomplete" or p.is_hosted) and not p.is_mended for p in self.problems
+        )
 
 
 OnProgress: TypeAlias = Callable[[int, int], None]
@@ -181,11 +189,16 @@ async def _hash(
 
 def _damage(inventory: Inventory, broken: dict[DigestText, ProblemKind]) -> Iterator[Problem]:
     names: dict[DigestText, list[str]] = {}
-    for image in inventory.images if broken else ():
+    cached: set[DigestText] = set()
+    # Cached images come first: an upstream has their content.
+    for image in sorted(inventory.images, key=lambda one: one.is_hosted) if broken else ():
         for digest in broken.keys() & set(inventory.sharing.reached(image.root)):
             names.setdefault(digest, []).append(image.name)
+            if not image.is_hosted:
+                cached.add(digest)
     for digest, problem in broken.items():
         of = names.get(digest, [])
+        is_hosted = digest in inventory.hosted and digest not in cached
         is_manifest = (
             digest in inventory.names_by_root or inventory.type_of(digest) in MANIFEST_PART_TYPES
         )
@@ -197,8 +210,10 @@ def _damage(inventory: Inventory, broken: dict[DigestText, ProblemKind]) -> Iter
             image=of[0] if of else None,
             digest=digest,
             bytes=inventory.contents[Digest.parse(digest)].size,
-            what=f"{inventory.type_of(digest)} {words}: it is in quarantine/, {where}",
-            command=_command(of[0], is_manifest=is_manifest) if of else None,
+            what=f"{inventory.type_of(digest)} {words}: it is in quarantine/, {where}"
+            f"{_NOTHING_RESTORES if is_hosted else ''}",
+            command=_command(of[0], is_manifest=is_manifest) if of and not is_hosted else None,
+            is_hosted=is_hosted,
         )
 
 
@@ -211,8 +226,10 @@ def _incomplete(images: Collection[Image], broken: Collection[DigestText]) -> It
                 image=image.name,
                 digest=str(image.digest),
                 bytes=sum(part.size for part in missing),
-                what=f"lacks {len(missing)} of its contents, such as {missing[0].text}",
-                command=_command(image.name, is_manifest=False),
+                what=f"lacks {len(missing)} of its contents, such as {missing[0].text}"
+                f"{_NOTHING_RESTORES if image.is_hosted else ''}",
+                command=None if image.is_hosted else _command(image.name, is_manifest=False),
+                is_hosted=image.is_hosted,
             )
 
 
@@ -240,7 +257,8 @@ async def repair(
     """
     due = {problem.digest for problem in report.problems if problem.command}
     failed: set[tuple[Repository, Digest]] = set()
-    images = [image for image in inventory.images if _is_due(inventory, image, due)]
+    cached = (image for image in inventory.images if not image.is_hosted)
+    images = [image for image in cached if _is_due(inventory, image, due)]
     wanted = _broken_contents(inventory, images, due)
     names = {(image.name, image.digest) for image in images}
     for _ in range(_MAX_REPAIR_ROUNDS):
@@ -260,7 +278,7 @@ async def repair(
         wanted = list(dict.fromkeys(wanted))
         if not wanted:
             break
-    incomplete = {image.name for image in again if image.missing}
+    incomplete = {image.name for image in latest.images if image.missing}
     report.problems = [
         replace(problem, is_mended=_is_mended(problem, latest, incomplete))
         for problem in report.problems
@@ -291,4 +309,5 @@ def _kind(is_manifest: bool) -> Kind:
 def _is_mended(problem: Problem, latest: Inventory, incomplete: Collection[str]) -> bool:
     if problem.problem == "incomplete":
         return problem.image not in incomplete
-    return problem.command is None or problem.digest in latest.present
+    is_nothing_due = problem.command is None and not problem.is_hosted
+    return is_nothing_due or problem.digest in latest.present

@@ -55,7 +55,7 @@ def read_names(layout: Layout) -> tuple[list[tuple[str, str]], bool]:
 
 
 def connect_to_read(path: Path, timeout: float) -> sqlite3.Connection:
-    """Connect to a database of the index, also on a disk that refuses writes.
+    """Connect to a database of the data directory, also on a disk that refuses writes.
 
     Args:
         path: The database.
@@ -79,7 +79,7 @@ def connect_to_read(path: Path, timeout: float) -> sqlite3.Connection:
 def _checked(database: sqlite3.Connection) -> sqlite3.Connection:
     """Return a connection that can read its database. Raises ``sqlite3.Error`` otherwise."""
     try:
-        database.execute("SELECT 1 FROM Cache LIMIT 1").fetchall()
+        database.execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchall()
     except sqlite3.Error:
         database.close()
         raise

@@ -1,0 +1,111 @@
+"""Remove images by name: from the cache, and from hosted repositories.
+
+Lives here: which of both an image is in, and the deletion of a hosted one. Must not know: how
+cached content is removed (:mod:`mirror.operations.removal`).
+
+A hosted image is deleted as a client deletes it: a tag goes, and its manifest stays; or a manifest
+goes, with all its tags. Its content stays until a collection, since other manifests may need it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from mirror.composition import open_hosted
+from mirror.config.settings import Settings
+from mirror.inventory.keeping import HOSTED
+from mirror.inventory.model import Image, Inventory
+from mirror.oci.errors import Denied, ManifestUnknown
+from mirror.operations.cleaning_report import CleaningReport, Item
+from mirror.operations.removal import plan_removal, remove_images
+from mirror.store.store import Store
+
+_TAG_STAYS: Final = "its manifest stays, under its digest"
+_CONTENT_STAYS: Final = "oci-mirror gc removes what no other image needs"
+
+
+def plan_removal_by_name(
+    inventory: Inventory, images: Iterable[Image], whys: Mapping[Image, str]
+) -> CleaningReport:
+    """Return what :func:`remove_by_name` would do now. Changes nothing.
+
+    Args:
+        inventory: The content of the data directory.
+        images: The images to remove.
+        whys: Image -> the reason of its removal.
+    """
+    hosted, cached = _split(images)
+    report = plan_removal(inventory, cached, whys)
+    for image in hosted:
+        report.items += _deleted(image, whys)
+    return report
+
+
+async def remove_by_name(
+    settings: Settings,
+    store: Store,
+    inventory: Inventory,
+    images: Iterable[Image],
+    whys: Mapping[Image, str],
+) -> CleaningReport:
+    """Remove images from the cache, and delete hosted ones. Says what stays, and why.
+
+    Args:
+        settings: The configuration.
+        store: The open data directory.
+        inventory: It, as it was when the images were chosen.
+        images: The images. Those that a mark keeps stay.
+        whys: Image -> the reason of its removal.
+
+    Raises:
+        NamesDamaged: The names of hosted repositories cannot be used.
+        StorageUnavailable: The marks, the index or these names cannot be read or written.
+        OSError: Another process does not release the eviction lock, or the disk refuses.
+    """
+    hosted, cached = _split(images)
+    report = await remove_images(store, inventory, cached, whys)
+    if not hosted:
+        return report
+    async with open_hosted(settings, store, store.now, lambda _: None) as service:
+        assert service is not None, "an image is hosted only with the section"
+        for image in hosted:
+            try:
+                await service.delete_manifest(image.repository.path, image.tag or image.digest)
+            except (Denied, ManifestUnknown) as error:
+                report.items.append(_kept(image, error.message))
+            else:
+                report.items += _deleted(image, whys)
+    return report
+
+
+def _split(images: Iterable[Image]) -> tuple[list[Image], list[Image]]:
+    """Return the hosted images to delete, and all others. Those that a mark keeps are others."""
+    hosted: list[Image] = []
+    cached: list[Image] = []
+    for image in dict.fromkeys(images):
+        is_deletable = image.keeper is not None and image.keeper.why == HOSTED
+        (hosted if is_deletable else cached).append(image)
+    return hosted, cached
+
+
+def _deleted(image: Image, whys: Mapping[Image, str]) -> list[Item]:
+    stays = _CONTENT_STAYS if image.tag is None else _TAG_STAYS
+    name, digest = image.name, image.root
+    return [
+        Item(
+            action="removed",
+            kind="image",
+            name=name,
+            digest=digest,
+            count=0,
+            why=f"hosted, {whys[image]}",
+        ),
+        Item(action="kept", kind="content", name=name, digest=digest, bytes=image.size, why=stays),
+    ]
+
+
+def _kept(image: Image, why: str) -> Item:
+    return Item(
+        action="kept", kind="image", name=image.name, digest=image.root, bytes=image.size, why=why
+    )

@@ -1,0 +1,197 @@
+"""The commands that list, remove and verify, on a data directory with hosted repositories."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+from collections.abc import Callable, Coroutine
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mirror.oci.descriptor import OCI_INDEX
+from mirror.oci.reference import Digest
+from tests.unit.cli.inventory_kit import CONFIG, Site
+from tests.unit.hosted.kit import CONFIG as HOSTED_CONFIG
+from tests.unit.hosted.kit import HostedKit, hosted_kit, index_of, manifest_of
+
+NAME = "registry.example"
+HOSTED = f"hosted: {{name: {NAME}, listen: '127.0.0.1:0', max_size: 1000000}}\n"
+LAYERS = (b"first layer" * 100, b"second layer" * 100)
+TAGGED = Digest.of(manifest_of(*LAYERS))
+
+
+@pytest.fixture
+def site(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Site:
+    """Return a directory with ``team/app:v1``, which shares a layer with a cached image."""
+    made = Site(tmp_path, capsys)
+    made.config.write_text(CONFIG.format(data_dir=made.data.layout.root) + HOSTED)
+    made.data.image("docker.io/library/nginx:1", "cached", LAYERS[0], checked=made.now - 5)
+
+    async def push(kit: HostedKit) -> None:
+        await kit.push_image(*LAYERS, repository="team/app")
+
+    change(made, push)
+    return made
+
+
+def change(site: Site, work: Callable[[HostedKit], Coroutine[Any, Any, None]]) -> None:
+    async def run() -> None:
+        async with hosted_kit(site.data.layout.root, clock=[site.now - 60]) as kit:
+            await work(kit)
+
+    asyncio.run(run())
+
+
+def blob(site: Site, digest: Digest) -> Path:
+    return site.data.layout.blob(digest)
+
+
+def names(site: Site, *arguments: str) -> list[str]:
+    return [row["name"] for row in site.rows("ls", *arguments)]
+
+
+def test_hosted_image_is_listed_with_its_push(site: Site) -> None:
+    cached, hosted = site.rows("ls")
+    assert cached["name"] == "docker.io/library/nginx:1"
+    assert hosted["name"] == f"{NAME}/team/app:v1"
+    assert hosted["state"] == ["complete", "hosted"]
+    assert (hosted["digest"], hosted["current_digest"]) == (str(TAGGED), str(TAGGED))
+    assert (hosted["unique"], hosted["stale_why"], hosted["checked"]) == (0, None, None)
+    assert hosted["pushed"] is not None
+    assert names(site, "--filter", "state=hosted", "*/team/*") == [hosted["name"]]
+
+
+def test_manifest_that_an_index_lists_is_no_row_of_its_own(site: Site) -> None:
+    async def push(kit: HostedKit) -> None:
+        child = await kit.push_image(LAYERS[1], repository="team/multi", tag=None)
+        body = index_of(manifest_of(LAYERS[1]))
+        await kit.service.put_manifest("team/multi", Digest.of(body), (), body, OCI_INDEX, "ci")
+        assert child == Digest.of(manifest_of(LAYERS[1]))
+
+    change(site, push)
+    index = Digest.of(index_of(manifest_of(LAYERS[1])))
+    assert names(site, "multi*") == []
+    (row,) = site.rows("ls", "team/multi*")
+    assert (row["name"], row["pushed_by"]) == (f"{NAME}/team/multi@{index}", "ci")
+
+
+def test_show_has_the_parts_of_a_hosted_image_and_who_shares_them(site: Site) -> None:
+    rows = site.rows("show", f"{NAME}/team/app:v1")
+    assert [row["type"] for row in rows] == ["manifest", "config", "layer", "layer"]
+    shared = {row["digest"]: row["shared_with"] for row in rows}
+    assert shared[str(Digest.of(LAYERS[0]))] == ["docker.io/library/nginx:1"]
+
+
+def test_hosted_images_are_not_listed_without_the_section_and_keep_their_content(
+    site: Site,
+) -> None:
+    site.config.write_text(CONFIG.format(data_dir=site.data.layout.root))
+    assert names(site) == ["docker.io/library/nginx:1"]
+    assert all(row["reclaimable"] == 0 for row in site.rows("du") if row["kind"] == "type")
+
+
+def test_du_counts_hosted_content_with_its_own_quota(site: Site) -> None:
+    lines = site.lines("du")
+    assert lines[-1].startswith("hosted: 2.8KiB and 0B reserved by 0 uploads, of 976.6KiB (")
+    assert lines[-1].endswith("; it is never evicted")
+    total = next(row["bytes"] for row in site.rows("du") if row["kind"] == "hosted")
+    assert total == sum(map(len, (*LAYERS, HOSTED_CONFIG, manifest_of(*LAYERS))))
+    assert all(row["reclaimable"] == 0 for row in site.rows("du") if row["kind"] == "type")
+    evicted = {row["digest"] for row in site.rows("du", "-v") if row["kind"] == "eviction"}
+    assert str(TAGGED) not in evicted
+
+
+def test_uploads_in_progress_are_listed_with_their_user_and_progress(site: Site) -> None:
+    async def begin(kit: HostedKit) -> None:
+        upload = await kit.service.uploads.begin("team/app", "ci", 100)
+        feed = await kit.service.uploads.open(upload, "team/app", "ci")
+        await feed.write(b"x" * 40)
+        await feed.flush()
+        feed.close()
+
+    change(site, begin)
+    (row,) = site.rows("ls", "--uploads")
+    assert (row["repository"], row["user"]) == (f"{NAME}/team/app", "ci")
+    assert (row["size"], row["reserved"]) == (40, 100)
+    assert 60 <= row["age"] < 120
+    assert site.rows("ls", "--uploads", "other/*") == []
+    assert "uploads" in next(line for line in site.lines("du") if line.startswith("hosted"))
+
+
+def test_uploads_without_hosted_repositories_are_an_error_with_a_remedy(site: Site) -> None:
+    site.config.write_text(CONFIG.format(data_dir=site.data.layout.root))
+    code, _, errors = site.run("ls", "--uploads")
+    assert code == 1
+    assert errors == (
+        "oci-mirror: there are no hosted repositories: the configuration has no hosted\n"
+    )
+
+
+def test_rm_of_a_tag_leaves_the_manifest_and_rm_of_the_digest_deletes_it(site: Site) -> None:
+    first, stays, last = site.lines("rm", f"{NAME}/team/app:v1")
+    assert first == f"removed {NAME}/team/app:v1 (0B): hosted, as asked for"
+    assert stays.endswith("its manifest stays, under its digest")
+    assert last == "1 image removed, 0B freed"
+    assert names(site, "team/app*") == [f"{NAME}/team/app@{TAGGED}"]
+    assert "no other image needs" in "".join(site.lines("rm", f"{NAME}/team/app@{TAGGED}"))
+    assert names(site, "team/app*") == []
+    assert blob(site, TAGGED).exists(), "its blobs are still in the repository"
+
+
+def test_dry_run_of_rm_deletes_no_hosted_image(site: Site) -> None:
+    assert site.lines("rm", "--dry-run", f"{NAME}/team/app:v1")[0].startswith("would remove")
+    assert names(site, "team/app*") == [f"{NAME}/team/app:v1"]
+
+
+def test_rm_of_a_cached_image_leaves_what_a_hosted_one_shares(site: Site) -> None:
+    (row,) = site.rows("ls", "nginx*")
+    removed = site.lines("rm", "docker.io/library/nginx:1")
+    assert any("shared by" in line for line in removed)
+    assert blob(site, Digest.of(LAYERS[0])).exists()
+    assert not blob(site, Digest.parse(row["digest"])).exists()
+
+
+def test_prune_is_not_about_hosted_images(site: Site) -> None:
+    _, out, _ = site.run("prune", "--older-than", "1s", "--dry-run")
+    assert NAME not in out
+
+
+def test_verify_says_that_nothing_restores_damaged_hosted_content(site: Site) -> None:
+    blob(site, Digest.of(LAYERS[1])).write_bytes(b"wrong")
+    code, out, _ = site.run("verify")
+    assert code == 1
+    assert "push the image again, or restore it from a backup" in out
+    assert "mend it with" not in out
+    # It is in quarantine now: the image lacks it.
+    code, out, _ = site.run("verify", "--json", f"{NAME}/team/app:v1")
+    (problem,) = map(json.loads, out.splitlines())
+    assert (code, problem["problem"], problem["is_hosted"]) == (1, "incomplete", True)
+    assert problem["command"] is None
+
+
+def test_verify_names_the_command_if_an_upstream_has_the_content_too(site: Site) -> None:
+    blob(site, Digest.of(LAYERS[0])).write_bytes(b"wrong")
+    _, out, _ = site.run("verify")
+    assert "mend it with: oci-mirror verify --repair docker.io/library/nginx:1" in out
+
+
+def test_hosted_image_whose_manifest_is_lost_is_listed_as_partial(site: Site) -> None:
+    blob(site, TAGGED).unlink()
+    (row,) = site.rows("ls", "team/app*")
+    assert row["state"] == ["partial", "hosted"]
+    assert site.run("verify")[0] == 1
+
+
+def test_damaged_names_are_an_error_and_no_empty_list(site: Site) -> None:
+    path = site.data.layout.hosted_names
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    path.write_bytes(b"no database at all" * 100)
+    code, out, errors = site.run("ls")
+    assert (code, out) == (1, "")
+    assert "names.db cannot be read" in errors
+    assert "restore it from a backup" in errors
