@@ -33,6 +33,7 @@ from mirror.observability.events import Event, LogLinesDropped, LogMessage, Obse
 from mirror.observability.library_logs import configure_logging
 from mirror.observability.log_stream import LogStream
 from mirror.observability.logs import LogObserver, LogWriter
+from mirror.operations.hosted_job import HostedJob
 from mirror.operations.prefetch import PrefetchJob
 from mirror.operations.retention_job import RetentionJob
 from mirror.pull.marks_watch import WATCH_INTERVAL_S
@@ -402,7 +403,9 @@ def _start_housekeeping(
     if certificate is not None:
         start("certificate", _CERTIFICATE_INTERVAL_S, certificate.refresh)
     if mirror.hosted is not None:
+        hosted = HostedJob(store.layout, emit)
         start("uploads", _UPLOADS_INTERVAL_S, mirror.hosted.uploads.end_abandoned)
+        start("hosted", _RETENTION_CHECK_S, lambda: hosted.run_if_due(mirror.settings, now()))
 
 
 def _start_job(

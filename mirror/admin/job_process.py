@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,6 +32,7 @@ from mirror.oci.image_name import ImageName
 from mirror.operations.cleaning_report import CleaningReport
 from mirror.operations.forget import forget
 from mirror.operations.gc import DEFAULT_GRACE_S, collect_garbage, find_garbage
+from mirror.operations.hosted_collection import collect_hosted_garbage, find_hosted_garbage
 from mirror.operations.hosted_removal import plan_removal_by_name, remove_by_name
 from mirror.operations.prune import choose, prune
 from mirror.operations.retention import PruneRule
@@ -143,12 +145,18 @@ async def _forget(settings: Settings, given: JsonObject) -> JsonObject:
 
 
 async def _gc(settings: Settings, given: JsonObject) -> JsonObject:
-    inventory = _read(settings)
+    hosted, layout = settings.hosted, _layout(settings)
     if given.get("dry_run"):
-        return _cleaning_result(find_garbage(_layout(settings), inventory, DEFAULT_GRACE_S))
+        report = find_garbage(layout, _read(settings), DEFAULT_GRACE_S)
+        report.items[:0] = await find_hosted_garbage(layout, hosted, time.time(), None)
+        return _cleaning_result(report)
 
     async def run(store: Store) -> JsonObject:
-        return _cleaning_result(await collect_garbage(store, inventory, DEFAULT_GRACE_S))
+        # First: the files of what nothing needs are garbage then.
+        items = await collect_hosted_garbage(store, hosted, None, partial(_read, settings))
+        report = await collect_garbage(store, _read(settings), DEFAULT_GRACE_S)
+        report.items[:0] = items
+        return _cleaning_result(report)
 
     return await _with_store(settings, run)
 

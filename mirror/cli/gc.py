@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from mirror.cli.arguments import Commands, add_config, add_json, load_settings
@@ -19,7 +21,7 @@ from mirror.cli.cleaning import (
     giving_way,
     read_inventory_gently,
 )
-from mirror.cli.data_directory import layout_of, opened_store
+from mirror.cli.data_directory import find_layout, layout_of, load_inventory, opened_store
 from mirror.cli.listing import Column, print_rows
 from mirror.cli.output import UsageError, print_line
 from mirror.oci.text import size_text
@@ -51,7 +53,8 @@ def add_parser(commands: Commands) -> None:
         "gc",
         help="remove what no image needs",
         description="Removes content that no image needs and nobody has used for a while, "
-        "leftovers of fetches, damaged content, and rows of the index whose time is over. Works "
+        "leftovers of fetches, damaged content, and rows of the index whose time is over. Of "
+        "hosted repositories, removes what nothing has referred to for their grace time. Works "
         "beside a running server.",
     )
     add_dry_run(parser)
@@ -59,7 +62,8 @@ def add_parser(commands: Commands) -> None:
         "--grace",
         metavar="TIME",
         type=duration,
-        help="keep what was used or written within this time, at least 10m (default: 1d)",
+        help="keep what was used or written within this time, at least 10m (default: 1d, and "
+        "hosted.grace)",
     )
     add_config(parser)
     add_json(parser)
@@ -74,12 +78,16 @@ def run(arguments: argparse.Namespace) -> int:
     if grace < MIN_GRACE_S:
         raise UsageError("--grace must be at least 10m: the blobs of an image come before its name")
     settings = load_settings(arguments)
+    hosted = asyncio.run(
+        _collect_hosted(settings, arguments.grace, is_dry_run=arguments.is_dry_run)
+    )
     inventory = read_inventory_gently(settings)
     if arguments.is_dry_run:
         with giving_way():
             report = find_garbage(layout_of(settings), inventory, grace)
     else:
         report = asyncio.run(_collect(settings, inventory, grace))
+    report.items[:0] = hosted
     if arguments.is_json:
         for item in report.items:
             print_line(json.dumps(item.row()))
@@ -96,6 +104,20 @@ async def _collect(settings: Settings, inventory: Inventory, grace: float) -> Cl
 
     async with opened_store(settings) as store:
         return await collect_garbage(store, inventory, grace)
+
+
+async def _collect_hosted(
+    settings: Settings, grace: float | None, *, is_dry_run: bool
+) -> list[Item]:
+    """Collect hosted content, whose files no name reaches then. ``grace``: None: as configured."""
+    from mirror.operations.hosted_collection import collect_hosted_garbage, find_hosted_garbage
+
+    layout = find_layout(settings)
+    if is_dry_run:
+        return await find_hosted_garbage(layout, settings.hosted, time.time(), grace)
+    async with opened_store(settings) as store:
+        read = partial(load_inventory, settings)
+        return await collect_hosted_garbage(store, settings.hosted, grace, read)
 
 
 def _rows(report: CleaningReport) -> Iterator[dict[str, Any]]:

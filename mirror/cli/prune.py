@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import time
 from typing import TYPE_CHECKING, Final
 
 from mirror.cli.arguments import Commands, add_config, add_json, load_settings
@@ -18,7 +19,7 @@ from mirror.cli.cleaning import (
     read_inventory_gently,
     summary,
 )
-from mirror.cli.data_directory import opened_store
+from mirror.cli.data_directory import find_layout, opened_store
 from mirror.cli.listing import Column, print_rows
 from mirror.cli.output import UsageError, print_line
 from mirror.oci.tag_selection import TagSelection
@@ -27,7 +28,7 @@ from mirror.oci.text import size_text
 if TYPE_CHECKING:
     from mirror.config.settings import Settings
     from mirror.inventory.model import Inventory
-    from mirror.operations.cleaning_report import CleaningReport
+    from mirror.operations.cleaning_report import CleaningReport, Item
     from mirror.operations.retention import PruneRule
 
 _PRUNED_COLUMNS: Final = (
@@ -45,7 +46,8 @@ def add_parser(commands: Commands) -> None:
         "prune",
         help="remove images that were not used for long, or are not the latest",
         description="Removes the images that fulfil all given conditions, and says why. Without "
-        "--older-than and --keep-last, the rules below `retention` in the configuration decide. "
+        "--older-than and --keep-last, the rules below `retention` and `hosted.retention` in the "
+        "configuration decide. "
         "Pinned, frozen and leased images stay. Works beside a running server.",
     )
     parser.add_argument(
@@ -94,6 +96,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command. Raises :class:`mirror.cli.output.UsageError` if nothing says what goes."""
     settings = load_settings(arguments)
     rules = _rules(arguments, settings)
+    hosted: list[Item] = []
+    if not _has_conditions(arguments):
+        hosted = _prune_hosted(settings, is_dry_run=arguments.is_dry_run)
     inventory = read_inventory_gently(settings)
     if arguments.is_dry_run:
         from mirror.operations.prune import choose
@@ -101,6 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
         report = choose(inventory, rules)
     else:
         report = asyncio.run(_prune(settings, inventory, rules))
+    report.items[:0] = hosted
     if arguments.is_json:
         for item in report.items:
             print_line(json.dumps(item.row()))
@@ -118,7 +124,7 @@ def _rules(arguments: argparse.Namespace, settings: Settings) -> list[PruneRule]
     from mirror.operations.retention import PruneRule
     from mirror.operations.retention_job import rules_of
 
-    if arguments.older_than is not None or arguments.keep_last is not None:
+    if _has_conditions(arguments):
         return [
             PruneRule(
                 match=arguments.match or "*",
@@ -130,11 +136,27 @@ def _rules(arguments: argparse.Namespace, settings: Settings) -> list[PruneRule]
     if arguments.match is not None or arguments.tags is not None:
         raise UsageError("give --older-than or --keep-last, which say what goes")
     rules = rules_of(settings)
-    if not rules:
+    if not rules and not (settings.hosted and settings.hosted.retention):
         raise UsageError(
             "give --older-than or --keep-last, or add rules below `retention` to the configuration"
         )
     return rules
+
+
+def _has_conditions(arguments: argparse.Namespace) -> bool:
+    return arguments.older_than is not None or arguments.keep_last is not None
+
+
+def _prune_hosted(settings: Settings, *, is_dry_run: bool) -> list[Item]:
+    """Apply the rules of ``hosted.retention``. Conditions of the command are about the cache."""
+    from mirror.operations.hosted_retention import run_hosted_retention
+    from mirror.store.marks import read_marks
+
+    layout = find_layout(settings)
+    marks = read_marks(layout)
+    return asyncio.run(
+        run_hosted_retention(layout, settings.hosted, marks, time.time(), is_dry_run=is_dry_run)
+    )
 
 
 async def _prune(

@@ -5,7 +5,8 @@ Lives here: each query and each change, as a function of a connection. Must not 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from sqlite3 import Connection
 
@@ -48,6 +49,16 @@ def untagged_images(connection: Connection) -> list[HostedImageRow]:
         " WHERE subject = '' AND orphaned_at = 0 ORDER BY repository, digest"
     )
     return [HostedImageRow(row[0], None, Digest.parse(row[1]), *row[2:]) for row in rows]
+
+
+def owners_of(connection: Connection, parts: Collection[Digest]) -> set[tuple[str, Digest]]:
+    """Return (repository, manifest) of all manifests that refer to one of ``parts``."""
+    rows = connection.execute(
+        "SELECT DISTINCT repository, manifest FROM parts"
+        " WHERE digest IN (SELECT value FROM json_each(?))",
+        (json.dumps([str(one) for one in parts]),),
+    )
+    return {(row[0], Digest.parse(row[1])) for row in rows}
 
 
 def remove_images(

@@ -28,7 +28,7 @@ _REMEDIES: Final = {
 HOSTED: Final = "hosted"
 """The mark of hosted images: no rule for the cache removes them, only ``rm`` and their users do."""
 _HOSTED: Final = Keeper(HOSTED, "it is no cache: oci-mirror rm, or a client, deletes it")
-_LEASED: Final = Keeper("leased", "a node uses it: wait until its lease ends")
+LEASED: Final = Keeper("leased", "a node uses it: wait until its lease ends")
 _UNCLEAR: Final = "a marked image may need it, whose manifest is not on the disk"
 
 
@@ -62,7 +62,7 @@ class Keepers:
         """Return what keeps a name. ``reached``: all content of its image."""
         found = list(self._keepers.get((str(name.repository), str(name.digest)), {}).values())
         if not self._leases.isdisjoint(reached):
-            found.append(_LEASED)
+            found.append(LEASED)
         if name.is_hosted:
             found.append(_HOSTED)
         return found

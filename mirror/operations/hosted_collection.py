@@ -23,6 +23,7 @@ from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest, Repository
 from mirror.operations.cleaning_report import CleaningReport, Item
 from mirror.operations.hosted_retention import Tell
+from mirror.store.layout import Layout
 from mirror.store.protection import ProtectionUnknown
 from mirror.store.store import Store
 from mirror.threads import run_in_thread
@@ -33,21 +34,50 @@ _MAX_RELEASED: Final = 100_000
 """Files of one run. The next one removes the rest."""
 
 
-async def plan_hosted_collection(
-    database: Database, hosted: Hosted, now: float, grace: float
-) -> CleaningReport:
-    """Return what a collection would remove now. Changes nothing.
+async def find_hosted_garbage(
+    layout: Layout, hosted: Hosted | None, now: float, grace: float | None
+) -> list[Item]:
+    """Return what :func:`collect_hosted_garbage` would remove now. Changes nothing.
 
     Args:
-        database: The names.
-        hosted: Names the registry.
+        layout: The data directory.
+        hosted: Names the registry. None: nothing is hosted.
         now: Seconds since the epoch.
-        grace: Seconds for which what nothing needs is kept.
+        grace: Seconds for which what nothing needs is kept. None: as configured.
 
-    Raises ``StorageUnavailable``.
+    Raises ``StorageUnavailable``, ``NamesDamaged``.
     """
-    found = await find_needless(database, now, grace)
-    return CleaningReport(is_dry_run=True, items=[_item(hosted, row, row.size) for row in found])
+    if hosted is None or not layout.hosted_names.exists():
+        return []
+    database = await Database.open(layout.hosted_names)
+    try:
+        found = await find_needless(database, now, hosted.grace if grace is None else grace)
+    finally:
+        await database.close()
+    return [_item(hosted, row, row.size) for row in found]
+
+
+async def collect_hosted_garbage(
+    store: Store,
+    hosted: Hosted | None,
+    grace: float | None,
+    read_inventory: Callable[[], Inventory],
+) -> list[Item]:
+    """Remove what nothing needs, for a command beside a server. Returns what went.
+
+    The arguments are those of :func:`find_hosted_garbage` and :func:`collect_hosted`.
+    """
+    if hosted is None or not store.layout.hosted_names.exists():
+        return []
+    database = await Database.open(store.layout.hosted_names)
+    try:
+        seconds = hosted.grace if grace is None else grace
+        report = await collect_hosted(
+            store, database, hosted, seconds, read_inventory, lambda change: None
+        )
+    finally:
+        await database.close()
+    return report.items
 
 
 async def collect_hosted(

@@ -6,7 +6,7 @@ decides (:mod:`mirror.operations.retention`), when the rules run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from sqlite3 import Connection
@@ -18,13 +18,14 @@ from mirror.hosted.database import Database
 from mirror.hosted.immutable_tags import ImmutableTagRules
 from mirror.hosted.retention_rows import HostedImageRow
 from mirror.inventory.image_names import Name
-from mirror.inventory.keeping import Keepers
+from mirror.inventory.keeping import LEASED, Keepers
 from mirror.inventory.model import Image, Keeper
 from mirror.observability.events import HostedChange
-from mirror.oci.reference import Repository
+from mirror.oci.reference import Digest, Repository
 from mirror.oci.tag_selection import TagSelection
 from mirror.operations.cleaning_report import CleaningReport, Item
 from mirror.operations.retention import PruneDecision, PruneRule, decide
+from mirror.store.layout import Layout
 from mirror.store.marks import Marks
 
 RETENTION_USER: Final = "retention"
@@ -50,6 +51,32 @@ def hosted_rules_of(hosted: Hosted, *, is_untagged: bool) -> list[PruneRule]:
         for rule in hosted.retention
         if rule.untagged is is_untagged
     ]
+
+
+async def run_hosted_retention(
+    layout: Layout, hosted: Hosted | None, marks: Marks, now: float, *, is_dry_run: bool
+) -> list[Item]:
+    """Apply the rules for a command beside a server. Returns what went and stayed.
+
+    Args:
+        layout: The data directory.
+        hosted: The rules. None: nothing is hosted.
+        marks: Images that these keep stay.
+        now: Seconds since the epoch.
+        is_dry_run: Change nothing.
+
+    Raises ``StorageUnavailable``, ``NamesDamaged``.
+    """
+    if hosted is None or not hosted.retention or not layout.hosted_names.exists():
+        return []
+    database = await Database.open(layout.hosted_names)
+    try:
+        if is_dry_run:
+            return (await plan_hosted_retention(database, hosted, marks, now)).items
+        change = apply_hosted_retention(database, hosted, marks, now, lambda change: None)
+        return (await change).items
+    finally:
+        await database.close()
 
 
 async def plan_hosted_retention(
@@ -97,18 +124,25 @@ def _decide(
 ) -> list[tuple[PruneDecision, HostedImageRow]]:
     """Read all images, and decide about each that a rule covers. In a thread: 100,000 take 2 s."""
     decided: list[tuple[PruneDecision, HostedImageRow]] = []
+    leased = {one.digest for one in marks.leases.values() if one.until > now}
+    # A node has pulled one manifest of an index.
+    owners = retention_rows.owners_of(connection, leased) if leased else set()
     queries = ((False, retention_rows.tagged_images), (True, retention_rows.untagged_images))
     for is_untagged, query in queries:
         rules = hosted_rules_of(hosted, is_untagged=is_untagged)
         if rules:
             rows = query(connection)
-            images = dict(zip(_images(rows, hosted, marks, now), rows, strict=True))
+            images = dict(zip(_images(rows, owners, hosted, marks, now), rows, strict=True))
             decided += [(one, images[one.image]) for one in decide(images, rules, now)]
     return decided
 
 
 def _images(
-    rows: Sequence[HostedImageRow], hosted: Hosted, marks: Marks, now: float
+    rows: Sequence[HostedImageRow],
+    leased: Collection[tuple[str, Digest]],
+    hosted: Hosted,
+    marks: Marks,
+    now: float,
 ) -> Iterator[Image]:
     immutable = ImmutableTagRules(hosted)
     names = [
@@ -123,6 +157,8 @@ def _images(
     keepers = Keepers(marks, names, now)
     for row, name in zip(rows, names, strict=True):
         keeper = next(iter(keepers.of(name, {str(row.digest)})), None)
+        if keeper is None and (row.repository, row.digest) in leased:
+            keeper = LEASED
         if row.tag is not None and immutable.is_immutable(row.repository, str(row.tag)):
             keeper = _IMMUTABLE
         yield Image(

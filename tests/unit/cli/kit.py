@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import pytest
 
@@ -24,13 +25,17 @@ Run: TypeAlias = Callable[..., Result]
 
 
 def make_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Return a function that runs a command with one upstream. It blocks."""
+    """Return a function that runs a command with one upstream. It blocks.
 
-    def run(url: str, command: str, *arguments: str) -> Result:
+    ``more`` has further keys of the configuration.
+    """
+
+    def run(
+        url: str, command: str, *arguments: str, more: Mapping[str, Any] | None = None
+    ) -> Result:
         config = tmp_path / "mirror.yaml"
-        config.write_text(
-            f"data_dir: {tmp_path}/data\nupstreams: {{docker.io: {{endpoints: [{url}]}}}}\n"
-        )
+        keys = {"data_dir": f"{tmp_path}/data", "upstreams": {"docker.io": {"endpoints": [url]}}}
+        config.write_text(json.dumps({**keys, **(more or {})}))
         code = main([command, *arguments, "--config", str(config)])
         output = capsys.readouterr()
         return Result(code=code, out=output.out, err=output.err)

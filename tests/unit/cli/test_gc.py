@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from pathlib import Path
 
 import pytest
 
+from mirror.oci.reference import Digest
 from tests.unit.cli.cleaning_kit import LAYERS, URL, content, damage, fill, rows
 from tests.unit.cli.kit import Run, make_run
+from tests.unit.hosted.kit import hosted_kit
 from tests.unit.store.kit import fill_up, small_disk
 
 
@@ -68,3 +72,36 @@ def test_commands_that_remove_work_on_a_full_disk_and_others_say_why_not(
         assert removed.code == 0
         assert not content(data, LAYERS[1]).exists()
         assert "app:1.1" not in run(URL, "ls").out
+
+
+HOSTED = {"hosted": {"name": "registry.example", "listen": "127.0.0.1:0"}}
+
+
+def push_old(data: Path) -> None:
+    """Push an image and a blob that no manifest names, 40 days ago."""
+
+    async def push() -> None:
+        async with hosted_kit(data, clock=[time.time() - 40 * 86400]) as kit:
+            await kit.push_image(b"layer")
+            await kit.push_blob(b"alone")
+
+    asyncio.run(push())
+
+
+def test_hosted_content_that_nothing_needs_goes_with_the_rest(run: Run, tmp_path: Path) -> None:
+    data = fill(tmp_path)
+    push_old(data)
+    planned = run(URL, "gc", "--dry-run", more=HOSTED)
+    assert "hosted content that nothing needs      1    5B  would be removed" in planned.out
+    found = rows("gc", run(URL, "gc", "--json", more=HOSTED))
+    assert [(row["kind"], row["bytes"]) for row in found] == [("hosted", 5), ("content", 6)]
+    assert found[0]["name"] == f"registry.example/app@{Digest.of(b'alone')}"
+    assert not content(data, b"alone").exists()
+    assert content(data, b"layer").exists()
+
+
+def test_hosted_content_stays_for_the_grace_time(run: Run, tmp_path: Path) -> None:
+    data = fill(tmp_path)
+    push_old(data)
+    assert run(URL, "gc", "--grace", "60d", more=HOSTED).out == "0B freed\n"
+    assert content(data, b"alone").exists()

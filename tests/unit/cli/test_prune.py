@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from mirror.cli.main import main
 from tests.unit.cli.cleaning_kit import LAYERS, NAME, URL, content, fill, rows
 from tests.unit.cli.kit import Run, make_run
+from tests.unit.hosted.kit import hosted_kit
 
 
 @pytest.fixture
@@ -67,3 +69,24 @@ def test_rules_of_the_configuration_decide_without_options(
     assert main(["prune", "--config", str(config)]) == 0
     assert "1 image removed" in capsys.readouterr().out
     assert content(data, LAYERS[1]).exists()
+
+
+def test_rules_of_hosted_repositories_decide_about_their_images(run: Run, tmp_path: Path) -> None:
+    fill(tmp_path)
+    rule = {"match": "team/*", "keep_last": 1}
+    more = {"hosted": {"name": "registry.example", "listen": "127.0.0.1:0", "retention": [rule]}}
+
+    async def push() -> list[str]:
+        async with hosted_kit(tmp_path / "data") as kit:
+            for tag in ("v1", "v2"):
+                await kit.push_image(tag.encode(), tag=tag, repository="team/app")
+            return (await kit.service.tags("team/app", None, None))[0]
+
+    assert asyncio.run(push()) == ["v1", "v2"]
+    planned = run(URL, "prune", "--dry-run", more=more)
+    assert "registry.example/team/app:v1" in planned.out
+    found = rows("prune", run(URL, "prune", "--json", more=more))
+    assert [(row["name"], row["action"]) for row in found] == [
+        ("registry.example/team/app:v2", "kept"),
+        ("registry.example/team/app:v1", "removed"),
+    ]
