@@ -14,6 +14,7 @@ from typing import Final
 from mirror.cli.arguments import Commands
 
 MODULES: Final = {
+    **dict.fromkeys(("backup", "restore"), "backup"),
     "clients": "clients_command",
     "completion": "completion",
     "doctor": "doctor.command",

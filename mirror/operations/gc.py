@@ -115,7 +115,7 @@ def _old_orphans(layout: Layout, inventory: Inventory, grace: float) -> list[Con
     orphans = inventory.orphans
     found = [content for content in inventory.contents.values() if str(content.digest) in orphans]
     # Hosted content is named elsewhere.
-    found = list(HostedContents(layout.hosted_names).without(found))
+    found = list(HostedContents(layout).without(found))
     if found and not inventory.images:
         raise NothingNamed
     old = [blob for blob in found if inventory.now - blob.used > grace]

@@ -28,6 +28,7 @@ from typing import Any, Final
 
 from mirror.config.settings import Hosted, Settings, Storage
 from mirror.hosted.database import Database
+from mirror.hosted.snapshot import drop_stale_snapshot
 from mirror.inventory.model import Inventory
 from mirror.inventory.read import read_inventory
 from mirror.observability.events import Event, HostedChange, LogMessage, Observer
@@ -190,6 +191,7 @@ async def _work(
     layout: Layout, storage: Storage, hosted: Hosted, now: float, tell: Tell
 ) -> dict[str, Any]:
     marks = read_marks(layout)
+    drop_stale_snapshot(layout)
     database = await Database.open(layout.hosted_names)
     try:
         retained = await apply_hosted_retention(database, hosted, marks, now, tell)

@@ -238,7 +238,7 @@ class Evictor:
         """
         self._layout = layout
         self._catalog = catalog
-        self._hosted = HostedContents(layout.hosted_names)
+        self._hosted = HostedContents(layout)
         self._totals = totals
         self._settings = settings
         self._protect = protect

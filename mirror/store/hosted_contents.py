@@ -1,8 +1,8 @@
 """Which content clients have pushed here. It is no cache: nothing evicts it.
 
 Lives here: reading the one table that says so (``mirror/hosted/database.py`` has its schema), for
-every process that removes content, whether it hosts repositories itself or not. Must not know:
-repositories, tags.
+every process that removes content, whether it hosts repositories itself or not; and the copy that a
+running backup reads (``mirror/hosted/snapshot.py``). Must not know: repositories, tags.
 
 A push makes content durable, keeps a shared lock on its file, and releases the lock once the row is
 committed. An eviction locks the file exclusively, and then asks here. So it either sees the row, or
@@ -14,12 +14,15 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Final, Protocol, TypeVar
 
 from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest
+from mirror.store.disk import is_locked
+from mirror.store.layout import Layout
 
 _STEP: Final = 500
 """Digests of one query: SQLite takes at most 32,766 parameters, and more than these save little."""
@@ -39,13 +42,14 @@ Listed = TypeVar("Listed", bound=_HasDigest)
 class HostedContents:
     """The hosted content of one data directory. All methods block; threads may share it."""
 
-    def __init__(self, database: Path) -> None:
-        """Open nothing yet. ``database``: the path of the names, which need not exist."""
-        self._database = database
+    def __init__(self, layout: Layout) -> None:
+        """Open nothing yet. The database need not exist."""
+        self._layout = layout
+        self._database = layout.hosted_names
         self._local = threading.local()
 
     def find(self, digests: Sequence[Digest]) -> set[Digest]:
-        """Return those of ``digests`` that a hosted repository has.
+        """Return those of ``digests`` that a hosted repository has, or that a backup reads.
 
         Raises ``StorageUnavailable`` if the database cannot be read: any may be hosted then.
         """
@@ -54,7 +58,18 @@ class HostedContents:
         wanted = {str(digest): digest for digest in digests}
         marks = ",".join("?" * len(wanted))
         query = f"SELECT digest FROM contents WHERE digest IN ({marks})"  # noqa: S608 - question marks
-        return {wanted[row[0]] for row in self._query(query, list(wanted))}
+        found = {wanted[row[0]] for row in self._query(query, list(wanted))}
+        # In this order: a backup holds the lock before it copies what the database has.
+        if len(found) < len(wanted) and is_locked(self._layout.snapshot_lock):
+            found |= {wanted[text] for text in self._find_in_snapshot(query, list(wanted))}
+        return found
+
+    def _find_in_snapshot(self, query: str, wanted: list[str]) -> Iterable[str]:
+        try:
+            with closing(_connect(self._layout.snapshot)) as connection:
+                return [row[0] for row in connection.execute(query, wanted)]
+        except sqlite3.Error:
+            return wanted  # It is being made, or has just been removed. All may be in it.
 
     def without(self, contents: Iterable[Listed]) -> Iterator[Listed]:
         """Return ``contents`` without what is hosted. Raises ``StorageUnavailable``."""
@@ -75,14 +90,18 @@ class HostedContents:
         try:
             if connection is None:
                 # Closed with its thread: a thread-local value ends with it.
-                connection = self._local.connection = sqlite3.connect(
-                    f"{self._database.absolute().as_uri()}?mode=ro",
-                    timeout=_BUSY_TIMEOUT_S,
-                    isolation_level=None,
-                    uri=True,
-                )
+                connection = self._local.connection = _connect(self._database)
             return connection.execute(query, parameters).fetchall()
         except sqlite3.Error as error:
             self._local.connection = None
             message = f"{self._database}: {error}: nothing is removed, because it may be hosted"
             raise StorageUnavailable(message) from error
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(
+        f"{path.absolute().as_uri()}?mode=ro",
+        timeout=_BUSY_TIMEOUT_S,
+        isolation_level=None,
+        uri=True,
+    )

@@ -31,9 +31,9 @@ _UPSTREAM: Final = "org.oci-mirror.upstream"
 _VARIANT: Final = "org.oci-mirror.variant"
 """The media types that a client accepts, for the manifest that the upstream has sent it."""
 _VARIANT_NAME: Final = "org.oci-mirror.variant.name"
-_FIRST_LINE: Final = f'{{"schemaVersion": 2, "mediaType": "{OCI_INDEX}", "manifests": ['
-"""The first line. A line for each name follows, and :data:`_LAST_LINE`."""
-_LAST_LINE: Final = "]}"
+FIRST_LINE: Final = f'{{"schemaVersion": 2, "mediaType": "{OCI_INDEX}", "manifests": ['
+"""The first line. A line for each name follows, and :data:`LAST_LINE`."""
+LAST_LINE: Final = "]}"
 _MAX_LINE_CHARS: Final = 64 * 1024
 """Characters of one line: a name, a digest, a media type. Ours have less than 2,000."""
 _FOREIGN_LIMIT_BYTES: Final = 256 * 1024 * 1024
@@ -79,7 +79,7 @@ class Draft:
         for manifests in names:
             for named in manifests:
                 if self._layout.blob(named.digest).is_file():
-                    lines.append(self._separator + _line(named))
+                    lines.append(self._separator + index_line(named))
                     self._separator = ",\n"
                     break
         with self._lock:
@@ -89,7 +89,7 @@ class Draft:
         """Replace ``index.json`` atomically."""
         with self._lock:
             file = self._open()
-            file.write(f"\n{_LAST_LINE}\n")
+            file.write(f"\n{LAST_LINE}\n")
             file.flush()
             os.fsync(file.fileno())
             file.close()
@@ -115,11 +115,12 @@ class Draft:
             raise OSError("the draft of index.json was discarded")
         if self._file is None:
             self._file = self._path.open("x", encoding="utf-8")
-            self._file.write(_FIRST_LINE)
+            self._file.write(FIRST_LINE)
         return self._file
 
 
-def _line(named: NamedManifest) -> str:
+def index_line(named: NamedManifest) -> str:
+    """Return the entry of a name, without a separator."""
     entry = {
         "mediaType": named.media_type,
         "digest": str(named.digest),
@@ -163,7 +164,7 @@ def read_index_json(layout: Layout) -> Iterator[NamedManifest]:
     if not os.path.lexists(path):
         return
     with path.open(encoding="utf-8", errors="replace") as file:
-        is_ours = file.readline(len(_FIRST_LINE) + 1) == f"{_FIRST_LINE}\n"
+        is_ours = file.readline(len(FIRST_LINE) + 1) == f"{FIRST_LINE}\n"
         for entry in _read_lines(file) if is_ours else _read_whole(path):
             named = _parse_entry(entry)
             if named is not None:
@@ -171,7 +172,7 @@ def read_index_json(layout: Layout) -> Iterator[NamedManifest]:
 
 
 def _read_lines(file: IO[str]) -> Iterator[object]:
-    while (line := file.readline(_MAX_LINE_CHARS)).rstrip("\n") != _LAST_LINE:
+    while (line := file.readline(_MAX_LINE_CHARS)).rstrip("\n") != LAST_LINE:
         if not line.endswith("\n"):
             raise ValueError("index.json ends early, or has an endless line")
         with suppress(ValueError):

@@ -12,6 +12,7 @@ Lives here: where each file is. Must not know: what is done with it.
     index/                   databases of the index
     history/                 the history of pulls (see :mod:`mirror.history`)
     hosted/names.db          names of the hosted repositories (no cache: see ``mirror/hosted``)
+    hosted/snapshot.db       their copy for a running backup, whose ``flock`` is on snapshot.lock
     uploads/<id>             bytes of an upload to a hosted repository
     eviction.lock            its ``flock`` means that content is being removed
     index.json.lock          its ``flock`` means that ``index.json`` is being written
@@ -67,6 +68,16 @@ class Layout:
     def hosted_names(self) -> Path:
         """The database of the names of the hosted repositories."""
         return self.root / "hosted" / "names.db"
+
+    @property
+    def snapshot(self) -> Path:
+        """The copy of the names that a running backup reads."""
+        return self.root / "hosted" / "snapshot.db"
+
+    @property
+    def snapshot_lock(self) -> Path:
+        """The file whose lock is held while a backup runs."""
+        return self.root / "hosted" / "snapshot.lock"
 
     @property
     def uploads(self) -> Path:

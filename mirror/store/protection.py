@@ -73,7 +73,7 @@ class Protection:
         self._stamp: tuple[Stamp | None] | None = None
         self._manifests: set[Digest] = set()
         """Manifests whose parts were read. A part may itself be a manifest that was not."""
-        self._hosted = HostedContents(layout.hosted_names)
+        self._hosted = HostedContents(layout)
         self._unclear: set[Digest] = set()
         """Manifests that are protected, and whose parts are not known."""
         self.digests: set[Digest] = set()

@@ -120,7 +120,7 @@ class Store:
         )
         self.catalog = Catalog(layout)
         self._totals = Totals(layout.totals)
-        self._hosted_contents = HostedContents(layout.hosted_names)
+        self._hosted_contents = HostedContents(layout)
         self.evictor = Evictor(
             layout, self.catalog, self._totals, settings, self.protection, self._observe, now
         )

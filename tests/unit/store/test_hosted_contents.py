@@ -14,6 +14,7 @@ from mirror.oci.reference import Digest
 from mirror.store import eviction, space
 from mirror.store.eviction import StoredBlob
 from mirror.store.hosted_contents import HostedContents
+from mirror.store.layout import Layout
 from mirror.store.removal import KeptBecause
 from mirror.store.store import Store
 from tests.unit.hosted.kit import HostedKit, hosted_kit
@@ -82,7 +83,7 @@ async def test_section_that_was_removed_does_not_give_its_content_to_eviction(
 ) -> None:
     async with hosted_kit(tmp_path, storage=QUOTA) as kit:
         digest = await kit.push_blob(content(1))
-    hosted = HostedContents(tmp_path / "hosted" / "names.db")
+    hosted = HostedContents(Layout(tmp_path))
     assert hosted.find([digest, Digest.of(b"x")]) == {digest}
     assert hosted.usage() == (1, SIZE)
 
@@ -100,29 +101,31 @@ async def test_database_that_cannot_be_read_stops_eviction_and_says_so(tmp_path:
 
 
 def test_without_a_database_nothing_is_hosted(tmp_path: Path) -> None:
-    hosted = HostedContents(tmp_path / "names.db")
+    hosted = HostedContents(Layout(tmp_path))
     assert hosted.find([Digest.of(b"x")]) == set()
     assert hosted.usage() == (0, 0)
 
 
 def test_many_contents_are_looked_up_in_steps(tmp_path: Path) -> None:
-    path = tmp_path / "names.db"
-    connection = sqlite3.connect(path)
+    layout = Layout(tmp_path)
+    layout.hosted_names.parent.mkdir()
+    connection = sqlite3.connect(layout.hosted_names)
     connection.execute("CREATE TABLE contents (digest TEXT PRIMARY KEY)")
     blobs = [StoredBlob(Digest.of(str(n).encode()), n, 0.0) for n in range(1234)]
     rows = [(str(blob.digest),) for blob in blobs[::3]]
     connection.executemany("INSERT INTO contents VALUES (?)", rows)
     connection.commit()
     connection.close()
-    left = list(HostedContents(path).without(iter(blobs)))
+    left = list(HostedContents(layout).without(iter(blobs)))
     assert left == [blob for n, blob in enumerate(blobs) if n % 3]
 
 
 def test_file_that_is_no_database_is_an_error(tmp_path: Path) -> None:
-    path = tmp_path / "names.db"
-    path.write_bytes(b"x" * 1000)
+    layout = Layout(tmp_path)
+    layout.hosted_names.parent.mkdir()
+    layout.hosted_names.write_bytes(b"x" * 1000)
     with pytest.raises(StorageUnavailable, match="it may be hosted"):
-        HostedContents(path).find([Digest.of(b"x")])
+        HostedContents(layout).find([Digest.of(b"x")])
 
 
 async def test_push_evicts_cached_content_if_the_disk_is_full(

@@ -1,0 +1,167 @@
+"""A snapshot of the names, for a backup: what it names stays on the disk while it is read.
+
+Lives here: the lock, the copy of the database, what the copy says. Must not know: where a backup is
+written to.
+
+Theory of operation: a backup takes the lock, and copies the database in one read transaction. Who
+removes content asks the database first, then whether the lock is held, and then the copy
+(:mod:`mirror.store.hosted_contents`). So content that the copy names stays, also if its last row
+goes meanwhile. The lock ends with its process: a copy without it counts for nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from sqlite3 import Connection
+from typing import Final
+
+from mirror.hosted.database import SCHEMA_VERSION
+from mirror.oci.errors import NamesDamaged, StorageUnavailable
+from mirror.oci.reference import Digest, Tag
+from mirror.store import disk
+from mirror.store.layout import Layout
+
+_LOCK_TIMEOUT_S: Final = 2.0
+"""Seconds to wait for the lock. Who looks whether it is held, holds it for a moment."""
+_BUSY_TIMEOUT_S: Final = 10.0
+"""Seconds to wait while a server recovers the database."""
+
+
+@dataclass(frozen=True, slots=True)
+class SavedManifest:
+    """A manifest of a repository, as the database has it. Times are seconds since the epoch."""
+
+    repository: str
+    digest: Digest
+    media_type: str
+    size: int
+    pushed_at: float
+    pushed_by: str
+    pulled_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class SavedTag:
+    """A tag of a repository."""
+
+    repository: str
+    tag: Tag
+    digest: Digest
+    media_type: str
+    size: int
+    """Bytes of its manifest."""
+    pushed_at: float
+    pushed_by: str
+
+
+class Snapshot:
+    """An open copy of the database. Its methods block, and yield rows one by one."""
+
+    def __init__(self, connection: Connection) -> None:
+        """Use an open connection. Call :func:`opened_snapshot` instead."""
+        self._connection = connection
+
+    def contents(self) -> Iterator[tuple[Digest, int]]:
+        """Return the digests and bytes of all content that a manifest names, or is."""
+        rows = self._connection.execute(
+            "SELECT digest, size FROM contents WHERE digest IN"
+            " (SELECT digest FROM parts UNION SELECT digest FROM manifests) ORDER BY digest"
+        )
+        return ((Digest.parse(digest), size) for digest, size in rows)
+
+    def tags(self) -> Iterator[SavedTag]:
+        """Return all tags, in order."""
+        rows = self._connection.execute(
+            "SELECT t.repository, t.tag, t.digest, m.media_type, m.size, t.pushed_at, t.pushed_by"
+            " FROM tags t JOIN manifests m ON m.repository = t.repository AND m.digest = t.digest"
+            " ORDER BY t.repository, t.tag"
+        )
+        return (SavedTag(row[0], Tag(row[1]), Digest.parse(row[2]), *row[3:]) for row in rows)
+
+    def manifests(self) -> Iterator[SavedManifest]:
+        """Return all manifests, in order."""
+        rows = self._connection.execute(
+            "SELECT repository, digest, media_type, size, pushed_at, pushed_by, pulled_at"
+            " FROM manifests ORDER BY repository, digest"
+        )
+        return (SavedManifest(row[0], Digest.parse(row[1]), *row[2:]) for row in rows)
+
+    def untagged_roots(self) -> Iterator[SavedManifest]:
+        """Return the manifests that neither a tag nor another manifest names, in order."""
+        rows = self._connection.execute(
+            "SELECT repository, digest, media_type, size, pushed_at, pushed_by, pulled_at"
+            " FROM unnamed_manifests ORDER BY repository, digest"
+        )
+        return (SavedManifest(row[0], Digest.parse(row[1]), *row[2:]) for row in rows)
+
+
+@contextmanager
+def opened_snapshot(layout: Layout) -> Iterator[Snapshot]:
+    """Copy the database, and keep all content that the copy names while the block runs. Blocks.
+
+    Raises:
+        StorageUnavailable: Another backup of the data directory runs, or the disk refuses.
+        NamesDamaged: There is no database that this version can read.
+    """
+    fd = _lock(layout)
+    try:
+        layout.snapshot.unlink(missing_ok=True)
+        try:
+            _copy(layout)
+            with closing(_connect(layout.snapshot.as_uri())) as connection:
+                yield Snapshot(connection)
+        finally:
+            layout.snapshot.unlink(missing_ok=True)
+    except sqlite3.Error as error:
+        raise StorageUnavailable(f"{layout.hosted_names}: {error}") from error
+    finally:
+        os.close(fd)
+
+
+def drop_stale_snapshot(layout: Layout) -> None:
+    """Remove what a backup that was killed has left. Raises ``OSError``. Blocks."""
+    if layout.snapshot.exists() or _draft_of(layout).exists():
+        fd = disk.lock_file(layout.snapshot_lock)
+        if fd is not None:
+            layout.snapshot.unlink(missing_ok=True)
+            _draft_of(layout).unlink(missing_ok=True)
+            os.close(fd)
+
+
+def _lock(layout: Layout) -> int:
+    deadline = time.monotonic() + _LOCK_TIMEOUT_S
+    while (fd := disk.lock_file(layout.snapshot_lock)) is None:
+        if time.monotonic() > deadline:
+            raise StorageUnavailable("another backup of this data directory runs: wait for its end")
+        time.sleep(0.01)
+    return fd
+
+
+def _copy(layout: Layout) -> None:
+    draft = _draft_of(layout)
+    draft.unlink(missing_ok=True)
+    with closing(_connect(layout.hosted_names.absolute().as_uri())) as connection:
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version != SCHEMA_VERSION:
+            raise NamesDamaged(
+                f"{layout.hosted_names}: its version is {version}, and this program reads"
+                f" {SCHEMA_VERSION}"
+            )
+        connection.execute("VACUUM INTO ?", (str(draft),))
+    draft.rename(layout.snapshot)
+
+
+def _draft_of(layout: Layout) -> Path:
+    return layout.snapshot.with_suffix(".tmp")
+
+
+def _connect(uri: str) -> Connection:
+    return sqlite3.connect(
+        f"{uri}?mode=ro", uri=True, timeout=_BUSY_TIMEOUT_S, isolation_level=None
+    )

@@ -1,0 +1,354 @@
+"""The files of a backup: an OCI image layout, as a directory or as one tar file.
+
+Lives here: writing them so that a kill at any point leaves the last whole backup, and reading them
+as files of another machine, which may be anything. Must not know: which content is in a backup.
+
+A directory is brought up to date: content that it has stays, ``index.json`` is replaced in one
+step, and only then goes what nothing names any more. A tar file is written beside its name, and
+renamed at the end.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import io
+import json
+import os
+import re
+import stat
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Final, Protocol
+
+from mirror.oci.errors import StorageUnavailable
+from mirror.oci.reference import ALGORITHMS, Digest
+from mirror.store import disk
+
+INDEX: Final = "index.json"
+METADATA: Final = "oci-mirror.json"
+"""What an image layout has no place for: who has pushed what, and when."""
+_LAYOUT: Final = "oci-layout"
+_LAYOUT_TEXT: Final = '{"imageLayoutVersion": "1.0.0"}'
+_COPY_BYTES: Final = 1024 * 1024
+"""Bytes that are copied at a time."""
+_FICLONE: Final = 0x40049409
+"""Request of ioctl_ficlone(2): let two files share their bytes until one is written to."""
+_CANNOT_CLONE: Final = frozenset(
+    {errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM}
+)
+_CANNOT_LINK: Final = frozenset({errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP})
+_MAX_DOCUMENT_BYTES: Final = 512 * 1024 * 1024
+"""Bytes of an ``index.json`` that is read: more than a million names."""
+_BLOB: Final = re.compile(rf"blobs/({'|'.join(ALGORITHMS)})/([0-9a-f]+)", re.ASCII)
+
+
+class BackupTarget(Protocol):
+    """A backup that is being written. Its methods block, and raise ``OSError``."""
+
+    def keep(self, digest: Digest, size: int) -> bool:
+        """Keep content that an earlier backup has here. Returns whether it is there."""
+
+    def add(self, digest: Digest, fd: int, path: Path, size: int) -> None:
+        """Add content that is not there.
+
+        Args:
+            digest: Its digest.
+            fd: Its open file.
+            path: The path of that file, for a link.
+            size: Its bytes.
+        """
+
+    def publish(self, index: Iterable[str], metadata: Iterable[str]) -> None:
+        """Make the backup whole: write the text of its two documents, and make all durable."""
+
+
+# --- a directory ----------------------------------------------------------------------------------
+
+
+class DirectoryTarget:
+    """A directory, which may have an earlier backup."""
+
+    def __init__(self, root: Path) -> None:
+        """Use a directory that :func:`opened_target` has locked."""
+        self._root = root
+        self._kept: set[tuple[str, str]] = set()
+        for algorithm in ALGORITHMS:
+            (root / "blobs" / algorithm).mkdir(parents=True, exist_ok=True)
+        if not (root / METADATA).exists():  # From now on, it is known as a backup.
+            self._write(METADATA, ["{}"])
+        self._write(_LAYOUT, [_LAYOUT_TEXT])
+
+    def keep(self, digest: Digest, size: int) -> bool:
+        """See :class:`BackupTarget`."""
+        try:
+            status = (self._root / "blobs" / digest.algorithm / digest.hex).lstat()
+        except FileNotFoundError:
+            return False
+        is_there = stat.S_ISREG(status.st_mode) and status.st_size == size
+        if is_there:
+            self._kept.add((digest.algorithm, digest.hex))
+        return is_there
+
+    def add(self, digest: Digest, fd: int, path: Path, size: int) -> None:
+        """See :class:`BackupTarget`."""
+        self._kept.add((digest.algorithm, digest.hex))
+        target = self._root / "blobs" / digest.algorithm / digest.hex
+        draft = target.with_name(f"{digest.hex}.tmp")
+        draft.unlink(missing_ok=True)
+        if not _link(path, draft, fd):
+            _copy_durably(fd, draft, size)
+        draft.replace(target)
+
+    def publish(self, index: Iterable[str], metadata: Iterable[str]) -> None:
+        """See :class:`BackupTarget`."""
+        for algorithm in ALGORITHMS:
+            _sync_directory(self._root / "blobs" / algorithm)
+        self._write(METADATA, metadata)
+        self._write(INDEX, index)
+        self._prune()
+
+    def _write(self, name: str, text: Iterable[str]) -> None:
+        draft = self._root / f"{name}.tmp"
+        with draft.open("w", encoding="utf-8") as file:
+            file.writelines(text)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(self._root / name)
+        _sync_directory(self._root)
+
+    def _prune(self) -> None:
+        """Remove content that the new index does not name, and drafts of a run that was killed."""
+        for algorithm in ALGORITHMS:
+            for entry in os.scandir(self._root / "blobs" / algorithm):
+                if (algorithm, entry.name) not in self._kept and entry.is_file():
+                    os.unlink(entry.path)
+
+
+def _link(source: Path, draft: Path, fd: int) -> bool:
+    """Make a file with the same bytes without copying them. False if the file system cannot."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    clone = os.open(draft, flags, 0o644)
+    try:
+        fcntl.ioctl(clone, _FICLONE, fd)
+        os.fsync(clone)
+        return True
+    except OSError as error:
+        draft.unlink()
+        if error.errno not in _CANNOT_CLONE:
+            raise
+    finally:
+        os.close(clone)
+    try:
+        os.link(source, draft, follow_symlinks=False)
+    except OSError as error:
+        if error.errno in _CANNOT_LINK:
+            return False
+        raise
+    if not disk.is_at(fd, draft):  # The path names another file by now.
+        draft.unlink()
+        return False
+    return True
+
+
+def _copy_durably(fd: int, draft: Path, size: int) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    copy = os.open(draft, flags, 0o644)
+    try:
+        position = 0
+        while position < size:
+            data = os.pread(fd, min(_COPY_BYTES, size - position), position)
+            if not data:
+                raise OSError(errno.EIO, "the file is shorter than its size", str(draft))
+            position += len(data)
+            while data:
+                data = data[os.write(copy, data) :]
+        os.fsync(copy)
+    finally:
+        os.close(copy)
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        disk.sync_directory(fd)
+    finally:
+        os.close(fd)
+
+
+# --- a tar file -----------------------------------------------------------------------------------
+
+
+class TarTarget:
+    """A tar file, written beside its name."""
+
+    def __init__(self, path: Path, draft: Path, file: IO[bytes]) -> None:
+        """Use a draft that :func:`opened_target` has locked and emptied."""
+        self._path, self._draft, self._file = path, draft, file
+        self._tar = tarfile.TarFile(fileobj=file, mode="w", format=tarfile.PAX_FORMAT)
+        self._add(_LAYOUT, len(_LAYOUT_TEXT), io.BytesIO(_LAYOUT_TEXT.encode()))
+
+    def keep(self, digest: Digest, size: int) -> bool:
+        """See :class:`BackupTarget`."""
+        return False
+
+    def add(self, digest: Digest, fd: int, path: Path, size: int) -> None:
+        """See :class:`BackupTarget`."""
+        with open(os.dup(fd), "rb") as file:
+            file.seek(0)
+            self._add(f"blobs/{digest.algorithm}/{digest.hex}", size, file)
+
+    def publish(self, index: Iterable[str], metadata: Iterable[str]) -> None:
+        """See :class:`BackupTarget`."""
+        for name, text in ((METADATA, metadata), (INDEX, index)):
+            body = "".join(text).encode()
+            self._add(name, len(body), io.BytesIO(body))
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._draft.replace(self._path)
+        _sync_directory(self._path.parent)
+
+    def _add(self, name: str, size: int, file: IO[bytes]) -> None:
+        entry = tarfile.TarInfo(name)
+        entry.size, entry.mode = size, 0o644
+        self._tar.addfile(entry, file)
+
+
+@contextmanager
+def opened_target(path: Path) -> Iterator[BackupTarget]:
+    """Open a backup for writing: a tar file if its name ends with ``.tar``, else a directory.
+
+    What is not published when the block ends stays in a directory, for the next run, and is removed
+    of a tar file.
+
+    Raises:
+        StorageUnavailable: Another process writes it, or the directory has other files.
+        OSError: It cannot be written.
+    """
+    busy = StorageUnavailable(f"{path}: another process writes this backup")
+    if path.suffix == ".tar":
+        draft = path.with_name(f"{path.name}.tmp")
+        with open(os.open(draft, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "wb") as file:
+            if not disk.try_lock(file.fileno()) or not disk.is_at(file.fileno(), draft):
+                raise busy
+            file.truncate(0)
+            try:
+                yield TarTarget(path, draft, file)
+            finally:
+                if disk.is_at(file.fileno(), draft):
+                    draft.unlink()
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if not disk.try_lock(fd):
+            raise busy
+        if not (path / METADATA).exists() and os.listdir(path) not in ([], [f"{METADATA}.tmp"]):
+            raise StorageUnavailable(
+                f"{path}: has other files than a backup: name an empty or a new directory"
+            )
+        yield DirectoryTarget(path)
+    finally:
+        os.close(fd)
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBytes:
+    """Bytes of an open file."""
+
+    fd: int
+    start: int
+    """Offset of the first byte."""
+    size: int
+
+    def chunks(self) -> Iterator[bytes]:
+        """Return the bytes, step by step. They end early if the file does. Blocks."""
+        position = 0
+        while position < self.size:
+            step = min(_COPY_BYTES, self.size - position)
+            data = os.pread(self.fd, step, self.start + position)
+            if not data:
+                return
+            position += len(data)
+            yield data
+
+
+class BackupSource:
+    """A backup, or another image layout, that is read. Its methods block."""
+
+    def __init__(self, path: Path) -> None:
+        """Open a directory or a tar file. Raises ``StorageUnavailable``, ``OSError``."""
+        self._path = path
+        self._directory = path if path.is_dir() else None
+        self._fd = -1
+        self._members: Mapping[str, tuple[int, int]] = {}
+        if self._directory is None:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._members = self._read_members()
+
+    def _read_members(self) -> dict[str, tuple[int, int]]:
+        found = {}
+        try:
+            with open(os.dup(self._fd), "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    name = member.name.removeprefix("./")
+                    if member.isreg() and not member.issparse():
+                        found[name] = member.offset_data, member.size
+        except (tarfile.TarError, ValueError) as error:
+            os.close(self._fd)
+            raise StorageUnavailable(
+                f"{self._path}: neither a directory nor a plain tar file ({error})"
+            ) from None
+        return found
+
+    @contextmanager
+    def opened(self, name: str) -> Iterator[StoredBytes | None]:
+        """Open a file of the layout. None if there is none."""
+        if self._directory is None:
+            member = self._members.get(name)
+            yield None if member is None else StoredBytes(self._fd, *member)
+            return
+        try:
+            fd = os.open(self._directory / name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError:
+            yield None
+            return
+        try:
+            status = os.fstat(fd)
+            yield StoredBytes(fd, 0, status.st_size) if stat.S_ISREG(status.st_mode) else None
+        finally:
+            os.close(fd)
+
+    def opened_blob(self, digest: Digest) -> Any:
+        """Open content, as :meth:`opened` does."""
+        return self.opened(f"blobs/{digest.algorithm}/{digest.hex}")
+
+    def document(self, name: str) -> dict[str, Any]:
+        """Return a document. It is empty if there is none.
+
+        Raises ``StorageUnavailable`` if it is damaged.
+        """
+        with self.opened(name) as stored:
+            if stored is None:
+                return {}
+            if stored.size > _MAX_DOCUMENT_BYTES:
+                raise StorageUnavailable(f"{self._path}: {name} is too large")
+            try:
+                found = json.loads(b"".join(stored.chunks()))
+            except (ValueError, RecursionError) as error:
+                raise StorageUnavailable(f"{self._path}: {name} is damaged: {error}") from None
+        if not isinstance(found, dict):
+            raise StorageUnavailable(f"{self._path}: {name} is no JSON object")
+        return found
+
+    def close(self) -> None:
+        """Close it."""
+        if self._fd >= 0:
+            os.close(self._fd)

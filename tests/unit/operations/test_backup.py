@@ -1,0 +1,337 @@
+"""Backup and restore: what comes back, beside pushes, from damaged and foreign backups."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mirror.hosted.collection import collect
+from mirror.hosted.snapshot import drop_stale_snapshot, opened_snapshot
+from mirror.observability.events import HostedChange
+from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
+from mirror.oci.errors import QuotaExceeded, StorageUnavailable
+from mirror.oci.reference import Digest, Tag
+from mirror.operations.backup import BackupReport, write_backup
+from mirror.operations.restore import RestoreReport, restore_backup
+from mirror.store import disk
+from tests.robustness.kit import every_file_hashes_to_its_name
+from tests.unit.hosted.kit import (
+    CONFIG,
+    NOW,
+    HostedKit,
+    descriptor,
+    hosted_kit,
+    index_of,
+    manifest_of,
+)
+from tests.unit.store.kit import random_bytes
+
+NAME = "registry.example"
+LAYER = random_bytes(3_000_000, 1)
+TARGETS = ["backup", "backup.tar"]
+
+
+async def push_all(kit: HostedKit) -> None:
+    """Push images of every form: by tag and digest, an index, a signature, sha512."""
+    await kit.push_image(LAYER, repository="team/app", tag="v1")
+    await kit.push_image(b"two", repository="team/app", tag="v2")
+    await kit.push_image(b"by digest", repository="team/app", tag=None)
+    await kit.push_image(b"two", repository="other", tag="v2")
+    await kit.push_image(b"child", repository="team/app", tag=None)
+    index = index_of(manifest_of(b"child"))
+    await kit.service.put_manifest("team/app", Tag("index"), (), index, OCI_INDEX)
+    await kit.push_image(
+        b"signature",
+        repository="team/app",
+        tag=None,
+        subject=descriptor(manifest_of(LAYER), OCI_MANIFEST),
+    )
+    wide = manifest_of(LAYER)
+    await kit.service.put_manifest("team/app", Digest.of(wide, "sha512"), (), wide, OCI_MANIFEST)
+
+
+async def state_of(kit: HostedKit) -> dict[str, Any]:
+    """Return all rows that a backup has to bring back."""
+
+    def read(connection: Any) -> dict[str, Any]:
+        return {
+            table: connection.execute(f"SELECT {columns} FROM {table} ORDER BY 1, 2").fetchall()
+            for table, columns in (
+                ("tags", "repository, tag, digest, pushed_at, pushed_by"),
+                (
+                    "manifests",
+                    "repository, digest, media_type, subject, size, pushed_at, pushed_by, pulled_at",
+                ),
+                ("parts", "repository, manifest, digest"),
+                ("blobs", "repository, digest, size"),
+            )
+        }
+
+    return await kit.database.read(read)
+
+
+def backup(kit: HostedKit, target: Path) -> BackupReport:
+    return write_backup(kit.store.layout, NAME, target)
+
+
+async def restore(kit: HostedKit, source: Path, *, may_replace: bool = False) -> RestoreReport:
+    return await restore_backup(
+        kit.store,
+        kit.service.settings,
+        source,
+        may_replace=may_replace,
+        tell=kit.events.append,
+    )
+
+
+@asynccontextmanager
+async def pushed(root: Path) -> AsyncIterator[HostedKit]:
+    async with hosted_kit(root / "data") as kit:
+        await push_all(kit)
+        yield kit
+
+
+@pytest.mark.parametrize("name", TARGETS)
+async def test_everything_comes_back_on_an_empty_data_directory(tmp_path: Path, name: str) -> None:
+    target = tmp_path / name
+    async with pushed(tmp_path) as kit:
+        kit.clock[0] = NOW + 5000
+        kit.service.mark_pulled("other", await kit.service.find_manifest("other", Tag("v2")))
+        await kit.push_blob(b"named by no manifest")
+        before = await state_of(kit)
+        report = backup(kit, target)
+        assert report.missing == []
+    (alone,) = [row for row in before["blobs"] if row[1] == str(Digest.of(b"named by no manifest"))]
+    before["blobs"].remove(alone)
+    async with hosted_kit(tmp_path / "new") as kit:
+        restored = await restore(kit, target)
+        assert restored.problems == []
+        assert restored.images == report.images == 7
+        assert restored.contents == report.contents
+        assert await state_of(kit) == before
+        assert await kit.read_blob(Digest.of(LAYER), "team/app") == LAYER
+        changes = [one for one in kit.events if isinstance(one, HostedChange)]
+        assert {(one.action, one.user) for one in changes} == {("push", "restore")}
+        again = await restore(kit, target)
+        assert (again.contents, again.problems) == (0, [])
+        assert await state_of(kit) == before
+    every_file_hashes_to_its_name(tmp_path / "new")
+
+
+async def test_second_backup_adds_what_is_new_and_removes_what_is_gone(tmp_path: Path) -> None:
+    target = tmp_path / "backup"
+    async with pushed(tmp_path) as kit:
+        backup(kit, target)
+        assert backup(kit, target).added == 0
+        await kit.service.delete_manifest("team/app", Digest.of(manifest_of(b"by digest")))
+        await kit.push_image(b"three", repository="team/app", tag="v2")
+        report = backup(kit, target)
+        assert report.added == 2
+        files = {path.name for path in (target / "blobs" / "sha256").iterdir()}
+        assert Digest.of(b"three").hex in files
+        assert Digest.of(b"by digest").hex not in files
+        before = await state_of(kit)
+    async with hosted_kit(tmp_path / "new") as kit:
+        await restore(kit, target)
+        assert (await state_of(kit))["tags"] == before["tags"]
+
+
+async def test_content_that_is_deleted_while_a_backup_reads_stays_until_its_end(
+    tmp_path: Path,
+) -> None:
+    async with pushed(tmp_path) as kit:
+        digest = Digest.of(LAYER)
+        blob = next(blob for blob in kit.store.catalog.blobs(NOW) if blob.digest == digest)
+        with opened_snapshot(kit.store.layout) as snapshot:
+            for row in list(snapshot.manifests()):
+                await kit.service.delete_manifest(row.repository, row.digest)
+            await collect(kit.database, NOW + 10**6, 0.0, lambda row: None)
+            assert (await kit.service.usage()).contents == 0
+            await kit.store.evictor.remove([blob])
+            assert kit.store.catalog.has_blob(digest)
+            assert digest in dict(snapshot.contents())
+        await kit.store.evictor.remove([blob])
+        assert not kit.store.catalog.has_blob(digest)
+
+
+async def test_copy_of_a_killed_backup_keeps_nothing_and_is_removed(tmp_path: Path) -> None:
+    async with pushed(tmp_path) as kit:
+        layout = kit.store.layout
+        with opened_snapshot(layout):
+            stale = layout.snapshot.read_bytes()
+        layout.snapshot.write_bytes(stale)
+        await kit.service.delete_blob("team/app", Digest.of(LAYER))
+        blob = next(one for one in kit.store.catalog.blobs(NOW) if one.digest == Digest.of(LAYER))
+        assert (await kit.store.evictor.remove([blob])).sizes
+        drop_stale_snapshot(layout)
+        assert not layout.snapshot.exists()
+
+
+async def test_two_backups_at_once_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mirror.hosted.snapshot._LOCK_TIMEOUT_S", 0.0)
+    async with pushed(tmp_path) as kit:
+        with (
+            opened_snapshot(kit.store.layout),
+            pytest.raises(StorageUnavailable, match="another backup"),
+        ):
+            backup(kit, tmp_path / "backup")
+        target = tmp_path / "other"
+        backup(kit, target)
+        fd = os.open(target, os.O_RDONLY)
+        assert disk.try_lock(fd)
+        with pytest.raises(StorageUnavailable, match="another process writes this backup"):
+            backup(kit, target)
+        os.close(fd)
+
+
+async def test_directory_with_other_files_is_refused(tmp_path: Path) -> None:
+    async with pushed(tmp_path) as kit:
+        for target in (tmp_path, kit.store.layout.root):
+            with pytest.raises(StorageUnavailable, match="has other files than a backup"):
+                backup(kit, target)
+
+
+async def test_lost_content_is_named_and_stays_in_an_earlier_backup(tmp_path: Path) -> None:
+    async with pushed(tmp_path) as kit:
+        backup(kit, tmp_path / "earlier")
+        kit.store.layout.blob(Digest.of(LAYER)).unlink()
+        assert backup(kit, tmp_path / "earlier").missing == []
+        assert backup(kit, tmp_path / "new").missing == [Digest.of(LAYER)]
+    async with hosted_kit(tmp_path / "one") as kit:
+        assert (await restore(kit, tmp_path / "earlier")).problems == []
+    async with hosted_kit(tmp_path / "two") as kit:
+        report = await restore(kit, tmp_path / "new")
+        assert len(report.problems) == 2
+        assert str(Digest.of(LAYER)) in report.problems[0]
+        assert report.images == 5
+
+
+@pytest.mark.parametrize("how", ["flipped", "short", "long", "link"])
+async def test_damaged_content_of_a_backup_is_not_restored(tmp_path: Path, how: str) -> None:
+    target = tmp_path / "backup"
+    async with pushed(tmp_path) as kit:
+        backup(kit, target)
+    path = target / "blobs" / "sha256" / Digest.of(LAYER).hex
+    data = path.read_bytes()
+    path.unlink()
+    if how == "link":
+        path.symlink_to("/dev/zero")
+    else:
+        damaged = {"flipped": data[:-1] + b"x", "short": data[:-1], "long": data + b"x"}[how]
+        path.write_bytes(damaged)
+    async with hosted_kit(tmp_path / "new") as kit:
+        report = await restore(kit, target)
+        assert len(report.problems) == 2
+        assert not kit.store.catalog.has_blob(Digest.of(LAYER))
+        assert (await kit.service.tags("team/app", None, None))[0] == ["index", "v2"]
+    assert list((tmp_path / "new" / "uploads").iterdir()) == []
+
+
+async def test_tag_of_another_manifest_is_replaced_by_force_only(tmp_path: Path) -> None:
+    target = tmp_path / "backup"
+    async with pushed(tmp_path) as kit:
+        backup(kit, target)
+        first = await kit.service.find_manifest("team/app", Tag("v2"))
+        await kit.push_image(b"three", repository="team/app", tag="v2")
+        await kit.service.delete_manifest("team/app", Tag("v1"))
+        with pytest.raises(StorageUnavailable, match=r"1 tags .*team/app:v2.* --force replaces"):
+            await restore(kit, target)
+        assert (await kit.service.tags("team/app", None, None))[0] == ["index", "v2"]
+        await restore(kit, target, may_replace=True)
+        assert (await kit.service.find_manifest("team/app", Tag("v2"))).digest == first.digest
+        assert (await kit.service.tags("team/app", None, None))[0] == ["index", "v1", "v2"]
+
+
+async def test_quota_ends_a_restore_with_words(tmp_path: Path) -> None:
+    async with pushed(tmp_path) as kit:
+        backup(kit, tmp_path / "backup")
+    async with hosted_kit(tmp_path / "new", max_size="1MiB") as kit:
+        with pytest.raises(QuotaExceeded, match="max_size is 1MiB"):
+            await restore(kit, tmp_path / "backup")
+
+
+def index_with(name: str, body: bytes = b"") -> dict[str, Any]:
+    body = body or manifest_of()
+    annotations = {"org.opencontainers.image.ref.name": name}
+    entry = descriptor(body, OCI_MANIFEST, annotations=annotations)
+    return {"schemaVersion": 2, "manifests": [entry]}
+
+
+def write_layout(root: Path, index: Any, *contents: bytes) -> Path:
+    (root / "blobs" / "sha256").mkdir(parents=True)
+    for data in contents:
+        (root / "blobs" / "sha256" / Digest.of(data).hex).write_bytes(data)
+    (root / "index.json").write_text(json.dumps(index))
+    return root
+
+
+async def test_layout_of_another_program_is_restored_by_its_full_names(tmp_path: Path) -> None:
+    layout = write_layout(
+        tmp_path / "layout", index_with("ghcr.io/org/app:1"), manifest_of(), CONFIG
+    )
+    async with hosted_kit(tmp_path / "data") as kit:
+        report = await restore(kit, layout)
+        assert (report.images, report.problems) == (1, [])
+        row = await kit.service.find_manifest("org/app", Tag("1"))
+        assert row.digest == Digest.of(manifest_of())
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        index_with("latest"),
+        index_with("registry.example/../../etc:1"),
+        {"manifests": [{}, 3, {"annotations": 1}]},
+    ],
+)
+async def test_entry_without_a_full_name_is_a_problem(tmp_path: Path, index: Any) -> None:
+    layout = write_layout(tmp_path / "layout", index, manifest_of(), CONFIG)
+    async with hosted_kit(tmp_path / "data") as kit:
+        report = await restore(kit, layout)
+        assert report.images == 0
+        assert "has no full name" in report.problems[0]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "{}", '{"manifests": 3}', "[" * 100_000])
+async def test_damaged_index_is_an_error(tmp_path: Path, text: str) -> None:
+    layout = write_layout(tmp_path / "layout", {})
+    (layout / "index.json").write_text(text)
+    async with hosted_kit(tmp_path / "data") as kit:
+        with pytest.raises(StorageUnavailable, match=r"index\.json"):
+            await restore(kit, layout)
+
+
+async def test_backup_of_a_later_version_is_refused(tmp_path: Path) -> None:
+    layout = write_layout(tmp_path / "layout", index_with("a.example/b:1"))
+    (layout / "oci-mirror.json").write_text('{"version": 2}')
+    async with hosted_kit(tmp_path / "data") as kit:
+        with pytest.raises(StorageUnavailable, match="has version 2"):
+            await restore(kit, layout)
+
+
+async def test_tar_file_with_links_and_one_that_is_none_restore_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "odd.tar"
+    body = json.dumps(index_with("a.example/b:1")).encode()
+    with tarfile.open(path, "w") as tar:
+        entry = tarfile.TarInfo("index.json")
+        entry.size = len(body)
+        tar.addfile(entry, io.BytesIO(body))
+        link = tarfile.TarInfo(f"blobs/sha256/{Digest.of(manifest_of()).hex}")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    async with hosted_kit(tmp_path / "data") as kit:
+        report = await restore(kit, path)
+        assert "the backup does not have sha256:" in report.problems[0]
+        path.write_bytes(b"x" * 5000)
+        with pytest.raises(StorageUnavailable, match="neither a directory nor a plain tar file"):
+            await restore(kit, path)
