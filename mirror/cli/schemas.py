@@ -140,6 +140,14 @@ _HOSTED_USAGE: Final = _row(
 )
 
 SCHEMAS: Final[Mapping[str, RowSchema]] = {
+    "backup": _row(
+        images=_NUMBER_OF,
+        contents=_NUMBER_OF,
+        bytes=_NUMBER_OF,
+        added=_NUMBER_OF,
+        added_bytes=_NUMBER_OF,
+        missing={"type": "array", "items": _DIGEST_TEXT},
+    ),
     "block": _BLOCK,
     "doctor": _row(
         check=_TEXT,
@@ -220,6 +228,7 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
         previous_confirmed=_TIME_OR_NULL,
         error=_TEXT_OR_NULL,
     ),
+    "restore": _row(images=_NUMBER_OF, contents=_NUMBER_OF, bytes=_NUMBER_OF, problems=_TEXTS),
     "rm": _CLEANED,
     "rollback": _row(image=_TEXT, digest=_DIGEST_TEXT, since=_TIME_TEXT, missing=_NUMBER_OF),
     "savings": _row(

@@ -26,6 +26,7 @@ from mirror.cli.main import main
 from mirror.cli.schemas import SCHEMAS
 from mirror.oci.image_name import ImageName
 from tests.real import images
+from tests.real.process import free_port
 from tests.real.registry import DockerRegistry
 from tests.real.server import ROOT, Mirror
 
@@ -65,7 +66,7 @@ JSON_RUNS: Final = (
     *("rollback NAME --to EARLIER", "unfreeze NAME", "block NAME --reason x", "block"),
     *("unblock NAME", "in-use --file images.txt", "in-use", "in-use --release --source SOURCE"),
     *("verify NAME", "verify", "gc --dry-run", "prune --older-than 1s --dry-run"),
-    *("forget NAME", "rm OTHER"),
+    *("backup BACKUP", "restore BACKUP", "forget NAME", "rm OTHER"),
 )
 """Runs with ``--json``. NAME and OTHER are images, EARLIER is a digest that the tag had."""
 
@@ -187,7 +188,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     directory = tmp_path_factory.mktemp("site")
     with DockerRegistry() as registry:
         upstream = {"endpoints": [registry.url], "tag_ttl": 0}
-        with Mirror(dict.fromkeys(UPSTREAMS, upstream)) as mirror:
+        door = f"127.0.0.1:{free_port()}"
+        hosted = {"name": "registry.example.internal", "listen": door}
+        with Mirror(dict.fromkeys(UPSTREAMS, upstream), hosted=hosted) as mirror:
+            images.push(f"http://{door}", "team/app", images.image(5), "v1")
             (directory / "config").mkdir()
             (directory / "config/mirror.yaml").write_text(mirror.config_file.read_text())
             for name, text in FILES.items():
@@ -257,6 +261,7 @@ def test_json_of_every_command_fits_its_schema(
         **dict(zip(("NAME", "OTHER"), ALWAYS, strict=True)),
         "EARLIER": site.versions[ALWAYS[0]][0].digest,
         "SOURCE": str(site.directory / "images.txt"),
+        "BACKUP": str(site.directory / "backup"),
     }
     failures: list[tuple[str, int | str, str]] = []
     printed = set()

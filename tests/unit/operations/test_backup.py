@@ -68,7 +68,7 @@ async def state_of(kit: HostedKit) -> dict[str, Any]:
                 ("tags", "repository, tag, digest, pushed_at, pushed_by"),
                 (
                     "manifests",
-                    "repository, digest, media_type, subject, size, pushed_at, pushed_by, pulled_at",
+                    "repository, digest, media_type, size, pushed_at, pushed_by, pulled_at",
                 ),
                 ("parts", "repository, manifest, digest"),
                 ("blobs", "repository, digest, size"),
