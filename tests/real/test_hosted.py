@@ -6,6 +6,7 @@ Also the conformance program of the Distribution specification, where `go instal
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 from tests.real import images
 from tests.real.clients import Containerd, Dockerd, Podman, Skopeo
 from tests.real.process import free_port, go_program, run
-from tests.real.server import Mirror
+from tests.real.server import ROOT, Mirror
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -128,3 +129,35 @@ def test_containerd_pushes_and_pulls_through_the_mirror(hosting: tuple[Mirror, s
         containerd.pull(f"{NAME}/team/app:v1")
         for digest, data in containerd.held().items():
             assert index.contents()[digest] == data
+
+
+@pytest.mark.parametrize("target", ["backup", "backup.tar"])
+def test_skopeo_reads_a_backup_by_the_full_names(
+    hosting: tuple[Mirror, str], tmp_path: Path, target: str
+) -> None:
+    """Also in the air-gapped site: what skopeo copies from the backup is what was pushed."""
+    mirror, door = hosting
+    content = images.index(4)
+    images.push(f"http://{door}", "team/app", content, "v1")
+    path = tmp_path / target
+    command = [sys.executable, "-m", "mirror", "backup", str(path)]
+    run(*command, "--config", mirror.config_file, env={"PYTHONPATH": str(ROOT)})
+    skopeo = Skopeo()
+    transport = "oci-archive" if target.endswith(".tar") else "oci"
+    flags = ("--all", "--preserve-digests", "--dest-tls-verify=false")
+    source = f"{transport}:{path}:{NAME}/team/app:v1"
+    skopeo.skopeo("copy", *flags, source, f"docker://{door}/again:v1")
+    assert skopeo.copy(f"{door}/again:v1") == content.contents()
+
+
+def test_clients_show_why_an_immutable_tag_is_not_moved(tmp_path: Path) -> None:
+    door = f"127.0.0.1:{free_port()}"
+    hosted = {"name": NAME, "listen": door, "immutable_tags": ["team/*:v*"]}
+    with Mirror({"docker.io": "http://127.0.0.1:9"}, hosted=hosted):
+        images.push(f"http://{door}", "team/app", images.image(5), "v1")
+        layout = images.write_layout(tmp_path, images.image(6))
+        flags = ("--preserve-digests", "--dest-tls-verify=false")
+        copy = ("copy", *flags, f"oci:{layout}:latest", f"docker://{door}/team/app:v1")
+        refused = Skopeo().skopeo(*copy, check=False)
+        assert refused.returncode != 0
+        assert b"denied: the tag v1 is immutable" in refused.stderr
