@@ -20,8 +20,8 @@ from mirror.hosted import collection_rows
 from mirror.hosted.collection_rows import NeedlessRow, cutoff_of
 from mirror.hosted.database import Database
 
-_STEP: Final = 200
-"""Rows of one transaction, in which no push can commit: about 10 ms."""
+_STEP: Final = 100
+"""Rows of one transaction, in which no push can commit: about 15 ms."""
 
 OnCollected = Callable[[NeedlessRow], None]
 """Called with each row after its deletion is durable."""

@@ -97,17 +97,16 @@ class HostedService:
     ) -> bool:
         """Give a repository a blob of another one. Returns False if that is not possible.
 
-        The caller has checked that the client may read ``source``.
+        The caller has checked that the client may read ``source``. Raises ``QuotaExceeded``.
         """
         if not self._store.catalog.has_blob(digest):
             return False
-        mount = partial(
-            name_rows.mount_blob,
-            source=source,
-            repository=repository,
-            digest=digest,
-            now=self._now(),
-        )
+
+        def mount(connection: Connection) -> int | None:
+            size = name_rows.mount_blob(connection, source, repository, digest, self._now())
+            if size is not None:
+                upload_rows.check_quota(connection, repository, self.settings)
+            return size
 
         def tell(size: int | None) -> None:
             if size is not None:

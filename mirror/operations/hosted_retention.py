@@ -30,8 +30,8 @@ from mirror.store.marks import Marks
 
 RETENTION_USER: Final = "retention"
 """The user of the changes that rules make."""
-_STEP: Final = 200
-"""Images of one transaction, in which no push can commit: about 10 ms."""
+_STEP: Final = 100
+"""Images of one transaction, in which no push can commit: about 15 ms."""
 _IMMUTABLE: Final = Keeper("immutable", "delete it as an admin")
 
 Tell: TypeAlias = Callable[[HostedChange], None]

@@ -1,4 +1,4 @@
-"""Row C14: pushes of overlapping images beside collections without a pause."""
+"""Row C14: pushes of overlapping images beside collections without a pause, and backups."""
 
 from __future__ import annotations
 
@@ -15,9 +15,13 @@ from mirror.hosted.name_rows import USE_STEP_S
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
 from mirror.oci.errors import MirrorError, PartsUnknown
 from mirror.oci.reference import Digest, Tag
+from mirror.operations.backup import write_backup
+from mirror.operations.restore import restore_backup
+from mirror.threads import run_in_thread
 from tests.unit.hosted.kit import CONFIG, HostedKit, hosted_kit, index_of, manifest_of
 
 PUSHERS = 4
+BACKUPS = 2
 
 
 class Pusher:
@@ -29,7 +33,7 @@ class Pusher:
         # Each deletes only its own images, so no two of them share a repository.
         self.repository = f"app{number}"
         self.listed: set[Digest] = set()
-        """Manifests that an index lists. A client that deletes one has a broken index."""
+        """Manifests that an index lists, or has listed. Who deletes one has a broken index."""
         self.images: set[tuple[str, Digest]] = set()
         """Images that were acknowledged, and that this client has not deleted."""
 
@@ -102,7 +106,7 @@ async def test_push_beside_collections_loses_nothing_that_a_manifest_names(
     tmp_path: Path, seed: int
 ) -> None:
     """Grace 0: all that keeps a blob is that a client was told of it a moment ago."""
-    async with hosted_kit(tmp_path) as kit:
+    async with hosted_kit(tmp_path / "data") as kit:
         await push_beside_collections(kit, seed, rounds=15)
 
 
@@ -112,14 +116,16 @@ async def test_push_beside_collections_loses_nothing_that_a_manifest_names(
 async def test_many_pushes_beside_collections_lose_nothing_that_a_manifest_names(
     tmp_path: Path, seed: int
 ) -> None:
-    async with hosted_kit(tmp_path) as kit:
+    async with hosted_kit(tmp_path / "data") as kit:
         await push_beside_collections(kit, seed, rounds=60)
 
 
 async def push_beside_collections(kit: HostedKit, seed: int, rounds: int) -> None:
     """Push from several clients, while the clock jumps and collections run without a pause."""
+    root = kit.store.layout.root.parent
     done = asyncio.Event()
     collected = 0
+    backups: list[Path] = []
     pick = random.Random(seed)
 
     async def collect_on() -> None:
@@ -129,6 +135,14 @@ async def push_beside_collections(kit: HostedKit, seed: int, rounds: int) -> Non
             await remove_released(kit)
             if pick.random() < 0.2:  # Then clients may have been told too long ago.
                 kit.clock[0] += USE_STEP_S + 1
+
+    async def back_up() -> None:
+        for number in range(BACKUPS):
+            target = root / (f"backup{number}.tar" if number % 2 else f"backup{number}")
+            layout = kit.store.layout
+            report = await run_in_thread(write_backup, layout, "registry.example", target)
+            assert report.missing == []
+            backups.append(target)
 
     async def push_on(pusher: Pusher) -> None:
         for _ in range(rounds):
@@ -141,13 +155,21 @@ async def push_beside_collections(kit: HostedKit, seed: int, rounds: int) -> Non
             done.set()
 
     pushers = [Pusher(kit, seed, number) for number in range(PUSHERS)]
-    await asyncio.gather(push_all(pushers), collect_on())
+    await asyncio.gather(push_all(pushers), collect_on(), back_up())
     await check_all_is_whole(kit)
     assert collected, "collections found something"
     for pusher in pushers:
         for repository, digest in pusher.images:
+            if digest in pusher.listed:  # It goes with the index that has listed it.
+                continue
             row = await kit.service.find_manifest(repository, digest)
             assert Digest.of(await kit.service.read_manifest(row)) == digest
+    for target in backups:
+        async with hosted_kit(root / f"from-{target.name}") as other:
+            settings = other.service.settings
+            report = await restore_backup(other.store, settings, target, may_replace=False)
+            assert report.problems == []
+            await check_all_is_whole(other)
     kit.clock[0] += 10 * USE_STEP_S
     await collect(kit.database, kit.clock[0], 0.0, lambda row: None)
     await check_all_is_whole(kit)

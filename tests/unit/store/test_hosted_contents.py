@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from mirror.config.settings import Storage
 from mirror.observability.events import Event
 from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest
-from mirror.store import eviction, space
+from mirror.store import disk, eviction, space
 from mirror.store.eviction import StoredBlob
 from mirror.store.hosted_contents import HostedContents
 from mirror.store.layout import Layout
@@ -145,3 +146,16 @@ async def test_push_evicts_cached_content_if_the_disk_is_full(
         digest = await kit.push_blob(data)
         assert await kit.read_blob(digest) == data
         assert sum(map(kit.store.catalog.has_blob, cached)) <= 6
+
+
+async def test_while_a_backup_copies_the_names_all_content_counts_as_hosted(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        layout, digests = kit.store.layout, [Digest.of(b"cached")]
+        await kit.push_blob(b"hosted")
+        hosted = HostedContents(layout)
+        assert hosted.find(digests) == set()
+        fd = disk.lock_file(layout.snapshot_lock)
+        assert fd is not None
+        assert hosted.find(digests) == set(digests)
+        os.close(fd)
+        assert hosted.find(digests) == set()
