@@ -1,7 +1,7 @@
 """``backup`` and ``restore``: the hosted images as an OCI image layout.
 
 Lives here: their arguments, and what is printed. Must not know: what a backup has, how it is read
-(:mod:`mirror.operations.backup`, :mod:`mirror.operations.restore`).
+(:mod:`mirror.operations.write_backup`, :mod:`mirror.operations.restore`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mirror.config.settings import Hosted, Settings
     from mirror.operations.restore import RestoreReport
 
-_MAX_SHOWN: Final = 20
+_MAX_PROBLEMS: Final = 20
 """Problems that are printed, one a line."""
 
 
@@ -66,7 +66,7 @@ def _hosted_of(settings: Settings) -> Hosted:
 
 
 def _backup(arguments: argparse.Namespace) -> int:
-    from mirror.operations.backup import write_backup
+    from mirror.operations.write_backup import write_backup
 
     settings = load_settings(arguments)
     layout, hosted = find_layout(settings), _hosted_of(settings)
@@ -81,7 +81,7 @@ def _backup(arguments: argparse.Namespace) -> int:
             f"{report.images} images, {report.contents} contents, {size_text(report.bytes)} in "
             f"{arguments.target}; {size_text(report.added_bytes)} of it new"
         )
-    for digest in report.missing[:_MAX_SHOWN]:
+    for digest in report.missing[:_MAX_PROBLEMS]:
         print_note(f"{digest} is lost on the disk, so the backup does not have it")
     return EX_FAILED if report.missing else 0
 
@@ -100,7 +100,7 @@ def _restore(arguments: argparse.Namespace) -> int:
             f"{report.images} images restored; {report.contents} contents, "
             f"{size_text(report.bytes)} were not here"
         )
-    for problem in report.problems[:_MAX_SHOWN]:
+    for problem in report.problems[:_MAX_PROBLEMS]:
         print_note(printable(problem))
     return EX_FAILED if report.problems else 0
 

@@ -37,18 +37,18 @@ ImmutableTagsOrText = Annotated[ImmutableTags, BeforeValidator(_read_immutable)]
 
 
 class HostedRetentionRule(RetentionRule):
-    """A rule about hosted images. It is about tags, unless it says ``untagged``."""
+    """A rule about hosted images. It is about tags, unless it says otherwise."""
 
-    untagged: bool = False
+    about: Literal["tags", "untagged"] = "tags"
     """
-    The rule is about manifests that no tag and no index names, and not about tags. Signatures and
-    other referrers are not among them: they go with their subject.
+    The rule removes tags, or manifests that no tag and no index names. Signatures and other
+    referrers are not among the latter: they go with their subject.
     """
     age: Literal["used", "pushed"] = "used"
     """The time that older_than counts from: the last pull or push, or the push alone."""
 
     @model_validator(mode="after")
-    def _check_untagged(self) -> Self:
-        if self.untagged and self.tags is not None:
-            raise ValueError("has untagged and tags, of which only one can be")
+    def _check_about(self) -> Self:
+        if self.about == "untagged" and self.tags is not None:
+            raise ValueError("is about untagged manifests, so it cannot name tags")
         return self

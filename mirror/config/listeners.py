@@ -99,7 +99,7 @@ class Hosted(Section):
     retention: tuple[HostedRetentionRule, ...] = ()
     """
     Rules that remove images from hosted repositories, each with match, older_than, keep_last, tags,
-    untagged and age. Immutable tags stay. Empty: only deletion removes images.
+    about and age. Immutable tags stay. Empty: only deletion removes images.
     """
     grace: FiniteDuration = 86400.0
     """

@@ -20,7 +20,7 @@ from mirror.hosted import collection_rows
 from mirror.hosted.collection_rows import NeedlessRow, cutoff_of
 from mirror.hosted.database import Database
 
-_STEP: Final = 100
+_ROWS_PER_WRITE: Final = 100
 """Rows of one transaction, in which no push can commit: about 15 ms."""
 
 OnCollected = Callable[[NeedlessRow], None]
@@ -48,9 +48,15 @@ async def find_needless(database: Database, now: float, grace: float) -> list[Ne
 async def collect(
     database: Database, now: float, grace: float, on_collected: OnCollected
 ) -> list[NeedlessRow]:
-    """Remove what nothing needs. Returns it. The arguments are those of :func:`find_needless`.
+    """Remove what nothing needs. Returns it.
 
     A collection that is cancelled or killed has removed some of it, each wholly.
+
+    Args:
+        database: The names.
+        now: Seconds since the epoch.
+        grace: Seconds for which what nothing needs is kept after its last use.
+        on_collected: Called with each row after its deletion is durable.
     """
     cutoff = cutoff_of(now, grace)
     collected: list[NeedlessRow] = []
@@ -64,13 +70,13 @@ async def collect(
         return len(deleted)
 
     # An index first, then the manifests that only it has listed: again until none is found.
-    find = partial(collection_rows.needless_manifests, cutoff=cutoff, count=_STEP)
+    find = partial(collection_rows.needless_manifests, cutoff=cutoff, count=_ROWS_PER_WRITE)
     while rows := await database.read(find):
         if not await delete(rows):
             break
     last: NeedlessRow | None = None
     while rows := await database.read(
-        partial(collection_rows.needless_blobs, cutoff=cutoff, count=_STEP, after=last)
+        partial(collection_rows.needless_blobs, cutoff=cutoff, count=_ROWS_PER_WRITE, after=last)
     ):
         last = rows[-1]
         await delete(rows)

@@ -70,8 +70,15 @@ def orphan_dependents(connection: Connection, repository: str, digest: Digest, a
     )
 
 
-def orphan(connection: Connection, repository: str, digest: Digest, at: float) -> bool:
-    """Orphan a manifest, unless a tag or an index names it. Returns whether it is an orphan now."""
+def mark_orphan(connection: Connection, repository: str, digest: Digest, at: float) -> bool:
+    """Orphan a manifest, unless a tag or an index names it. Returns whether it is an orphan now.
+
+    Args:
+        connection: The database.
+        repository: The repository.
+        digest: The manifest.
+        at: The time from which it is an orphan, in seconds since the epoch.
+    """
     orphaned = connection.execute(
         "UPDATE manifests SET orphaned_at = CASE orphaned_at WHEN 0 THEN :at ELSE orphaned_at END"
         " WHERE repository = :repository AND digest = (SELECT digest FROM unnamed_manifests"
@@ -91,7 +98,9 @@ def needless_manifests(connection: Connection, cutoff: float, count: int) -> lis
         " AND max(pushed_at, pulled_at) < :cutoff ORDER BY repository, digest LIMIT :count",
         {"cutoff": cutoff, "count": count},
     )
-    return [NeedlessRow(row[0], Digest.parse(row[1]), row[2], row[3], True) for row in rows]
+    return [
+        NeedlessRow(row[0], Digest.parse(row[1]), row[2], row[3], is_manifest=True) for row in rows
+    ]
 
 
 def needless_blobs(
@@ -104,7 +113,10 @@ def needless_blobs(
         " WHERE (repository, digest) > (?, ?) AND used_at < ? ORDER BY repository, digest LIMIT ?",
         (*last, cutoff, count),
     )
-    return [NeedlessRow(row[0], Digest.parse(row[1]), OCTET_STREAM, row[2], False) for row in rows]
+    return [
+        NeedlessRow(row[0], Digest.parse(row[1]), OCTET_STREAM, row[2], is_manifest=False)
+        for row in rows
+    ]
 
 
 def delete_needless(
@@ -114,6 +126,11 @@ def delete_needless(
 
     It is decided here, in the transaction that deletes them. A manifest that is pushed at the same
     time has either committed the rows of its parts, or is refused since a part is gone.
+
+    Args:
+        connection: The database.
+        rows: The rows.
+        cutoff: See :func:`cutoff_of`.
     """
     deleted = []
     for row in rows:

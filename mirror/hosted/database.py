@@ -188,7 +188,7 @@ class Database:
 
     def write_later(self, change: Callable[[Connection], object]) -> None:
         """Make a change soon, without waiting. Not durable, and nobody is told if it fails."""
-        self._waiting.append(_Write(change, False, self._loop.create_future()))
+        self._waiting.append(_Write(change, is_durable=False, future=self._loop.create_future()))
         self._writing.submit(self._commit_waiting)
 
     async def close(self) -> None:

@@ -51,7 +51,13 @@ class ImmutableTagRules:
                 )
 
     def check_deletion(self, connection: Connection, repository: str, reference: Reference) -> None:
-        """Check that a deletion takes no immutable tag away. Raises ``TagImmutable``."""
+        """Check that a deletion takes no immutable tag away. Raises ``TagImmutable``.
+
+        Args:
+            connection: The database.
+            repository: The repository.
+            reference: A tag, or the digest of a manifest with all its tags.
+        """
         for tag in self._tags_of(connection, repository, reference):
             if self.is_immutable(repository, tag):
                 raise TagImmutable(f"the tag {tag} is immutable: only an admin can delete it")

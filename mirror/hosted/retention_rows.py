@@ -48,7 +48,18 @@ def untagged_images(connection: Connection) -> list[HostedImageRow]:
         "SELECT repository, digest, media_type, size, pushed_at, pulled_at FROM unnamed_manifests"
         " WHERE subject = '' AND orphaned_at = 0 ORDER BY repository, digest"
     )
-    return [HostedImageRow(row[0], None, Digest.parse(row[1]), *row[2:]) for row in rows]
+    return [
+        HostedImageRow(
+            row[0],
+            tag=None,
+            digest=Digest.parse(row[1]),
+            media_type=row[2],
+            size=row[3],
+            pushed_at=row[4],
+            pulled_at=row[5],
+        )
+        for row in rows
+    ]
 
 
 def owners_of(connection: Connection, parts: Collection[Digest]) -> set[tuple[str, Digest]]:
@@ -61,7 +72,7 @@ def owners_of(connection: Connection, parts: Collection[Digest]) -> set[tuple[st
     return {(row[0], Digest.parse(row[1])) for row in rows}
 
 
-def remove_images(
+def remove_unchanged(
     connection: Connection, rows: Iterable[HostedImageRow], now: float
 ) -> list[HostedImageRow]:
     """Remove images that are as they were when they were chosen. Returns them.
@@ -84,7 +95,7 @@ def remove_images(
         if pulled is None:
             continue
         if row.tag is None:
-            if collection_rows.orphan(connection, row.repository, row.digest, now):
+            if collection_rows.mark_orphan(connection, row.repository, row.digest, now):
                 removed.append(row)
             continue
         deleted = connection.execute(
@@ -92,6 +103,6 @@ def remove_images(
             (row.repository, str(row.tag), digest, row.pushed_at),
         )
         if deleted.rowcount:
-            collection_rows.orphan(connection, row.repository, row.digest, now)
+            collection_rows.mark_orphan(connection, row.repository, row.digest, now)
             removed.append(row)
     return removed

@@ -27,7 +27,7 @@ from mirror.oci.reference import Digest, Tag
 from mirror.store import disk
 from mirror.store.layout import Layout
 
-_LOCK_TIMEOUT_S: Final = 2.0
+_SNAPSHOT_TIMEOUT_S: Final = 2.0
 """Seconds to wait for the lock. Who looks whether it is held, holds it for a moment."""
 _BUSY_TIMEOUT_S: Final = 10.0
 """Seconds to wait while a server recovers the database."""
@@ -135,7 +135,7 @@ def drop_stale_snapshot(layout: Layout) -> None:
 
 
 def _lock(layout: Layout) -> int:
-    deadline = time.monotonic() + _LOCK_TIMEOUT_S
+    deadline = time.monotonic() + _SNAPSHOT_TIMEOUT_S
     while (fd := disk.lock_file(layout.snapshot_lock)) is None:
         if time.monotonic() > deadline:
             raise StorageUnavailable("another backup of this data directory runs: wait for its end")

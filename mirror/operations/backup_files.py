@@ -30,10 +30,10 @@ from mirror.store import disk
 
 INDEX: Final = "index.json"
 METADATA: Final = "oci-mirror.json"
-"""What an image layout has no place for: who has pushed what, and when."""
+"""The file of all that an image layout has no place for: who has pushed what, and when."""
 _LAYOUT: Final = "oci-layout"
 _LAYOUT_TEXT: Final = '{"imageLayoutVersion": "1.0.0"}'
-_COPY_BYTES: Final = 1024 * 1024
+_BACKUP_STEP_BYTES: Final = 1024 * 1024
 """Bytes that are copied at a time."""
 _FICLONE: Final = 0x40049409
 """Request of ioctl_ficlone(2): let two files share their bytes until one is written to."""
@@ -99,7 +99,7 @@ class DirectoryTarget:
         target = self._root / "blobs" / digest.algorithm / digest.hex
         draft = target.with_name(f"{digest.hex}.tmp")
         draft.unlink(missing_ok=True)
-        if not _link(path, draft, fd):
+        if not _may_share_bytes(path, draft, fd):
             _copy_durably(fd, draft, size)
         draft.replace(target)
 
@@ -128,7 +128,7 @@ class DirectoryTarget:
                     os.unlink(entry.path)
 
 
-def _link(source: Path, draft: Path, fd: int) -> bool:
+def _may_share_bytes(source: Path, draft: Path, fd: int) -> bool:
     """Make a file with the same bytes without copying them. False if the file system cannot."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     clone = os.open(draft, flags, 0o644)
@@ -160,7 +160,7 @@ def _copy_durably(fd: int, draft: Path, size: int) -> None:
     try:
         position = 0
         while position < size:
-            data = os.pread(fd, min(_COPY_BYTES, size - position), position)
+            data = os.pread(fd, min(_BACKUP_STEP_BYTES, size - position), position)
             if not data:
                 raise OSError(errno.EIO, "the file is shorter than its size", str(draft))
             position += len(data)
@@ -272,7 +272,7 @@ class StoredBytes:
         """Return the bytes, step by step. They end early if the file does. Blocks."""
         position = 0
         while position < self.size:
-            step = min(_COPY_BYTES, self.size - position)
+            step = min(_BACKUP_STEP_BYTES, self.size - position)
             data = os.pread(self.fd, step, self.start + position)
             if not data:
                 return

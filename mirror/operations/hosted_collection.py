@@ -65,7 +65,13 @@ async def collect_hosted_garbage(
 ) -> list[Item]:
     """Remove what nothing needs, for a command beside a server. Returns what went.
 
-    The arguments are those of :func:`find_hosted_garbage` and :func:`collect_hosted`.
+    Args:
+        store: The open data directory.
+        hosted: Names the registry. None: nothing is hosted.
+        grace: Seconds for which what nothing needs is kept. None: as configured.
+        read_inventory: See :func:`collect_hosted`.
+
+    Raises what :func:`collect_hosted` raises, and ``NamesDamaged``.
     """
     if hosted is None or not store.layout.hosted_names.exists():
         return []

@@ -47,7 +47,7 @@ HOSTED_REPORT: Final = "hosted.json"
 """File of the data directory with the report of the last run."""
 HOSTED_INTERVAL_S: Final = 3600.0
 """Seconds between two runs: a small part of the grace time, which is a day by default."""
-_LOCK: Final = "hosted.lock"
+_UPKEEP_LOCK: Final = "hosted.lock"
 """File of the data directory whose lock is held while a run works."""
 _FIRST_RUN_S: Final = 60.0
 """Seconds after the start of a server before the first run."""
@@ -168,7 +168,7 @@ async def run_upkeep(
         now: Seconds since the epoch.
         tell: Called with each change after it is durable.
     """
-    fd = disk.lock_file(layout.root / _LOCK)
+    fd = disk.lock_file(layout.root / _UPKEEP_LOCK)
     if fd is None or not _is_due(layout, now):
         if fd is not None:
             os.close(fd)

@@ -30,9 +30,9 @@ from mirror.store.marks import Marks
 
 RETENTION_USER: Final = "retention"
 """The user of the changes that rules make."""
-_STEP: Final = 100
+_IMAGES_PER_WRITE: Final = 100
 """Images of one transaction, in which no push can commit: about 15 ms."""
-_IMMUTABLE: Final = Keeper("immutable", "delete it as an admin")
+_KEPT_AS_IMMUTABLE: Final = Keeper("immutable", "delete it as an admin")
 
 Tell: TypeAlias = Callable[[HostedChange], None]
 """Called with each change after it is durable."""
@@ -49,7 +49,7 @@ def hosted_rules_of(hosted: Hosted, *, is_untagged: bool) -> list[PruneRule]:
             is_age_of_push=rule.age == "pushed",
         )
         for rule in hosted.retention
-        if rule.untagged is is_untagged
+        if (rule.about == "untagged") is is_untagged
     ]
 
 
@@ -102,15 +102,21 @@ async def apply_hosted_retention(
     """Remove what the rules name. Says what went and stayed, and why.
 
     The tags go at once. Manifests and blobs that nothing names then go with a collection, once
-    their grace time has passed. What was pushed or pulled meanwhile stays. The arguments are those
-    of :func:`plan_hosted_retention`, and a function that gets each change.
+    their grace time has passed. What was pushed or pulled meanwhile stays.
+
+    Args:
+        database: The names.
+        hosted: The rules.
+        marks: Images that these keep stay.
+        now: Seconds since the epoch.
+        tell: Called with each change after it is durable.
     """
     decided = await database.read(partial(_decide, hosted=hosted, marks=marks, now=now))
     report = CleaningReport()
     report.items += [_item(decision) for decision, _ in decided if not decision.is_removed]
     doomed = iter([pair for pair in decided if pair[0].is_removed])
-    while step := list(islice(doomed, _STEP)):
-        remove = partial(retention_rows.remove_images, rows=[row for _, row in step], now=now)
+    while step := list(islice(doomed, _IMAGES_PER_WRITE)):
+        remove = partial(retention_rows.remove_unchanged, rows=[row for _, row in step], now=now)
         removed = set(await database.write(remove))
         for decision, row in step:
             if row in removed:
@@ -160,7 +166,7 @@ def _images(
         if keeper is None and (row.repository, row.digest) in leased:
             keeper = LEASED
         if row.tag is not None and immutable.is_immutable(row.repository, str(row.tag)):
-            keeper = _IMMUTABLE
+            keeper = _KEPT_AS_IMMUTABLE
         yield Image(
             repository=name.repository,
             tag=row.tag,

@@ -24,7 +24,7 @@ from sqlite3 import Connection
 from typing import Any, Final
 
 from mirror.config.settings import Hosted
-from mirror.hosted import name_rows, upload_files, upload_rows
+from mirror.hosted import restored_rows, upload_files
 from mirror.hosted.database import Database
 from mirror.hosted.pushed_manifest import PushedManifest, read_pushed_manifest
 from mirror.observability.events import HostedChange
@@ -33,9 +33,9 @@ from mirror.oci.errors import DigestInvalid, InvalidRequest, StorageUnavailable
 from mirror.oci.headers import media_type_of
 from mirror.oci.image_name import parse_with_reference
 from mirror.oci.reference import Digest, Reference, Repository, Tag
-from mirror.operations.backup import FORMAT_VERSION
 from mirror.operations.backup_files import INDEX, METADATA, BackupSource, StoredBytes
 from mirror.operations.hosted_retention import Tell
+from mirror.operations.write_backup import FORMAT_VERSION
 from mirror.store.disk import try_lock
 from mirror.store.ingest_writer import ShortWrite, write_all
 from mirror.store.store import Store
@@ -48,7 +48,7 @@ _MAX_NESTING: Final = 8
 """Indexes within indexes."""
 _PARALLEL: Final = 4
 """Contents that are copied at the same time: each waits for the disk at its end."""
-_MAX_SHOWN: Final = 5
+_MAX_TAGS_SHOWN: Final = 5
 """Tags that an error names: it is one line."""
 
 
@@ -207,12 +207,14 @@ class Restore:
                 f"{name.repository}:{name.reference}"
                 for name in names
                 if isinstance(name.reference, Tag)
-                and not _may_set(connection, name.repository, name.reference, name.digest)
+                and not restored_rows.may_set_tag(
+                    connection, name.repository, name.reference, name.digest
+                )
             ]
 
         found = await self._database.read(find)
         if found:
-            shown = ", ".join(found[:_MAX_SHOWN])
+            shown = ", ".join(found[:_MAX_TAGS_SHOWN])
             raise StorageUnavailable(
                 f"{len(found)} tags name another manifest here, such as {shown}: nothing was"
                 " restored; --force replaces them"
@@ -227,10 +229,10 @@ class Restore:
             use = self._uses.get((name.repository, str(tag))) or _Use(self._store.now())
 
             def set_tag(connection: Connection) -> bool:
-                is_free = _may_set(connection, name.repository, tag, name.digest)
+                is_free = restored_rows.may_set_tag(connection, name.repository, tag, name.digest)
                 if is_free or may_replace:
-                    name_rows.add_manifest(
-                        connection, name.repository, manifest, [tag], use.pushed_at, use.pushed_by
+                    restored_rows.set_tag(
+                        connection, name.repository, tag, manifest, use.pushed_at, use.pushed_by
                     )
                 return is_free or may_replace
 
@@ -259,24 +261,25 @@ class Restore:
             raise InvalidRequest(f"{digest}: too many indexes within each other")
         types = _types_of(body)
         for child in manifest.children:
-            if await run_in_thread(self._has, child):  # Otherwise the index was sparse.
+            if await run_in_thread(self._is_in_backup, child):  # Otherwise the index was sparse.
                 child_type = types.get(str(child), "")
                 await self._restore_manifest(repository, child, child_type, depth + 1)
         blobs = dict.fromkeys(manifest.blobs)
         for part in manifest.parts:  # A layer that a registry need not have, and that was pushed.
             if part not in blobs and part not in manifest.children:
-                blobs.update({part: None} if await run_in_thread(self._has, part) else {})
+                blobs.update({part: None} if await run_in_thread(self._is_in_backup, part) else {})
         await asyncio.gather(*(self._restore_blob(repository, one) for one in blobs))
         use = self._uses.get((repository, str(digest))) or _Use(self._store.now())
 
-        def record(connection: Connection) -> None:
-            name_rows.check_parts(connection, repository, manifest, may_be_sparse=True)
-            name_rows.add_manifest(
-                connection, repository, manifest, [], use.pushed_at, use.pushed_by
-            )
-            name_rows.mark_manifest_used(connection, repository, digest, use.pulled_at)
-            upload_rows.check_quota(connection, repository, self._hosted)
-
+        record = partial(
+            restored_rows.restore_manifest,
+            repository=repository,
+            manifest=manifest,
+            pushed_at=use.pushed_at,
+            pushed_by=use.pushed_by,
+            pulled_at=use.pulled_at,
+            hosted=self._hosted,
+        )
         await self._store_content(digest, body, record)
         self._done.add((repository, digest))
         return manifest
@@ -285,17 +288,15 @@ class Restore:
         if (repository, digest) in self._done:
             return
         async with self._limit:
-            size = await self._database.read(
-                partial(name_rows.blob_size, repository=repository, digest=digest)
-            )
-            if size is None or not self._store.catalog.has_blob(digest):
+            find = partial(restored_rows.has_blob, repository=repository, digest=digest)
+            if not await self._database.read(find) or not self._store.catalog.has_blob(digest):
                 await self._store_content(digest, None, partial(self._add_blob, repository, digest))
         self._done.add((repository, digest))
 
     def _add_blob(self, repository: str, digest: Digest, connection: Connection) -> None:
         size = self._store.layout.blob(digest).stat().st_size
-        name_rows.add_blob(connection, repository, digest, size, self._store.now())
-        upload_rows.check_quota(connection, repository, self._hosted)
+        now = self._store.now()
+        restored_rows.restore_blob(connection, repository, digest, size, now, self._hosted)
 
     async def _store_content(
         self, digest: Digest, body: bytes | None, record: Callable[[Connection], None]
@@ -316,7 +317,7 @@ class Restore:
 
     # --- files, in threads ----------------------------------------------------------------------
 
-    def _has(self, digest: Digest) -> bool:
+    def _is_in_backup(self, digest: Digest) -> bool:
         with self._source.opened_blob(digest) as stored:
             return stored is not None
 
@@ -390,11 +391,6 @@ class Restore:
         )
 
 
-def _may_set(connection: Connection, repository: str, tag: Tag, digest: Digest) -> bool:
-    current = name_rows.manifest_by_tag(connection, repository, tag)
-    return current is None or current.digest == digest
-
-
 def _name_of(entry: Any) -> RestoredName:
     repository, reference = parse_with_reference(entry["annotations"][_REF_NAME])
     return RestoredName(
@@ -413,7 +409,11 @@ def _uses_of(metadata: Mapping[str, Any]) -> dict[tuple[str, str], _Use]:
         for row in rows if isinstance(rows, list) else ():
             try:
                 repository, name, _, pushed_at, pushed_by, *pulled = row
-                use = _Use(float(pushed_at), str(pushed_by), float(pulled[0] if pulled else 0))
+                use = _Use(
+                    float(pushed_at),
+                    pushed_by=str(pushed_by),
+                    pulled_at=float(pulled[0] if pulled else 0),
+                )
             except (TypeError, ValueError):
                 continue
             if math.isfinite(use.pushed_at + use.pulled_at):

@@ -20,8 +20,8 @@ import pytest
 from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.errors import MirrorError
 from mirror.oci.reference import Digest, Reference, Tag
-from mirror.operations.backup import write_backup
 from mirror.operations.restore import restore_backup
+from mirror.operations.write_backup import write_backup
 from tests.robustness.kit import every_file_hashes_to_its_name, strace
 from tests.unit.hosted.kit import HostedKit, descriptor, hosted_kit, manifest_of
 from tests.unit.store.kit import random_bytes

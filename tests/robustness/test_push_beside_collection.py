@@ -15,8 +15,8 @@ from mirror.hosted.name_rows import USE_STEP_S
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
 from mirror.oci.errors import MirrorError, PartsUnknown
 from mirror.oci.reference import Digest, Tag
-from mirror.operations.backup import write_backup
 from mirror.operations.restore import restore_backup
+from mirror.operations.write_backup import write_backup
 from mirror.threads import run_in_thread
 from tests.unit.hosted.kit import CONFIG, HostedKit, hosted_kit, index_of, manifest_of
 

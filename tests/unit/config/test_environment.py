@@ -86,6 +86,9 @@ def test_every_key_can_be_set_by_its_variable(tmp_path: Path) -> None:
         "max_size": "1GiB",
         "max_repository_size": "1MiB",
         "sparse_indexes": True,
+        "immutable_tags": [],
+        "retention": [],
+        "grace": "1h",
     }
     base["default_upstream"] = "a-b.example"
     for key in ("ca", "client_certificate", "client_key"):

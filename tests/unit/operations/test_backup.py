@@ -19,8 +19,8 @@ from mirror.observability.events import HostedChange
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
 from mirror.oci.errors import QuotaExceeded, StorageUnavailable
 from mirror.oci.reference import Digest, Tag
-from mirror.operations.backup import BackupReport, write_backup
 from mirror.operations.restore import RestoreReport, restore_backup
+from mirror.operations.write_backup import BackupReport, write_backup
 from mirror.store import disk
 from tests.robustness.kit import every_file_hashes_to_its_name
 from tests.unit.hosted.kit import (
@@ -178,7 +178,7 @@ async def test_copy_of_a_killed_backup_keeps_nothing_and_is_removed(tmp_path: Pa
 async def test_two_backups_at_once_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mirror.hosted.snapshot._LOCK_TIMEOUT_S", 0.0)
+    monkeypatch.setattr("mirror.hosted.snapshot._SNAPSHOT_TIMEOUT_S", 0.0)
     async with pushed(tmp_path) as kit:
         with (
             opened_snapshot(kit.store.layout),

@@ -130,7 +130,7 @@ async def test_untagged_rule_is_about_manifests_that_nothing_names(tmp_path: Pat
         await kit.push_image(b"signature", tag=None, subject=subject)
         await push_tags(kit, "v1")
         kit.clock[0] += 10 * DAY
-        items = await retain(kit, {"untagged": True, "older_than": "5d"})
+        items = await retain(kit, {"about": "untagged", "older_than": "5d"})
         assert removed(items) == {f"app@{alone}"}
         assert await tags_of(kit) == ["index", "v1"]
 
@@ -141,7 +141,7 @@ async def test_image_that_is_pushed_or_pulled_meanwhile_stays(tmp_path: Path) ->
         kit.clock[0] += 10 * DAY
         rows = await kit.database.read(retention_rows.tagged_images)
         kit.service.mark_pulled("app", await kit.service.find_manifest("app", Tag("v1")))
-        remove = partial(retention_rows.remove_images, rows=rows, now=kit.clock[0])
+        remove = partial(retention_rows.remove_unchanged, rows=rows, now=kit.clock[0])
         assert await kit.database.write(remove) == []
         assert await tags_of(kit) == ["v1"]
 
