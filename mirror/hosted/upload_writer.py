@@ -20,6 +20,7 @@ from typing import Any, Final
 from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest
 from mirror.store.ingest_writer import MemoryBudget, ShortWrite, append_joined, write_all
+from mirror.store.writeback import start_writeback
 
 _READ_BYTES: Final = 1024 * 1024
 """Bytes that are read and hashed at a time."""
@@ -153,6 +154,7 @@ class UploadWriter:
 def _append(fd: int, running_hash: RunningHash, batch: list[bytes | bytearray], start: int) -> int:
     """Write a batch at ``start``, and hash it if the hash has come that far. Returns the end."""
     end = write_all(fd, batch, start)
+    start_writeback(fd, start, end)
     if running_hash.position == start:
         for chunk in batch:
             running_hash.update(chunk)
