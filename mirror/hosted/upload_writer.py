@@ -115,13 +115,16 @@ class UploadWriter:
             raise self._error
 
     def close(self) -> None:
-        """Drop what no thread has begun to write, and close the file once no thread uses it."""
+        """Close the file once all bytes that were accepted are in it, or the disk has refused them.
+
+        So a client that was cut off goes on after the last byte that came.
+        """
         self.is_closing = True
-        self._pending = []
         self._close_if_idle()
 
     def _close_if_idle(self) -> None:
         if self.is_closing and self._job is None and not self.closed.is_set():
+            self._pending = []
             os.close(self.fd)
             self.closed.set()
             self._memory.hold(self, 0)

@@ -58,11 +58,9 @@ def test_skopeo_pushes_and_pulls_byte_for_byte(
     hosting: tuple[Mirror, str], tmp_path: Path, kind: str
 ) -> None:
     mirror, door = hosting
-    content = {
-        "image": lambda: images.image(1),
-        "index": lambda: images.index(2),
-        "docker": lambda: images.image(3, flavour="docker"),
-    }[kind]()
+    content: images.Content = images.index(2)
+    if kind != "index":
+        content = images.image(1, flavour="oci" if kind == "image" else "docker")
     skopeo = Skopeo()
     flags = ("--all", "--preserve-digests", "--dest-tls-verify=false")
     if kind == "docker":  # skopeo reads no such layout.
