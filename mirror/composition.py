@@ -76,7 +76,7 @@ async def open_mirror(
             open_registries(settings, emit, single_flight) as registries,
         ):
             content = ContentService(settings, store, registries, single_flight, emit, now)
-            async with open_hosted(settings, store, now) as hosted:
+            async with open_hosted(settings, store, now, emit) as hosted:
                 service = PullService(content, None if hosted is None else HostedPulls(hosted))
                 marks = MarksWatch(store.layout, service.restrict, emit)
                 await marks.check()
@@ -101,7 +101,7 @@ async def open_mirror(
 
 @asynccontextmanager
 async def open_hosted(
-    settings: Settings, store: Store, now: Callable[[], float]
+    settings: Settings, store: Store, now: Callable[[], float], emit: Observer
 ) -> AsyncIterator[HostedService | None]:
     """Open the hosted repositories. None without the section ``hosted``.
 
@@ -109,6 +109,7 @@ async def open_hosted(
         settings: The configuration.
         store: The open data directory.
         now: Returns the Unix time in seconds.
+        emit: Receives the changes of repositories.
 
     Raises:
         NamesDamaged: The names cannot be used.
@@ -118,7 +119,7 @@ async def open_hosted(
         return
     database = await Database.open(store.layout.hosted_names)
     try:
-        hosted = HostedService(settings.hosted, database, store, now)
+        hosted = HostedService(settings.hosted, database, store, now, emit)
         try:
             yield hosted
         finally:

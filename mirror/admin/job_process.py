@@ -123,7 +123,8 @@ async def _remove(settings: Settings, given: JsonObject) -> JsonObject:
         return _cleaning_result(plan_removal_by_name(inventory, images, whys))
 
     async def run(store: Store) -> JsonObject:
-        return _cleaning_result(await remove_by_name(settings, store, inventory, images, whys))
+        report = await remove_by_name(settings, store, inventory, images, whys, _on_event)
+        return _cleaning_result(report)
 
     return await _with_store(settings, run)
 
