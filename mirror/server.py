@@ -403,6 +403,7 @@ def _start_housekeeping(
         start("certificate", _CERTIFICATE_INTERVAL_S, certificate.refresh)
     if mirror.hosted is not None:
         start("uploads", _UPLOADS_INTERVAL_S, mirror.hosted.uploads.end_abandoned)
+        start("hosted", _MEASURE_INTERVAL_S, mirror.hosted.measure)
 
 
 def _start_job(

@@ -21,7 +21,7 @@ from mirror.hosted.database import Database
 from mirror.hosted.name_rows import ManifestRow
 from mirror.hosted.pushed_manifest import PushedManifest, read_pushed_manifest
 from mirror.hosted.sessions import UploadSessions, disk_errors
-from mirror.observability.events import HostedChange, Observer
+from mirror.observability.events import HostedChange, HostedMeasured, Observer
 from mirror.observability.hosted_events import SERVER, Actor, ChangeAction
 from mirror.oci.descriptor import MANIFEST_LIMIT
 from mirror.oci.errors import BlobUnknown, DigestInvalid, ManifestUnknown, NameUnknown
@@ -313,8 +313,22 @@ class HostedService:
     # --- the whole ------------------------------------------------------------------------------
 
     async def usage(self) -> name_rows.HostedUsage:
-        """Return what all hosted repositories take up."""
+        """Return what all hosted repositories, and the uploads to them, take up."""
         return await self._database.read(name_rows.usage)
+
+    async def measure(self) -> None:
+        """Emit :class:`HostedMeasured`. The server calls this now and then."""
+        usage = await self.usage()
+        self._emit(
+            HostedMeasured(
+                repositories=usage.repositories,
+                contents=usage.contents,
+                bytes=usage.bytes,
+                quota=self.settings.max_size,
+                uploads=usage.uploads,
+                reserved=usage.reserved,
+            )
+        )
 
     async def named_digests(self, digests: Collection[Digest]) -> set[Digest]:
         """Return those of ``digests`` that a hosted repository has."""

@@ -18,6 +18,7 @@ from enum import StrEnum
 from typing import Final, Literal, TypeAlias
 
 from mirror.observability.hosted_events import HostedChange as HostedChange
+from mirror.observability.hosted_events import HostedMeasured as HostedMeasured
 from mirror.observability.job_events import PrefetchEnded as PrefetchEnded
 from mirror.observability.job_events import RetentionEnded as RetentionEnded
 from mirror.observability.traces import PullTrace
@@ -476,6 +477,7 @@ Event: TypeAlias = (
     | IndexRestored
     | TagMoved
     | HostedChange
+    | HostedMeasured
     | ContentUsed
     | HistoryRowsDropped
     | IngestsMeasured

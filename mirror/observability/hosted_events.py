@@ -32,6 +32,20 @@ SERVER: Final = Actor()
 
 
 @dataclass(frozen=True, slots=True)
+class HostedMeasured:
+    """What all hosted repositories take up now, and the uploads in progress. Sizes are bytes."""
+
+    repositories: int
+    contents: int
+    """Number of contents. One that several repositories have counts once."""
+    bytes: int
+    quota: int
+    uploads: int
+    reserved: int
+    """Bytes that uploads have reserved of the quota."""
+
+
+@dataclass(frozen=True, slots=True)
 class HostedChange:
     """A hosted repository has changed, and the change is durable.
 

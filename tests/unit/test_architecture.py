@@ -69,7 +69,8 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "observability.logs": {*SHARED, "config.values"},
     "observability.library_logs": {"observability.logs", *SHARED},
     "observability.log_stream": set(),
-    "observability.metrics": SHARED,
+    "observability.hosted_metrics": {"observability.hosted_events"},
+    "observability.metrics": {"observability.hosted_metrics", *SHARED},
     # Listings say which tags are stale and which images are refused, by the rules that serve them.
     "inventory": {"inventory", "store", "pull.admission", "pull.freshness", *SHARED},
     # Where the data directory is, and which contents it has.
