@@ -32,7 +32,9 @@ _MAX_ANSWER_BYTES: Final = 64 * 1024 * 1024
 def reader_settings(settings: Settings, data_dir: str) -> JsonObject:
     """Return the part of the configuration that reading needs, without logins."""
     document = settings.model_dump(
-        mode="json", include={"storage", "upstreams", "default_upstream"}, exclude_unset=True
+        mode="json",
+        include={"storage", "upstreams", "default_upstream", "hosted"},
+        exclude_unset=True,
     )
     for upstream in document.get("upstreams", {}).values():
         upstream.pop("credentials", None)
@@ -159,6 +161,11 @@ class ReadImages:
     async def usage(self) -> JsonObject:
         """Return what takes up the disk."""
         result: JsonObject = await self._reader.ask("usage")
+        return result
+
+    async def uploads(self) -> list[JsonObject]:
+        """Return the uploads in progress."""
+        result: list[JsonObject] = await self._reader.ask("uploads")
         return result
 
     def forget_read(self) -> None:
