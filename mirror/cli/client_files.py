@@ -60,6 +60,12 @@ class SetupOptions:
     """The mirror's ``default_upstream``."""
     is_enforced: bool = False
     """Leave out the fallback to the upstream: clients cannot pull what the mirror refuses."""
+    hosted_name: str | None = None
+    """The host of the hosted repositories, which is one of ``upstreams``. None: there are none."""
+
+    def has_fallback(self, name: str | None) -> bool:
+        """Return whether there is another source than the mirror. ``name``: None for any name."""
+        return not self.is_enforced and (name is None or name != self.hosted_name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,7 +100,7 @@ def _hosts_toml(options: SetupOptions, name: str | None) -> str:
     if mirror.ca is not None:
         keys.append(f"ca = {toml_string(mirror.ca)}")
     lines = []
-    if options.is_enforced:
+    if not options.has_fallback(name):
         lines = [f"server = {toml_string(mirror.url)}", *keys, ""]
     elif name is not None:
         server = registry_url(name, options.upstreams[name])
@@ -198,7 +198,7 @@ def _registries_conf(options: SetupOptions, path: str) -> list[ClientFile]:
         if not mirror.is_https:
             at_mirror.append("insecure = true")
         lines = ["[[registry]]", f"prefix = {toml_string(name)}"]
-        if options.is_enforced:
+        if not options.has_fallback(name):
             lines += at_mirror
         else:
             url = registry_url(name, upstream)

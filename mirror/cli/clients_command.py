@@ -15,6 +15,7 @@ from mirror.cli.clients import ALL, CLIENTS, client_setup
 from mirror.cli.health import WILDCARD_ADDRESSES
 from mirror.cli.output import CommandFailed, UsageError, print_line, print_note
 from mirror.config.load import load
+from mirror.config.settings import Upstream
 from mirror.config.values import split_host
 
 
@@ -73,8 +74,15 @@ def print_clients(arguments: argparse.Namespace) -> int:
         mirror = MirrorAddress.parse(url, str(ca) if ca else None, ca_text)
     except ValueError as error:
         raise UsageError(f"--mirror '{url}': {error}") from None
+    upstreams = dict(settings.upstreams)
+    if settings.hosted is not None:  # Clients pull these repositories from the mirror only.
+        upstreams[settings.hosted.name] = Upstream(endpoints=(mirror.url,))
     request = SetupOptions(
-        mirror, settings.upstreams, settings.default_upstream, is_enforced=arguments.enforce
+        mirror,
+        upstreams,
+        settings.default_upstream,
+        is_enforced=arguments.enforce,
+        hosted_name=settings.hosted_name,
     )
     chosen = ALL if arguments.client == "all" else (arguments.client,)
     setups = {client: client_setup(client, request) for client in chosen}

@@ -26,12 +26,15 @@ from mirror.cli.main import main
 from mirror.cli.schemas import SCHEMAS
 from mirror.oci.image_name import ImageName
 from tests.real import images
+from tests.real.process import free_port
 from tests.real.registry import DockerRegistry
 from tests.real.server import ROOT, Mirror
 
 pytestmark = pytest.mark.timeout(120)
 
-DOCUMENTS: Final = ("README.md", "docs/commands.md", "docs/kubernetes.md", "docs/runbook.md")
+DOCUMENTS: Final = (
+    *("README.md", "docs/commands.md", "docs/hosting.md", "docs/kubernetes.md", "docs/runbook.md"),
+)
 UPSTREAMS: Final = ("docker.io", "ghcr.io", "quay.io", "registry.k8s.io")
 NOT_RUN: Final = {
     "serve": "runs until it is stopped (tests/real)",
@@ -59,7 +62,8 @@ FILES: Final = {
 HISTORY: Final = ("history", "rollback")
 """Commands that need what a tag was, which `forget` and `rm` in earlier examples remove."""
 JSON_RUNS: Final = (
-    *("ls", "du", "du --verbose", "show NAME", "explain NAME", "explain", "history NAME"),
+    *("ls", "ls --uploads", "du", "du --verbose", "show NAME", "explain NAME", "explain"),
+    "history NAME",
     *("savings", "savings --by network", "warm NAME", "refresh NAME", "doctor"),
     *("pin NAME", "pin", "unpin NAME", "freeze NAME", "freeze", "unfreeze NAME"),
     *("rollback NAME --to EARLIER", "unfreeze NAME", "block NAME --reason x", "block"),
@@ -187,7 +191,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     directory = tmp_path_factory.mktemp("site")
     with DockerRegistry() as registry:
         upstream = {"endpoints": [registry.url], "tag_ttl": 0}
-        with Mirror(dict.fromkeys(UPSTREAMS, upstream)) as mirror:
+        hosted = {"name": "registry.example.internal", "listen": f"127.0.0.1:{free_port()}"}
+        with Mirror(dict.fromkeys(UPSTREAMS, upstream), hosted=hosted) as mirror:
             (directory / "config").mkdir()
             (directory / "config/mirror.yaml").write_text(mirror.config_file.read_text())
             for name, text in FILES.items():

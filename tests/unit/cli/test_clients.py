@@ -65,6 +65,28 @@ def test_containerd_gets_one_hosts_toml_for_each_upstream() -> None:
     assert read["reg.example:5000"]["server"] == "http://reg.example:5000"
 
 
+def test_hosted_repositories_are_pulled_from_the_mirror_without_a_fallback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "mirror.yaml"
+    config.write_text(
+        "upstreams: {docker.io: {endpoints: ['https://r.example']}}\n"
+        "hosted: {name: registry.example.internal, listen: '127.0.0.1:5101'}\n"
+    )
+    given = ("--config", str(config), "--mirror", "http://mirror.example:5100")
+    main(["clients", *given, "--for", "containerd", "--write", str(tmp_path)])
+    read = tomllib.loads(
+        (tmp_path / "containerd/certs.d/registry.example.internal/hosts.toml").read_text()
+    )
+    assert read["server"] == "http://mirror.example:5100"
+    assert list(read["host"]) == ["http://mirror.example:5100"]
+    capsys.readouterr()
+    main(["clients", *given, "--for", "podman"])
+    text = capsys.readouterr().out
+    assert 'location = "mirror.example:5100/registry.example.internal"' in text
+    assert text.count("[[registry.mirror]]") == 1, "only the upstream has a fallback"
+
+
 def test_containerd_file_names_the_certificate_authority() -> None:
     read = tomllib.loads(files("containerd", TLS)["containerd/certs.d/docker.io/hosts.toml"])
     assert read["host"]["https://mirror.example"]["ca"] == "/etc/ssl/m.pem"
