@@ -68,7 +68,7 @@ def _layout(settings: Settings) -> Layout:
 def _read(settings: Settings) -> Inventory:
     layout = _layout(settings)
     return read_inventory(
-        layout, settings.upstreams, read_marks(layout), time.time(), settings.hosted_name
+        layout, settings.upstreams, read_marks(layout), time.time(), settings.hosted
     )
 
 

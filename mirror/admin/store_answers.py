@@ -79,7 +79,7 @@ class StoreAnswers:
         begun = time.monotonic()
         marks = read_marks(self._layout)
         self._inventory = read_inventory(
-            self._layout, self._settings.upstreams, marks, now, self._settings.hosted_name
+            self._layout, self._settings.upstreams, marks, now, self._settings.hosted
         )
         self._read_seconds = time.monotonic() - begun
         return self._inventory
@@ -171,8 +171,8 @@ class StoreAnswers:
 
     def uploads(self) -> list[JsonObject]:
         """Return the uploads in progress. Raises ``StorageUnavailable``."""
-        name = self._settings.hosted_name
-        found = [] if name is None else read_uploads(self._layout, name)
+        hosted = self._settings.hosted
+        found = [] if hosted is None else read_uploads(self._layout, hosted.name)
         return [upload.row(self._now()) for upload in found]
 
     # --- history --------------------------------------------------------------------------------

@@ -32,12 +32,14 @@ _MAX_ANSWER_BYTES: Final = 64 * 1024 * 1024
 def reader_settings(settings: Settings, data_dir: str) -> JsonObject:
     """Return the part of the configuration that reading needs, without logins."""
     document = settings.model_dump(
-        mode="json",
-        include={"storage", "upstreams", "default_upstream", "hosted"},
-        exclude_unset=True,
+        mode="json", include={"storage", "upstreams", "default_upstream"}, exclude_unset=True
     )
     for upstream in document.get("upstreams", {}).values():
         upstream.pop("credentials", None)
+    if settings.hosted is not None:
+        # Without its listener, which the rules of access would have to permit.
+        hosted = {"name": settings.hosted.name, "max_size": settings.hosted.max_size}
+        document["hosted"] = {**hosted, "listen": "127.0.0.1:0"}
     return {**document, "data_dir": data_dir}
 
 

@@ -82,7 +82,7 @@ def print_clients(arguments: argparse.Namespace) -> int:
         upstreams,
         settings.default_upstream,
         is_enforced=arguments.enforce,
-        hosted_name=settings.hosted_name,
+        hosted_name=settings.hosted.name if settings.hosted else None,
     )
     chosen = ALL if arguments.client == "all" else (arguments.client,)
     setups = {client: client_setup(client, request) for client in chosen}

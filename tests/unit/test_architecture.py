@@ -48,13 +48,15 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "config.values": {"oci"},
     "config.section": {"config.values"},
     "config.listeners": {"config.section", "config.values"},
+    "config.access": {"config.section", "config.values"},
     "config.prefetch": {"config.section", "oci"},
     "config.retention": {"config.section", "oci"},
     "config.settings": {
-        *("config.listeners", "config.prefetch", "config.retention", "config.section"),
+        *("config.access", "config.listeners", "config.prefetch", "config.retention"),
+        "config.section",
         *("config.values", "oci"),
     },
-    "config.reload": {"config.settings"},
+    "config.reload": {"config.settings", "oci"},
     "config.load": {"config.settings", "config.values", "oci"},
     "single_flight": {"oci"},
     "threads": set(),
@@ -64,7 +66,11 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "pull": {"pull", "store", "upstream", "hosted.hosted_service", *SHARED},
     # The header Server-Timing and the log line format the stages of a request with the same code.
     # A response is sent from the extents of a reader. ``pull`` would only pass these types on.
-    "web": {"web", "pull", "hosted", "store.reader", "observability.logs", *SHARED},
+    "web": {
+        *("web", "access.access_control", "access.identity", "pull", "hosted", "store.reader"),
+        *("observability.logs", *SHARED),
+    },
+    "access": {"access", "config.access", *SHARED},
     # The start line prints the quota as the configuration does.
     "observability.logs": {*SHARED, "config.values"},
     "observability.library_logs": {"observability.logs", *SHARED},
@@ -85,7 +91,15 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         *("admin", "composition", "config.values", "history", "inventory", "operations", "pull"),
         *("store", "web.client_socket", *SHARED),
     },
-    "server": {"server", "admin", "composition", "operations", "config.reload", *BELOW_SERVER},
+    "server": {
+        "server",
+        "access",
+        "admin",
+        "composition",
+        "operations",
+        "config.reload",
+        *BELOW_SERVER,
+    },
     "processes": {
         "hosted.database",
         "store.layout",
@@ -101,7 +115,9 @@ SPLIT = {"config", "observability"}
 THIRD_PARTIES: dict[str, tuple[str, ...]] = {
     "diskcache": ("mirror.store.rows",),
     "prometheus_client": ("mirror.observability.metrics",),
-    "pydantic": ("mirror.config",),
+    "pydantic": ("mirror.config", "mirror.access.access_tokens"),
+    "bcrypt": ("mirror.access.users",),
+    "jwt": ("mirror.access.issuers", "mirror.access.key_sets"),
     "aiohttp": (
         *("mirror.web", "mirror.upstream", "mirror.server"),
         *("mirror.admin.dispatch", "mirror.admin.listener"),
