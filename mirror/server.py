@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from mirror.composition import Mirror, open_mirror
 from mirror.config.reload import merge_settings
 from mirror.config.settings import Settings
 from mirror.history.recorder import HistoryRecorder
+from mirror.history.user_uses import SAVE_INTERVAL_S, UserUses
 from mirror.observability.events import Event, LogLinesDropped, LogMessage, Observer
 from mirror.observability.library_logs import configure_logging
 from mirror.observability.log_stream import LogStream
@@ -38,7 +39,12 @@ from mirror.operations.retention_job import RetentionJob
 from mirror.pull.marks_watch import WATCH_INTERVAL_S
 from mirror.single_flight import SingleFlight
 from mirror.store.layout import Layout
-from mirror.threads import HangingCalls, call_soon_from_any_thread, on_running_loop
+from mirror.threads import (
+    HangingCalls,
+    call_soon_from_any_thread,
+    on_running_loop,
+    run_in_thread,
+)
 from mirror.upstream.named_documents import fetch_named_document
 from mirror.web.doors import Certificate, Door, listen
 from mirror.web.handler import Handler
@@ -146,6 +152,7 @@ async def run_worker(
         metrics.observe(event)
         log.observe(event)
         history.observe(event)
+        users.observe(event)
         if admin is not None:
             admin.observe(event)
 
@@ -164,6 +171,7 @@ async def run_worker(
     log = LogObserver(lines)
     layout = Layout(Path(os.path.abspath(settings.data_dir)))  # noqa: ASYNC240 - reads no disk
     history = HistoryRecorder(layout, emit, loop.call_later)
+    users = UserUses(layout)
 
     if worker is not None and worker.predecessor is not None:
         pid, code = worker.predecessor
@@ -181,6 +189,8 @@ async def run_worker(
             if worker is not None:
                 _watch_supervisor(worker, running, stop, emit)
             _reload_at_hangup(running, load, lines, metrics.add_upstreams, emit)
+            save_users = partial(run_in_thread, users.save)
+            _start_job(running.mirror.single_flight, "users", SAVE_INTERVAL_S, save_users, emit)
             fields = (
                 ("version", __version__),
                 ("listen", settings.listen),
@@ -190,6 +200,8 @@ async def run_worker(
             emit(LogMessage("info", "serving", fields))
             await stop.wait()
             await _drain(running, emit)
+            with suppress(OSError):
+                await save_users()
     finally:
         history.close(_LAST_ROWS_TIMEOUT_S)
         lines.flush()

@@ -129,6 +129,13 @@ _UPLOAD: Final = _row(
     age=_NUMBER_OF,
     idle=_NUMBER_OF,
 )
+_USER: Final = _row(
+    kind={"const": "user"},
+    user=_TEXT,
+    last_used=_TIME_TEXT,
+    last_push=_TIME_OR_NULL,
+    requests=_NUMBER_OF,
+)
 _HOSTED_USAGE: Final = _row(
     kind={"const": "hosted"},
     contents=_NUMBER_OF,
@@ -209,7 +216,7 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
         unknown=_TEXTS,
         until=_TIME_TEXT,
     ),
-    "ls": {"oneOf": [_IMAGE, _UPLOAD]},
+    "ls": {"oneOf": [_IMAGE, _UPLOAD, _USER]},
     "pin": _MARK,
     "prune": _CLEANED,
     "refresh": _row(
