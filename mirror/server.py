@@ -29,7 +29,7 @@ from mirror.composition import Mirror, open_mirror
 from mirror.config.reload import merge_settings
 from mirror.config.settings import Settings
 from mirror.history.recorder import HistoryRecorder
-from mirror.history.user_uses import SAVE_INTERVAL_S, UserUses
+from mirror.history.user_uses import SAVE_USERS_INTERVAL_S, UserUses
 from mirror.observability.events import Event, LogLinesDropped, LogMessage, Observer
 from mirror.observability.library_logs import configure_logging
 from mirror.observability.log_stream import LogStream
@@ -190,7 +190,9 @@ async def run_worker(
                 _watch_supervisor(worker, running, stop, emit)
             _reload_at_hangup(running, load, lines, metrics.add_upstreams, emit)
             save_users = partial(run_in_thread, users.save)
-            _start_job(running.mirror.single_flight, "users", SAVE_INTERVAL_S, save_users, emit)
+            _start_job(
+                running.mirror.single_flight, "users", SAVE_USERS_INTERVAL_S, save_users, emit
+            )
             fields = (
                 ("version", __version__),
                 ("listen", settings.listen),

@@ -23,7 +23,7 @@ from mirror.history.sentences import explain
 from mirror.history.stored_pull import PeriodCount, StoredPull
 from mirror.history.sums import Saving, build_savings, build_total
 from mirror.inventory import usage
-from mirror.inventory.hosted_names import HostedUsage, read_hosted_usage, read_uploads
+from mirror.inventory.hosted_names import QuotaUsage, read_hosted_usage, read_uploads
 from mirror.inventory.json_rows import image_row
 from mirror.inventory.leftovers import find_other_files
 from mirror.inventory.model import Image, Inventory
@@ -165,7 +165,7 @@ class StoreAnswers:
             "read": time_text(inventory.now),
         }
 
-    def _hosted_row(self, hosted: HostedUsage) -> JsonObject | None:
+    def _hosted_row(self, hosted: QuotaUsage) -> JsonObject | None:
         section = self._settings.hosted
         return None if section is None else {**asdict(hosted), "quota": section.max_size}
 

@@ -21,15 +21,15 @@ from mirror.observability.events import Event, Outcome, RequestEnded
 from mirror.oci.text import time_text
 from mirror.store.layout import Layout
 
-SAVE_INTERVAL_S: Final = 60.0
+SAVE_USERS_INTERVAL_S: Final = 60.0
 """Seconds between two writes of the file: so much is lost in a crash."""
-FILE_NAME: Final = "users.db"
+USERS_FILE: Final = "users.db"
 """Name of the file in the directory of the history."""
 _MAX_USERS: Final = 10_000
 """Users whose use is kept, the latest ones: tokens of an issuer may have any number of subjects."""
-_TIMEOUT_S: Final = 10.0
+_USERS_TIMEOUT_S: Final = 10.0
 """Seconds to wait for the transaction of another process."""
-_CREATE: Final = """
+_CREATE_USERS: Final = """
 CREATE TABLE IF NOT EXISTS users (
     name TEXT PRIMARY KEY, used_at REAL NOT NULL, pushed_at REAL, requests INTEGER NOT NULL
 ) WITHOUT ROWID
@@ -76,7 +76,7 @@ class UserUses:
             layout: The data directory.
             now: Returns the Unix time in seconds.
         """
-        self._path = layout.history / FILE_NAME
+        self._path = layout.history / USERS_FILE
         self._now = now
         self._uses: dict[str, UserUse] = {}
         self._lock = threading.Lock()
@@ -108,8 +108,11 @@ class UserUses:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             rows = [(one.name, one.used_at, one.pushed_at, one.requests) for one in uses.values()]
             try:
-                with closing(sqlite3.connect(self._path, timeout=_TIMEOUT_S)) as database, database:
-                    database.execute(_CREATE)
+                with (
+                    closing(sqlite3.connect(self._path, timeout=_USERS_TIMEOUT_S)) as database,
+                    database,
+                ):
+                    database.execute(_CREATE_USERS)
                     database.executemany(_ADD, rows)
                     database.execute(_TRIM, (_MAX_USERS,))
             except sqlite3.Error as error:
@@ -121,12 +124,12 @@ def read_user_uses(layout: Layout) -> list[UserUse]:
 
     Raises ``OSError`` if the file cannot be read.
     """
-    path = layout.history / FILE_NAME
+    path = layout.history / USERS_FILE
     if not path.exists():
         return []
     try:
         uri = f"{path.absolute().as_uri()}?mode=ro"
-        with closing(sqlite3.connect(uri, uri=True, timeout=_TIMEOUT_S)) as database:
+        with closing(sqlite3.connect(uri, uri=True, timeout=_USERS_TIMEOUT_S)) as database:
             rows = database.execute(
                 "SELECT name, used_at, pushed_at, requests FROM users ORDER BY used_at DESC, name"
             )

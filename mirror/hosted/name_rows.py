@@ -38,7 +38,7 @@ class ManifestRow:
 
 @dataclass(frozen=True, slots=True)
 class HostedUsage:
-    """What all hosted repositories, and the uploads to them, take up."""
+    """The space that all hosted repositories, and the uploads to them, take up."""
 
     bytes: int
     contents: int

@@ -33,7 +33,7 @@ SERVER: Final = Actor()
 
 @dataclass(frozen=True, slots=True)
 class HostedMeasured:
-    """What all hosted repositories take up now, and the uploads in progress. Sizes are bytes."""
+    """The content of all hosted repositories now, and the uploads in progress. Sizes are bytes."""
 
     repositories: int
     contents: int

@@ -15,7 +15,7 @@ from typing import Final
 from mirror.cli.doctor.findings import Checked, Finding
 from mirror.cli.doctor.machine_checks import damage_of
 from mirror.config.settings import Settings
-from mirror.inventory.hosted_names import HostedUsage, read_hosted_usage
+from mirror.inventory.hosted_names import QuotaUsage, read_hosted_usage
 from mirror.oci.errors import MirrorError
 from mirror.oci.text import size_text
 from mirror.store.layout import Layout
@@ -52,7 +52,7 @@ def check_hosted(
     yield _check_room(subject, settings, usage)
 
 
-def _check_room(subject: Checked, settings: Settings, usage: HostedUsage) -> Finding:
+def _check_room(subject: Checked, settings: Settings, usage: QuotaUsage) -> Finding:
     if settings.hosted is None:
         if not usage.contents:
             return subject.ok("nothing is hosted")

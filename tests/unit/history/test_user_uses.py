@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mirror.history.user_uses import FILE_NAME, UserUses, read_user_uses
+from mirror.history.user_uses import USERS_FILE, UserUses, read_user_uses
 from mirror.observability.events import Outcome, RequestEnded, RequestRecord
 from mirror.store.layout import Layout
 
@@ -54,7 +54,7 @@ def test_later_push_replaces_the_earlier_one(tmp_path: Path) -> None:
 
 def test_damaged_file_is_an_error_and_no_empty_list(tmp_path: Path) -> None:
     (tmp_path / "history").mkdir()
-    (tmp_path / "history" / FILE_NAME).write_bytes(b"no database" * 500)
+    (tmp_path / "history" / USERS_FILE).write_bytes(b"no database" * 500)
     with pytest.raises(OSError, match="may be deleted"):
         read_user_uses(Layout(tmp_path))
     uses = UserUses(Layout(tmp_path))
