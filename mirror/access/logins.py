@@ -28,7 +28,7 @@ from cachetools import LRUCache
 from mirror.access.access_tokens import hash_token
 from mirror.access.credentials import Credentials
 from mirror.access.failure_limit import FailureLimit
-from mirror.access.identity import Identity
+from mirror.access.identity import ANONYMOUS, Identity
 from mirror.access.issuers import TokenRefused, is_jwt
 from mirror.oci.errors import TooManyRequests
 
@@ -40,6 +40,8 @@ _THREADS: Final = 2
 """Checks of passwords at the same time: each takes a processor."""
 _MAX_WAITING: Final = 256
 """Checks that wait for a thread: with a cost of 10, the last one waits for eight seconds."""
+_EMPTY: Final = re.compile(r"basic +Og== *", re.IGNORECASE)
+"""``Authorization`` of a client that was asked for credentials, and has none (skopeo): ``:``."""
 _BASIC: Final = re.compile(r"basic +([A-Za-z0-9+/_-]+={0,2}) *", re.IGNORECASE | re.ASCII)
 _BEARER: Final = re.compile(r"bearer +([A-Za-z0-9._~+/=-]+) *", re.IGNORECASE | re.ASCII)
 
@@ -96,6 +98,8 @@ class Logins:
             LoginFailed: The credentials are wrong, malformed, or of another kind.
             TooManyRequests: The address has failed too often, or too many clients log in.
         """
+        if _EMPTY.fullmatch(authorization):
+            return ANONYMOUS
         if self._credentials is None:
             raise LoginFailed("nobody can log in here: leave out the credentials")
         key = hmac.digest(self._key, authorization.encode(errors="replace"), "sha256")

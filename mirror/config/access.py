@@ -114,6 +114,11 @@ class Issuer(Section):
     of a public CI, needs one that names your organisation.
     """
 
+    @property
+    def has_key_url(self) -> bool:
+        """Whether the keys are fetched from a URL."""
+        return "://" in self.jwks
+
 
 class AccessRule(Section):
     """What some clients may do with some repositories."""
