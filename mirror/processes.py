@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, NoReturn
 
-from mirror.access.credentials import check_files
+from mirror.access.login_credentials import check_files
 from mirror.admin.tokens import Tokens
 from mirror.admin.worker_channel import open_channel
 from mirror.admin.worker_part import AdminSockets

@@ -16,7 +16,7 @@ from typing import Any, Final, TypeAlias
 
 import yaml
 
-from mirror.access.credentials import check_files
+from mirror.access.login_credentials import check_files
 from mirror.config.settings import KeyPath, Settings, Upstream
 from mirror.oci.errors import ConfigError
 from mirror.oci.text import printable

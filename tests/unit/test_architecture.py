@@ -100,14 +100,14 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         *BELOW_SERVER,
     },
     "processes": {
-        "access.credentials",
+        "access.login_credentials",
         "hosted.database",
         "store.layout",
         *("admin", "server", "config.reload", "observability.metrics", *SHARED),
     },
     "cli": {
         "cli",
-        "access.credentials",
+        "access.login_credentials",
         "operations",
         "inventory",
         "composition",

@@ -13,10 +13,10 @@ import bcrypt
 import pytest
 
 from mirror.access import logins as module
-from mirror.access.credentials import Credentials
 from mirror.access.identity import Identity
-from mirror.access.key_sets import RETRY_S
-from mirror.access.logins import RESULT_TTL_S, LoginFailed, Logins
+from mirror.access.key_sets import KEYS_RETRY_S
+from mirror.access.login_credentials import LoginCredentials
+from mirror.access.logins import RESULT_TTL_S, ClientLogins, LoginFailed
 from mirror.oci.errors import ConfigError, TooManyRequests, UpstreamUnavailable
 from mirror.single_flight import SingleFlight
 from tests.unit.access.kit import (
@@ -37,9 +37,9 @@ KEY = Signer("one")
 
 @dataclass
 class LoginKit:
-    """Logins with files and an issuer."""
+    """ClientLogins with files and an issuer."""
 
-    logins: Logins
+    logins: ClientLogins
     root: Path
     clock: list[float]
     key_sets: list[bytes | Exception]
@@ -73,9 +73,9 @@ async def kit(root: Path, **issuer: Any) -> AsyncIterator[LoginKit]:
         return body
 
     async with SingleFlight() as single_flight:
-        logins = Logins(lambda: clock[0])
+        logins = ClientLogins(lambda: clock[0])
         found = LoginKit(logins, root, clock, [key_set(KEY)])
-        credentials = Credentials(
+        credentials = LoginCredentials(
             access, fetch, single_flight, lambda: clock[0], found.reports.append
         )
         logins.use(credentials)
@@ -182,7 +182,7 @@ async def test_key_that_is_rotated_is_fetched_at_its_first_token(tmp_path: Path)
         assert logins.fetches == 1
         logins.key_sets[:] = [key_set(new)]
         assert await logins.user(f"Bearer {new.sign()}") is None, "fetched a moment ago"
-        logins.clock[0] += RETRY_S
+        logins.clock[0] += KEYS_RETRY_S
         jwts = [f"Bearer {new.sign(sub=f'job-{n}')}" for n in range(3)]
         users = await asyncio.gather(*(logins.user(jwt) for jwt in jwts))
         assert users == ["job-0", "job-1", "job-2"]
@@ -196,7 +196,7 @@ async def test_issuer_that_is_down_is_reported_once(tmp_path: Path) -> None:
         logins.key_sets[:] = [UpstreamUnavailable("refused")]
         for _ in range(3):
             assert await logins.user(f"Bearer {KEY.sign()}", f"192.0.2.{logins.fetches}") is None
-            logins.clock[0] += RETRY_S
+            logins.clock[0] += KEYS_RETRY_S
         failures = [report for report in logins.reports if "refused" in report]
         assert failures[0] == f"access.issuers: {URL}: refused"
         assert sum(report.startswith(f"access.issuers: {URL}") for report in logins.reports) == 1
@@ -227,4 +227,4 @@ async def test_file_that_is_wrong_at_the_start_is_refused(tmp_path: Path) -> Non
 
     async with SingleFlight() as single_flight:
         with pytest.raises(ConfigError, match=r"access\.users: .*none: No such file"):
-            Credentials(access, fetch, single_flight, lambda: NOW, print)
+            LoginCredentials(access, fetch, single_flight, lambda: NOW, print)

@@ -65,7 +65,7 @@ def test_what_cannot_be_read_does_not_count(
     assert file.read() == (f"access.users: {path}: Is a directory",)
     path.rmdir()
     path.write_text("a b c")
-    monkeypatch.setattr(watched_file, "_MAX_FILE_BYTES", 4)
+    monkeypatch.setattr(watched_file, "_MAX_CREDENTIALS_BYTES", 4)
     assert file.read() == (f"access.users: {path}: larger than 4 bytes",)
     assert file.content == ()
 
