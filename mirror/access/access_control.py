@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from mirror.access.credentials import Credentials
-from mirror.access.identity import ANONYMOUS, Action, Identity
-from mirror.access.key_sets import Fetch
-from mirror.access.logins import LoginFailed, Logins
+from mirror.access.identity import ANONYMOUS, AccessRight, Identity
+from mirror.access.key_sets import FetchKeys
+from mirror.access.login_credentials import LoginCredentials
+from mirror.access.logins import ClientLogins, LoginFailed
 from mirror.access.rules import Rules
 from mirror.config.settings import Settings
 from mirror.observability.events import LogMessage, Observer
@@ -21,10 +21,10 @@ from mirror.oci.reference import Repository
 from mirror.single_flight import SingleFlight
 
 _VERBS: Final = {
-    Action.PULL: "pull from",
-    Action.PUSH: "push to",
-    Action.DELETE: "delete from",
-    Action.ADMIN: "administrate",
+    AccessRight.PULL: "pull from",
+    AccessRight.PUSH: "push to",
+    AccessRight.DELETE: "delete from",
+    AccessRight.ADMIN: "administrate",
 }
 
 
@@ -34,7 +34,7 @@ class AccessControl:
     def __init__(
         self,
         settings: Settings,
-        fetch: Fetch,
+        fetch: FetchKeys,
         single_flight: SingleFlight,
         emit: Observer,
         now: Callable[[], float],
@@ -56,14 +56,11 @@ class AccessControl:
         self._emit = emit
         self._now = now
         self._rules: Rules | None = None
-        self._logins = Logins(now)
+        self.is_enforced = False
+        """Whether there are rules. Otherwise everybody may do everything."""
+        self._logins = ClientLogins(now)
         self._realm = ""
         self.prepare(settings)()
-
-    @property
-    def is_enforced(self) -> bool:
-        """Whether there are rules. Otherwise everybody may do everything."""
-        return self._rules is not None
 
     def prepare(self, settings: Settings) -> Callable[[], None]:
         """Read the files of a configuration. Returns a function that uses it for new requests.
@@ -73,7 +70,7 @@ class AccessControl:
         access, hosted = settings.access, settings.hosted
         credentials = None
         if access is not None and access.has_login:
-            credentials = Credentials(
+            credentials = LoginCredentials(
                 access, self._fetch, self._single_flight, self._now, self._report
             )
         hosted_name = None if hosted is None else hosted.name
@@ -82,6 +79,7 @@ class AccessControl:
         def use() -> None:
             self._logins.use(credentials)
             self._rules = rules
+            self.is_enforced = rules is not None
             self._realm = hosted_name or ""
             self.refresh()
 
@@ -100,9 +98,15 @@ class AccessControl:
 
     # --- the questions --------------------------------------------------------------------------
 
-    def may(self, identity: Identity, repository: Repository, action: Action) -> bool:
-        """Return whether a client may do something with a repository."""
-        return self._rules is None or self._rules.may(identity, repository, action)
+    def is_allowed(self, identity: Identity, repository: Repository, action: AccessRight) -> bool:
+        """Return whether a client may do something with a repository.
+
+        Args:
+            identity: The client.
+            repository: The repository, which need not exist.
+            action: What the client wants to do.
+        """
+        return self._rules is None or self._rules.is_allowed(identity, repository, action)
 
     async def identify(self, authorization: str | None, client: str) -> Identity:
         """Return the client that sends an ``Authorization`` header field, or none.
@@ -126,7 +130,7 @@ class AccessControl:
         self,
         authorization: str | None,
         client: str,
-        action: Action | None,
+        action: AccessRight | None,
         repository: Repository | None,
         *,
         is_ping: bool = False,
@@ -149,10 +153,10 @@ class AccessControl:
         rules = self._rules
         if rules is None:
             return identity
-        if is_ping and identity.is_anonymous and rules.needs_login():
+        if is_ping and identity.is_anonymous and rules.is_login_needed():
             # docker, skopeo and others keep credentials only if they are asked for them here.
             raise self._challenge("log in to use these repositories")
-        if action is None or repository is None or rules.may(identity, repository, action):
+        if action is None or repository is None or rules.is_allowed(identity, repository, action):
             return identity
         if identity.is_anonymous:
             raise self._challenge(f"log in to {_VERBS[action]} this repository")
@@ -166,17 +170,22 @@ class AccessControl:
         Credentials are honoured, and never asked for. What everybody may do, a client with wrong
         ones may do, too: clients also send those of upstreams.
 
+        Args:
+            authorization: The header field, as sent. None without one.
+            client: Address of the client.
+            repository: The repository, which need not exist.
+
         Raises:
             Denied: The client may not pull from it, whether it exists or not.
             TooManyRequests: The address has failed too often.
         """
-        if self.may(ANONYMOUS, repository, Action.PULL):
+        if self.is_allowed(ANONYMOUS, repository, AccessRight.PULL):
             return ANONYMOUS
         try:
             identity = await self.identify(authorization, client)
         except LoginRequired as error:
             raise Denied(error.message) from None
-        if self.may(identity, repository, Action.PULL):
+        if self.is_allowed(identity, repository, AccessRight.PULL):
             return identity
         if identity.is_anonymous:
             raise Denied("pulling from this repository needs credentials, sent in advance")
@@ -195,7 +204,7 @@ class AccessControl:
             identity = ANONYMOUS
 
         def is_visible(repository: Repository) -> bool:
-            return self.may(identity, repository, Action.PULL)
+            return self.is_allowed(identity, repository, AccessRight.PULL)
 
         return is_visible
 

@@ -44,7 +44,7 @@ AccessTokens: TypeAlias = Mapping[bytes, AccessToken]
 _Name = Annotated[str, AfterValidator(check_name)]
 
 
-class _Entry(BaseModel):
+class _TokenEntry(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: _Name
@@ -54,7 +54,7 @@ class _Entry(BaseModel):
     groups: tuple[_Name, ...] = ()
 
     @model_validator(mode="after")
-    def _check_secret(self) -> _Entry:
+    def _check_secret(self) -> _TokenEntry:
         if (self.token is None) == (self.sha256 is None):
             raise ValueError("needs token or sha256, and not both")
         if self.sha256 is not None and not _SHA256.fullmatch(self.sha256):
@@ -118,7 +118,7 @@ def _read_entry(entry: Any) -> tuple[bytes, AccessToken]:
     if not isinstance(entry, dict):
         raise ValueError("must be a mapping with name, and token or sha256")
     try:
-        parsed = _Entry.model_validate(entry)
+        parsed = _TokenEntry.model_validate(entry)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))
@@ -128,4 +128,6 @@ def _read_entry(entry: Any) -> tuple[bytes, AccessToken]:
         expires_at = parsed.expires_at()
     except ValueError:
         raise ValueError("expires must be a date, such as 2030-01-31") from None
-    return parsed.digest(), AccessToken(Identity(parsed.name, frozenset(parsed.groups)), expires_at)
+    return parsed.digest(), AccessToken(
+        Identity(user=parsed.name, groups=frozenset(parsed.groups)), expires_at
+    )

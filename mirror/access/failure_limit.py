@@ -9,7 +9,7 @@ import ipaddress
 from collections import OrderedDict
 from typing import Final
 
-MAX_FAILURES: Final = 10
+MAX_LOGIN_FAILURES: Final = 10
 """Failures in a row that an address may have. A person mistypes twice; a guess needs millions."""
 RECOVERY_S: Final = 6.0
 """Seconds after which one more failure is allowed: ten in a minute."""
@@ -30,7 +30,7 @@ class FailureLimit:
     def seconds_to_wait(self, client: str, now: float) -> float:
         """Return the seconds until an address may try again. 0: at once."""
         failures = self._count(_network_of(client), now)
-        return max(0.0, (failures - MAX_FAILURES + 1) * RECOVERY_S)
+        return max(0.0, (failures - MAX_LOGIN_FAILURES + 1) * RECOVERY_S)
 
     def record(self, client: str, now: float) -> None:
         """Count a failure of an address at ``now``, in seconds."""

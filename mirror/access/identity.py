@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Final
 
 
-class Action(StrEnum):
+class AccessRight(StrEnum):
     """The actions in the ``may`` of a rule."""
 
     __hash__ = str.__hash__

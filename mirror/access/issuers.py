@@ -19,8 +19,10 @@ from mirror.config.access import Issuer, check_name
 
 LEEWAY_S: Final = 30.0
 """Seconds by which the clock of an issuer may differ."""
-_MAX_TOKEN_CHARS: Final = 16 * 1024
+_MAX_JWT_CHARS: Final = 16 * 1024
+"""Characters of a token: those with many groups have a few thousand."""
 _MAX_GROUPS: Final = 256
+"""Groups of a token that count: each decision compares them with those of the rules."""
 _JWT: Final = re.compile(r"eyJ[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 """A JWT begins with a JSON object, ``{"``, in base64url."""
 
@@ -44,7 +46,7 @@ class ValidToken:
 
 def is_jwt(text: str) -> bool:
     """Return whether a password or a bearer token has the form of a JWT."""
-    return len(text) <= _MAX_TOKEN_CHARS and _JWT.fullmatch(text) is not None
+    return len(text) <= _MAX_JWT_CHARS and _JWT.fullmatch(text) is not None
 
 
 def issuer_of(token: str) -> str:
@@ -152,7 +154,7 @@ def _identity_of(claims: dict[str, Any], issuer: Issuer) -> Identity:
             raise TokenRefused(f"its claim {issuer.groups_claim} is not a list")
         groups = [f"{issuer.groups_prefix}{name}" for name in listed[:_MAX_GROUPS]]
     try:
-        return Identity(check_name(issuer.user_prefix + user), frozenset(groups))
+        return Identity(user=check_name(issuer.user_prefix + user), groups=frozenset(groups))
     except ValueError as error:
         raise TokenRefused(f"its user cannot be used: {error}") from None
 

@@ -16,25 +16,26 @@ import jwt
 from mirror.access.watched_file import ParsedFile
 from mirror.oci.errors import MirrorError
 
-ALGORITHMS: Final = {
+KEY_ALGORITHMS: Final = {
     "RSA": ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"),
     "EC": ("ES256", "ES384", "ES512"),
     "OKP": ("EdDSA",),
 }
 """Type of a key -> algorithms (RFC 7518) that it may have signed with. No symmetric one: everybody
 who could check a token could forge it."""
-REFRESH_S: Final = 600.0
+KEYS_REFRESH_S: Final = 600.0
 """Seconds between two fetches of a set. Issuers publish a new key some time before they use it."""
-RETRY_S: Final = 10.0
+KEYS_RETRY_S: Final = 10.0
 """Seconds between two fetches for tokens with unknown keys, or after a failure. Anybody can send
 such a token."""
-_KEEP_S: Final = 86_400.0
+_KEYS_TTL_S: Final = 86_400.0
 """Seconds for which keys are used that cannot be fetched again."""
 _MAX_KEYS: Final = 100
+"""Keys of a set that count: issuers have a few."""
 _MIN_RSA_BITS: Final = 2048
 """RFC 7518, section 3.3."""
 
-Fetch: TypeAlias = Callable[[str, str | None], Awaitable[bytes]]
+FetchKeys: TypeAlias = Callable[[str, str | None], Awaitable[bytes]]
 """Returns the body of a URL. The second argument is a PEM file of authorities, or None. Raises
 ``MirrorError`` or ``OSError``."""
 
@@ -67,7 +68,7 @@ def parse_key_set(raw: bytes) -> ParsedFile[Keys]:
 
 def _read_key(entry: dict[str, Any]) -> PublicKey | None:
     """Return a key of a set. None: it is not for the signatures of tokens."""
-    algorithms = ALGORITHMS.get(str(entry.get("kty")), ())
+    algorithms = KEY_ALGORITHMS.get(str(entry.get("kty")), ())
     stated = entry.get("alg")
     if stated is not None:
         algorithms = tuple(one for one in algorithms if one == stated)
@@ -94,8 +95,8 @@ _PRIVATE: Final = frozenset({"d", "p", "q", "dp", "dq", "qi", "oth"})
 class FetchedKeySet:
     """A key set that is fetched from a URL."""
 
-    def __init__(self, url: str, ca: str | None, fetch: Fetch) -> None:
-        """Start without keys. See :data:`Fetch` for ``ca`` and ``fetch``."""
+    def __init__(self, url: str, ca: str | None, fetch: FetchKeys) -> None:
+        """Start without keys. See :data:`FetchKeys` for ``ca`` and ``fetch``."""
         self.url = url
         self._ca = ca
         self._fetch = fetch
@@ -106,7 +107,7 @@ class FetchedKeySet:
 
     def keys(self, now: float) -> Keys:
         """Return the keys. None of them if they could not be fetched for a day."""
-        if self._fetched_at is None or now - self._fetched_at > _KEEP_S:
+        if self._fetched_at is None or now - self._fetched_at > _KEYS_TTL_S:
             return ()
         return self._keys
 
@@ -114,13 +115,13 @@ class FetchedKeySet:
         """Return whether the set is to be fetched at ``now``, in seconds, or is being fetched."""
         if self.is_fetching:
             return True
-        if self._tried_at is not None and now - self._tried_at < RETRY_S:
+        if self._tried_at is not None and now - self._tried_at < KEYS_RETRY_S:
             return False
-        is_old = self._fetched_at is None or now - self._fetched_at >= REFRESH_S
+        is_old = self._fetched_at is None or now - self._fetched_at >= KEYS_REFRESH_S
         return is_key_unknown or is_old
 
     async def refresh(self, now: float) -> str:
-        """Fetch the set. Returns why that failed; the keys stay then. Empty: it did not."""
+        """FetchKeys the set. Returns why that failed; the keys stay then. Empty: it did not."""
         self._tried_at, self.is_fetching = now, True
         try:
             parsed = parse_key_set(await self._fetch(self.url, self._ca))

@@ -19,17 +19,17 @@ import re
 import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
 from cachetools import LRUCache
 
 from mirror.access.access_tokens import hash_token
-from mirror.access.credentials import Credentials
 from mirror.access.failure_limit import FailureLimit
-from mirror.access.identity import Identity
+from mirror.access.identity import ANONYMOUS, Identity
 from mirror.access.issuers import TokenRefused, is_jwt
+from mirror.access.login_credentials import LoginCredentials
 from mirror.oci.errors import TooManyRequests
 
 RESULT_TTL_S: Final = 60.0
@@ -40,6 +40,8 @@ _THREADS: Final = 2
 """Checks of passwords at the same time: each takes a processor."""
 _MAX_WAITING: Final = 256
 """Checks that wait for a thread: with a cost of 10, the last one waits for eight seconds."""
+_EMPTY: Final = re.compile(r"basic +Og== *", re.IGNORECASE)
+"""``Authorization`` of a client that was asked for credentials, and has none (skopeo): ``:``."""
 _BASIC: Final = re.compile(r"basic +([A-Za-z0-9+/_-]+={0,2}) *", re.IGNORECASE | re.ASCII)
 _BEARER: Final = re.compile(r"bearer +([A-Za-z0-9._~+/=-]+) *", re.IGNORECASE | re.ASCII)
 
@@ -49,28 +51,28 @@ class LoginFailed(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class _Result:
+class _LoginResult:
     identity: Identity | None
     """None: the credentials are wrong."""
     ends_at: float
 
 
-class Logins:
+class ClientLogins:
     """Checks the credentials of clients, for one process."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         """Start without credentials. ``now`` returns the seconds since the epoch."""
-        self._credentials: Credentials | None = None
+        self._credentials: LoginCredentials | None = None
         self._now = now
         self._key = secrets.token_bytes(32)
-        self._results: LRUCache[bytes, _Result] = LRUCache(_MAX_RESULTS)
+        self._results: LRUCache[bytes, _LoginResult] = LRUCache(_MAX_RESULTS)
         self._failures = FailureLimit()
         self._turn = asyncio.Semaphore(_THREADS)
         self._waiting = 0
         self._generation = 0
         self._threads = ThreadPoolExecutor(_THREADS, "password")
 
-    def use(self, credentials: Credentials | None) -> None:
+    def use(self, credentials: LoginCredentials | None) -> None:
         """Use these credentials from now on, and forget all results. None: nobody can log in."""
         self._credentials = credentials
         self._generation += 1
@@ -96,6 +98,8 @@ class Logins:
             LoginFailed: The credentials are wrong, malformed, or of another kind.
             TooManyRequests: The address has failed too often, or too many clients log in.
         """
+        if _EMPTY.fullmatch(authorization):
+            return ANONYMOUS
         if self._credentials is None:
             raise LoginFailed("nobody can log in here: leave out the credentials")
         key = hmac.digest(self._key, authorization.encode(errors="replace"), "sha256")
@@ -109,7 +113,7 @@ class Logins:
             raise LoginFailed("the user name or the password is wrong")
         return result.identity
 
-    def _find(self, key: bytes) -> _Result | None:
+    def _find(self, key: bytes) -> _LoginResult | None:
         result = self._results.get(key)
         return result if result is not None and self._now() < result.ends_at else None
 
@@ -121,40 +125,41 @@ class Logins:
             )
 
     async def _check(
-        self, credentials: Credentials, key: bytes, authorization: str, client: str
-    ) -> _Result:
+        self, credentials: LoginCredentials, key: bytes, authorization: str, client: str
+    ) -> _LoginResult:
         generation = self._generation
         user, secret = _parse(authorization)
         result = await self._check_token(credentials, secret)
         if result is None and user is not None and credentials.passwords is not None:
             check = partial(credentials.passwords.is_right, user, secret)
-            is_right = await self._check_password(check, key, client)
-            result = _Result(Identity(user) if is_right else None, self._now() + RESULT_TTL_S)
+            is_right = await self._is_password_right(check, key, client)
+            result = _LoginResult(Identity(user) if is_right else None, self._now() + RESULT_TTL_S)
         if result is None:
-            result = _Result(None, self._now() + RESULT_TTL_S)
+            result = _LoginResult(identity=None, ends_at=self._now() + RESULT_TTL_S)
         if generation == self._generation:
             self._results[key] = result
         return result
 
-    async def _check_token(self, credentials: Credentials, secret: str) -> _Result | None:
+    async def _check_token(self, credentials: LoginCredentials, secret: str) -> _LoginResult | None:
         """Check a token or a JWT. Returns None for anything else."""
         now = self._now()
+        wrong = _LoginResult(identity=None, ends_at=now + RESULT_TTL_S)
         token = credentials.tokens.get(hash_token(secret))
         if token is not None:
-            ends_at = token.expires_at
-            if ends_at is not None and now >= ends_at:
-                return _Result(None, now + RESULT_TTL_S)
-            return _Result(token.identity, min(now + RESULT_TTL_S, ends_at or float("inf")))
+            ends_at = float("inf") if token.expires_at is None else token.expires_at
+            if now >= ends_at:
+                return wrong
+            return _LoginResult(token.identity, ends_at=min(now + RESULT_TTL_S, ends_at))
         if not (credentials.issuers and is_jwt(secret)):
             return None
         try:
             valid = await credentials.check_jwt(secret)
         except TokenRefused as error:
             credentials.report(f"access.issuers: a token was refused: {error}")
-            return _Result(None, now)  # Not remembered: its key may be fetched meanwhile.
-        return _Result(valid.identity, min(now + RESULT_TTL_S, valid.expires_at))
+            return replace(wrong, ends_at=now)  # Not remembered: its key may be fetched meanwhile.
+        return _LoginResult(valid.identity, ends_at=min(now + RESULT_TTL_S, valid.expires_at))
 
-    async def _check_password(self, check: Callable[[], bool], key: bytes, client: str) -> bool:
+    async def _is_password_right(self, check: Callable[[], bool], key: bytes, client: str) -> bool:
         """Return the result of ``check``, called in a thread when it is its turn."""
         if self._waiting >= _MAX_WAITING:
             raise TooManyRequests("too many clients log in at the same time")

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Final
 
-from mirror.access.identity import ANONYMOUS, Action, Identity
-from mirror.config.access import EVERYBODY, GROUP, LOGGED_IN, Access
+from mirror.access.identity import ANONYMOUS, AccessRight, Identity
+from mirror.config.access import EVERYBODY, GROUP, LOGGED_IN, AccessSection
 from mirror.oci.reference import Repository
 
 _MAX_DECISIONS: Final = 16_384
@@ -33,7 +33,9 @@ class _CompiledRule:
         self.is_for_logged_in = LOGGED_IN in who
         self.groups = frozenset(name.removeprefix(GROUP) for name in who if name.startswith(GROUP))
         self.users = frozenset(name for name in who if not name.startswith(GROUP))
-        self.actions = frozenset(Action) if Action.ADMIN in may else frozenset(map(Action, may))
+        self.actions = (
+            frozenset(AccessRight) if AccessRight.ADMIN in may else frozenset(map(AccessRight, may))
+        )
 
     def is_for(self, identity: Identity) -> bool:
         """Return whether ``who`` has the client."""
@@ -55,7 +57,7 @@ class _CompiledRule:
 class Rules:
     """The rules of a configuration."""
 
-    def __init__(self, access: Access, hosted_name: str | None) -> None:
+    def __init__(self, access: AccessSection, hosted_name: str | None) -> None:
         """Compile the rules.
 
         Args:
@@ -68,13 +70,22 @@ class Rules:
         self._may_pull_mirrored = access.anonymous_pull
         self._hosted_name = hosted_name
         self._groups_of = _groups_of(access.groups)
-        self.may = lru_cache(_MAX_DECISIONS)(self._decide)
-        """Return whether a client may do something with a repository: the one decision."""
+        self._is_allowed_cached = lru_cache(_MAX_DECISIONS)(self._is_allowed)
 
-    def _decide(self, identity: Identity, repository: Repository, action: Action) -> bool:
+    def is_allowed(self, identity: Identity, repository: Repository, action: AccessRight) -> bool:
+        """Return whether a client may do something with a repository: the one decision.
+
+        Args:
+            identity: The client.
+            repository: The repository, which need not exist.
+            action: What the client wants to do.
+        """
+        return self._is_allowed_cached(identity, repository, action)
+
+    def _is_allowed(self, identity: Identity, repository: Repository, action: AccessRight) -> bool:
         more = self._groups_of.get(identity.user)
         if more is not None:
-            identity = Identity(identity.user, identity.groups | more)
+            identity = Identity(user=identity.user, groups=identity.groups | more)
         name = str(repository)
         # In image names, docker.io/app also means docker.io/library/app.
         short = name.replace("docker.io/library/", "docker.io/", 1)
@@ -82,14 +93,14 @@ class Rules:
             if rule.is_for(identity) and (rule.is_about(name) or rule.is_about(short)):
                 return action in rule.actions
         is_mirrored = repository.upstream != self._hosted_name
-        return is_mirrored and action is Action.PULL and self._may_pull_mirrored
+        return is_mirrored and action is AccessRight.PULL and self._may_pull_mirrored
 
-    def needs_login(self) -> bool:
+    def is_login_needed(self) -> bool:
         """Return whether a client that has not logged in may not do all with hosted repositories.
 
         Only the first rule that is for everybody counts: rules after it may permit less.
         """
-        everything = {Action.PULL, Action.PUSH, Action.DELETE}
+        everything = {AccessRight.PULL, AccessRight.PUSH, AccessRight.DELETE}
         for rule in self._rules:
             if rule.is_for(ANONYMOUS):
                 is_for_all = {"**", f"{self._hosted_name}/**"} & rule.repositories

@@ -22,7 +22,7 @@ _MAX_COST: Final = 14
 """Cost of a hash at most. Its check takes about a second; each further one doubles that."""
 _MAX_PASSWORD_BYTES: Final = 72
 """Bytes of a password that bcrypt takes into account. ``htpasswd`` ignores the others, too."""
-_REMEDY: Final = "make it with htpasswd -B"
+_HTPASSWD_REMEDY: Final = "make it with htpasswd -B"
 
 Users: TypeAlias = Mapping[str, bytes]
 """Name -> bcrypt hash."""
@@ -43,7 +43,7 @@ def parse_users(raw: bytes) -> ParsedFile[Users]:
             continue
         match = _HASH.fullmatch(hashed)
         if not colon or match is None:
-            problems.append(f"line {number}: the hash is not bcrypt: {_REMEDY}")
+            problems.append(f"line {number}: the hash is not bcrypt: {_HTPASSWD_REMEDY}")
         elif int(match["cost"]) > _MAX_COST:
             problems.append(f"line {number}: the cost of the hash is more than {_MAX_COST}")
         elif name in users:

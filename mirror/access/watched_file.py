@@ -19,7 +19,7 @@ from mirror.oci.errors import ConfigError
 
 T = TypeVar("T")
 
-_MAX_FILE_BYTES: Final = 4 * 1024 * 1024
+_MAX_CREDENTIALS_BYTES: Final = 4 * 1024 * 1024
 """Bytes of a file: 40,000 users."""
 
 
@@ -58,10 +58,10 @@ class WatchedFile(Generic[T]):
         stamp = self._find_stamp()
         try:
             with Path(self.path).open("rb") as file:
-                raw = file.read(_MAX_FILE_BYTES + 1)
+                raw = file.read(_MAX_CREDENTIALS_BYTES + 1)
             parsed = self._parse(raw)
-            if len(raw) > _MAX_FILE_BYTES:
-                reason = f"larger than {_MAX_FILE_BYTES} bytes"
+            if len(raw) > _MAX_CREDENTIALS_BYTES:
+                reason = f"larger than {_MAX_CREDENTIALS_BYTES} bytes"
                 parsed = ParsedFile(self._parse(b"").content, (reason,))
         except OSError as error:
             parsed = ParsedFile(self._parse(b"").content, (error.strerror or str(error),))

@@ -20,9 +20,9 @@ LOGGED_IN: Final = "authenticated"
 """In ``who``: every client that has logged in."""
 GROUP: Final = "group:"
 """In ``who``: what comes before the name of a group."""
-MAX_NAME_CHARS: Final = 256
+MAX_USER_CHARS: Final = 256
 """Characters of the name of a user or a group: the ``sub`` of a CI job has up to 200."""
-_NAME: Final = re.compile(r"[!-9;-~][!-~]*")  # Printable ASCII without spaces.
+_USER_NAME: Final = re.compile(r"[!-9;-~][!-~]*")  # Printable ASCII without spaces.
 _COMPONENT: Final = re.compile(r"[a-z0-9._*-]+")
 _HOST_PATTERN: Final = re.compile(
     r"[a-z0-9._*-]+(?::[0-9*]{1,5})?|\[[0-9a-f:.]+\](?::[0-9*]{1,5})?"
@@ -33,8 +33,8 @@ RuleAction: TypeAlias = Literal["pull", "push", "delete", "admin"]
 
 def check_name(text: str) -> str:
     """Check the name of a user or a group. Raises ``ValueError``."""
-    if not _NAME.fullmatch(text) or len(text) > MAX_NAME_CHARS:
-        raise ValueError(f"a name has 1 to {MAX_NAME_CHARS} printable characters and no space")
+    if not _USER_NAME.fullmatch(text) or len(text) > MAX_USER_CHARS:
+        raise ValueError(f"a name has 1 to {MAX_USER_CHARS} printable characters and no space")
     if text in (EVERYBODY, LOGGED_IN) or text.startswith(GROUP):
         raise ValueError(f"{text} has a meaning of its own in rules: use another name")
     return text
@@ -114,9 +114,14 @@ class Issuer(Section):
     of a public CI, needs one that names your organisation.
     """
 
+    @property
+    def has_key_url(self) -> bool:
+        """Whether the keys are fetched from a URL."""
+        return "://" in self.jwks
+
 
 class AccessRule(Section):
-    """What some clients may do with some repositories."""
+    """The actions that some clients may take on some repositories."""
 
     repositories: Annotated[
         tuple[Annotated[str, AfterValidator(_check_pattern)], ...], Field(min_length=1)
@@ -142,8 +147,8 @@ class AccessRule(Section):
         return "**" in self.repositories and EVERYBODY in self.who
 
 
-class Access(Section):
-    """Who may do what with which repository."""
+class AccessSection(Section):
+    """The users, and the rules for what they may do."""
 
     users: FilePath | None = None
     """An htpasswd file with bcrypt hashes (htpasswd -B). Read again when it changes."""
@@ -163,8 +168,7 @@ class Access(Section):
     """
     anonymous_pull: bool = True
     """
-    Everybody may pull mirrored repositories that no rule fits, from the mirror's listener. Hosted
-    repositories always need a rule.
+    Let everybody pull mirrored repositories that no rule fits. Hosted ones always need a rule.
     """
     allow_plain_http: bool = False
     """

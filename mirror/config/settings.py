@@ -17,7 +17,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from yarl import URL
 
 from mirror.config import values
-from mirror.config.access import Access as Access
+from mirror.config.access import AccessSection as AccessSection
 from mirror.config.listeners import Admin as Admin
 from mirror.config.listeners import Hosted as Hosted
 from mirror.config.listeners import Tls as Tls
@@ -305,8 +305,8 @@ class Settings(Section):
     """Serve the admin API and its page. Without this section, neither is served."""
     hosted: Hosted | None = None
     """Host repositories, which clients push to. Without this section, nothing can be pushed."""
-    access: Access | None = None
-    """Who may do what. Without this section, everybody may pull, and push at hosted.listen."""
+    access: AccessSection | None = None
+    """Users and rules. Without this section, everybody may pull, and push at hosted.listen."""
     log: Log = Log()
     """The log lines on standard output."""
     storage: Storage = Storage()

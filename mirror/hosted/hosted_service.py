@@ -149,7 +149,13 @@ class HostedService:
         await self._database.write(mark, is_durable=False)
 
     async def delete_blob(self, repository: str, digest: Digest, actor: Actor = SERVER) -> None:
-        """Delete a blob of a repository. Raises ``BlobUnknown``."""
+        """Delete a blob of a repository. Raises ``BlobUnknown``.
+
+        Args:
+            repository: The repository.
+            digest: The digest of the blob.
+            actor: Who deletes it.
+        """
         delete = partial(name_rows.delete_blob, repository=repository, digest=digest)
 
         def tell(size: int | None) -> None:
@@ -254,7 +260,13 @@ class HostedService:
     async def delete_manifest(
         self, repository: str, reference: Reference, actor: Actor = SERVER
     ) -> None:
-        """Delete a manifest with its tags, or one tag. Raises ``ManifestUnknown``."""
+        """Delete a manifest with its tags, or one tag. Raises ``ManifestUnknown``.
+
+        Args:
+            repository: The repository.
+            reference: The digest of the manifest, or the tag.
+            actor: Who deletes it.
+        """
         if isinstance(reference, Digest):
             delete = partial(name_rows.delete_manifest, repository=repository, digest=reference)
         else:

@@ -20,7 +20,7 @@ from mirror.upstream.transport import Transport, read_body
 
 _MAX_DOCUMENT_BYTES: Final = 1024 * 1024
 """Bytes of a document: a key set has a few thousand."""
-_TIMEOUT_S: Final = 15.0
+_DOCUMENT_TIMEOUT_S: Final = 15.0
 """Seconds until a document has to be complete."""
 
 
@@ -42,7 +42,7 @@ async def fetch_named_document(url: str, ca: str | None, listen: Collection[str]
     transport = Transport(settings, own_addresses=own)
     try:
         async with (
-            asyncio.timeout(_TIMEOUT_S),
+            asyncio.timeout(_DOCUMENT_TIMEOUT_S),
             transport.exchange(
                 "GET",
                 target,
@@ -56,6 +56,6 @@ async def fetch_named_document(url: str, ca: str | None, listen: Collection[str]
                 raise UpstreamProtocolError(f"the response is {response.http.status}")
             return await read_body(response, _MAX_DOCUMENT_BYTES)
     except TimeoutError:
-        raise UpstreamUnavailable(f"no response within {_TIMEOUT_S:g} s") from None
+        raise UpstreamUnavailable(f"no response within {_DOCUMENT_TIMEOUT_S:g} s") from None
     finally:
         await transport.close()

@@ -61,7 +61,7 @@ from mirror.web.health import Health
 from mirror.web.hosted_access import Authorize, allow_everybody
 from mirror.web.hosted_handler import HostedHandler
 from mirror.web.probe_image import PROBE_REPOSITORY, ProbeImage
-from mirror.web.pull_access import check_pull, find_visible, record_request
+from mirror.web.pull_access import check_pull, find_visible
 from mirror.web.stored_responses import StoredResponses, make_request_id
 from mirror.web.streaming import Body, Sender, SingleWriteResponse, applicable_range
 
@@ -337,7 +337,7 @@ class Handler:
     async def _send_manifest(
         self, parsed: paths.ManifestRequest, request: web.BaseRequest, pull: RequestRecord
     ) -> web.StreamResponse:
-        record_request(pull, Kind.MANIFEST, parsed, str(parsed.reference))
+        _record_request(pull, Kind.MANIFEST, parsed, str(parsed.reference))
         is_head = request.method == "HEAD"
         accept = parse_accept(request.headers.getall("Accept", ()))
         result = await self._service.manifest(
@@ -363,7 +363,7 @@ class Handler:
     async def _send_blob(
         self, parsed: paths.BlobRequest, request: web.BaseRequest, pull: RequestRecord
     ) -> web.StreamResponse:
-        record_request(pull, Kind.BLOB, parsed, str(parsed.digest))
+        _record_request(pull, Kind.BLOB, parsed, str(parsed.digest))
         is_head = request.method == "HEAD"
         wanted = applicable_range(request, parsed.digest)
         result = await self._service.blob(
@@ -430,7 +430,7 @@ class Handler:
     async def _send_tags(
         self, parsed: paths.TagsRequest, request: web.BaseRequest, pull: RequestRecord
     ) -> web.StreamResponse:
-        record_request(pull, Kind.TAGS, parsed, "")
+        _record_request(pull, Kind.TAGS, parsed, "")
         result = await self._service.tags(parsed.repository, parsed.count, parsed.last, pull)
         name = parsed.prefix + parsed.repository.path
         headers = {"Content-Type": "application/json", **common_headers(pull)}
@@ -444,7 +444,7 @@ class Handler:
     async def _send_referrers(
         self, parsed: paths.ReferrersRequest, request: web.BaseRequest, pull: RequestRecord
     ) -> web.StreamResponse:
-        record_request(pull, Kind.REFERRERS, parsed, str(parsed.digest))
+        _record_request(pull, Kind.REFERRERS, parsed, str(parsed.digest))
         data = await self._service.referrers(
             parsed.repository, parsed.digest, parsed.artifact_type, pull
         )
@@ -455,6 +455,18 @@ class Handler:
             Digest.of(data), OCI_INDEX, size=len(data), source=data, is_fresh=is_never_fresh
         )
         return await Sender(request, pull, self._emit).send(body, extra)
+
+
+def _record_request(
+    pull: RequestRecord, kind: Kind, parsed: paths.RepositoryRequest, reference: str
+) -> None:
+    pull.kind = kind
+    pull.ns = parsed.ns
+    pull.upstream = parsed.repository.upstream
+    pull.repository = parsed.repository.path
+    pull.reference = reference
+    # Until the content is found in the cache. The client may leave before that.
+    pull.outcome = Outcome.MISS
 
 
 def _build_json_response(body: bytes, pull: RequestRecord, status: int = 200) -> web.Response:

@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import TypeAlias
 
 from mirror.access.access_control import AccessControl
-from mirror.access.identity import Action
+from mirror.access.identity import AccessRight
 from mirror.oci.errors import Denied
 from mirror.oci.reference import Repository
 
@@ -66,7 +66,7 @@ def authorize_by(access: AccessControl) -> Authorize:
         identity = await access.check_push_door(
             attempt.authorization,
             attempt.client,
-            None if action in (AccessAction.PING, AccessAction.LIST) else Action(action.value),
+            None if action in (AccessAction.PING, AccessAction.LIST) else AccessRight(action.value),
             attempt.repository,
             is_ping=action is AccessAction.PING,
         )

@@ -187,7 +187,7 @@ class HostedHandler:
         is_deletion = request.method == "DELETE" and not isinstance(parsed, UploadRequest)
         action = AccessAction.DELETE if is_deletion else AccessAction.PUSH
         user = await self._ask(request, pull, action, parsed.repository)
-        actor = Actor(user, pull.client)
+        actor = Actor(user=user, client=pull.client)
         pull.outcome = Outcome.DELETED if is_deletion else Outcome.PUSHED
         match parsed:
             case StartUpload():

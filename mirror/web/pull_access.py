@@ -1,30 +1,20 @@
 """What the mirror's own door asks before it serves a request: may the client read this?
 
-Lives here: the question for each kind of request, and the record of what was requested. Must not
-know: rules, how users are known, how a request is served.
+Lives here: the question for each kind of request. Must not know: rules, how users are known, how a
+request is served.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
 
 from aiohttp import web
 
 from mirror.access.access_control import AccessControl
-from mirror.observability.events import Kind, Outcome, RequestRecord
-from mirror.oci.errors import MirrorError
+from mirror.observability.events import RequestRecord
 from mirror.oci.reference import Repository
 from mirror.web import paths
 from mirror.web.probe_image import PROBE_REPOSITORY
-
-_KINDS: Final = {
-    paths.ManifestRequest: Kind.MANIFEST,
-    paths.BlobRequest: Kind.BLOB,
-    paths.TagsRequest: Kind.TAGS,
-    paths.ReferrersRequest: Kind.REFERRERS,
-}
-"""Type of a request for a repository -> its kind in the record."""
 
 
 async def check_pull(
@@ -39,7 +29,7 @@ async def check_pull(
         access: The rules in force.
         parsed: The request.
         request: The same, as it was sent.
-        pull: Its record. Gets the user.
+        pull: Its record. Gets the repository and the user.
 
     Raises:
         Denied: The client may not.
@@ -49,12 +39,9 @@ async def check_pull(
         return
     if parsed.repository.path == PROBE_REPOSITORY:
         return
+    pull.upstream, pull.repository = parsed.repository.upstream, parsed.repository.path
     authorization = request.headers.get("Authorization")
-    try:
-        identity = await access.check_pull(authorization, pull.client, parsed.repository)
-    except MirrorError:
-        record_request(pull, _KINDS[type(parsed)], parsed, _reference_of(parsed))
-        raise
+    identity = await access.check_pull(authorization, pull.client, parsed.repository)
     pull.user = identity.user
 
 
@@ -71,32 +58,3 @@ async def find_visible(
     if not access.is_enforced:
         return None
     return await access.may_list(request.headers.get("Authorization"), pull.client)
-
-
-def record_request(
-    pull: RequestRecord, kind: Kind, parsed: paths.RepositoryRequest, reference: str
-) -> None:
-    """Write what a request is about into its record.
-
-    Args:
-        pull: The record.
-        kind: What is requested.
-        parsed: The request.
-        reference: The tag or digest. Empty: it names none.
-    """
-    pull.kind = kind
-    pull.ns = parsed.ns
-    pull.upstream = parsed.repository.upstream
-    pull.repository = parsed.repository.path
-    pull.reference = reference
-    # Until the content is found in the cache. The client may leave before that.
-    pull.outcome = Outcome.MISS
-
-
-def _reference_of(parsed: paths.RepositoryRequest) -> str:
-    match parsed:
-        case paths.ManifestRequest():
-            return str(parsed.reference)
-        case paths.TagsRequest():
-            return ""
-    return str(parsed.digest)

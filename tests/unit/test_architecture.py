@@ -101,11 +101,21 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         *BELOW_SERVER,
     },
     "processes": {
+        "access.login_credentials",
         "hosted.database",
         "store.layout",
         *("admin", "server", "config.reload", "observability.metrics", *SHARED),
     },
-    "cli": {"cli", "operations", "inventory", "composition", "processes", *LOADING, *BELOW_SERVER},
+    "cli": {
+        "cli",
+        "access.login_credentials",
+        "operations",
+        "inventory",
+        "composition",
+        "processes",
+        *LOADING,
+        *BELOW_SERVER,
+    },
     "__main__": {"cli"},
 }
 """Package -> the packages, or single modules, that it may import. Modules of ``SPLIT`` packages

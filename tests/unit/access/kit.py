@@ -13,7 +13,7 @@ import jwt
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from jwt.algorithms import ECAlgorithm, RSAAlgorithm
 
-from mirror.config.access import Access
+from mirror.config.access import AccessSection
 
 NOW = 1_900_000_000.0
 ISSUER = "https://issuer.example"
@@ -45,9 +45,9 @@ def rule(repositories: Any, who: Any, *may: str) -> dict[str, Any]:
     }
 
 
-def access_section(*rules: Mapping[str, Any], **keys: Any) -> Access:
+def access_section(*rules: Mapping[str, Any], **keys: Any) -> AccessSection:
     """Return the section ``access``."""
-    return Access.model_validate({"rules": list(rules), **keys})
+    return AccessSection.model_validate({"rules": list(rules), **keys})
 
 
 # --- issuers --------------------------------------------------------------------------------------

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from mirror.access import failure_limit
-from mirror.access.failure_limit import MAX_FAILURES, RECOVERY_S, FailureLimit
+from mirror.access.failure_limit import MAX_LOGIN_FAILURES, RECOVERY_S, FailureLimit
 
 
 def test_address_waits_after_the_last_allowed_failure_and_recovers() -> None:
     limit = FailureLimit()
-    for _ in range(MAX_FAILURES):
+    for _ in range(MAX_LOGIN_FAILURES):
         assert limit.seconds_to_wait("192.0.2.1", 0.0) == 0
         limit.record("192.0.2.1", 0.0)
     assert limit.seconds_to_wait("192.0.2.1", 0.0) == RECOVERY_S
@@ -21,14 +21,14 @@ def test_address_waits_after_the_last_allowed_failure_and_recovers() -> None:
 
 def test_clock_that_goes_back_forgives_nothing() -> None:
     limit = FailureLimit()
-    for _ in range(MAX_FAILURES):
+    for _ in range(MAX_LOGIN_FAILURES):
         limit.record("192.0.2.1", 1000.0)
     assert limit.seconds_to_wait("192.0.2.1", 0.0) == RECOVERY_S
 
 
 def test_ipv6_network_of_a_customer_counts_as_one() -> None:
     limit = FailureLimit()
-    for number in range(MAX_FAILURES):
+    for number in range(MAX_LOGIN_FAILURES):
         limit.record(f"2001:db8::{number:x}", 0.0)
     assert limit.seconds_to_wait("2001:db8::ffff", 0.0) > 0
     assert limit.seconds_to_wait("2001:db8:0:1::1", 0.0) == 0

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from mirror.access.key_sets import REFRESH_S, RETRY_S, FetchedKeySet, parse_key_set
+from mirror.access.key_sets import KEYS_REFRESH_S, KEYS_RETRY_S, FetchedKeySet, parse_key_set
 from mirror.oci.errors import UpstreamUnavailable
 from tests.unit.access.kit import NOW, Signer, key_set
 
@@ -71,15 +71,17 @@ async def test_set_of_a_url_is_fetched_again_and_kept_while_that_fails() -> None
     assert keys.is_due(NOW)
     assert await keys.refresh(NOW) == ""
     assert [key.key_id for key in keys.keys(NOW)] == ["one"]
-    assert not keys.is_due(NOW + REFRESH_S - 1)
-    assert not keys.is_due(NOW + RETRY_S - 1, is_key_unknown=True)
-    assert keys.is_due(NOW + RETRY_S, is_key_unknown=True)
-    later = NOW + REFRESH_S
+    assert not keys.is_due(NOW + KEYS_REFRESH_S - 1)
+    assert not keys.is_due(NOW + KEYS_RETRY_S - 1, is_key_unknown=True)
+    assert keys.is_due(NOW + KEYS_RETRY_S, is_key_unknown=True)
+    later = NOW + KEYS_REFRESH_S
     assert keys.is_due(later)
     assert await keys.refresh(later) == "https://keys.example: down"
     assert not keys.is_due(later + 1)
-    assert await keys.refresh(later + RETRY_S) == "https://keys.example: not a JSON Web Key Set"
+    assert (
+        await keys.refresh(later + KEYS_RETRY_S) == "https://keys.example: not a JSON Web Key Set"
+    )
     assert [key.key_id for key in keys.keys(later)] == ["one"]
-    assert await keys.refresh(later + 2 * RETRY_S) == ""
+    assert await keys.refresh(later + 2 * KEYS_RETRY_S) == ""
     assert [key.key_id for key in keys.keys(later)] == ["two"], "rotated"
     assert keys.keys(later + 100_000) == (), "a set that cannot be fetched for a day is not used"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mirror.access.identity import ANONYMOUS, Action, Identity
+from mirror.access.identity import ANONYMOUS, Identity
+from mirror.access.identity import AccessRight as Right
 from mirror.access.rules import Rules
 from mirror.oci.reference import Repository
 from tests.unit.access.kit import access_section, rule
@@ -36,8 +37,10 @@ def repository(name: str) -> Repository:
 )  # fmt: skip
 def test_pattern_matches_whole_names(pattern: str, matching: list[str], others: list[str]) -> None:
     rules = Rules(access_section(rule(pattern, "ci", "push")), HOST)
-    assert [name for name in matching if not rules.may(CI, repository(name), Action.PUSH)] == []
-    assert [name for name in others if rules.may(CI, repository(name), Action.PUSH)] == []
+    assert [
+        name for name in matching if not rules.is_allowed(CI, repository(name), Right.PUSH)
+    ] == []
+    assert [name for name in others if rules.is_allowed(CI, repository(name), Right.PUSH)] == []
 
 
 @pytest.mark.parametrize(
@@ -54,7 +57,9 @@ def test_pattern_matches_whole_names(pattern: str, matching: list[str], others: 
 def test_who_names_users_groups_or_everybody(who: str, identities: list[Identity]) -> None:
     rules = Rules(access_section(rule("**", who, "push")), HOST)
     found = [
-        one for one in (ANONYMOUS, CI, DEV) if rules.may(one, repository("a.b/c"), Action.PUSH)
+        one
+        for one in (ANONYMOUS, CI, DEV)
+        if rules.is_allowed(one, repository("a.b/c"), Right.PUSH)
     ]
     assert found == identities
 
@@ -62,8 +67,8 @@ def test_who_names_users_groups_or_everybody(who: str, identities: list[Identity
 def test_group_of_the_configuration_has_its_members() -> None:
     access = access_section(rule("**", "group:ops", "push"), groups={"ops": ["ci"]})
     rules = Rules(access, HOST)
-    assert rules.may(CI, repository("a.b/c"), Action.PUSH)
-    assert not rules.may(DEV, repository("a.b/c"), Action.PUSH)
+    assert rules.is_allowed(CI, repository("a.b/c"), Right.PUSH)
+    assert not rules.is_allowed(DEV, repository("a.b/c"), Right.PUSH)
 
 
 def test_first_rule_that_fits_decides_also_with_a_no() -> None:
@@ -76,11 +81,11 @@ def test_first_rule_that_fits_decides_also_with_a_no() -> None:
         HOST,
     )
     secret, other = repository(f"{HOST}/a/secret"), repository(f"{HOST}/a/other")
-    assert rules.may(CI, secret, Action.PULL)
-    assert not rules.may(CI, secret, Action.PUSH), "the first rule fits, and has no push"
-    assert not rules.may(DEV, secret, Action.PULL)
-    assert rules.may(DEV, other, Action.PUSH)
-    assert not rules.may(DEV, other, Action.DELETE)
+    assert rules.is_allowed(CI, secret, Right.PULL)
+    assert not rules.is_allowed(CI, secret, Right.PUSH), "the first rule fits, and has no push"
+    assert not rules.is_allowed(DEV, secret, Right.PULL)
+    assert rules.is_allowed(DEV, other, Right.PUSH)
+    assert not rules.is_allowed(DEV, other, Right.DELETE)
 
 
 def test_admin_may_do_everything_and_others_are_no_admins() -> None:
@@ -90,19 +95,19 @@ def test_admin_may_do_everything_and_others_are_no_admins() -> None:
         ),
         HOST,
     )
-    assert all(rules.may(CI, repository(f"{HOST}/a"), action) for action in Action)
-    assert not rules.may(DEV, repository(f"{HOST}/a"), Action.ADMIN)
+    assert all(rules.is_allowed(CI, repository(f"{HOST}/a"), action) for action in Right)
+    assert not rules.is_allowed(DEV, repository(f"{HOST}/a"), Right.ADMIN)
 
 
 def test_without_a_rule_mirrored_repositories_can_be_pulled_and_hosted_ones_cannot() -> None:
     rules = Rules(access_section(), HOST)
     mirrored, hosted = repository("docker.io/a"), repository(f"{HOST}/a")
     for identity in (ANONYMOUS, CI):
-        assert rules.may(identity, mirrored, Action.PULL)
-        assert not rules.may(identity, mirrored, Action.PUSH)
-        assert not any(rules.may(identity, hosted, action) for action in Action)
+        assert rules.is_allowed(identity, mirrored, Right.PULL)
+        assert not rules.is_allowed(identity, mirrored, Right.PUSH)
+        assert not any(rules.is_allowed(identity, hosted, action) for action in Right)
     closed = Rules(access_section(anonymous_pull=False), HOST)
-    assert not closed.may(CI, mirrored, Action.PULL)
+    assert not closed.is_allowed(CI, mirrored, Right.PULL)
 
 
 @pytest.mark.parametrize(
@@ -120,4 +125,4 @@ def test_without_a_rule_mirrored_repositories_can_be_pulled_and_hosted_ones_cann
 def test_login_is_needed_unless_everybody_may_do_everything(
     rules: list[dict[str, object]], expected: bool
 ) -> None:
-    assert Rules(access_section(*rules), HOST).needs_login() is expected
+    assert Rules(access_section(*rules), HOST).is_login_needed() is expected

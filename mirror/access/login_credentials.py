@@ -13,10 +13,10 @@ from typing import Any, Final
 
 from mirror.access.access_tokens import AccessTokens, parse_tokens
 from mirror.access.issuers import KeyUnknown, TokenRefused, ValidToken, check_token, issuer_of
-from mirror.access.key_sets import Fetch, FetchedKeySet, Keys, parse_key_set
+from mirror.access.key_sets import FetchedKeySet, FetchKeys, Keys, parse_key_set
 from mirror.access.users import PasswordCheck, Users, parse_users
 from mirror.access.watched_file import WatchedFile
-from mirror.config.access import Access, Issuer
+from mirror.config.access import AccessSection, Issuer
 from mirror.oci.errors import Draining
 from mirror.single_flight import SingleFlight
 
@@ -37,13 +37,13 @@ class _IssuerKeys:
         return source.keys(now) if isinstance(source, FetchedKeySet) else source.content
 
 
-class Credentials:
+class LoginCredentials:
     """The users, tokens and issuers of one configuration."""
 
     def __init__(
         self,
-        access: Access,
-        fetch: Fetch,
+        access: AccessSection,
+        fetch: FetchKeys,
         single_flight: SingleFlight,
         now: Callable[[], float],
         report: Callable[[str], None],
@@ -65,12 +65,8 @@ class Credentials:
         self.report = report
         self._reported: dict[str, str] = {}
         """Key set -> the failure that was reported last."""
-        self._users: WatchedFile[Users] | None = None
-        self._tokens: WatchedFile[AccessTokens] | None = None
-        if access.users is not None:
-            self._users = WatchedFile("access.users", access.users, parse_users)
-        if access.tokens is not None:
-            self._tokens = WatchedFile("access.tokens", access.tokens, parse_tokens)
+        self._users = _users_of(access)
+        self._tokens = _tokens_of(access)
         self.issuers = {
             one.issuer: _IssuerKeys(one, _key_source(index, one, fetch))
             for index, one in enumerate(access.issuers)
@@ -148,7 +144,34 @@ class Credentials:
         self._reported[source.url] = failure
 
 
-def _key_source(index: int, issuer: Issuer, fetch: Fetch) -> WatchedFile[Keys] | FetchedKeySet:
-    if "://" in issuer.jwks:
+def check_files(access: AccessSection) -> None:
+    """Read all files of a configuration. Raises ``ConfigError`` for the first that is wrong."""
+    key_files = [
+        _key_file(index, one) for index, one in enumerate(access.issuers) if not one.has_key_url
+    ]
+    files: list[WatchedFile[Any] | None] = [_users_of(access), _tokens_of(access), *key_files]
+    for file in files:
+        if file is not None:
+            file.read_strictly()
+
+
+def _users_of(access: AccessSection) -> WatchedFile[Users] | None:
+    if access.users is None:
+        return None
+    return WatchedFile("access.users", access.users, parse_users)
+
+
+def _tokens_of(access: AccessSection) -> WatchedFile[AccessTokens] | None:
+    if access.tokens is None:
+        return None
+    return WatchedFile("access.tokens", access.tokens, parse_tokens)
+
+
+def _key_source(index: int, issuer: Issuer, fetch: FetchKeys) -> WatchedFile[Keys] | FetchedKeySet:
+    if issuer.has_key_url:
         return FetchedKeySet(issuer.jwks, issuer.ca, fetch)
+    return _key_file(index, issuer)
+
+
+def _key_file(index: int, issuer: Issuer) -> WatchedFile[Keys]:
     return WatchedFile(f"access.issuers[{index}].jwks", issuer.jwks, parse_key_set)
