@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
-from bench.measure import MIB, costs
+from bench.measure import MIB, back_memory, costs
 from bench.peers import Zot
 from bench.table import Run
 from tests.real.process import find_go_program, free_port, need
@@ -93,6 +93,7 @@ def _seconds_of_large(url: str, number: int, size: int, directory: Path) -> floa
         for chunk in (os.urandom(16), *([piece] * (size // MIB))):
             out.write(chunk)
             digest.update(chunk)
+    back_memory(3 * size)  # The file, the copy of the server, and what else it needs.
     os.sync()
     door = Door(url)
     begun = time.perf_counter()

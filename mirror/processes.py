@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, NoReturn
 
+from mirror.access.login_credentials import check_files
 from mirror.admin.tokens import Tokens
 from mirror.admin.worker_channel import open_channel
 from mirror.admin.worker_part import AdminSockets
@@ -56,6 +57,9 @@ def run(settings: Settings, load: Callable[[], Settings]) -> int:
     try:
         # One by one: those that are open are closed if a further one cannot be.
         sockets.extend(_open_worker(settings, index) for index in range(settings.workers))
+        if settings.access is not None:
+            # A worker that found a file that cannot be used would be started again and again.
+            check_files(settings.access)
         admin = _open_admin(settings)
         if settings.hosted is not None and settings.workers > 1:
             # Raises: a worker that found damage would be started again and again.

@@ -13,22 +13,23 @@ import logging
 import os
 import signal
 import socket
-import ssl
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from mirror import __version__
+from mirror.access.access_control import AccessControl
 from mirror.admin.worker_part import AdminPart, AdminSockets
 from mirror.composition import Mirror, open_mirror
 from mirror.config.reload import merge_settings
-from mirror.config.settings import Settings, Tls
+from mirror.config.settings import Settings
 from mirror.history.recorder import HistoryRecorder
+from mirror.history.user_uses import SAVE_USERS_INTERVAL_S, UserUses
 from mirror.observability.events import Event, LogLinesDropped, LogMessage, Observer
 from mirror.observability.library_logs import configure_logging
 from mirror.observability.log_stream import LogStream
@@ -39,11 +40,17 @@ from mirror.operations.retention_job import RetentionJob
 from mirror.pull.marks_watch import WATCH_INTERVAL_S
 from mirror.single_flight import SingleFlight
 from mirror.store.layout import Layout
-from mirror.threads import HangingCalls, call_soon_from_any_thread, on_running_loop
-from mirror.web.doors import Door, listen
+from mirror.threads import (
+    HangingCalls,
+    call_soon_from_any_thread,
+    on_running_loop,
+    run_in_thread,
+)
+from mirror.upstream.named_documents import fetch_named_document
+from mirror.web.doors import Certificate, Door, listen
 from mirror.web.handler import Handler
 from mirror.web.health import Health
-from mirror.web.hosted_access import Authorize, allow_everybody
+from mirror.web.hosted_access import Authorize, authorize_by
 from mirror.web.stored_responses import UnsentConnections
 
 LISTEN_BACKLOG: Final = 1024
@@ -71,6 +78,9 @@ _RETENTION_CHECK_S: Final = 60.0
 """Seconds between two looks whether the retention rules are to run."""
 _CERTIFICATE_INTERVAL_S: Final = 5.0
 """Seconds between two looks at the files of certificates and of tokens."""
+_ACCESS_INTERVAL_S: Final = 1.0
+"""Seconds between two looks at the files of users, tokens and keys: a user who is removed can do
+nothing after that."""
 _UPLOADS_INTERVAL_S: Final = 600.0
 """Seconds between two searches for abandoned uploads. They end after a day."""
 _LAST_LINES_TIMEOUT_S: Final = 1.0
@@ -143,6 +153,7 @@ async def run_worker(
         metrics.observe(event)
         log.observe(event)
         history.observe(event)
+        users.observe(event)
         if admin is not None:
             admin.observe(event)
 
@@ -161,6 +172,7 @@ async def run_worker(
     log = LogObserver(lines)
     layout = Layout(Path(os.path.abspath(settings.data_dir)))  # noqa: ASYNC240 - reads no disk
     history = HistoryRecorder(layout, emit, loop.call_later)
+    users = UserUses(layout)
 
     if worker is not None and worker.predecessor is not None:
         pid, code = worker.predecessor
@@ -178,6 +190,10 @@ async def run_worker(
             if worker is not None:
                 _watch_supervisor(worker, running, stop, emit)
             _reload_at_hangup(running, load, lines, metrics.add_upstreams, emit)
+            save_users = partial(run_in_thread, users.save)
+            _start_job(
+                running.mirror.single_flight, "users", SAVE_USERS_INTERVAL_S, save_users, emit
+            )
             fields = (
                 ("version", __version__),
                 ("listen", settings.listen),
@@ -187,6 +203,8 @@ async def run_worker(
             emit(LogMessage("info", "serving", fields))
             await stop.wait()
             await _drain(running, emit)
+            with suppress(OSError):
+                await save_users()
     finally:
         history.close(_LAST_ROWS_TIMEOUT_S)
         lines.flush()
@@ -289,6 +307,7 @@ class RunningServer:
     """The mirror's own listener."""
     push_door: Door | None
     """The listener of the hosted repositories. None: they have none of their own."""
+    access: AccessControl
 
     @property
     def doors(self) -> tuple[Door, ...]:
@@ -317,7 +336,9 @@ class RunningServer:
 
     def apply(self, settings: Settings) -> None:
         """Use a changed configuration for new requests, as :meth:`Mirror.apply` does."""
+        use_access = self.access.prepare(settings)
         self.mirror.apply(settings)
+        use_access()
         for door in self.doors:
             door.handler.configure(settings)
 
@@ -330,7 +351,7 @@ async def start_server(
     render_metrics: Callable[[], Awaitable[tuple[bytes, str]]],
     now: Callable[[], float] = time.time,
     push_listener: socket.socket | None = None,
-    authorize: Authorize = allow_everybody,
+    authorize: Authorize | None = None,
 ) -> AsyncIterator[RunningServer]:
     """Compose all packages, and serve until the context ends.
 
@@ -342,7 +363,7 @@ async def start_server(
         now: Returns the Unix time in seconds. Tests pass a clock of their own.
         push_listener: A listening socket for the hosted repositories. None: they have none of their
             own. It is closed at the end.
-        authorize: Says who may do what at the door for pushes.
+        authorize: Says who may do what at the door for pushes. None: the section ``access``.
     """
     async with open_mirror(settings, emit, now) as mirror:
         health = Health(lambda: mirror.store.unwritable_reason)
@@ -355,7 +376,9 @@ async def start_server(
             "logger": logging.getLogger("aiohttp.server"),
         }
         certificate = Certificate(settings.tls) if settings.tls is not None else None
-        _start_housekeeping(mirror, certificate, emit, now)
+        access = _open_access(mirror, settings, emit, now)
+        authorize = authorize or authorize_by(access)
+        _start_housekeeping(mirror, certificate, access, emit, now)
         listening = partial(
             listen,
             is_limited=settings.max_client_connections > 0,
@@ -367,18 +390,31 @@ async def start_server(
         async with AsyncExitStack() as stack:
             push_door = None
             if push_listener is not None:
-                handler = build(mirror.hosted, authorize, is_push_door=True)
+                handler = build(mirror.hosted, authorize, access, is_push_door=True)
                 push_door = await stack.enter_async_context(listening(handler, push_listener))
-            handler = build(mirror.hosted, authorize)
+            handler = build(mirror.hosted, authorize, access)
             door = await stack.enter_async_context(listening(handler, listener))
-            running = RunningServer(mirror, health, door, push_door)
+            stack.callback(access.close)
+            running = RunningServer(mirror, health, door, push_door, access)
             mirror.marks.call_after_changes(lambda _: running.forget_responses())
             yield running
+
+
+def _open_access(
+    mirror: Mirror, settings: Settings, emit: Observer, now: Callable[[], float]
+) -> AccessControl:
+    async def fetch(url: str, ca: str | None) -> bytes:
+        hosted = mirror.settings.hosted
+        listen = [settings.listen, *([hosted.listen] if hosted and hosted.listen else [])]
+        return await fetch_named_document(url, ca, listen)
+
+    return AccessControl(settings, fetch, mirror.single_flight, emit, now)
 
 
 def _start_housekeeping(
     mirror: Mirror,
     certificate: Certificate | None,
+    access: AccessControl,
     emit: Observer,
     now: Callable[[], float],
 ) -> None:
@@ -394,6 +430,7 @@ def _start_housekeeping(
     start("index", _INDEX_INTERVAL_S, store.keep_up_index)
     start("save", _SAVE_INTERVAL_S, store.save_image_layout)
     start("marks", WATCH_INTERVAL_S, mirror.marks.check)
+    start("access", _ACCESS_INTERVAL_S, access.refresh)
     start("prefetch", _PREFETCH_CHECK_S, lambda: prefetch.run_if_due(now()))
     start(
         "retention",
@@ -403,9 +440,12 @@ def _start_housekeeping(
     if certificate is not None:
         start("certificate", _CERTIFICATE_INTERVAL_S, certificate.refresh)
     if mirror.hosted is not None:
-        hosted = HostedJob(store.layout, emit)
+        upkeep = HostedJob(store.layout, emit)
         start("uploads", _UPLOADS_INTERVAL_S, mirror.hosted.uploads.end_abandoned)
-        start("hosted", _RETENTION_CHECK_S, lambda: hosted.run_if_due(mirror.settings, now()))
+        start(
+            "hosted-upkeep", _RETENTION_CHECK_S, lambda: upkeep.run_if_due(mirror.settings, now())
+        )
+        start("hosted", _MEASURE_INTERVAL_S, mirror.hosted.measure)
 
 
 def _start_job(
@@ -452,35 +492,3 @@ async def _drain(running: RunningServer, emit: Observer) -> None:
     except TimeoutError:
         cut = sum(door.handler.abort_all() for door in running.doors)
         emit(LogMessage("warning", "the drain timeout is over", (("cut", cut),)))
-
-
-class Certificate:
-    """The certificate of the listener. It is loaded again when its files have changed."""
-
-    def __init__(self, tls: Tls) -> None:
-        self._tls = tls
-        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self.context.minimum_version = ssl.TLSVersion.TLSv1_2
-        self._loaded_stamp = self._stamp()
-        self.context.load_cert_chain(tls.certificate, tls.key)
-
-    def _stamp(self) -> tuple[int, ...]:
-        """Return times and inodes of the files. They differ once a file was written or replaced."""
-        files = (self._tls.certificate, self._tls.key)
-        return tuple(value for f in files for value in (os.stat(f).st_mtime_ns, os.stat(f).st_ino))
-
-    def refresh(self) -> None:
-        """Load a changed certificate, for new connections.
-
-        Raises ``OSError`` (``ssl.SSLError`` is a subclass) if it cannot be loaded. The previous
-        certificate stays in use, and the next call tries again.
-        """
-        stamp = self._stamp()
-        if stamp != self._loaded_stamp:
-            # Loaded into another context first: a key that does not match its certificate would
-            # leave the context in use without a valid pair.
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
-                self._tls.certificate, self._tls.key
-            )
-            self.context.load_cert_chain(self._tls.certificate, self._tls.key)
-            self._loaded_stamp = stamp

@@ -103,6 +103,8 @@ FOREIGN_FLAGS: Final[dict[str, str]] = {
     "matches": "a verb in the third person, so it asks: a range or a pattern has a value",
     "read": "parameter of diskcache.Disk",
     "referrers": "key of the configuration, which users write",
+    "anonymous_pull": "key of the configuration, which users write",
+    "allow_plain_http": "key of the configuration, which users write",
     "serve_stale": "key of the configuration, which users write",
     "sparse_indexes": "key of the configuration, which users write",
 }

@@ -88,8 +88,10 @@ async def _pull_twice(recorder: CallRecorder, repository: str) -> tuple[set[Call
     from tests.fakes.registry import FakeRegistry
     from tests.server_kit import running
 
-    # The comparison of the marks runs by the clock, and would fall into each request.
+    # The comparisons of the marks and of the files of users run by the clock, and would fall into
+    # each request.
     vars(mirror.server)["WATCH_INTERVAL_S"] = 3600.0
+    vars(mirror.server)["_ACCESS_INTERVAL_S"] = 3600.0
     recorded = []
     data = os.urandom(_BLOB_BYTES)
     async with FakeRegistry() as upstream:

@@ -127,6 +127,9 @@ class Api:
     async def usage(self, call: Call) -> JsonObject:
         return await self._sources.images.usage()
 
+    async def list_uploads(self, call: Call) -> JsonObject:
+        return {"uploads": await self._sources.images.uploads()}
+
     async def live(self, call: Call) -> JsonObject:
         return self._workers.merged()
 

@@ -70,7 +70,7 @@ def _layout(settings: Settings) -> Layout:
 def _read(settings: Settings) -> Inventory:
     layout = _layout(settings)
     return read_inventory(
-        layout, settings.upstreams, read_marks(layout), time.time(), settings.hosted_name
+        layout, settings.upstreams, read_marks(layout), time.time(), settings.hosted
     )
 
 
@@ -125,7 +125,8 @@ async def _remove(settings: Settings, given: JsonObject) -> JsonObject:
         return _cleaning_result(plan_removal_by_name(inventory, images, whys))
 
     async def run(store: Store) -> JsonObject:
-        return _cleaning_result(await remove_by_name(settings, store, inventory, images, whys))
+        report = await remove_by_name(settings, store, inventory, images, whys, _on_event)
+        return _cleaning_result(report)
 
     return await _with_store(settings, run)
 

@@ -31,13 +31,13 @@ _YES: Final[FieldSchema] = {"type": "boolean"}
 IMAGE_SORT_KEYS: Final = ("name", "size", "unique", "last_used", "checked")
 """Keys of a row of images that they can be sorted by."""
 STATES: Final = (
-    *("complete", "partial", "stale", "pinned", "frozen", "blocked", "leased"),
+    *("complete", "partial", "stale", "hosted", "pinned", "frozen", "blocked", "leased"),
     "referrer",
 )
 """States of an image that can be asked for. ``referrer``: signatures, SBOMs and the like."""
 OUTCOMES: Final = (
     *("hit", "join", "miss", "aside", "revalidated", "stale"),
-    *("negative", "denied", "rejected", "error"),
+    *("negative", "denied", "rejected", "error", "pushed", "deleted"),
 )
 """Outcomes of pulls that can be asked for."""
 PLOT_PERIODS: Final = ("hour", "day", "month")
@@ -104,7 +104,10 @@ JOBS: Final[Mapping[str, tuple[str, tuple[Field, ...]]]] = {
     ),
     "refresh": ("Ask the upstream now which digest a tag has.", (_IMAGE,)),
     "forget": ("Forget what is remembered of an image, also a remembered no.", (_IMAGE,)),
-    "remove": ("Remove images, and the content that no other image needs.", (_IMAGES, _DRY_RUN)),
+    "remove": (
+        "Remove images, and the content that no other image needs. Of a hosted one: its name.",
+        (_IMAGES, _DRY_RUN),
+    ),
     "gc": ("Remove content that nothing refers to, and left-over files.", (_DRY_RUN,)),
     "prune": (
         "Remove images by age.",
@@ -154,7 +157,7 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
         "list_images",
         "/images",
         "Images",
-        "The cached images, by pages.",
+        "The cached and hosted images, by pages.",
         Field("search", _SEARCH_TEXT, "Part of the name.", default=""),
         Field("state", {"type": "string", "enum": STATES}, "A state that they have."),
         Field("sort", {"type": "string", "enum": IMAGE_SORT_KEYS}, "Order.", default="name"),
@@ -165,6 +168,7 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
     _read("show_image", "/images/show", "ImageTree", "One image with all its parts.", _IMAGE),
     _read("tag_history", "/images/history", "TagHistory", "Each digest of a tag.", _IMAGE),
     _read("usage", "/usage", "Usage", "What takes up the disk, and what eviction takes next."),
+    _read("list_uploads", "/uploads", "Uploads", "Uploads in progress to hosted repositories."),
     _read("live", "/live", "Live", "Pulls in flight, upstreams and storage, of all workers."),
     _read("upstreams", "/upstreams", "Upstreams", "The health of each upstream."),
     _read(

@@ -71,6 +71,8 @@ RESPONSE_SCHEMAS: Final[dict[str, ResponseSchema]] = {
         missing_bytes=A_COUNT,
         stale_why=A_TEXT_OR_NULL,
         blocked_why=A_TEXT_OR_NULL,
+        pushed=A_TIME_OR_NULL,
+        pushed_by=A_TEXT_OR_NULL,
     ),
     "Images": record(images=list_of(_ref("Image")), matching=A_COUNT, total=A_COUNT, read=A_TIME),
     "ImageTree": record(image=_ref("Image"), nodes=list_of(_ref("TreeNode"))),
@@ -112,7 +114,35 @@ RESPONSE_SCHEMAS: Final[dict[str, ResponseSchema]] = {
                 images=list_of(A_TEXT),
             )
         ),
+        hosted={
+            "anyOf": [
+                record(
+                    repositories=A_COUNT,
+                    contents=A_COUNT,
+                    bytes=A_COUNT,
+                    uploads=A_COUNT,
+                    reserved=A_COUNT,
+                    quota=A_COUNT,
+                ),
+                {"type": "null"},
+            ]
+        },
         read=A_TIME,
+    ),
+    "Uploads": record(
+        uploads=list_of(
+            record(
+                id=A_TEXT,
+                repository=A_TEXT,
+                user=A_TEXT_OR_NULL,
+                size=A_COUNT,
+                reserved=A_COUNT,
+                started=A_TIME,
+                last_byte=A_TIME,
+                age=A_COUNT,
+                idle=A_COUNT,
+            )
+        )
     ),
     "TagHistory": record(
         digests=list_of(record(digest=A_TEXT, first_seen=A_TIME, last_seen=A_TIME)),

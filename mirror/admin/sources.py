@@ -57,6 +57,9 @@ class Images(Protocol):
     async def usage(self) -> JsonObject:
         """Return what takes up the disk, and what eviction takes next."""
 
+    async def uploads(self) -> list[JsonObject]:
+        """Return the uploads in progress to hosted repositories, the oldest one first."""
+
     def forget_read(self) -> None:
         """Read the store again at the next call: something has been changed."""
 

@@ -23,6 +23,7 @@ from mirror.history.sentences import explain
 from mirror.history.stored_pull import PeriodCount, StoredPull
 from mirror.history.sums import Saving, build_savings, build_total
 from mirror.inventory import usage
+from mirror.inventory.hosted_names import QuotaUsage, read_hosted_usage, read_uploads
 from mirror.inventory.json_rows import image_row
 from mirror.inventory.leftovers import find_other_files
 from mirror.inventory.model import Image, Inventory
@@ -78,7 +79,7 @@ class StoreAnswers:
         begun = time.monotonic()
         marks = read_marks(self._layout)
         self._inventory = read_inventory(
-            self._layout, self._settings.upstreams, marks, now, self._settings.hosted_name
+            self._layout, self._settings.upstreams, marks, now, self._settings.hosted
         )
         self._read_seconds = time.monotonic() - begun
         return self._inventory
@@ -126,15 +127,16 @@ class StoreAnswers:
         return (exact or found)[0]
 
     def usage(self) -> JsonObject:
-        """Return what takes up the disk."""
+        """Return what takes up the disk. Hosted content is no part of ``bytes``."""
         inventory, storage = self.inventory(), self._settings.storage
+        hosted = read_hosted_usage(self._layout)
         leftovers = find_other_files(self._layout)
         types = usage.usage_by_type(inventory, leftovers)
         groups = usage.usage_by_group(inventory, lambda image: image.repository.upstream)
         enough = max(1, int(storage.max_size * (storage.high_water - storage.low_water)))
         return {
             "contents": len(inventory.present),
-            "bytes": usage.total_size(types),
+            "bytes": max(0, usage.total_size(types) - hosted.bytes),
             "quota": storage.max_size,
             "rows": [asdict(one) for one in types],
             "upstreams": [
@@ -159,8 +161,19 @@ class StoreAnswers:
                 }
                 for one in usage.next_evictions(inventory, leftovers, enough, _NEXT_EVICTIONS)
             ],
+            "hosted": self._hosted_row(hosted),
             "read": time_text(inventory.now),
         }
+
+    def _hosted_row(self, hosted: QuotaUsage) -> JsonObject | None:
+        section = self._settings.hosted
+        return None if section is None else {**asdict(hosted), "quota": section.max_size}
+
+    def uploads(self) -> list[JsonObject]:
+        """Return the uploads in progress. Raises ``StorageUnavailable``."""
+        hosted = self._settings.hosted
+        found = [] if hosted is None else read_uploads(self._layout, hosted.name)
+        return [upload.row(self._now()) for upload in found]
 
     # --- history --------------------------------------------------------------------------------
 

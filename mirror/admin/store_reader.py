@@ -36,6 +36,10 @@ def reader_settings(settings: Settings, data_dir: str) -> JsonObject:
     )
     for upstream in document.get("upstreams", {}).values():
         upstream.pop("credentials", None)
+    if settings.hosted is not None:
+        # Without its listener, which the rules of access would have to permit.
+        hosted = {"name": settings.hosted.name, "max_size": settings.hosted.max_size}
+        document["hosted"] = {**hosted, "listen": "127.0.0.1:0"}
     return {**document, "data_dir": data_dir}
 
 
@@ -159,6 +163,11 @@ class ReadImages:
     async def usage(self) -> JsonObject:
         """Return what takes up the disk."""
         result: JsonObject = await self._reader.ask("usage")
+        return result
+
+    async def uploads(self) -> list[JsonObject]:
+        """Return the uploads in progress."""
+        result: list[JsonObject] = await self._reader.ask("uploads")
         return result
 
     def forget_read(self) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Final, TypeAlias
 
 import yaml
 
+from mirror.access.login_credentials import check_files
 from mirror.config.settings import KeyPath, Settings, Upstream
 from mirror.oci.errors import ConfigError
 from mirror.oci.text import printable
@@ -46,6 +47,8 @@ def check_environment(settings: Settings, prefix: Prefix, *, has_logins: bool = 
         _check_readable(prefix(("tls", "certificate")), settings.tls.certificate)
         _check_readable(prefix(("tls", "key")), settings.tls.key)
         _check_pair(prefix(("tls",)), settings.tls.certificate, settings.tls.key)
+    if settings.access is not None:
+        check_files(settings.access)
     own = own_addresses(settings.listen)
     for name, upstream in settings.upstreams.items():
         path: KeyPath = ("upstreams", name)

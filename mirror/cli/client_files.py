@@ -6,9 +6,10 @@ are written. Only ``write_files`` does I/O. Must not know: the clients, the serv
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
@@ -51,6 +52,24 @@ class MirrorAddress:
 
 
 @dataclass(frozen=True, slots=True)
+class ClientLogin:
+    """The credentials that clients send to the mirror, in each request."""
+
+    authorization: str = field(repr=False)
+    """The header field ``Authorization``."""
+
+    @classmethod
+    def parse(cls, text: str) -> ClientLogin:
+        """Parse ``USER:PASSWORD``, or a token. Raises ``ValueError``."""
+        line = text.strip()
+        if not line or not line.isprintable():
+            raise ValueError("must have one line: USER:PASSWORD, or a token")
+        if ":" not in line:
+            return cls(f"Bearer {line}")
+        return cls(f"Basic {base64.b64encode(line.encode()).decode()}")
+
+
+@dataclass(frozen=True, slots=True)
 class SetupOptions:
     """Options of the files to build: the mirror, the upstreams, and the kind of access."""
 
@@ -60,6 +79,14 @@ class SetupOptions:
     """The mirror's ``default_upstream``."""
     is_enforced: bool = False
     """Leave out the fallback to the upstream: clients cannot pull what the mirror refuses."""
+    hosted_name: str | None = None
+    """The host of the hosted repositories, which is one of ``upstreams``. None: there are none."""
+    login: ClientLogin | None = None
+    """The credentials of the clients. None: they send none."""
+
+    def has_fallback(self, name: str | None) -> bool:
+        """Return whether there is another source than the mirror. ``name``: None for any name."""
+        return not self.is_enforced and (name is None or name != self.hosted_name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +98,8 @@ class ClientFile:
     text: str
     is_on_node: bool = True
     """False: the file is passed to a tool, which writes the files of the machine."""
+    is_secret: bool = False
+    """Whether the text has credentials: then only the owner may read the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,15 +131,16 @@ def write_files(directory: Path, files: Sequence[ClientFile]) -> list[tuple[Path
     An existing file that differs is never overwritten: for such a file ``FileExistsError`` is
     raised before any file is written. Raises ``OSError``, too.
     """
-    targets = [(directory / file.path, file.text) for file in files]
-    for path, text in targets:
+    targets = [(directory / file.path, file.text, file.is_secret) for file in files]
+    for path, text, _ in targets:
         if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
             raise FileExistsError(f"{path} exists and differs: not overwritten")
     results = []
-    for path, text in targets:
+    for path, text, is_secret in targets:
         is_new = not path.exists()
         if is_new:
             path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(mode=0o600 if is_secret else 0o666)
             path.write_text(text, encoding="utf-8")
         results.append((path, is_new))
     return results

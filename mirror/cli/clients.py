@@ -28,13 +28,28 @@ _FALLBACK_FACT: Final = (
 FALLBACK_NOTE: Final = f"{_FALLBACK_FACT}: use --enforce if the lists must hold"
 """containerd and skopeo ask the upstream after a 403, 404, 429, 451 or 500 of a mirror (tried)."""
 
+_SEND_LOGINS: Final = frozenset({"containerd", "containerd-default", "nerdctl", "stargz"})
+"""The clients whose files can have credentials that are sent in each request."""
+_LOGIN_NOTE: Final = (
+    "the files have the credentials: let only root read them (--write does), and write them again "
+    "when they change"
+)
+_NO_LOGIN_NOTE: Final = (
+    "the credentials are not written: this client sends them only if it is asked, and the mirror's "
+    "listener never asks. It pulls what everybody may pull"
+)
+
 
 def client_setup(client: str, options: SetupOptions) -> ClientSetup:
     """Return the setup of ``client``, one of ``CLIENTS``. Raises ``ValueError`` for another."""
     build = CLIENTS.get(client)
     if build is None:
         raise ValueError(f"unknown client: {client}")
-    return build(options)
+    setup = build(options)
+    if options.login is None:
+        return setup
+    note = _LOGIN_NOTE if client in _SEND_LOGINS else _NO_LOGIN_NOTE
+    return ClientSetup(setup.files, (note, *setup.notes))
 
 
 # --- containerd -----------------------------------------------------------------------------------
@@ -56,10 +71,7 @@ _CONFIG_PATH_NOTES: Final = (
 
 
 def _containerd(options: SetupOptions) -> ClientSetup:
-    files = [
-        ClientFile(f"containerd/certs.d/{name}/hosts.toml", _hosts_toml(options, name))
-        for name in options.upstreams
-    ]
+    files = [_hosts_file(options, name) for name in options.upstreams]
     ctr = "ctr reads them with --hosts-dir /etc/containerd/certs.d, nerdctl without any option"
     return ClientSetup(files, (*_CONFIG_PATH_NOTES, ctr, *_containerd_notes(options)))
 
@@ -71,7 +83,6 @@ def _nerdctl(options: SetupOptions) -> ClientSetup:
 
 def _containerd_default(options: SetupOptions) -> ClientSetup:
     """One file for all registries, also for those that are not configured as upstreams."""
-    text = _hosts_toml(options, None)
     notes = (
         "a directory certs.d/HOST of another registry wins over _default",
         (
@@ -83,8 +94,17 @@ def _containerd_default(options: SetupOptions) -> ClientSetup:
         ),
     )
     return ClientSetup(
-        [ClientFile("containerd/certs.d/_default/hosts.toml", text)],
+        [_hosts_file(options, None)],
         (*_CONFIG_PATH_NOTES, *notes, *_containerd_notes(options)),
+    )
+
+
+def _hosts_file(options: SetupOptions, name: str | None) -> ClientFile:
+    """Return the file of an upstream. ``name`` None: that of all registries."""
+    return ClientFile(
+        f"containerd/certs.d/{name or '_default'}/hosts.toml",
+        _hosts_toml(options, name),
+        is_secret=options.login is not None,
     )
 
 
@@ -99,13 +119,20 @@ def _hosts_toml(options: SetupOptions, name: str | None) -> str:
     keys = ['capabilities = ["pull", "resolve"]']
     if mirror.ca is not None:
         keys.append(f"ca = {toml_string(mirror.ca)}")
-    lines = []
-    if options.is_enforced:
+    lines, header = [], []
+    if options.login is not None:
+        header = [f"Authorization = {toml_string(options.login.authorization)}"]
+    if not options.has_fallback(name):
         lines = [f"server = {toml_string(mirror.url)}", *keys, ""]
+        if header:
+            lines += ["[header]", *header, ""]
     elif name is not None:
         server = registry_url(name, options.upstreams[name])
         lines = [f"server = {toml_string(server)}", ""]
-    lines += [f"[host.{toml_string(mirror.url)}]", *(f"  {key}" for key in keys)]
+    host = f"host.{toml_string(mirror.url)}"
+    lines += [f"[{host}]", *(f"  {key}" for key in keys)]
+    if header:
+        lines += [f"[{host}.header]", *(f"  {key}" for key in header)]
     return "\n".join(lines) + "\n"
 
 
@@ -198,7 +225,7 @@ def _registries_conf(options: SetupOptions, path: str) -> list[ClientFile]:
         if not mirror.is_https:
             at_mirror.append("insecure = true")
         lines = ["[[registry]]", f"prefix = {toml_string(name)}"]
-        if options.is_enforced:
+        if not options.has_fallback(name):
             lines += at_mirror
         else:
             url = registry_url(name, upstream)
@@ -266,6 +293,10 @@ def _kaniko(options: SetupOptions) -> ClientSetup:
 # --- lazy snapshotters ----------------------------------------------------------------------------
 
 
+_SEND_HEADERS: Final = frozenset({"containerd-stargz-grpc"})
+"""The snapshotters that can send further header fields (``MirrorConfig`` of stargz-snapshotter)."""
+
+
 def _stargz(options: SetupOptions) -> ClientSetup:
     return _snapshotter(options, "containerd-stargz-grpc", "0.19.0")
 
@@ -298,6 +329,9 @@ def _snapshotter(options: SetupOptions, daemon: str, ns_since: str | None) -> Cl
         lines = [f"[[resolver.host.{toml_string(name)}.mirrors]]", f"  host = {toml_string(host)}"]
         if not mirror.is_https:
             lines.append("  insecure = true")
+        if options.login is not None and daemon in _SEND_HEADERS:
+            lines.append(f"  [resolver.host.{toml_string(name)}.mirrors.header]")
+            lines.append(f"    Authorization = {toml_string(options.login.authorization)}")
         blocks.append("\n".join(lines) + "\n")
     notes = []
     if options.is_enforced:
@@ -326,7 +360,9 @@ def _snapshotter(options: SetupOptions, daemon: str, ns_since: str | None) -> Cl
         )
     if not options.is_enforced:
         notes.append(f"{_FALLBACK_FACT}; {daemon} has no setting against it")
-    return ClientSetup([ClientFile(f"{daemon}/config.toml", "\n".join(blocks))], notes)
+    is_secret = options.login is not None and daemon in _SEND_HEADERS
+    file = ClientFile(f"{daemon}/config.toml", "\n".join(blocks), is_secret=is_secret)
+    return ClientSetup([file], notes)
 
 
 CLIENTS: Final[Mapping[str, Callable[[SetupOptions], ClientSetup]]] = MappingProxyType(

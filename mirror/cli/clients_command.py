@@ -10,11 +10,12 @@ import os
 from pathlib import Path
 
 from mirror.cli.arguments import Commands, add_config_or_file, config_or_file
-from mirror.cli.client_files import MirrorAddress, SetupOptions, write_files
+from mirror.cli.client_files import ClientLogin, MirrorAddress, SetupOptions, write_files
 from mirror.cli.clients import ALL, CLIENTS, client_setup
 from mirror.cli.health import WILDCARD_ADDRESSES
 from mirror.cli.output import CommandFailed, UsageError, print_line, print_note
 from mirror.config.load import load
+from mirror.config.settings import Upstream
 from mirror.config.values import split_host
 
 
@@ -49,6 +50,12 @@ def add_parser(commands: Commands) -> None:
         help="certificate authority (PEM) of an https:// mirror; clients read it at the same path",
     )
     configure.add_argument(
+        "--credentials-file",
+        metavar="FILE",
+        type=Path,
+        help="file with USER:PASSWORD or a token, which clients send to the mirror (containerd)",
+    )
+    configure.add_argument(
         "--write",
         metavar="DIR",
         type=Path,
@@ -73,8 +80,16 @@ def print_clients(arguments: argparse.Namespace) -> int:
         mirror = MirrorAddress.parse(url, str(ca) if ca else None, ca_text)
     except ValueError as error:
         raise UsageError(f"--mirror '{url}': {error}") from None
+    upstreams = dict(settings.upstreams)
+    if settings.hosted is not None:  # Clients pull these repositories from the mirror only.
+        upstreams[settings.hosted.name] = Upstream(endpoints=(mirror.url,))
     request = SetupOptions(
-        mirror, settings.upstreams, settings.default_upstream, is_enforced=arguments.enforce
+        mirror,
+        upstreams,
+        settings.default_upstream,
+        is_enforced=arguments.enforce,
+        hosted_name=settings.hosted.name if settings.hosted else None,
+        login=_read_login(arguments.credentials_file),
     )
     chosen = ALL if arguments.client == "all" else (arguments.client,)
     setups = {client: client_setup(client, request) for client in chosen}
@@ -95,3 +110,17 @@ def print_clients(arguments: argparse.Namespace) -> int:
         for note in setup.notes:
             print_note(f"{client}: {note}")
     return 0
+
+
+def _read_login(path: Path | None) -> ClientLogin | None:
+    """Return the credentials in a file. ``path`` None: none. Raises ``UsageError``."""
+    if path is None:
+        return None
+    try:
+        return ClientLogin.parse(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise UsageError(f"--credentials-file {path}: not UTF-8") from None
+    except OSError as error:
+        raise UsageError(f"--credentials-file {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UsageError(f"--credentials-file {path}: {error}") from None

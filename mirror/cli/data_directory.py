@@ -63,7 +63,7 @@ def load_inventory(settings: Settings) -> Inventory:
 
     layout = find_layout(settings)
     return read_inventory(
-        layout, settings.upstreams, read_marks(layout), time.time(), settings.hosted_name
+        layout, settings.upstreams, read_marks(layout), time.time(), settings.hosted
     )
 
 

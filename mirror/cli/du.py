@@ -20,7 +20,7 @@ from mirror.oci.text import size_text
 
 if TYPE_CHECKING:
     from mirror.config.settings import Hosted, Storage
-    from mirror.inventory.hosted_names import HostedUsage
+    from mirror.inventory.hosted_names import QuotaUsage
     from mirror.inventory.leftovers import OtherFile
     from mirror.inventory.model import Inventory
 
@@ -148,7 +148,7 @@ def _quota_text(size: int, storage: Storage) -> str:
     )
 
 
-def _hosted_text(hosted: HostedUsage, settings: Hosted | None) -> str:
+def _hosted_text(hosted: QuotaUsage, settings: Hosted | None) -> str:
     text = f"hosted: {size_text(hosted.bytes)}"
     if settings is not None:
         used = hosted.bytes + hosted.reserved

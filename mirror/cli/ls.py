@@ -77,12 +77,39 @@ def add_parser(commands: Commands) -> None:
         action="store_true",
         help="list the uploads in progress to hosted repositories instead",
     )
+    parser.add_argument(
+        "--users",
+        dest="has_users",
+        action="store_true",
+        help="list the users of the server instead, and when each has last used it",
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run ``ls``. Returns the exit code."""
+    if arguments.has_users:
+        return list_users(arguments)
     return list_uploads(arguments) if arguments.has_uploads else list_images(arguments)
+
+
+def list_users(arguments: argparse.Namespace) -> int:
+    """Run ``ls --users``. Returns the exit code."""
+    from mirror.history.user_uses import read_user_uses
+
+    layout = find_layout(load_settings(arguments))
+    rows = [one.row() for one in read_user_uses(layout)]
+    if arguments.pattern:
+        rows = [row for row in rows if fnmatchcase(row["user"], arguments.pattern)]
+    since = since_text(time.time())
+    columns = [
+        Column("USER", "user"),
+        Column("LAST USED", "last_used", since),
+        Column("LAST PUSH", "last_push", since),
+        Column("REQUESTS", "requests", is_number=True),
+    ]
+    print_rows(columns, rows, is_json=arguments.is_json)
+    return 0
 
 
 def list_uploads(arguments: argparse.Namespace) -> int:

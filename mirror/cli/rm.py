@@ -14,6 +14,7 @@ from mirror.cli.arguments import Commands, add_config, add_json, image_name, loa
 from mirror.cli.cleaning import add_dry_run, print_items, summary
 from mirror.cli.data_directory import load_inventory, opened_store
 from mirror.cli.exit_codes import EX_FAILED
+from mirror.cli.messages import print_warnings
 from mirror.cli.output import CommandFailed, print_line, print_note
 
 if TYPE_CHECKING:
@@ -81,4 +82,4 @@ async def _remove(
     if is_dry_run:
         return plan_removal_by_name(inventory, images, whys)
     async with opened_store(settings) as store:
-        return await remove_by_name(settings, store, inventory, images, whys)
+        return await remove_by_name(settings, store, inventory, images, whys, print_warnings)

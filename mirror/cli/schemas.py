@@ -93,7 +93,7 @@ _NEXT_EVICTION: Final = _row(
     images=_TEXTS,
 )
 
-_IMAGE: Final = _row(
+_IMAGE_ROW: Final = _row(
     name=_TEXT,
     kind={"enum": ["image", "referrer"]},
     upstream=_TEXT,
@@ -117,7 +117,7 @@ _IMAGE: Final = _row(
     pushed=_TIME_OR_NULL,
     pushed_by=_TEXT_OR_NULL,
 )
-_UPLOAD: Final = _row(
+_UPLOAD_ROW: Final = _row(
     kind={"const": "upload"},
     id=_TEXT,
     repository=_TEXT,
@@ -128,6 +128,13 @@ _UPLOAD: Final = _row(
     last_byte=_TIME_TEXT,
     age=_NUMBER_OF,
     idle=_NUMBER_OF,
+)
+_USER_ROW: Final = _row(
+    kind={"const": "user"},
+    user=_TEXT,
+    last_used=_TIME_TEXT,
+    last_push=_TIME_OR_NULL,
+    requests=_NUMBER_OF,
 )
 _HOSTED_USAGE: Final = _row(
     kind={"const": "hosted"},
@@ -217,7 +224,7 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
         unknown=_TEXTS,
         until=_TIME_TEXT,
     ),
-    "ls": {"oneOf": [_IMAGE, _UPLOAD]},
+    "ls": {"oneOf": [_IMAGE_ROW, _UPLOAD_ROW, _USER_ROW]},
     "pin": _MARK,
     "prune": _CLEANED,
     "refresh": _row(

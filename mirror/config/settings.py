@@ -17,6 +17,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from yarl import URL
 
 from mirror.config import values
+from mirror.config.access import AccessSection as AccessSection
 from mirror.config.listeners import Admin as Admin
 from mirror.config.listeners import Hosted as Hosted
 from mirror.config.listeners import Tls as Tls
@@ -304,6 +305,8 @@ class Settings(Section):
     """Serve the admin API and its page. Without this section, neither is served."""
     hosted: Hosted | None = None
     """Host repositories, which clients push to. Without this section, nothing can be pushed."""
+    access: AccessSection | None = None
+    """Users and rules. Without this section, everybody may pull, and push at hosted.listen."""
     log: Log = Log()
     """The log lines on standard output."""
     storage: Storage = Storage()
@@ -384,13 +387,26 @@ class Settings(Section):
             if host in owners:
                 message = f"{host} is already a name of {owners[host]}"
                 raise key_error(("hosted", "hosts", index), message)
-        self.hosted.check_reach(self.listen)
         return self
 
-    @property
-    def hosted_name(self) -> str | None:
-        """The host of hosted repositories in image references. None: there are none."""
-        return None if self.hosted is None else self.hosted.name
+    @model_validator(mode="after")
+    def _check_reach(self) -> Self:
+        self.check_reach()
+        return self
+
+    def check_reach(self) -> None:
+        """Refuse listeners through which too many could push, or read passwords.
+
+        Raises an error of pydantic. Called again for settings of which only a part was read again.
+        """
+        hosted, access = self.hosted, self.access
+        if hosted is not None and access is None:
+            hosted.check_reach(self.listen)
+        if access is not None:
+            listeners = [("listen", self.listen)]
+            if hosted is not None and hosted.listen is not None:
+                listeners.append(("hosted.listen", hosted.listen))
+            access.check_reach(tuple(listeners), has_tls=self.tls is not None)
 
     def upstream_names(self) -> dict[str, str]:
         """Return each name by which a request may call an upstream, to the upstream's own name."""

@@ -57,6 +57,10 @@ def _reasons(pull: StoredPull) -> Iterator[str]:
             yield f"Not found: {_error(pull)}"
         case Outcome.DENIED:
             yield f"Refused: {_error(pull)}"
+        case Outcome.PUSHED:
+            yield "Pushed: it is a step of a push to a hosted repository, or its end."
+        case Outcome.DELETED:
+            yield "Deleted: a client deleted it from a hosted repository."
         case Outcome.REJECTED:
             yield f"Rejected: the request itself was wrong: {_error(pull)}"
         case _:

@@ -22,7 +22,7 @@ from mirror.hosted.immutable_tags import ImmutableTagRules
 from mirror.hosted.name_rows import USE_STEP_S, ManifestRow
 from mirror.hosted.pushed_manifest import PushedManifest, read_pushed_manifest
 from mirror.hosted.sessions import UploadSessions, disk_errors
-from mirror.observability.events import HostedChange, Observer
+from mirror.observability.events import HostedChange, HostedMeasured, Observer
 from mirror.observability.hosted_events import SERVER, Actor, ChangeAction
 from mirror.oci.descriptor import MANIFEST_LIMIT
 from mirror.oci.errors import BlobUnknown, DigestInvalid, ManifestUnknown, NameUnknown
@@ -150,7 +150,13 @@ class HostedService:
         await self._database.write(mark, is_durable=False)
 
     async def delete_blob(self, repository: str, digest: Digest, actor: Actor = SERVER) -> None:
-        """Delete a blob of a repository. Raises ``BlobUnknown``."""
+        """Delete a blob of a repository. Raises ``BlobUnknown``.
+
+        Args:
+            repository: The repository.
+            digest: The digest of the blob.
+            actor: Who deletes it.
+        """
         delete = partial(name_rows.delete_blob, repository=repository, digest=digest)
 
         def tell(size: int | None) -> None:
@@ -355,8 +361,22 @@ class HostedService:
     # --- the whole ------------------------------------------------------------------------------
 
     async def usage(self) -> name_rows.HostedUsage:
-        """Return what all hosted repositories take up."""
+        """Return what all hosted repositories, and the uploads to them, take up."""
         return await self._database.read(name_rows.usage)
+
+    async def measure(self) -> None:
+        """Emit :class:`HostedMeasured`. The server calls this now and then."""
+        usage = await self.usage()
+        self._emit(
+            HostedMeasured(
+                repositories=usage.repositories,
+                contents=usage.contents,
+                bytes=usage.bytes,
+                quota=self.settings.max_size,
+                uploads=usage.uploads,
+                reserved=usage.reserved,
+            )
+        )
 
     async def named_digests(self, digests: Collection[Digest]) -> set[Digest]:
         """Return those of ``digests`` that a hosted repository has."""

@@ -40,11 +40,16 @@ class ManifestRow:
 
 @dataclass(frozen=True, slots=True)
 class HostedUsage:
-    """The space that all hosted repositories take up."""
+    """The space that all hosted repositories, and the uploads to them, take up."""
 
     bytes: int
     contents: int
     """Number of contents. One that several repositories have counts once."""
+    repositories: int
+    uploads: int
+    """Number of uploads in progress."""
+    reserved: int
+    """Bytes that these have reserved."""
 
 
 # --- blobs ----------------------------------------------------------------------------------------
@@ -331,8 +336,12 @@ def referrers(
 
 
 def usage(connection: Connection) -> HostedUsage:
-    """Return what all hosted repositories take up."""
-    row = connection.execute("SELECT bytes, contents FROM totals").fetchone()
+    """Return what all hosted repositories, and the uploads to them, take up."""
+    row = connection.execute(
+        "SELECT bytes, contents, (SELECT count(*) FROM repositories),"
+        " (SELECT count(*) FROM uploads), (SELECT coalesce(sum(reserved), 0) FROM uploads)"
+        " FROM totals"
+    ).fetchone()
     return HostedUsage(*row)
 
 

@@ -20,6 +20,7 @@ from typing import Any, Final
 from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest
 from mirror.store.ingest_writer import MemoryBudget, ShortWrite, append_joined, write_all
+from mirror.store.writeback import start_writeback
 
 _READ_BYTES: Final = 1024 * 1024
 """Bytes that are read and hashed at a time."""
@@ -114,13 +115,16 @@ class UploadWriter:
             raise self._error
 
     def close(self) -> None:
-        """Drop what no thread has begun to write, and close the file once no thread uses it."""
+        """Close the file once all bytes that were accepted are in it, or the disk has refused them.
+
+        So a client that was cut off goes on after the last byte that came.
+        """
         self.is_closing = True
-        self._pending = []
         self._close_if_idle()
 
     def _close_if_idle(self) -> None:
         if self.is_closing and self._job is None and not self.closed.is_set():
+            self._pending = []
             os.close(self.fd)
             self.closed.set()
             self._memory.hold(self, 0)
@@ -153,6 +157,7 @@ class UploadWriter:
 def _append(fd: int, running_hash: RunningHash, batch: list[bytes | bytearray], start: int) -> int:
     """Write a batch at ``start``, and hash it if the hash has come that far. Returns the end."""
     end = write_all(fd, batch, start)
+    start_writeback(fd, start, end)
     if running_hash.position == start:
         for chunk in batch:
             running_hash.update(chunk)

@@ -22,7 +22,7 @@ from mirror.oci.text import time_text
 from mirror.store.layout import Layout
 from mirror.store.saved_rows import connect_to_read
 
-_TIMEOUT_S: Final = 10.0
+_RECOVERY_TIMEOUT_S: Final = 10.0
 """Seconds to wait while a server recovers the database after a crash."""
 
 _TAGS: Final = (
@@ -37,7 +37,7 @@ _UNTAGGED: Final = (
     " AND NOT EXISTS (SELECT 1 FROM parts p WHERE p.repository = m.repository"
     " AND p.digest = m.digest)"
 )
-_UPLOADS: Final = "SELECT id, repository, user, reserved, started_at FROM uploads"
+_SELECT_UPLOADS: Final = "SELECT id, repository, user, reserved, started_at FROM uploads"
 
 _USAGE: Final = (
     "SELECT contents, bytes, (SELECT count(*) FROM repositories), (SELECT count(*) FROM uploads),"
@@ -90,8 +90,8 @@ class HostedUpload:
 
 
 @dataclass(frozen=True, slots=True)
-class HostedUsage:
-    """What counts for the quota of hosted repositories. All sizes are bytes."""
+class QuotaUsage:
+    """The use of the quota of hosted repositories. All sizes are bytes."""
 
     contents: int
     """Number of contents. One that several repositories have counts once."""
@@ -103,12 +103,12 @@ class HostedUsage:
     """Bytes that uploads have reserved."""
 
 
-def read_hosted_usage(layout: Layout) -> HostedUsage:
+def read_hosted_usage(layout: Layout) -> QuotaUsage:
     """Return what hosted repositories take up. Raises ``StorageUnavailable``."""
     with _reading(layout) as query:
         for row in query(_USAGE):
-            return HostedUsage(*row)
-    return HostedUsage(contents=0, bytes=0, repositories=0, uploads=0, reserved=0)
+            return QuotaUsage(*row)
+    return QuotaUsage(contents=0, bytes=0, repositories=0, uploads=0, reserved=0)
 
 
 def read_hosted_names(layout: Layout, name: str | None) -> HostedNames:
@@ -144,7 +144,7 @@ def read_hosted_names(layout: Layout, name: str | None) -> HostedNames:
                     )
                 )
             media_types.update(query("SELECT digest, media_type FROM manifests"))
-    return HostedNames(names, media_types, contents)
+    return HostedNames(names=names, media_types=media_types, contents=contents)
 
 
 def read_uploads(layout: Layout, name: str) -> list[HostedUpload]:
@@ -158,7 +158,7 @@ def read_uploads(layout: Layout, name: str) -> list[HostedUpload]:
         StorageUnavailable: The names cannot be read.
     """
     with _reading(layout) as query:
-        rows = list(query(_UPLOADS))
+        rows = list(query(_SELECT_UPLOADS))
     return sorted(_uploads(layout, name, rows), key=lambda upload: (upload.started_at, upload.id))
 
 
@@ -188,7 +188,7 @@ def _reading(layout: Layout) -> Iterator[Callable[[str], Iterable[Any]]]:
         yield lambda query: ()
         return
     try:
-        with closing(connect_to_read(path, _TIMEOUT_S)) as database:
+        with closing(connect_to_read(path, _RECOVERY_TIMEOUT_S)) as database:
             database.execute("BEGIN")
             yield lambda query: database.execute(query).fetchall()
     except sqlite3.Error as error:

@@ -27,7 +27,7 @@ _REMEDIES: Final = {
 }
 HOSTED: Final = "hosted"
 """The mark of hosted images: no rule for the cache removes them, only ``rm`` and their users do."""
-_HOSTED: Final = Keeper(HOSTED, "it is no cache: oci-mirror rm, or a client, deletes it")
+_HOSTED_KEEPER: Final = Keeper(HOSTED, "it is no cache: oci-mirror rm, or a client, deletes it")
 LEASED: Final = Keeper("leased", "a node uses it: wait until its lease ends")
 _UNCLEAR: Final = "a marked image may need it, whose manifest is not on the disk"
 
@@ -64,7 +64,7 @@ class Keepers:
         if not self._leases.isdisjoint(reached):
             found.append(LEASED)
         if name.is_hosted:
-            found.append(_HOSTED)
+            found.append(_HOSTED_KEEPER)
         return found
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from itertools import islice
 from typing import Final
 
-from mirror.config.settings import Upstream
+from mirror.config.settings import Hosted, Upstream
 from mirror.inventory.hosted_names import read_hosted_names
 from mirror.inventory.image_names import Names, parse_names
 from mirror.inventory.images import OnDisk, build_inventory
@@ -33,7 +33,7 @@ def read_inventory(
     upstreams: Mapping[str, Upstream],
     marks: Marks,
     now: float,
-    hosted_name: str | None = None,
+    hosted: Hosted | None = None,
 ) -> Inventory:
     """Read a data directory. It takes less than a second with 100,000 contents and 10,000 tags.
 
@@ -46,8 +46,7 @@ def read_inventory(
         upstreams: The configured upstreams, for the freshness of tags.
         marks: The marks of the data directory.
         now: Seconds since the epoch.
-        hosted_name: The host of hosted repositories in image references. None: the configuration
-            has no hosted repositories.
+        hosted: The settings of hosted repositories. None: the configuration has none.
 
     Raises:
         IndexUnreadable: There is an index, and it cannot be read; or it is lost, and so is
@@ -68,13 +67,13 @@ def read_inventory(
                 "restores the index from what is readable"
             ) from None
     frozen = {freeze.name: freeze.digest for freeze in marks.freezes.values()}
-    hosted = read_hosted_names(layout, hosted_name)
-    found = [*names.images(present, frozen), *hosted.names]
+    pushed = read_hosted_names(layout, None if hosted is None else hosted.name)
+    found = [*names.images(present, frozen), *pushed.names]
     by_root = {str(name.digest): name for name in found}
 
     def stated_type(root: DigestText) -> str:
-        if root in hosted.media_types:
-            return hosted.media_types[root]
+        if root in pushed.media_types:
+            return pushed.media_types[root]
         return names.media_type(by_root[root]) if root in by_root else ""
 
     roots = (*by_root, *map(str, protected_roots(marks, now)))
@@ -83,7 +82,7 @@ def read_inventory(
     status = stat_contents(layout, {*manifests, *by_root}, now)
     on_disk = OnDisk(present, manifests, status, partial(scan, layout, now))
     unclear = _read_unclear(layout, marks, now, names, manifests)
-    return build_inventory(found, on_disk, upstreams, marks, now, unclear, hosted.contents)
+    return build_inventory(found, on_disk, upstreams, marks, now, unclear, pushed.contents)
 
 
 def _read_unclear(

@@ -8,7 +8,7 @@ order:
 - ``logs.py``: the observer that writes log lines, and the ``Server-Timing`` header.
 - ``library_logs.py``: writes what libraries log as our lines.
 - ``log_stream.py``: passes log lines to a thread, so that no write blocks the event loop.
-- ``metrics.py``: the observer that counts, for Prometheus.
+- ``metrics.py``, ``hosted_metrics.py``: the observer that counts, for Prometheus.
 
 Must not know: how an event comes about.
 

@@ -18,6 +18,7 @@ from enum import StrEnum
 from typing import Final, Literal, TypeAlias
 
 from mirror.observability.hosted_events import HostedChange as HostedChange
+from mirror.observability.hosted_events import HostedMeasured as HostedMeasured
 from mirror.observability.job_events import PrefetchEnded as PrefetchEnded
 from mirror.observability.job_events import RetentionEnded as RetentionEnded
 from mirror.observability.traces import PullTrace
@@ -65,6 +66,8 @@ class RequestRecord:
     path: str
     client: str = ""
     user_agent: str = ""
+    user: str = ""
+    """The user, if access was decided by one. Empty: anonymous, or everybody may do this."""
     kind: Kind = Kind.INVALID
     ns: str | None = None
     """The ``ns`` query parameter, if it names a configured upstream (containerd sends it)."""
@@ -476,6 +479,7 @@ Event: TypeAlias = (
     | IndexRestored
     | TagMoved
     | HostedChange
+    | HostedMeasured
     | ContentUsed
     | HistoryRowsDropped
     | IngestsMeasured

@@ -19,7 +19,7 @@ ChangeAction: TypeAlias = Literal["push", "delete", "mount"]
 
 @dataclass(frozen=True, slots=True)
 class Actor:
-    """Who makes a change. Rules and commands of the server have a name, and no address."""
+    """The user and the address behind a change. Rules of the server have a name, and no address."""
 
     user: str = ""
     """Empty: anonymous."""
@@ -29,6 +29,20 @@ class Actor:
 
 SERVER: Final = Actor()
 """The server itself: a test, or a command that has no name of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostedMeasured:
+    """The content of all hosted repositories now, and the uploads in progress. Sizes are bytes."""
+
+    repositories: int
+    contents: int
+    """Number of contents. One that several repositories have counts once."""
+    bytes: int
+    quota: int
+    uploads: int
+    reserved: int
+    """Bytes that uploads have reserved of the quota."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ from prometheus_client import (
 from mirror import __version__
 from mirror.observability import events
 from mirror.observability.events import Event, Kind, Outcome, RequestRecord
+from mirror.observability.hosted_metrics import HostedMetrics
 from mirror.threads import Schedule, run_in_thread
 
 _Mode: TypeAlias = Literal["mostrecent", "livesum", "livemax"]
@@ -43,13 +44,7 @@ _BUCKETS_S: Final = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5,
 # The values of the label ``reason``, or ``where``. Any other value is counted as "other".
 _EVICTION_REASONS: Final = ("quota", "disk", "corrupt", "removed")
 _UNCACHED_REASONS: Final = (
-    "full",
-    "readonly",
-    "descriptors",
-    "io",
-    "stalled",
-    "handover",
-    "removed",
+    *("full", "readonly", "descriptors", "io", "stalled", "handover", "removed"),
 )
 _MISMATCH_ORIGINS: Final = ("upstream", "resume", "disk")
 
@@ -235,6 +230,7 @@ class MetricsObserver:
         self._writable = gauge(
             "storage_writable", "1 if content can be stored, 0 if the disk refuses it."
         )
+        self._hosted = HostedMetrics(counter, gauge)
         self._index_repairs = counter(
             "index_repairs",
             "Damaged indexes that were set aside, and indexes restored from index.json.",
@@ -402,9 +398,11 @@ class MetricsObserver:
                 self._log_lines.inc(lines)
             case events.HistoryRowsDropped(rows):
                 self._history_rows.inc(rows)
-            case events.LogMessage() | events.OwnRequestEnded():
+            case events.HostedChange() | events.HostedMeasured():
+                self._hosted.observe(event)
+            case events.LogMessage() | events.OwnRequestEnded() | events.TagMoved():
                 pass
-            case events.TagMoved() | events.ContentUsed() | events.HostedChange():
+            case events.ContentUsed():
                 pass
             case unknown:
                 assert_never(unknown)

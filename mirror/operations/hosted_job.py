@@ -217,7 +217,7 @@ async def _work(
 
 
 def _read_inventory(layout: Layout, hosted: Hosted, marks: Marks, now: float) -> Inventory:
-    return read_inventory(layout, {}, marks, now, hosted.name)
+    return read_inventory(layout, {}, marks, now, hosted)
 
 
 def main() -> int:

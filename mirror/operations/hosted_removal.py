@@ -16,11 +16,15 @@ from mirror.composition import open_hosted
 from mirror.config.settings import Settings
 from mirror.inventory.keeping import HOSTED
 from mirror.inventory.model import Image, Inventory
+from mirror.observability.events import Observer
+from mirror.observability.hosted_events import Actor
 from mirror.oci.errors import Denied, ManifestUnknown
 from mirror.operations.cleaning_report import CleaningReport, Item
 from mirror.operations.removal import plan_removal, remove_images
 from mirror.store.store import Store
 
+_OPERATOR: Final = Actor(user="oci-mirror rm")
+"""The user of these changes, in events and in the log."""
 _TAG_STAYS: Final = "its manifest stays, under its digest"
 _CONTENT_STAYS: Final = "oci-mirror gc removes what no other image needs"
 
@@ -48,6 +52,7 @@ async def remove_by_name(
     inventory: Inventory,
     images: Iterable[Image],
     whys: Mapping[Image, str],
+    emit: Observer,
 ) -> CleaningReport:
     """Remove images from the cache, and delete hosted ones. Says what stays, and why.
 
@@ -57,6 +62,7 @@ async def remove_by_name(
         inventory: It, as it was when the images were chosen.
         images: The images. Those that a mark keeps stay.
         whys: Image -> the reason of its removal.
+        emit: Receives the changes of hosted repositories.
 
     Raises:
         NamesDamaged: The names of hosted repositories cannot be used.
@@ -67,11 +73,12 @@ async def remove_by_name(
     report = await remove_images(store, inventory, cached, whys)
     if not hosted:
         return report
-    async with open_hosted(settings, store, store.now, lambda _: None) as service:
+    async with open_hosted(settings, store, store.now, emit) as service:
         assert service is not None, "an image is hosted only with the section"
         for image in hosted:
             try:
-                await service.delete_manifest(image.repository.path, image.tag or image.digest)
+                path, reference = image.repository.path, image.tag or image.digest
+                await service.delete_manifest(path, reference, _OPERATOR)
             except (Denied, ManifestUnknown) as error:
                 report.items.append(_kept(image, error.message))
             else:

@@ -168,9 +168,7 @@ async def _prune(layout: Layout, settings: Settings, now: float) -> dict[str, An
         if isinstance(event, LogMessage) and event.level == "error":
             errors.append(event.message)
 
-    inventory = read_inventory(
-        layout, settings.upstreams, read_marks(layout), now, settings.hosted_name
-    )
+    inventory = read_inventory(layout, settings.upstreams, read_marks(layout), now, settings.hosted)
     store = await Store.open(settings.data_dir, settings.storage, note)
     try:
         refusal = store.removal_refusal()

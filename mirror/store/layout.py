@@ -10,7 +10,7 @@ Lives here: where each file is. Must not know: what is done with it.
     ingest/<alg>/<hex>.json  its state: declared size, bytes written, failure
     quarantine/<alg>/<hex>   content that did not hash to its name
     index/                   databases of the index
-    history/                 the history of pulls (see :mod:`mirror.history`)
+    history/                 the history of pulls, and users' last use (see :mod:`mirror.history`)
     hosted/names.db          names of the hosted repositories (no cache: see ``mirror/hosted``)
     hosted/snapshot.db       their copy for a running backup, whose ``flock`` is on snapshot.lock
     uploads/<id>             bytes of an upload to a hosted repository

@@ -95,7 +95,7 @@ class HostedHandler:
     ) -> str:
         """Return the name of the user. Raises ``LoginRequired`` or ``Denied``."""
         authorization = request.headers.get("Authorization")
-        return await self._authorize(
+        pull.user = await self._authorize(
             AccessAttempt(
                 action=action,
                 repository=repository,
@@ -103,11 +103,12 @@ class HostedHandler:
                 client=pull.client,
             )
         )
+        return pull.user
 
     async def respond(
         self, request: web.BaseRequest, pull: RequestRecord
-    ) -> web.StreamResponse | None:
-        """Handle a request, or allow it and return None: it only reads, and ``handler.py`` serves.
+    ) -> web.StreamResponse | paths.Request:
+        """Handle a request. One that only reads is allowed and returned, and ``handler.py`` serves.
 
         Raises ``MirrorError``.
         """
@@ -118,7 +119,7 @@ class HostedHandler:
 
     async def _allow_read(
         self, request: web.BaseRequest, pull: RequestRecord, path: str, query: str
-    ) -> web.StreamResponse | None:
+    ) -> web.StreamResponse | paths.Request:
         names = {self.name: self.name}
         parsed = paths.parse(
             request.method, path, query, upstreams=names, default=self.name, upstream=self.name
@@ -126,7 +127,6 @@ class HostedHandler:
         match parsed:
             case paths.PingRequest():
                 await self._ask(request, pull, AccessAction.PING, None)
-                return None
             case paths.RepositoriesRequest():
                 pull.kind = Kind.CATALOG
                 await self._ask(request, pull, AccessAction.LIST, None)
@@ -140,9 +140,7 @@ class HostedHandler:
                 await self._ask(request, pull, AccessAction.PULL, parsed.repository)
                 if request.method == "HEAD":
                     await self._mark_found(parsed)
-                return None
-            case _:
-                return None
+        return parsed
 
     async def _mark_found(self, parsed: paths.RepositoryRequest) -> None:
         """Let no collection remove what a client finds here: it may push a manifest that names it.
@@ -205,7 +203,7 @@ class HostedHandler:
         is_deletion = request.method == "DELETE" and not isinstance(parsed, UploadRequest)
         action = AccessAction.DELETE if is_deletion else AccessAction.PUSH
         user = await self._ask(request, pull, action, parsed.repository)
-        actor = Actor(user, pull.client)
+        actor = Actor(user=user, client=pull.client)
         pull.outcome = Outcome.DELETED if is_deletion else Outcome.PUSHED
         match parsed:
             case StartUpload():

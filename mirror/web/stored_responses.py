@@ -130,6 +130,7 @@ class StoredResponse:
             first.path,
             client=client,
             user_agent=first.user_agent,
+            user=first.user,
             kind=first.kind,
             ns=first.ns,
             upstream=first.upstream,

@@ -39,6 +39,8 @@ def image(number: int) -> Json:
         "missing_bytes": 4096 if number % 7 == 3 else 0,
         "stale_why": None,
         "blocked_why": None,
+        "pushed": None,
+        "pushed_by": None,
     }
 
 
@@ -83,6 +85,22 @@ class FakeImages:
                 return {"image": row, "nodes": nodes}
         raise NotFound(f"{name} is not in the cache")
 
+    async def uploads(self) -> list[Json]:
+        return [
+            {
+                "kind": "upload",
+                "id": "0" * 32,
+                "repository": "registry.example/team/app",
+                "user": "ci",
+                "size": 40_000_000,
+                "reserved": 80_000_000,
+                "started": AT,
+                "last_byte": AT,
+                "age": 60,
+                "idle": 1,
+            }
+        ]
+
     async def usage(self) -> Json:
         size = sum(row["size"] for row in self.rows)
         kinds = ("index", "manifest", "config", "layer", "referrer", "other")
@@ -115,6 +133,14 @@ class FakeImages:
                 }
                 for row in self.rows[:5]
             ],
+            "hosted": {
+                "repositories": 2,
+                "contents": 12,
+                "bytes": 3_000_000,
+                "uploads": 1,
+                "reserved": 80_000_000,
+                "quota": 1_000_000_000,
+            },
             "read": AT,
         }
 

@@ -32,7 +32,9 @@ from tests.real.server import ROOT, Mirror
 
 pytestmark = pytest.mark.timeout(120)
 
-DOCUMENTS: Final = ("README.md", "docs/commands.md", "docs/kubernetes.md", "docs/runbook.md")
+DOCUMENTS: Final = (
+    *("README.md", "docs/commands.md", "docs/hosting.md", "docs/kubernetes.md", "docs/runbook.md"),
+)
 UPSTREAMS: Final = ("docker.io", "ghcr.io", "quay.io", "registry.k8s.io")
 NOT_RUN: Final = {
     "serve": "runs until it is stopped (tests/real)",
@@ -60,7 +62,8 @@ FILES: Final = {
 HISTORY: Final = ("history", "rollback")
 """Commands that need what a tag was, which `forget` and `rm` in earlier examples remove."""
 JSON_RUNS: Final = (
-    *("ls", "du", "du --verbose", "show NAME", "explain NAME", "explain", "history NAME"),
+    *("ls", "ls --uploads", "du", "du --verbose", "show NAME", "explain NAME", "explain"),
+    "history NAME",
     *("savings", "savings --by network", "warm NAME", "refresh NAME", "doctor"),
     *("pin NAME", "pin", "unpin NAME", "freeze NAME", "freeze", "unfreeze NAME"),
     *("rollback NAME --to EARLIER", "unfreeze NAME", "block NAME --reason x", "block"),

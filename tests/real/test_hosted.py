@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from mirror.cli.main import main
 from tests.real import images
-from tests.real.clients import Containerd, Dockerd, Podman, Skopeo
+from tests.real.clients import NOWHERE, Containerd, Dockerd, Podman, Skopeo
 from tests.real.process import free_port, go_program, run
 from tests.real.server import ROOT, Mirror
+from tests.real.wire import ask
+from tests.unit.access.kit import basic, htpasswd, rule
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -59,11 +62,9 @@ def test_skopeo_pushes_and_pulls_byte_for_byte(
     hosting: tuple[Mirror, str], tmp_path: Path, kind: str
 ) -> None:
     mirror, door = hosting
-    content = {
-        "image": lambda: images.image(1),
-        "index": lambda: images.index(2),
-        "docker": lambda: images.image(3, flavour="docker"),
-    }[kind]()
+    content: images.Content = images.index(2)
+    if kind != "index":
+        content = images.image(1, flavour="oci" if kind == "image" else "docker")
     skopeo = Skopeo()
     flags = ("--all", "--preserve-digests", "--dest-tls-verify=false")
     if kind == "docker":  # skopeo reads no such layout.
@@ -161,3 +162,27 @@ def test_clients_show_why_an_immutable_tag_is_not_moved(tmp_path: Path) -> None:
         refused = Skopeo().skopeo(*copy, check=False)
         assert refused.returncode != 0
         assert b"denied: the tag v1 is immutable" in refused.stderr
+
+
+def test_users_are_listed_with_their_last_use_and_push(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    users = tmp_path / "htpasswd"
+    users.write_text(htpasswd(ci="secret", ann="word"))
+    everything = rule("**", "authenticated", "pull", "push", "delete")
+    access = {"users": str(users), "rules": [everything]}
+    door = f"127.0.0.1:{free_port()}"
+    hosted = {"name": NAME, "listen": door}
+    with Mirror({"docker.io": NOWHERE}, hosted=hosted, access=access) as mirror:
+        by_ci = {"Authorization": basic("ci", "secret")}
+        images.push(f"http://{door}", "team/app", images.image(7), "v1", headers=by_ci)
+        by_ann = {"Authorization": basic("ann", "word")}
+        assert ask(f"http://{door}/v2/team/app/tags/list", headers=by_ann).status == 200
+        mirror.stop()  # It writes what it has not written yet.
+        config = str(mirror.config_file)
+        assert main(["ls", "--users", "--json", "--config", config]) == 0
+        ann, ci = map(json.loads, capsys.readouterr().out.splitlines())
+        assert (ann["user"], ann["last_push"]) == ("ann", None)
+        assert (ci["user"], ci["last_push"]) == ("ci", ci["last_used"])
+        assert main(["ls", "--json", "--config", config]) == 0
+        assert json.loads(capsys.readouterr().out)["pushed_by"] == "ci"

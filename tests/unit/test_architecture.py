@@ -49,13 +49,15 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "config.section": {"config.values"},
     "config.hosted_rules": {"config.retention", "config.section"},
     "config.listeners": {"config.hosted_rules", "config.section", "config.values"},
+    "config.access": {"config.section", "config.values"},
     "config.prefetch": {"config.section", "oci"},
     "config.retention": {"config.section", "oci"},
     "config.settings": {
-        *("config.listeners", "config.prefetch", "config.retention", "config.section"),
+        *("config.access", "config.listeners", "config.prefetch", "config.retention"),
+        "config.section",
         *("config.values", "oci"),
     },
-    "config.reload": {"config.settings"},
+    "config.reload": {"config.settings", "oci"},
     "config.load": {"config.settings", "config.values", "oci"},
     "single_flight": {"oci"},
     "threads": set(),
@@ -65,12 +67,17 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "pull": {"pull", "store", "upstream", "hosted.hosted_service", *SHARED},
     # The header Server-Timing and the log line format the stages of a request with the same code.
     # A response is sent from the extents of a reader. ``pull`` would only pass these types on.
-    "web": {"web", "pull", "hosted", "store.reader", "observability.logs", *SHARED},
+    "web": {
+        *("web", "access.access_control", "access.identity", "pull", "hosted", "store.reader"),
+        *("observability.logs", *SHARED),
+    },
+    "access": {"access", "config.access", *SHARED},
     # The start line prints the quota as the configuration does.
     "observability.logs": {*SHARED, "config.values"},
     "observability.library_logs": {"observability.logs", *SHARED},
     "observability.log_stream": set(),
-    "observability.metrics": SHARED,
+    "observability.hosted_metrics": {"observability.hosted_events"},
+    "observability.metrics": {"observability.hosted_metrics", *SHARED},
     # Listings say which tags are stale and which images are refused, by the rules that serve them.
     "inventory": {"inventory", "store", "pull.admission", "pull.freshness", *SHARED},
     # Where the data directory is, and which contents it has.
@@ -85,13 +92,31 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         *("admin", "composition", "config.values", "history", "inventory", "operations", "pull"),
         *("store", "web.client_socket", *SHARED),
     },
-    "server": {"server", "admin", "composition", "operations", "config.reload", *BELOW_SERVER},
+    "server": {
+        "server",
+        "access",
+        "admin",
+        "composition",
+        "operations",
+        "config.reload",
+        *BELOW_SERVER,
+    },
     "processes": {
+        "access.login_credentials",
         "hosted.database",
         "store.layout",
         *("admin", "server", "config.reload", "observability.metrics", *SHARED),
     },
-    "cli": {"cli", "operations", "inventory", "composition", "processes", *LOADING, *BELOW_SERVER},
+    "cli": {
+        "cli",
+        "access.login_credentials",
+        "operations",
+        "inventory",
+        "composition",
+        "processes",
+        *LOADING,
+        *BELOW_SERVER,
+    },
     "__main__": {"cli"},
 }
 """Package -> the packages, or single modules, that it may import. Modules of ``SPLIT`` packages
@@ -101,7 +126,9 @@ SPLIT = {"config", "observability"}
 THIRD_PARTIES: dict[str, tuple[str, ...]] = {
     "diskcache": ("mirror.store.rows",),
     "prometheus_client": ("mirror.observability.metrics",),
-    "pydantic": ("mirror.config",),
+    "pydantic": ("mirror.config", "mirror.access.access_tokens"),
+    "bcrypt": ("mirror.access.users",),
+    "jwt": ("mirror.access.issuers", "mirror.access.key_sets"),
     "aiohttp": (
         *("mirror.web", "mirror.upstream", "mirror.server"),
         *("mirror.admin.dispatch", "mirror.admin.listener"),

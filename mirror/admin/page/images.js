@@ -6,7 +6,7 @@ import { byId, chip, el, fill } from "./dom.js";
 import { ago, bytes, moment, plural, shortDigest } from "./format.js";
 
 const PAGE_ROWS = 20;
-const STATE_KIND = { complete: "", partial: "warn", stale: "warn", pinned: "accent", frozen: "accent", leased: "accent", blocked: "bad" };
+const STATE_KIND = { complete: "", partial: "warn", stale: "warn", hosted: "accent", pinned: "accent", frozen: "accent", leased: "accent", blocked: "bad" };
 const COLUMNS = [
   ["name", "Image", ""],
   [null, "State", ""],

@@ -93,6 +93,30 @@ export async function refreshUsage(openImage) {
   const usage = await get("/usage");
   drawDisk(usage);
   drawNext(usage, openImage);
+  const { uploads } = usage.hosted?.uploads ? await get("/uploads") : { uploads: [] };
+  drawHosted(usage.hosted, uploads);
+}
+
+function drawHosted(hosted, uploads) {
+  byId("hosted").hidden = !hosted;
+  if (!hosted) return;
+  const items = uploads.map((upload) =>
+    el(
+      "li",
+      {},
+      el("code", {}, upload.repository),
+      el("span", { class: "number" }, bytes(upload.size)),
+      el("span", { class: "why" },
+        `by ${upload.user ?? "an anonymous user"} · started ${ago(upload.started)} · last byte ${ago(upload.last_byte)}`),
+    ));
+  fill(
+    byId("hosted"),
+    el("h3", {}, "Hosted"),
+    el("p", { class: "muted" },
+      `${bytes(hosted.bytes)} of ${bytes(hosted.quota)} in ${plural(hosted.contents, "content")}, never evicted`
+      + (hosted.reserved ? ` · ${bytes(hosted.reserved)} reserved by uploads` : "")),
+    items.length ? el("ul", { class: "going" }, items) : el("p", { class: "empty" }, "No upload is in progress."),
+  );
 }
 
 function drawDisk(usage) {

@@ -5,9 +5,9 @@ import { openDialog } from "./dialogs.js";
 import { byId, chip, el, fill, keyed, setText, setWidth } from "./dom.js";
 import { ago, bytes, moment, plural, rate, seconds, shortDigest } from "./format.js";
 
-const OUTCOMES = ["hit", "join", "miss", "aside", "revalidated", "stale", "negative", "denied", "rejected", "error"];
+const OUTCOMES = ["hit", "join", "miss", "aside", "revalidated", "stale", "negative", "denied", "rejected", "error", "pushed", "deleted"];
 const OUTCOME_KIND = {
-  hit: "good", join: "good", revalidated: "good", stale: "warn", negative: "warn",
+  hit: "good", join: "good", revalidated: "good", pushed: "accent", deleted: "warn", stale: "warn", negative: "warn",
   denied: "bad", rejected: "bad", error: "bad",
 };
 

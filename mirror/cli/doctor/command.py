@@ -113,6 +113,7 @@ def _check_mirror(arguments: argparse.Namespace) -> Iterator[Finding]:
     # Imported here: start-up counts, and these need aiohttp.
     from mirror.cli.doctor import machine_checks
     from mirror.cli.doctor.endpoint_checks import check_endpoints, read_samples
+    from mirror.cli.doctor.hosted_checks import check_hosted
     from mirror.store.layout import Layout
     from mirror.store.marks import read_marks
 
@@ -131,6 +132,7 @@ def _check_mirror(arguments: argparse.Namespace) -> Iterator[Finding]:
     yield from machine_checks.check_data_directory(settings)
     yield from machine_checks.check_index(root)
     yield machine_checks.check_marks(root / "marks.json", lambda: read_marks(Layout(root)))
+    yield from check_hosted(settings)
     yield machine_checks.check_port(settings)
     report = check_endpoints(settings, read_samples(root, settings), os.environ)
     yield from report.findings

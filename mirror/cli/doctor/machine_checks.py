@@ -205,7 +205,7 @@ def check_index(root: Path, clock: Callable[[], float] = time.monotonic) -> Iter
         return
     databases = sorted(index.rglob("*.db"))
     for database in databases:
-        damage = _damage_of(database, clock)
+        damage = damage_of(database, clock)
         if damage is not None:
             yield Checked("index", str(database)).problem(
                 f"it cannot be used: {damage}",
@@ -216,8 +216,13 @@ def check_index(root: Path, clock: Callable[[], float] = time.monotonic) -> Iter
     yield subject.ok(f"{len(databases)} databases open, and are not damaged")
 
 
-def _damage_of(database: Path, clock: Callable[[], float]) -> str | None:
-    """Return what is wrong with an SQLite database. None: nothing was found in time."""
+def damage_of(database: Path, clock: Callable[[], float]) -> str | None:
+    """Return what is wrong with an SQLite database. None: nothing was found in time.
+
+    Args:
+        database: Its file.
+        clock: Returns seconds.
+    """
     deadline = clock() + _QUICK_CHECK_S
     try:
         with closing(

@@ -20,6 +20,7 @@ from mirror.config.settings import Settings
 from mirror.observability.events import Outcome
 from mirror.oci.errors import InvalidRequest, NotFound
 from tests.unit.history.kit import NOON, a_pull, recording
+from tests.unit.hosted.kit import hosted_kit
 from tests.unit.inventory.kit import NOW, DataDirectory, content
 
 SECRET = "a-password-of-the-tests"
@@ -115,6 +116,23 @@ def test_usage_says_what_goes_next(tmp_path: Path) -> None:
     ]
     assert usage["next"]
     assert usage["upstreams"][0]["images"] == 3
+
+
+async def test_hosted_images_and_uploads_are_shown(tmp_path: Path) -> None:
+    layout = filled(tmp_path).layout
+    async with hosted_kit(tmp_path, clock=[NOW - 60]) as kit:
+        await kit.push_image(b"layer", repository="team/app")
+        await kit.service.uploads.begin("team/app", "ci", 100)
+        given = settings(tmp_path).model_copy(update={"hosted": kit.service.settings})
+        queries = StoreAnswers(layout, given, lambda: NOW)
+        (image,) = queries.find(page(state="hosted"))["images"]
+        assert image["name"] == "registry.example/team/app:v1"
+        usage = queries.usage()
+        check("Usage", usage)
+        assert (usage["hosted"]["uploads"], usage["hosted"]["reserved"]) == (1, 100)
+        check("Uploads", {"uploads": queries.uploads()})
+        (upload,) = queries.uploads()
+        assert (upload["user"], upload["size"], upload["age"]) == ("ci", 0, 60)
 
 
 def test_inventory_is_read_again_when_it_is_old_or_something_was_changed(tmp_path: Path) -> None:

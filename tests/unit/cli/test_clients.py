@@ -65,9 +65,85 @@ def test_containerd_gets_one_hosts_toml_for_each_upstream() -> None:
     assert read["reg.example:5000"]["server"] == "http://reg.example:5000"
 
 
+def test_hosted_repositories_are_pulled_from_the_mirror_without_a_fallback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "mirror.yaml"
+    config.write_text(
+        "upstreams: {docker.io: {endpoints: ['https://r.example']}}\n"
+        "hosted: {name: registry.example.internal, listen: '127.0.0.1:5101'}\n"
+    )
+    given = ("--config", str(config), "--mirror", "http://mirror.example:5100")
+    main(["clients", *given, "--for", "containerd", "--write", str(tmp_path)])
+    read = tomllib.loads(
+        (tmp_path / "containerd/certs.d/registry.example.internal/hosts.toml").read_text()
+    )
+    assert read["server"] == "http://mirror.example:5100"
+    assert list(read["host"]) == ["http://mirror.example:5100"]
+    capsys.readouterr()
+    main(["clients", *given, "--for", "podman"])
+    text = capsys.readouterr().out
+    assert 'location = "mirror.example:5100/registry.example.internal"' in text
+    assert text.count("[[registry.mirror]]") == 1, "only the upstream has a fallback"
+
+
 def test_containerd_file_names_the_certificate_authority() -> None:
     read = tomllib.loads(files("containerd", TLS)["containerd/certs.d/docker.io/hosts.toml"])
     assert read["host"]["https://mirror.example"]["ca"] == "/etc/ssl/m.pem"
+
+
+LOGIN = client_files.ClientLogin.parse("node:pass word\n")
+
+
+def setup_with_login(client: str, *, enforced: bool = False) -> client_files.ClientSetup:
+    request = client_files.SetupOptions(PLAIN, UPSTREAMS, is_enforced=enforced, login=LOGIN)
+    return clients.client_setup(client, request)
+
+
+@pytest.mark.parametrize("client", ["containerd", "nerdctl", "containerd-default"])
+@pytest.mark.parametrize("enforced", [False, True])
+def test_containerd_sends_credentials_to_the_mirror_only(client: str, enforced: bool) -> None:
+    header = {"Authorization": "Basic bm9kZTpwYXNzIHdvcmQ="}
+    for file in setup_with_login(client, enforced=enforced).files:
+        read = tomllib.loads(file.text)
+        assert read["host"]["http://mirror.example:5100"]["header"] == header
+        # Without --enforce, the server is the registry itself.
+        assert read.get("header") == (header if enforced else None)
+        assert file.is_secret
+
+
+def test_stargz_sends_credentials_and_other_clients_get_none() -> None:
+    (file,) = setup_with_login("stargz").files
+    (mirror,) = tomllib.loads(file.text)["resolver"]["host"]["ghcr.io"]["mirrors"]
+    assert mirror["header"] == {"Authorization": "Basic bm9kZTpwYXNzIHdvcmQ="}
+    for client in sorted(set(clients.CLIENTS) - clients._SEND_LOGINS):
+        found = setup_with_login(client)
+        assert found.files == setup(client).files, client
+        assert "the credentials are not written" in found.notes[0], client
+
+
+def test_token_is_sent_as_a_bearer_token() -> None:
+    assert client_files.ClientLogin.parse("t0ken\n").authorization == "Bearer t0ken"
+    for text in ("", "\n", "a:b\nc:d", "a\0b"):
+        with pytest.raises(ValueError, match="one line"):
+            client_files.ClientLogin.parse(text)
+
+
+def test_file_with_credentials_is_written_for_its_owner_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    secret = tmp_path / "login"
+    secret.write_text("node:secret\n")
+    argv = ["clients", "--config", str(SHIPPED), "--mirror", "http://m:1", "--for", "containerd"]
+    options = ["--credentials-file", str(secret), "--write", str(tmp_path / "etc")]
+    assert main([*argv, *options]) == 0
+    for path in (tmp_path / "etc").rglob("hosts.toml"):
+        assert path.stat().st_mode & 0o777 == 0o600
+    assert "secret" not in capsys.readouterr().err
+    assert main([*argv, "--credentials-file", str(tmp_path / "none")]) == 2
+    secret.write_bytes(b"\xff")
+    assert main([*argv, "--credentials-file", str(secret)]) == 2
+    assert "not UTF-8" in capsys.readouterr().err
 
 
 def test_docker_gets_registry_mirrors_and_the_certificate_authority() -> None:

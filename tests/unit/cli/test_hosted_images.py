@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from mirror.observability.hosted_events import Actor
 from mirror.oci.descriptor import OCI_INDEX
 from mirror.oci.reference import Digest
 from tests.unit.cli.inventory_kit import CONFIG, Site
@@ -69,7 +70,9 @@ def test_manifest_that_an_index_lists_is_no_row_of_its_own(site: Site) -> None:
     async def push(kit: HostedKit) -> None:
         child = await kit.push_image(LAYERS[1], repository="team/multi", tag=None)
         body = index_of(manifest_of(LAYERS[1]))
-        await kit.service.put_manifest("team/multi", Digest.of(body), (), body, OCI_INDEX, "ci")
+        await kit.service.put_manifest(
+            "team/multi", Digest.of(body), (), body, OCI_INDEX, Actor("ci")
+        )
         assert child == Digest.of(manifest_of(LAYERS[1]))
 
     change(site, push)

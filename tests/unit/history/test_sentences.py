@@ -102,6 +102,14 @@ def stored(**fields: Any) -> StoredPull:
             "Not found: MANIFEST_UNKNOWN: no such manifest.",
         ),
         (
+            {**TAG, "outcome": "pushed"},
+            "Pushed: it is a step of a push to a hosted repository, or its end.",
+        ),
+        (
+            {**TAG, "outcome": "deleted"},
+            "Deleted: a client deleted it from a hosted repository.",
+        ),
+        (
             {**TAG, "outcome": "denied", "error": "DENIED: not allowed."},
             "Refused: DENIED: not allowed.",
         ),

@@ -39,6 +39,8 @@ def test_row_has_sizes_in_bytes_and_times_in_utc(data: DataDirectory) -> None:
         "blocked_why": None,
         "subject": None,
         "accept": None,
+        "pushed": None,
+        "pushed_by": None,
     }
 
 

@@ -151,7 +151,7 @@ async def test_image_that_is_pushed_or_pulled_meanwhile_stays(tmp_path: Path) ->
 
 def inventory_of(kit: HostedKit) -> Inventory:
     layout = kit.store.layout
-    return read_inventory(layout, {}, read_marks(layout), kit.clock[0], NAME)
+    return read_inventory(layout, {}, read_marks(layout), kit.clock[0], kit.service.settings)
 
 
 async def collect_all(kit: HostedKit) -> tuple[list[Item], list[HostedChange]]:

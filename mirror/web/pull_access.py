@@ -1,0 +1,60 @@
+"""What the mirror's own door asks before it serves a request: may the client read this?
+
+Lives here: the question for each kind of request. Must not know: rules, how users are known, how a
+request is served.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from aiohttp import web
+
+from mirror.access.access_control import AccessControl
+from mirror.observability.events import RequestRecord
+from mirror.oci.reference import Repository
+from mirror.web import paths
+from mirror.web.probe_image import PROBE_REPOSITORY
+
+
+async def check_pull(
+    access: AccessControl, parsed: paths.Request, request: web.BaseRequest, pull: RequestRecord
+) -> None:
+    """Raise ``Denied`` if the client may not pull from the repository of a request.
+
+    Called before anything is read: the answer does not depend on what exists. A request that is
+    about no repository passes.
+
+    Args:
+        access: The rules in force.
+        parsed: The request.
+        request: The same, as it was sent.
+        pull: Its record. Gets the repository and the user.
+
+    Raises:
+        Denied: The client may not.
+        TooManyRequests: Its address has failed to log in too often.
+    """
+    if not isinstance(parsed, paths.RepositoryRequest):
+        return
+    if parsed.repository.path == PROBE_REPOSITORY:
+        return
+    pull.upstream, pull.repository = parsed.repository.upstream, parsed.repository.path
+    authorization = request.headers.get("Authorization")
+    identity = await access.check_pull(authorization, pull.client, parsed.repository)
+    pull.user = identity.user
+
+
+async def find_visible(
+    access: AccessControl, request: web.BaseRequest, pull: RequestRecord
+) -> Callable[[Repository], bool] | None:
+    """Return a function that says which repositories a list may name. None: all.
+
+    Args:
+        access: The rules in force.
+        request: The request for a list.
+        pull: Its record.
+    """
+    if not access.is_enforced:
+        return None
+    return await access.may_list(request.headers.get("Authorization"), pull.client)

@@ -1,0 +1,230 @@
+"""The header field ``Authorization``: who is who, what is remembered, and for how long."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import bcrypt
+import pytest
+
+from mirror.access import logins as module
+from mirror.access.identity import Identity
+from mirror.access.key_sets import KEYS_RETRY_S
+from mirror.access.login_credentials import LoginCredentials
+from mirror.access.logins import RESULT_TTL_S, ClientLogins, LoginFailed
+from mirror.oci.errors import ConfigError, TooManyRequests, UpstreamUnavailable
+from mirror.single_flight import SingleFlight
+from tests.unit.access.kit import (
+    AUDIENCE,
+    ISSUER,
+    NOW,
+    Signer,
+    access_section,
+    basic,
+    htpasswd,
+    key_set,
+)
+
+TOKEN = "0123456789abcdef"
+URL = "https://issuer.example/keys"
+KEY = Signer("one")
+
+
+@dataclass
+class LoginKit:
+    """ClientLogins with files and an issuer."""
+
+    logins: ClientLogins
+    root: Path
+    clock: list[float]
+    key_sets: list[bytes | Exception]
+    """The next responses of the issuer's URL. The last one is repeated."""
+    reports: list[str] = field(default_factory=list)
+    fetches: int = 0
+
+    async def user(self, authorization: str, client: str = "192.0.2.1") -> str | None:
+        """Return the user; None: the credentials are wrong."""
+        try:
+            return (await self.logins.identify(authorization, client)).user
+        except LoginFailed:
+            return None
+
+
+@asynccontextmanager
+async def kit(root: Path, **issuer: Any) -> AsyncIterator[LoginKit]:
+    (root / "htpasswd").write_text(htpasswd(ann="ann's", bob="bob's"))
+    (root / "tokens").write_text(f"- {{name: ci, token: {TOKEN}}}\n")
+    entry = {"issuer": ISSUER, "jwks": URL, "audience": AUDIENCE, **issuer}
+    access = access_section(
+        users=str(root / "htpasswd"), tokens=str(root / "tokens"), issuers=[entry]
+    )
+    clock = [NOW]
+
+    async def fetch(url: str, ca: str | None) -> bytes:
+        found.fetches += 1
+        body = found.key_sets.pop(0) if len(found.key_sets) > 1 else found.key_sets[0]
+        if isinstance(body, Exception):
+            raise body
+        return body
+
+    async with SingleFlight() as single_flight:
+        logins = ClientLogins(lambda: clock[0])
+        found = LoginKit(logins, root, clock, [key_set(KEY)])
+        credentials = LoginCredentials(
+            access, fetch, single_flight, lambda: clock[0], found.reports.append
+        )
+        logins.use(credentials)
+        yield found
+        logins.close()
+
+
+async def test_each_form_of_credentials_names_its_user(tmp_path: Path) -> None:
+    async with kit(tmp_path) as logins:
+        jwt = KEY.sign(sub="system:serviceaccount:ci:builder")
+        service_account = "system:serviceaccount:ci:builder"
+        for authorization, user in (
+            (basic("ann", "ann's"), "ann"),
+            (f"Bearer {TOKEN}", "ci"),
+            (basic("anything", TOKEN), "ci"),
+            (basic("", TOKEN), "ci"),
+            (f"Bearer {jwt}", service_account),
+            (basic("oauth2accesstoken", jwt), service_account),
+            (basic("ann", "bob's"), None),
+            (f"Bearer {TOKEN}x", None),
+            (f"Bearer {KEY.sign(aud='other')}", None),
+            (f"Bearer {KEY.sign(iss='https://other.example')}", None),
+        ):
+            assert await logins.user(authorization) == user, authorization
+
+
+async def test_client_that_has_no_credentials_is_anonymous_and_fails_at_nothing(
+    tmp_path: Path,
+) -> None:
+    async with kit(tmp_path) as logins:
+        for _ in range(100):
+            assert await logins.user(basic("", "")) == ""
+        assert await logins.user(basic("ann", "ann's")) == "ann"
+
+
+async def test_issuer_cannot_name_a_user_of_the_files(tmp_path: Path) -> None:
+    async with kit(tmp_path) as logins:
+        for name in ("ann", "ci"):
+            assert await logins.user(f"Bearer {KEY.sign(sub=name)}") is None
+        assert await logins.user(f"Bearer {KEY.sign(sub='ann2')}") == "ann2"
+        assert "has the name of one in access.users" in logins.reports[0]
+    async with kit(tmp_path, user_prefix="k8s:") as logins:
+        assert await logins.user(f"Bearer {KEY.sign(sub='ann')}") == "k8s:ann"
+
+
+async def test_password_is_checked_once_a_minute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks: list[bytes] = []
+    check = bcrypt.checkpw
+
+    def count(password: bytes, hashed: bytes) -> bool:
+        checks.append(password)
+        return check(password, hashed)
+
+    monkeypatch.setattr(bcrypt, "checkpw", count)
+    async with kit(tmp_path) as logins:
+        asked = [logins.user(basic("ann", "ann's")) for _ in range(50)]
+        assert await asyncio.gather(*asked) == ["ann"] * 50
+        assert len(checks) <= 2, "one in each thread, and all others share the result"
+        checks.clear()
+        logins.clock[0] += RESULT_TTL_S
+        assert await logins.user(basic("ann", "ann's")) == "ann"
+        assert len(checks) == 1
+        assert await logins.user(basic("ann", "no")) is None
+        assert await logins.user(basic("ann", "no")) is None
+        assert len(checks) == 2
+
+
+async def test_token_and_jwt_end_in_time(tmp_path: Path) -> None:
+    (tmp_path / "x").touch()
+    async with kit(tmp_path) as logins:
+        (tmp_path / "tokens").write_text(
+            f'- {{name: ci, token: {TOKEN}, expires: "2030-03-17T17:46:50+00:00"}}\n'  # NOW + 10
+        )
+        logins.logins.refresh()
+        jwt = KEY.sign(exp=NOW + 5)
+        assert await logins.user(f"Bearer {TOKEN}") == "ci"
+        assert await logins.user(f"Bearer {jwt}") == "job"
+        logins.clock[0] = NOW + 10
+        assert await logins.user(f"Bearer {TOKEN}") is None
+        logins.clock[0] = NOW + 35
+        assert await logins.user(f"Bearer {jwt}") is None
+
+
+async def test_change_of_a_file_ends_what_is_remembered(tmp_path: Path) -> None:
+    async with kit(tmp_path) as logins:
+        assert await logins.user(basic("ann", "ann's")) == "ann"
+        assert await logins.user(basic("bob", "bob's")) == "bob"
+        assert await logins.user(f"Bearer {TOKEN}") == "ci"
+        (tmp_path / "htpasswd").write_text(htpasswd(bob="bob's"))
+        (tmp_path / "tokens").write_text("- [")
+        logins.logins.refresh()
+        assert await logins.user(basic("ann", "ann's")) is None
+        assert await logins.user(basic("bob", "bob's")) == "bob"
+        assert await logins.user(f"Bearer {TOKEN}") is None
+        assert logins.reports == [f"access.tokens: {tmp_path / 'tokens'}: line 1: not YAML"]
+
+
+async def test_key_that_is_rotated_is_fetched_at_its_first_token(tmp_path: Path) -> None:
+    new = Signer("new")
+    async with kit(tmp_path) as logins:
+        assert await logins.user(f"Bearer {KEY.sign()}") == "job"
+        assert logins.fetches == 1
+        logins.key_sets[:] = [key_set(new)]
+        assert await logins.user(f"Bearer {new.sign()}") is None, "fetched a moment ago"
+        logins.clock[0] += KEYS_RETRY_S
+        jwts = [f"Bearer {new.sign(sub=f'job-{n}')}" for n in range(3)]
+        users = await asyncio.gather(*(logins.user(jwt) for jwt in jwts))
+        assert users == ["job-0", "job-1", "job-2"]
+        assert logins.fetches == 2, "they share one fetch"
+        logins.clock[0] += RESULT_TTL_S
+        assert await logins.user(f"Bearer {KEY.sign()}") is None, "the old key is withdrawn"
+
+
+async def test_issuer_that_is_down_is_reported_once(tmp_path: Path) -> None:
+    async with kit(tmp_path) as logins:
+        logins.key_sets[:] = [UpstreamUnavailable("refused")]
+        for _ in range(3):
+            assert await logins.user(f"Bearer {KEY.sign()}", f"192.0.2.{logins.fetches}") is None
+            logins.clock[0] += KEYS_RETRY_S
+        failures = [report for report in logins.reports if "refused" in report]
+        assert failures[0] == f"access.issuers: {URL}: refused"
+        assert sum(report.startswith(f"access.issuers: {URL}") for report in logins.reports) == 1
+
+
+async def test_crowd_of_logins_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MAX_WAITING", 3)
+    async with kit(tmp_path) as logins:
+        asked = [logins.user(basic("ann", f"no {n}"), f"192.0.2.{n}") for n in range(8)]
+        results = await asyncio.gather(*asked, return_exceptions=True)
+        assert sum(isinstance(result, TooManyRequests) for result in results) == 5
+        assert await logins.user(basic("ann", "ann's")) == "ann"
+
+
+async def test_nothing_that_is_remembered_has_a_password(tmp_path: Path) -> None:
+    async with kit(tmp_path) as logins:
+        await logins.user(basic("ann", "ann's"))
+        ((key, result),) = logins.logins._results.items()
+        assert len(key) == 32
+        assert result.identity == Identity("ann")
+
+
+async def test_file_that_is_wrong_at_the_start_is_refused(tmp_path: Path) -> None:
+    access = access_section(users=str(tmp_path / "none"))
+
+    async def fetch(url: str, ca: str | None) -> bytes:
+        raise AssertionError
+
+    async with SingleFlight() as single_flight:
+        with pytest.raises(ConfigError, match=r"access\.users: .*none: No such file"):
+            LoginCredentials(access, fetch, single_flight, lambda: NOW, print)

@@ -1,0 +1,77 @@
+"""Files of credentials: what counts when they change, break or vanish."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from mirror.access import watched_file
+from mirror.access.watched_file import ParsedFile, WatchedFile
+from mirror.oci.errors import ConfigError
+
+
+def parse(raw: bytes) -> ParsedFile[tuple[str, ...]]:
+    """Parse a list of words. A word in capitals is a problem."""
+    words = raw.decode().split()
+    bad = tuple(f"bad word {index}" for index, word in enumerate(words) if word.isupper())
+    return ParsedFile(tuple(word for word in words if not word.isupper()), bad)
+
+
+def watched(path: Path) -> WatchedFile[tuple[str, ...]]:
+    return WatchedFile("access.users", str(path), parse)
+
+
+def test_file_is_read_again_after_each_kind_of_change(tmp_path: Path) -> None:
+    path = tmp_path / "words"
+    path.write_text("a b")
+    file = watched(path)
+    assert (file.content, file.has_changed()) == ((), True)
+    assert file.read() == ()
+    assert (file.content, file.has_changed()) == (("a", "b"), False)
+    path.write_text("a c")
+    assert file.has_changed(), "of the same size"
+    file.read()
+    other = tmp_path / "other"
+    other.write_text("a d")
+    status = path.stat()
+    os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
+    other.rename(path)
+    assert file.has_changed(), "another file of the same size and time"
+    file.read()
+    assert file.content == ("a", "d")
+
+
+def test_what_cannot_be_read_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "words"
+    path.write_text("a b")
+    file = watched(path)
+    file.read()
+    path.write_text("a BAD c")
+    assert file.read() == (f"access.users: {path}: bad word 1",)
+    assert file.content == ("a", "c")
+    path.write_text("")
+    assert (file.read(), file.content) == ((), ())
+    path.write_text("a")
+    file.read()
+    path.unlink()
+    assert file.has_changed()
+    assert file.read() == (f"access.users: {path}: No such file or directory",)
+    assert (file.content, file.has_changed()) == ((), False)
+    path.mkdir()
+    assert file.read() == (f"access.users: {path}: Is a directory",)
+    path.rmdir()
+    path.write_text("a b c")
+    monkeypatch.setattr(watched_file, "_MAX_CREDENTIALS_BYTES", 4)
+    assert file.read() == (f"access.users: {path}: larger than 4 bytes",)
+    assert file.content == ()
+
+
+def test_strict_reading_refuses_what_is_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "words"
+    path.write_text("a BAD WORSE")
+    with pytest.raises(ConfigError, match=r"^access\.users: .*words: bad word 1$"):
+        watched(path).read_strictly()
