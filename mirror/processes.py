@@ -85,7 +85,7 @@ def _open_worker(settings: Settings, index: int) -> WorkerSockets:
     is_shared = settings.workers > 1
     mirror = _listen(settings.listen, index, is_shared=is_shared)
     if settings.hosted is None or settings.hosted.listen is None:
-        return WorkerSockets(mirror, None)
+        return WorkerSockets(mirror, push=None)
     try:
         address = settings.hosted.listen
         push = _listen(address, index, is_shared=is_shared, key="hosted.listen")

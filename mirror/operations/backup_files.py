@@ -41,7 +41,7 @@ _CANNOT_CLONE: Final = frozenset(
     {errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM}
 )
 _CANNOT_LINK: Final = frozenset({errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP})
-_MAX_DOCUMENT_BYTES: Final = 512 * 1024 * 1024
+_MAX_INDEX_BYTES: Final = 512 * 1024 * 1024
 """Bytes of an ``index.json`` that is read: more than a million names."""
 _BLOB: Final = re.compile(rf"blobs/({'|'.join(ALGORITHMS)})/([0-9a-f]+)", re.ASCII)
 
@@ -338,7 +338,7 @@ class BackupSource:
         with self.opened(name) as stored:
             if stored is None:
                 return {}
-            if stored.size > _MAX_DOCUMENT_BYTES:
+            if stored.size > _MAX_INDEX_BYTES:
                 raise StorageUnavailable(f"{self._path}: {name} is too large")
             try:
                 found = json.loads(b"".join(stored.chunks()))
