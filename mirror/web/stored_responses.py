@@ -16,8 +16,9 @@ bytes of its request.
 - **A response is not reused after its content has left memory.** The pull service keeps the result
   of a hit in memory for a second, and says whether it is fresh
   (:data:`~mirror.pull.results.IsFresh`). This also decides again whether a tag is fresh. A new
-  configuration discards all responses, and so does a new block or freeze: admission and the choice
-  of the upstream depend on nothing else but the request. A server that drains reuses none.
+  configuration discards all responses, and so does a new block or freeze: admission, the choice
+  of the upstream, and what everybody may pull depend on nothing else but the request. A server
+  that drains reuses none.
 - **A request is a request.** Each has its own record, id and events. The client is the peer of the
   connection. Behind a trusted proxy, it is not, so nothing is stored if one is configured.
 - **Memory is bounded.** A stored response has its bytes, and refers to nothing else that is large.
@@ -59,7 +60,7 @@ _WHOLE: Final = re.compile(
     rb"(?:GET|HEAD) /[!-~]* HTTP/1\.1\r\n(?:[A-Za-z0-9-]+:[\t -~]*\r\n)*\r\n"
 )
 # The first line: fields that say that more than the header follows, or that the connection changes.
-# The second line: credentials, which are not kept in memory, although we ignore them.
+# The second line: credentials. So all stored responses are those that everybody may get.
 _EXCLUDED: Final = re.compile(
     rb"\r\n(?:content-length|transfer-encoding|trailer|te|expect|upgrade|http2-settings"
     rb"|authorization|proxy-authorization|cookie):",

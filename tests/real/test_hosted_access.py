@@ -86,7 +86,7 @@ def test_skopeo_logs_in(hosting: tuple[Mirror, str], tmp_path: Path) -> None:
         skopeo.skopeo(*copy, reference)
         assert skopeo.copy(f"{door}/team/app:v1") == image.contents()
         denied = skopeo.skopeo(*copy, f"docker://{door}/other/app:v1", check=False)
-        assert b"denied" in denied.stderr
+        assert b"403 (Forbidden)" in denied.stderr
         reader = ("--creds", "reader:reader's")
         inspect = ("inspect", "--tls-verify=false", *reader, reference)
         assert skopeo.skopeo(*inspect).returncode == 0

@@ -14,8 +14,9 @@ import pytest
 
 from mirror.observability.events import HostedChange, Outcome
 from mirror.oci.reference import Digest
+from tests.fakes.registry import FakeRegistry
 from tests.server_kit import Server, running
-from tests.unit.access.kit import basic, htpasswd, rule
+from tests.unit.access.kit import access_section, basic, htpasswd, rule
 from tests.unit.hosted.kit import CONFIG, CONFIG_DIGEST, PushClient, Reply, manifest_of
 
 HOST = "registry.example"
@@ -62,6 +63,7 @@ async def doors(
     *rules: Mapping[str, Any],
     hosted: Mapping[str, Any] | None = None,
     more: Mapping[str, Any] | None = None,
+    endpoints: tuple[str, ...] = (),
     **keys: Any,
 ) -> AsyncIterator[Doors]:
     """Run a server. ``keys``: of the section ``access``; the rest as of ``running``."""
@@ -71,7 +73,7 @@ async def doors(
     files = {"users": str(users), "tokens": str(tokens)}
     access = {**files, "rules": list(rules or RULES), **keys}
     sections = {"access": access, **(more or {})}
-    async with running(root / "data", hosted=hosted or {}, more=sections) as server:
+    async with running(root / "data", *endpoints, hosted=hosted or {}, more=sections) as server:
         yield Doors(server, users, PushClient(server))
 
 
@@ -219,6 +221,43 @@ async def test_mirrored_repository_is_kept_from_those_who_may_not_read_it(tmp_pa
         assert {one.repository for one in refused} == {"secret/app"}
 
 
+async def test_no_fast_path_serves_what_new_rules_refuse(tmp_path: Path) -> None:
+    """Small responses are stored for reuse, small blobs are kept in memory."""
+    everybody = rule("docker.io/secret/**", "anonymous", "pull")
+    async with FakeRegistry() as upstream:
+        blob = upstream.add_blob(LAYER, "secret/app")
+        body = manifest_of(LAYER)
+        manifest = upstream.add_manifest(body, "secret/app", "v1")
+        paths = [
+            f"/v2/secret/app/blobs/{blob}",
+            f"/v2/secret/app/manifests/{manifest}",
+            "/v2/secret/app/manifests/v1",
+            "/v2/secret/app/tags/list",
+            f"/v2/secret/app/referrers/{manifest}",
+        ]
+        async with doors(tmp_path, everybody, endpoints=(upstream.url,)) as both:
+            for path in paths:
+                for _ in range(3):
+                    assert (await both.pull(path)).status == 200, path
+            server = both.server.running_server
+            access = server.mirror.settings.access
+            assert access is not None
+            closed = access_section(*RULES).rules
+            access = access.model_copy(update={"rules": closed})
+            server.apply(server.mirror.settings.model_copy(update={"access": access}))
+            client = PushClient(both.server, url=both.server.url)
+            for path in paths:
+                for method in ("GET", "HEAD"):
+                    denied = await client.ask(method, path)
+                    assert denied.status == 403, path
+                    assert LAYER not in denied.body
+                    ranged = await client.ask(method, path, None, {"Range": "bytes=0-9"})
+                    assert ranged.status == 403, path
+                # Its response is not stored for others.
+                assert (await both.pull(path, READER)).status == 200, path
+                assert (await both.pull(path)).status == 403, path
+
+
 async def test_without_the_default_rule_nothing_is_pulled_that_no_rule_fits(tmp_path: Path) -> None:
     async with doors(tmp_path, *RULES, anonymous_pull=False) as both:
         assert (await both.pull("/v2/library/app/manifests/v1")).status == 403
@@ -318,6 +357,20 @@ async def test_address_that_fails_too_often_gets_429_and_known_clients_go_on(
         assert (await both.ask("GET", "/v2/", READER)).status == 429, "even the right password"
         assert (await both.ask("GET", "/v2/", CI)).status == 200, "it was right a moment ago"
         assert (await both.pull("/v2/library/app/manifests/v1", basic("a", "b"))).status == 502
+
+
+async def test_clients_behind_a_trusted_proxy_are_limited_one_by_one(tmp_path: Path) -> None:
+    async with doors(tmp_path, more={"trusted_proxies": ["127.0.0.1"]}) as both:
+        for number in range(12):
+            headers = {
+                "X-Forwarded-For": "192.0.2.1",
+                "Authorization": basic("ci", f"guess {number}"),
+            }
+            refused = await both.push.ask("GET", "/v2/", None, headers)
+        assert refused.status == 429
+        for client, status in (("192.0.2.2", 200), ("192.0.2.1", 429)):
+            headers = {"X-Forwarded-For": client, "Authorization": CI if status == 200 else READER}
+            assert (await both.push.ask("GET", "/v2/", None, headers)).status == status
 
 
 async def test_guesses_at_the_same_time_are_limited_too(tmp_path: Path) -> None:
