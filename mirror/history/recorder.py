@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Final, TypeAlias
 
 from mirror.history.batch import Batch
-from mirror.history.history_file import HistoryFile
 from mirror.history.writer import HistoryWriter
 from mirror.observability.events import (
     CURRENT_RECORD,
@@ -64,9 +63,7 @@ class HistoryRecorder:
         self._ended: list[RequestRecord] = []
         self._batch = Batch(now())
         self._is_scheduled = False
-        self._writer = HistoryWriter(
-            HistoryFile(layout.history), layout, on_running_loop(emit), now
-        )
+        self._writer = HistoryWriter(layout, on_running_loop(emit), now)
 
     def observe(self, event: Event) -> None:
         """Record ``event``, if it is one that counts."""

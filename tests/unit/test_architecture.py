@@ -33,6 +33,7 @@ OBSERVERS = {
     "observability.metrics",
 }
 BELOW_SERVER = {"web", "pull", "store", "upstream", "history", *OBSERVERS, *SHARED}
+QUEUED_WRITES = {"store.batch_writer", "store.layout", "store.shared_database"}
 ALLOWED_IMPORTS: dict[str, set[str]] = {
     "": set(),
     "oci": {"oci"},
@@ -67,8 +68,12 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "observability.metrics": SHARED,
     # Listings say which tags are stale and which images are refused, by the rules that serve them.
     "inventory": {"inventory", "store", "pull.admission", "pull.freshness", *SHARED},
-    # Where the data directory is, and which contents it has.
-    "history": {"history", "store.layout", *SHARED},
+    # Where the data directory is, and which contents it has. And a file that may be replaced.
+    "history": {"history", *QUEUED_WRITES, *SHARED},
+    "notifications": {
+        *("notifications", "store.disk", "upstream.connections", "upstream.outbound"),
+        *("upstream.transport", *QUEUED_WRITES, *SHARED),
+    },
     "composition": {"hosted", "pull", "store", "upstream", *SHARED},
     "operations": {
         *("operations", "composition", "config.prefetch", "history", "inventory", "pull"),
