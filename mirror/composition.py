@@ -76,7 +76,7 @@ async def open_mirror(
             open_registries(settings, emit, single_flight) as registries,
         ):
             content = ContentService(settings, store, registries, single_flight, emit, now)
-            async with _open_hosted(settings, store, now) as hosted:
+            async with _open_hosted(settings, store, now, emit) as hosted:
                 service = PullService(content, None if hosted is None else HostedPulls(hosted))
                 marks = MarksWatch(store.layout, service.restrict, emit)
                 await marks.check()
@@ -101,7 +101,7 @@ async def open_mirror(
 
 @asynccontextmanager
 async def _open_hosted(
-    settings: Settings, store: Store, now: Callable[[], float]
+    settings: Settings, store: Store, now: Callable[[], float], emit: Observer
 ) -> AsyncIterator[HostedService | None]:
     """Open the hosted repositories. Raises ``NamesDamaged``."""
     if settings.hosted is None:
@@ -109,7 +109,7 @@ async def _open_hosted(
         return
     database = await Database.open(store.layout.hosted_names)
     try:
-        hosted = HostedService(settings.hosted, database, store, now)
+        hosted = HostedService(settings.hosted, database, store, now, emit)
         try:
             yield hosted
         finally:

@@ -112,6 +112,7 @@ class _Write(Generic[T]):
     future: asyncio.Future[T]
     result: T | None = None
     error: Exception | None = None
+    on_committed: Callable[[T], None] | None = None
 
 
 class Database:
@@ -142,7 +143,13 @@ class Database:
         """
         return await self._loop.run_in_executor(self._reading, self._read, query)
 
-    async def write(self, change: Callable[[Connection], T], *, is_durable: bool = True) -> T:
+    async def write(
+        self,
+        change: Callable[[Connection], T],
+        *,
+        is_durable: bool = True,
+        on_committed: Callable[[T], None] | None = None,
+    ) -> T:
         """Return ``change(connection)``, called in a thread in a transaction, once it is committed.
 
         Cancelling the caller does not undo the write.
@@ -151,6 +158,7 @@ class Database:
             change: Runs in a savepoint of its own. Its exception undoes it, and no other write.
             is_durable: Return after the commit is on the disk. False: a crash of the machine may
                 undo it.
+            on_committed: Called with the result after the commit, also if the caller was cancelled.
 
         Raises:
             NamesDamaged: The database is damaged.
@@ -158,7 +166,7 @@ class Database:
                 transaction. Nothing was changed.
             Exception: The exception of ``change``.
         """
-        write = _Write(change, is_durable, self._loop.create_future())
+        write = _Write(change, is_durable, self._loop.create_future(), on_committed=on_committed)
         self._waiting.append(write)
         self._writing.submit(self._commit_waiting)
         await asyncio.wait({write.future})
@@ -229,6 +237,8 @@ def _set_results(batch: list[_Write[Any]]) -> None:
             write.future.exception()  # Retrieved: a caller that was cancelled never asks.
         else:
             write.future.set_result(write.result)
+            if write.on_committed is not None:
+                write.on_committed(write.result)
 
 
 # --- opening --------------------------------------------------------------------------------------

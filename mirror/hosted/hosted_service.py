@@ -21,9 +21,12 @@ from mirror.hosted.database import Database
 from mirror.hosted.name_rows import ManifestRow
 from mirror.hosted.pushed_manifest import PushedManifest, read_pushed_manifest
 from mirror.hosted.sessions import UploadSessions, disk_errors
+from mirror.observability.events import HostedChange, Observer
+from mirror.observability.hosted_events import SERVER, Actor, ChangeAction
 from mirror.oci.descriptor import MANIFEST_LIMIT
 from mirror.oci.errors import BlobUnknown, DigestInvalid, ManifestUnknown, NameUnknown
-from mirror.oci.reference import Digest, Reference, Tag
+from mirror.oci.headers import OCTET_STREAM
+from mirror.oci.reference import Digest, Reference, Repository, Tag
 from mirror.store.reader import Reader
 from mirror.store.store import Store
 from mirror.threads import parse_in_thread_if_large, run_in_thread
@@ -38,7 +41,12 @@ class HostedService:
     """The hosted repositories of one process. A repository is its path, such as ``team/app``."""
 
     def __init__(
-        self, hosted: Hosted, database: Database, store: Store, now: Callable[[], float]
+        self,
+        hosted: Hosted,
+        database: Database,
+        store: Store,
+        now: Callable[[], float],
+        emit: Observer,
     ) -> None:
         """Compose the parts. The caller owns ``database`` and ``store``.
 
@@ -47,12 +55,14 @@ class HostedService:
             database: The names.
             store: The content.
             now: Returns the seconds since the epoch.
+            emit: Receives a :class:`HostedChange` after each durable change.
         """
         self.settings = hosted
         self.uploads = UploadSessions(hosted, database, store, now)
         self._database = database
         self._store = store
         self._now = now
+        self._emit = emit
         self._publishing = ThreadPoolExecutor(4, "publish-manifest")
 
     async def close(self) -> None:
@@ -60,9 +70,29 @@ class HostedService:
         await self.uploads.close()
         await run_in_thread(self._publishing.shutdown)
 
+    def _tell(
+        self, action: ChangeAction, repository: str, row: ManifestRow, actor: Actor, tag: str = ""
+    ) -> None:
+        """Emit the event of a change. Called after its commit."""
+        self._emit(
+            HostedChange(
+                action=action,
+                repository=Repository(self.settings.name, repository),
+                digest=row.digest,
+                tag=tag,
+                media_type=row.media_type,
+                size=row.size,
+                user=actor.user,
+                client=actor.client,
+                at=self._now(),
+            )
+        )
+
     # --- blobs ----------------------------------------------------------------------------------
 
-    async def mount(self, source: str, repository: str, digest: Digest) -> bool:
+    async def mount(
+        self, source: str, repository: str, digest: Digest, actor: Actor = SERVER
+    ) -> bool:
         """Give a repository a blob of another one. Returns False if that is not possible.
 
         The caller has checked that the client may read ``source``.
@@ -76,7 +106,12 @@ class HostedService:
             digest=digest,
             now=self._now(),
         )
-        return await self._database.write(mount)
+
+        def tell(size: int | None) -> None:
+            if size is not None:
+                self._tell("mount", repository, ManifestRow(digest, OCTET_STREAM, size), actor)
+
+        return await self._database.write(mount, on_committed=tell) is not None
 
     async def blob_size(self, repository: str, digest: Digest) -> int:
         """Return the bytes of a blob. Raises ``BlobUnknown``, also if its content is lost.
@@ -113,10 +148,15 @@ class HostedService:
         )
         await self._database.write(mark, is_durable=False)
 
-    async def delete_blob(self, repository: str, digest: Digest) -> None:
+    async def delete_blob(self, repository: str, digest: Digest, actor: Actor = SERVER) -> None:
         """Delete a blob of a repository. Raises ``BlobUnknown``."""
         delete = partial(name_rows.delete_blob, repository=repository, digest=digest)
-        if not await self._database.write(delete):
+
+        def tell(size: int | None) -> None:
+            if size is not None:
+                self._tell("delete", repository, ManifestRow(digest, OCTET_STREAM, size), actor)
+
+        if await self._database.write(delete, on_committed=tell) is None:
             raise BlobUnknown("the repository does not have this blob")
 
     # --- manifests ------------------------------------------------------------------------------
@@ -128,7 +168,7 @@ class HostedService:
         tags: Sequence[Tag],
         body: bytes,
         content_type: str | None,
-        user: str,
+        actor: Actor = SERVER,
     ) -> PushedManifest:
         """Store a manifest, and let tags name it. Returns once that is durable.
 
@@ -138,7 +178,7 @@ class HostedService:
             tags: Further tags.
             body: The bytes of the manifest.
             content_type: ``Content-Type`` of the request; None without one.
-            user: The user who pushes. Empty: anonymous.
+            actor: Who pushes.
 
         Raises:
             DigestInvalid: The bytes hash to another digest.
@@ -165,11 +205,18 @@ class HostedService:
 
         def record(connection: Connection) -> None:
             check(connection)
-            name_rows.add_manifest(connection, repository, manifest, all_tags, self._now(), user)
+            name_rows.add_manifest(
+                connection, repository, manifest, all_tags, self._now(), actor.user
+            )
             upload_rows.check_quota(connection, repository, self.settings)
 
+        def tell(_: None) -> None:
+            row = ManifestRow(digest, manifest.media_type, manifest.size)
+            for tag in all_tags or ("",):
+                self._tell("push", repository, row, actor, str(tag))
+
         async with self._stored(digest, body):
-            await self._database.write(record)
+            await self._database.write(record, on_committed=tell)
         return manifest
 
     @asynccontextmanager
@@ -204,13 +251,22 @@ class HostedService:
             raise ManifestUnknown("the content of this manifest is lost: push it again")
         return body
 
-    async def delete_manifest(self, repository: str, reference: Reference) -> None:
+    async def delete_manifest(
+        self, repository: str, reference: Reference, actor: Actor = SERVER
+    ) -> None:
         """Delete a manifest with its tags, or one tag. Raises ``ManifestUnknown``."""
         if isinstance(reference, Digest):
             delete = partial(name_rows.delete_manifest, repository=repository, digest=reference)
         else:
             delete = partial(name_rows.delete_tag, repository=repository, tag=reference)
-        if not await self._database.write(delete):
+
+        tag = reference.name if isinstance(reference, Tag) else ""
+
+        def tell(row: ManifestRow | None) -> None:
+            if row is not None:
+                self._tell("delete", repository, row, actor, tag)
+
+        if await self._database.write(delete, on_committed=tell) is None:
             raise ManifestUnknown("the repository does not have this manifest")
 
     # --- lists ----------------------------------------------------------------------------------

@@ -69,12 +69,12 @@ def add_blob(
 
 def mount_blob(
     connection: Connection, source: str, repository: str, digest: Digest, now: float
-) -> bool:
-    """Give a repository a blob of another one. False if that one does not have it."""
+) -> int | None:
+    """Give a repository a blob of another one. Returns its bytes; None if there is none."""
     size = blob_size(connection, source, digest)
     if size is not None:
         add_blob(connection, repository, digest, size, now)
-    return size is not None
+    return size
 
 
 def mark_blob_used(connection: Connection, repository: str, digest: Digest, now: float) -> None:
@@ -85,12 +85,13 @@ def mark_blob_used(connection: Connection, repository: str, digest: Digest, now:
     )
 
 
-def delete_blob(connection: Connection, repository: str, digest: Digest) -> bool:
-    """Delete a blob of a repository. False if the repository does not have it."""
-    found = connection.execute(
+def delete_blob(connection: Connection, repository: str, digest: Digest) -> int | None:
+    """Delete a blob of a repository. Returns its bytes; None if the repository does not have it."""
+    size = blob_size(connection, repository, digest)
+    connection.execute(
         "DELETE FROM blobs WHERE repository = ? AND digest = ?", (repository, str(digest))
     )
-    return found.rowcount > 0
+    return size
 
 
 # --- manifests and tags ---------------------------------------------------------------------------
@@ -212,20 +213,20 @@ def add_manifest(
     )
 
 
-def delete_manifest(connection: Connection, repository: str, digest: Digest) -> bool:
-    """Delete a manifest, and the tags that name it. False if the repository does not have it."""
-    found = connection.execute(
+def delete_manifest(connection: Connection, repository: str, digest: Digest) -> ManifestRow | None:
+    """Delete a manifest, and the tags that name it. None if the repository does not have it."""
+    row = manifest_by_digest(connection, repository, digest)
+    connection.execute(
         "DELETE FROM manifests WHERE repository = ? AND digest = ?", (repository, str(digest))
     )
-    return found.rowcount > 0
+    return row
 
 
-def delete_tag(connection: Connection, repository: str, tag: Tag) -> bool:
-    """Delete a tag. The manifest stays. False if the repository has no such tag."""
-    found = connection.execute(
-        "DELETE FROM tags WHERE repository = ? AND tag = ?", (repository, str(tag))
-    )
-    return found.rowcount > 0
+def delete_tag(connection: Connection, repository: str, tag: Tag) -> ManifestRow | None:
+    """Delete a tag. Returns its manifest, which stays; None if the repository has no such tag."""
+    row = manifest_by_tag(connection, repository, tag)
+    connection.execute("DELETE FROM tags WHERE repository = ? AND tag = ?", (repository, str(tag)))
+    return row
 
 
 # --- lists ----------------------------------------------------------------------------------------

@@ -17,6 +17,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, Literal, TypeAlias
 
+from mirror.observability.hosted_events import HostedChange as HostedChange
+from mirror.observability.job_events import PrefetchEnded as PrefetchEnded
+from mirror.observability.job_events import RetentionEnded as RetentionEnded
 from mirror.observability.traces import PullTrace
 
 
@@ -335,28 +338,6 @@ class Evicted:
 
 
 @dataclass(frozen=True, slots=True)
-class PrefetchEnded:
-    """A run of an entry of prefetch has ended. ``bytes``: how many were fetched."""
-
-    complete: int
-    """Images that are complete on disk."""
-    failed: int
-    bytes: int
-    is_ok: bool
-    """Whether all images of the entry were found, and are complete."""
-
-
-@dataclass(frozen=True, slots=True)
-class RetentionEnded:
-    """A run of the retention rules has removed ``images``, and freed ``bytes``."""
-
-    images: int
-    bytes: int
-    is_ok: bool
-    """Whether it came to its end."""
-
-
-@dataclass(frozen=True, slots=True)
 class Uncached:
     """A pull was served, but its content was not stored.
 
@@ -494,6 +475,7 @@ Event: TypeAlias = (
     | IndexDamaged
     | IndexRestored
     | TagMoved
+    | HostedChange
     | ContentUsed
     | HistoryRowsDropped
     | IngestsMeasured

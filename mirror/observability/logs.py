@@ -22,7 +22,7 @@ from typing import Any, Final, Protocol, TypeAlias
 from mirror.config.settings import Log
 from mirror.config.values import format_size
 from mirror.observability import events
-from mirror.observability.events import Event, Kind, Outcome, RequestRecord
+from mirror.observability.events import Event, HostedChange, Kind, Outcome, RequestRecord
 from mirror.oci.text import printable, size_text
 from mirror.threads import Schedule
 
@@ -63,6 +63,8 @@ _LEVELS: Final = {
     "warning": logging.WARNING,
     "error": logging.ERROR,
 }
+_CHANGES: Final = {"push": "pushed", "delete": "deleted", "mount": "mounted"}
+"""Message of each change to a hosted repository."""
 _LEVEL_NAMES: Final = {level: name for name, level in _LEVELS.items()}
 
 
@@ -309,6 +311,9 @@ class LogObserver:
                 message = "circuit open" if is_open else "circuit closed"
                 fields_ = {"upstream": upstream, "endpoint": endpoint}
                 self._write_limited(logging.WARNING, message, fields_)
+            case events.HostedChange() if self._writer.is_enabled(logging.INFO):
+                # Never suppressed: it is the record of who has changed what.
+                self._writer.write(logging.INFO, _CHANGES[event.action], _change_fields(event))
             case events.Resumed(upstream, offset, _, reason):
                 resumed = {"upstream": upstream, "offset": offset, "reason": reason}
                 self._write_limited(logging.INFO, "transfer resumed", resumed)
@@ -337,6 +342,18 @@ class LogObserver:
         if suppressed is not None:
             more = {"suppressed": suppressed} if suppressed else {}
             self._writer.write(level, message, {**fields, **more})
+
+
+def _change_fields(change: HostedChange) -> dict[str, object]:
+    tag = {"tag": change.tag} if change.tag else {}
+    return {
+        "user": change.user or "anonymous",
+        "client": change.client or "server",
+        "repository": f"{change.repository.upstream}/{change.repository.path}",
+        **tag,
+        "digest": str(change.digest),
+        "bytes": change.size,
+    }
 
 
 # --- the line of a request ------------------------------------------------------------------------

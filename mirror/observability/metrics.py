@@ -404,7 +404,7 @@ class MetricsObserver:
                 self._history_rows.inc(rows)
             case events.LogMessage() | events.OwnRequestEnded():
                 pass
-            case events.TagMoved() | events.ContentUsed():
+            case events.TagMoved() | events.ContentUsed() | events.HostedChange():
                 pass
             case unknown:
                 assert_never(unknown)

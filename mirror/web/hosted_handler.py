@@ -18,6 +18,7 @@ from aiohttp import web
 from mirror.hosted.hosted_service import HostedService
 from mirror.hosted.sessions import UploadFeed
 from mirror.observability.events import Kind, Outcome, RequestRecord
+from mirror.observability.hosted_events import Actor
 from mirror.oci.descriptor import MANIFEST_LIMIT
 from mirror.oci.errors import (
     Denied,
@@ -188,30 +189,33 @@ class HostedHandler:
         is_deletion = request.method == "DELETE" and not isinstance(parsed, UploadRequest)
         action = AccessAction.DELETE if is_deletion else AccessAction.PUSH
         user = await self._ask(request, pull, action, parsed.repository)
+        actor = Actor(user, pull.client)
         pull.outcome = Outcome.DELETED if is_deletion else Outcome.PUSHED
         match parsed:
             case StartUpload():
-                return await self._start_upload(request, pull, parsed, user)
+                return await self._start_upload(request, pull, parsed, actor)
             case UploadRequest():
                 return await self._serve_upload(request, pull, parsed, user)
             case ManifestChange():
                 pull.reference = str(parsed.reference)
                 if is_deletion:
-                    await self._service.delete_manifest(pull.repository, parsed.reference)
+                    await self._service.delete_manifest(pull.repository, parsed.reference, actor)
                     return self._reply(pull, 202)
-                return await self._put_manifest(request, pull, parsed, user)
+                return await self._put_manifest(request, pull, parsed, actor)
             case BlobDeletion():
                 pull.reference = str(parsed.digest)
-                await self._service.delete_blob(pull.repository, parsed.digest)
+                await self._service.delete_blob(pull.repository, parsed.digest, actor)
                 return self._reply(pull, 202)
             case unknown:
                 assert_never(unknown)
 
     async def _start_upload(
-        self, request: web.BaseRequest, pull: RequestRecord, parsed: StartUpload, user: str
+        self, request: web.BaseRequest, pull: RequestRecord, parsed: StartUpload, actor: Actor
     ) -> web.StreamResponse:
-        repository = parsed.repository.path
-        if parsed.mount is not None and await self._mount(request, pull, parsed, parsed.mount):
+        repository, user = parsed.repository.path, actor.user
+        if parsed.mount is not None and await self._mount(
+            request, pull, parsed, parsed.mount, actor
+        ):
             return self._reply_created(request, pull, parsed.repository, parsed.mount)
         uploads = self._service.uploads
         size = request.content_length if parsed.digest is not None else None
@@ -231,7 +235,12 @@ class HostedHandler:
         return self._reply_created(request, pull, parsed.repository, parsed.digest)
 
     async def _mount(
-        self, request: web.BaseRequest, pull: RequestRecord, parsed: StartUpload, digest: Digest
+        self,
+        request: web.BaseRequest,
+        pull: RequestRecord,
+        parsed: StartUpload,
+        digest: Digest,
+        actor: Actor,
     ) -> bool:
         """Return whether the blob was mounted.
 
@@ -245,7 +254,7 @@ class HostedHandler:
             await self._ask(request, pull, AccessAction.PULL, source)
         except (NameInvalid, Denied, LoginRequired):
             return False
-        return await self._service.mount(source.path, parsed.repository.path, digest)
+        return await self._service.mount(source.path, parsed.repository.path, digest, actor)
 
     async def _serve_upload(
         self, request: web.BaseRequest, pull: RequestRecord, parsed: UploadRequest, user: str
@@ -302,7 +311,7 @@ class HostedHandler:
         return feed.position - before
 
     async def _put_manifest(
-        self, request: web.BaseRequest, pull: RequestRecord, parsed: ManifestChange, user: str
+        self, request: web.BaseRequest, pull: RequestRecord, parsed: ManifestChange, actor: Actor
     ) -> web.StreamResponse:
         body = await _read_manifest(request)
         pull.bytes_received = len(body)
@@ -312,7 +321,7 @@ class HostedHandler:
             parsed.tags,
             body,
             request.headers.get("Content-Type"),
-            user,
+            actor,
         )
         pull.digest = str(manifest.digest)
         headers = {

@@ -50,7 +50,7 @@ async def put_manifest(kit: HostedKit, repository: str, body: bytes, tag: str) -
     digest = Digest.of(body)
     say(f"?manifest {repository} {digest}")
     say(f"?tag {repository} {tag}")
-    await kit.service.put_manifest(repository, Tag(tag), (), body, OCI_MANIFEST, "")
+    await kit.service.put_manifest(repository, Tag(tag), (), body, OCI_MANIFEST)
     say(f"+manifest {repository} {digest}")
     say(f"+tag {repository} {tag}")
 

@@ -22,7 +22,8 @@ Sources: TypeAlias = dict[str, str]
 """Dotted module name -> its text. A package is named without ``__init__``."""
 
 SHARED = {
-    *("", "oci", "observability.events", "observability.traces", "config.settings"),
+    *("", "oci", "observability.events", "observability.hosted_events"),
+    *("observability.traces", "config.settings"),
     *("single_flight", "threads"),
 }
 LOADING = {"config.load", "config.values"}
@@ -38,7 +39,11 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "": set(),
     "oci": {"oci"},
     "observability": set(),
-    "observability.events": {"oci", "observability.traces"},
+    "observability.events": {
+        *("oci", "observability.hosted_events", "observability.job_events", "observability.traces"),
+    },
+    "observability.hosted_events": {"oci"},
+    "observability.job_events": set(),
     "observability.traces": set(),
     "config": set(),
     "config.values": {"oci"},

@@ -64,7 +64,7 @@ class HostedKit:
             await self.push_blob(data, repository)
         body = manifest_of(*layers, **more)
         reference = Digest.of(body) if tag is None else Tag(tag)
-        put = await self.service.put_manifest(repository, reference, (), body, OCI_MANIFEST, "")
+        put = await self.service.put_manifest(repository, reference, (), body, OCI_MANIFEST)
         return put.digest
 
     async def read_blob(self, digest: Digest, repository: str = "app") -> bytes:
@@ -93,7 +93,7 @@ async def hosted_kit(
     try:
         database = await Database.open(store.layout.hosted_names)
         try:
-            service = HostedService(settings, database, store, now)
+            service = HostedService(settings, database, store, now, events.append)
             try:
                 yield HostedKit(service, store, database, clock, events)
             finally:

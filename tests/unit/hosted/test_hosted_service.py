@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
 from mirror.config.settings import Storage
+from mirror.observability.events import HostedChange
+from mirror.observability.hosted_events import Actor
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
 from mirror.oci.errors import (
     BlobUnknown,
@@ -17,8 +20,9 @@ from mirror.oci.errors import (
     QuotaExceeded,
 )
 from mirror.oci.reference import Digest, Tag
-from tests.unit.hosted.kit import CONFIG, CONFIG_DIGEST, hosted_kit, index_of, manifest_of
+from tests.unit.hosted.kit import CONFIG, CONFIG_DIGEST, NOW, hosted_kit, index_of, manifest_of
 from tests.unit.store.kit import random_bytes
+from tests.waiting import until
 
 LAYER = random_bytes(200_000, 11)
 DIGEST = Digest.of(LAYER)
@@ -56,9 +60,9 @@ async def test_parts_of_another_repository_do_not_count(tmp_path: Path) -> None:
         await kit.push_image(LAYER, repository="one")
         put = kit.service.put_manifest
         with pytest.raises(PartsUnknown, match="2 of the parts"):
-            await put("two", Tag("v1"), (), manifest_of(LAYER), OCI_MANIFEST, "")
+            await put("two", Tag("v1"), (), manifest_of(LAYER), OCI_MANIFEST)
         with pytest.raises(PartsUnknown, match="1 of the parts") as caught:
-            await put("two", Tag("v1"), (), index_of(manifest_of(LAYER)), OCI_INDEX, "")
+            await put("two", Tag("v1"), (), index_of(manifest_of(LAYER)), OCI_INDEX)
         assert str(Digest.of(manifest_of(LAYER))) in str(caught.value.detail)
         assert not kit.store.catalog.has_blob(Digest.of(index_of(manifest_of(LAYER))))
 
@@ -67,9 +71,7 @@ async def test_many_parts_are_checked(tmp_path: Path) -> None:
     async with hosted_kit(tmp_path) as kit:
         layers = [str(number).encode() for number in range(1200)]
         with pytest.raises(PartsUnknown, match="1201 of the parts") as caught:
-            await kit.service.put_manifest(
-                "app", Tag("v1"), (), manifest_of(*layers), OCI_MANIFEST, ""
-            )
+            await kit.service.put_manifest("app", Tag("v1"), (), manifest_of(*layers), OCI_MANIFEST)
         assert str(caught.value.detail).count("sha256:") == 20
 
 
@@ -113,7 +115,7 @@ async def test_manifest_beyond_the_quota_is_refused_and_leaves_no_row(tmp_path: 
         await kit.push_blob(CONFIG)
         body = manifest_of(annotations={"a": "x" * 1000})
         with pytest.raises(QuotaExceeded):
-            await kit.service.put_manifest("app", Tag("v1"), (), body, OCI_MANIFEST, "")
+            await kit.service.put_manifest("app", Tag("v1"), (), body, OCI_MANIFEST)
         with pytest.raises(ManifestUnknown):
             await kit.service.find_manifest("app", Digest.of(body))
         assert (await kit.service.usage()).bytes == len(CONFIG)
@@ -124,7 +126,7 @@ async def test_wrong_digest_of_a_manifest_stores_nothing(tmp_path: Path) -> None
         await kit.push_blob(CONFIG)
         body = manifest_of()
         with pytest.raises(DigestInvalid):
-            await kit.service.put_manifest("app", Digest.of(b"other"), (), body, OCI_MANIFEST, "")
+            await kit.service.put_manifest("app", Digest.of(b"other"), (), body, OCI_MANIFEST)
         assert not kit.store.catalog.has_blob(Digest.of(body))
 
 
@@ -172,3 +174,54 @@ async def test_use_of_a_blob_is_recorded_once_in_a_while(tmp_path: Path) -> None
             kit.clock[0] = pushed + seconds
             await kit.service.mark_blob_used("app", DIGEST)
             assert await used_at() == expected
+
+
+async def test_each_change_has_one_event_after_its_commit(tmp_path: Path) -> None:
+    actor = Actor("ci", "192.0.2.1")
+    async with hosted_kit(tmp_path) as kit:
+        for data in (CONFIG, LAYER):
+            await kit.push_blob(data)
+        body, service = manifest_of(LAYER), kit.service
+        digest = Digest.of(body)
+        tags = (Tag("v1"), Tag("latest"))
+        await service.put_manifest("app", digest, tags, body, OCI_MANIFEST, actor)
+        await service.put_manifest("app", digest, (), body, OCI_MANIFEST, actor)
+        await service.mount("app", "two", Digest.of(LAYER), actor)
+        await service.delete_manifest("app", Tag("v1"), actor)
+        await service.delete_manifest("app", digest, actor)
+        await service.delete_blob("two", Digest.of(LAYER), actor)
+        found = [event for event in kit.events if isinstance(event, HostedChange)]
+        assert [(one.action, str(one.repository.path), one.tag, one.digest) for one in found] == [
+            ("push", "app", "v1", digest),
+            ("push", "app", "latest", digest),
+            ("push", "app", "", digest),
+            ("mount", "two", "", Digest.of(LAYER)),
+            ("delete", "app", "v1", digest),
+            ("delete", "app", "", digest),
+            ("delete", "two", "", Digest.of(LAYER)),
+        ]
+        assert {(one.user, one.client, one.at) for one in found} == {("ci", "192.0.2.1", NOW)}
+        assert (found[0].media_type, found[0].size) == (OCI_MANIFEST, len(body))
+        assert found[3].size == len(LAYER)
+
+
+async def test_refused_change_has_no_event(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        with pytest.raises(PartsUnknown):
+            await kit.service.put_manifest("app", Tag("v1"), (), manifest_of(LAYER), OCI_MANIFEST)
+        with pytest.raises(ManifestUnknown):
+            await kit.service.delete_manifest("app", Tag("v1"))
+        with pytest.raises(BlobUnknown):
+            await kit.service.delete_blob("app", DIGEST)
+        assert not await kit.service.mount("app", "two", DIGEST)
+        assert not [event for event in kit.events if isinstance(event, HostedChange)]
+
+
+async def test_change_of_a_client_that_leaves_has_its_event(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        digest = await kit.push_image()
+        kit.events.clear()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0):
+                await kit.service.delete_manifest("app", digest)
+        await until(lambda: any(isinstance(event, HostedChange) for event in kit.events))

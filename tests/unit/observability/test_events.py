@@ -8,19 +8,21 @@ import typing
 
 import pytest
 
-from mirror.observability import events
+from mirror.observability import events, hosted_events, job_events
 from mirror.observability.events import Kind, Outcome, RequestRecord
 
 EVENTS = typing.get_args(events.Event)
 
 
 def test_every_event_type_is_frozen_documented_and_part_of_the_union() -> None:
+    modules = (events, hosted_events, job_events)
     defined = {
         kind
-        for _, kind in inspect.getmembers(events, inspect.isclass)
-        if kind.__module__ == events.__name__ and dataclasses.is_dataclass(kind)
+        for module in modules
+        for _, kind in inspect.getmembers(module, inspect.isclass)
+        if kind.__module__ == module.__name__ and dataclasses.is_dataclass(kind)
     }
-    assert defined == {*EVENTS, RequestRecord}
+    assert defined == {*EVENTS, RequestRecord, hosted_events.Actor}
     message = events.LogMessage("info", "x")
     with pytest.raises(dataclasses.FrozenInstanceError):
         message.message = "y"  # type: ignore[misc] # the assignment that must fail

@@ -9,6 +9,7 @@ import re
 import threading
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -18,6 +19,7 @@ from mirror.observability import events
 from mirror.observability.events import Kind, Outcome, RequestRecord
 from mirror.observability.library_logs import configure_logging
 from mirror.observability.logs import LogObserver, encode_request, server_timing
+from mirror.oci.reference import Digest, Repository
 
 
 def written(*reported: events.Event, log: Log | None = None) -> list[str]:
@@ -227,6 +229,41 @@ def test_secrets_in_urls_and_authorization_are_masked(text: str) -> None:
 def test_message_repeated_1000_times_is_written_5_times() -> None:
     lines = written(*(events.Uncached("sha256:x", "full") for _ in range(1000)))
     assert len(lines) == 5
+
+
+def a_change(number: int = 0, **fields: Any) -> events.HostedChange:
+    change = events.HostedChange(
+        action="push",
+        repository=Repository("registry.example", "team/app"),
+        digest=Digest.of(b""),
+        tag=f"v{number}",
+        media_type="application/json",
+        size=7,
+        user="ci",
+        client="192.0.2.1",
+        at=1.0,
+    )
+    return replace(change, **fields)
+
+
+def test_each_change_of_a_hosted_repository_is_one_line_however_many_there_are() -> None:
+    lines = written(*map(a_change, range(100)))
+    assert len(lines) == 100
+    fields = json.loads(lines[7])
+    assert fields["message"] == "pushed"
+    assert (fields["user"], fields["client"]) == ("ci", "192.0.2.1")
+    assert (fields["repository"], fields["tag"]) == ("registry.example/team/app", "v7")
+    assert (fields["digest"], fields["bytes"]) == (str(Digest.of(b"")), 7)
+    assert written(a_change(), log=Log(format="json", level="warning")) == []
+
+
+def test_change_without_a_user_or_a_client_says_so() -> None:
+    (line,) = written(a_change(user="", client="", tag="", action="delete"))
+    fields = json.loads(line)
+    assert (fields["message"], fields["user"], fields["client"]) == (
+        *("deleted", "anonymous", "server"),
+    )
+    assert "tag" not in fields
 
 
 def test_long_field_is_cut() -> None:
