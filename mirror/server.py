@@ -16,7 +16,7 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +29,7 @@ from mirror.composition import Mirror, open_mirror
 from mirror.config.reload import merge_settings
 from mirror.config.settings import Settings, Tls
 from mirror.history.recorder import HistoryRecorder
+from mirror.notifications.notification_service import POLL_INTERVAL_S, NotificationService
 from mirror.observability.events import Event, LogLinesDropped, LogMessage, Observer
 from mirror.observability.library_logs import configure_logging
 from mirror.observability.log_stream import LogStream
@@ -75,7 +76,7 @@ _UPLOADS_INTERVAL_S: Final = 600.0
 _LAST_LINES_TIMEOUT_S: Final = 1.0
 """Seconds that the last log lines may take at a stop, if the standard output is slow."""
 _LAST_ROWS_TIMEOUT_S: Final = 1.0
-"""Seconds that the last rows of the history may take at a stop, if the disk is slow."""
+"""Seconds that the last rows of the history, and of notifications, may take at a stop."""
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 """Signals after which the server drains and ends."""
 
@@ -142,6 +143,7 @@ async def run_worker(
         metrics.observe(event)
         log.observe(event)
         history.observe(event)
+        notifications.observe(event)
         if admin is not None:
             admin.observe(event)
 
@@ -160,6 +162,12 @@ async def run_worker(
     log = LogObserver(lines)
     layout = Layout(Path(os.path.abspath(settings.data_dir)))  # noqa: ASYNC240 - reads no disk
     history = HistoryRecorder(layout, emit, loop.call_later)
+    notifications = NotificationService(layout, emit, loop.call_later)
+    notifications.configure(settings)
+
+    def on_reloaded(new: Settings) -> None:
+        notifications.configure(new)
+        metrics.add_upstreams(new.upstreams)
 
     if worker is not None and worker.predecessor is not None:
         pid, code = worker.predecessor
@@ -173,10 +181,13 @@ async def run_worker(
                 settings, sockets.mirror, emit, metrics.scrape, push_listener=sockets.push
             ) as running,
             _serve_admin(admin, running.mirror, emit),
+            notifications.delivering(running.mirror.single_flight),
         ):
             if worker is not None:
                 _watch_supervisor(worker, running, stop, emit)
-            _reload_at_hangup(running, load, lines, metrics.add_upstreams, emit)
+            _reload_at_hangup(running, load, lines, on_reloaded, emit)
+            jobs = running.mirror.single_flight
+            _start_job(jobs, "notifications", POLL_INTERVAL_S, notifications.poll, emit)
             fields = (
                 ("version", __version__),
                 ("listen", settings.listen),
@@ -188,6 +199,7 @@ async def run_worker(
             await _drain(running, emit)
     finally:
         history.close(_LAST_ROWS_TIMEOUT_S)
+        notifications.close(_LAST_ROWS_TIMEOUT_S)
         lines.flush()
         stream.close(_LAST_LINES_TIMEOUT_S)
     return 0
@@ -239,7 +251,7 @@ def _reload_at_hangup(
     running: RunningServer,
     load: Callable[[], Settings],
     lines: LogWriter,
-    add_upstreams: Callable[[Collection[str]], None],
+    on_reloaded: Callable[[Settings], None],
     emit: Observer,
 ) -> None:
     """Read the configuration again at each ``SIGHUP``, in the background.
@@ -254,7 +266,7 @@ def _reload_at_hangup(
     async def reload() -> None:
         new = await loading.run("configuration", load)
         merged = merge_settings(running.mirror.settings, new)
-        add_upstreams(merged.settings.upstreams)
+        on_reloaded(merged.settings)
         running.apply(merged.settings)
         lines.configure(merged.settings.log)
         changed = ",".join(merged.applied) or "nothing"

@@ -16,12 +16,14 @@ from typing import Any, Final, TypeAlias
 
 import yaml
 
-from mirror.config.settings import KeyPath, Settings, Upstream
+from mirror.config.settings import EventTarget, KeyPath, Settings, Upstream
+from mirror.notifications.signing import Secrets
 from mirror.oci.errors import ConfigError
 from mirror.oci.text import printable
-from mirror.upstream.connections import own_addresses, tls_context
+from mirror.upstream.connections import tls_context
 from mirror.upstream.credentials import find_entries, host_of
 from mirror.upstream.outbound import Policy, Refused, UrlSource, as_url, check_url
+from mirror.upstream.registries import listener_addresses
 
 HIDDEN: Final = "(not shown)"
 """Printed in place of a password."""
@@ -46,13 +48,19 @@ def check_environment(settings: Settings, prefix: Prefix, *, has_logins: bool = 
         _check_readable(prefix(("tls", "certificate")), settings.tls.certificate)
         _check_readable(prefix(("tls", "key")), settings.tls.key)
         _check_pair(prefix(("tls",)), settings.tls.certificate, settings.tls.key)
-    own = own_addresses(settings.listen)
+    own = listener_addresses(settings)
     for name, upstream in settings.upstreams.items():
         path: KeyPath = ("upstreams", name)
         _check_endpoints(prefix((*path, "endpoints")), upstream.endpoints, own)
         _check_tls(path, upstream, prefix)
         if has_logins:
             _check_credentials(path, upstream, prefix)
+    for index, target in enumerate(settings.events):
+        target_path: KeyPath = ("events", index)
+        _check_endpoints(prefix((*target_path, "url")), (str(as_url(target.url).origin()),), own)
+        _check_tls(target_path, target, prefix)
+        if has_logins:
+            Secrets(target.name, target.secret_file)
 
 
 def _nearest_existing(path: str) -> Path:
@@ -73,7 +81,7 @@ def _check_endpoints(
             raise ConfigError(f"{prefix}'{endpoint}': {verdict.why}")
 
 
-def _check_tls(path: KeyPath, upstream: Upstream, prefix: Prefix) -> None:
+def _check_tls(path: KeyPath, upstream: Upstream | EventTarget, prefix: Prefix) -> None:
     if upstream.ca is not None:
         _check_readable(prefix((*path, "ca")), upstream.ca)
         try:

@@ -17,6 +17,8 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from yarl import URL
 
 from mirror.config import values
+from mirror.config.event_target import EventTarget as EventTarget
+from mirror.config.event_target import EventTargets
 from mirror.config.listeners import Admin as Admin
 from mirror.config.listeners import Hosted as Hosted
 from mirror.config.listeners import Tls as Tls
@@ -304,6 +306,11 @@ class Settings(Section):
     """Serve the admin API and its page. Without this section, neither is served."""
     hosted: Hosted | None = None
     """Host repositories, which clients push to. Without this section, nothing can be pushed."""
+    events: EventTargets = ()
+    """
+    Targets that pushes, deletions and pulls are told to by signed webhooks, each with name, url,
+    secret_file, events and repositories.
+    """
     log: Log = Log()
     """The log lines on standard output."""
     storage: Storage = Storage()

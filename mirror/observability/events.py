@@ -20,6 +20,11 @@ from typing import Final, Literal, TypeAlias
 from mirror.observability.hosted_events import HostedChange as HostedChange
 from mirror.observability.job_events import PrefetchEnded as PrefetchEnded
 from mirror.observability.job_events import RetentionEnded as RetentionEnded
+from mirror.observability.notification_events import (
+    NotificationQueueMeasured as NotificationQueueMeasured,
+)
+from mirror.observability.notification_events import NotificationsDropped as NotificationsDropped
+from mirror.observability.notification_events import NotificationSent as NotificationSent
 from mirror.observability.traces import PullTrace
 
 
@@ -476,6 +481,9 @@ Event: TypeAlias = (
     | IndexRestored
     | TagMoved
     | HostedChange
+    | NotificationSent
+    | NotificationsDropped
+    | NotificationQueueMeasured
     | ContentUsed
     | HistoryRowsDropped
     | IngestsMeasured

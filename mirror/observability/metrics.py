@@ -32,6 +32,7 @@ from prometheus_client import (
 from mirror import __version__
 from mirror.observability import events
 from mirror.observability.events import Event, Kind, Outcome, RequestRecord
+from mirror.observability.notification_metrics import NotificationMetrics
 from mirror.threads import Schedule, run_in_thread
 
 _Mode: TypeAlias = Literal["mostrecent", "livesum", "livemax"]
@@ -43,13 +44,7 @@ _BUCKETS_S: Final = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5,
 # The values of the label ``reason``, or ``where``. Any other value is counted as "other".
 _EVICTION_REASONS: Final = ("quota", "disk", "corrupt", "removed")
 _UNCACHED_REASONS: Final = (
-    "full",
-    "readonly",
-    "descriptors",
-    "io",
-    "stalled",
-    "handover",
-    "removed",
+    *("full", "readonly", "descriptors", "io", "stalled", "handover", "removed"),
 )
 _MISMATCH_ORIGINS: Final = ("upstream", "resume", "disk")
 
@@ -258,6 +253,7 @@ class MetricsObserver:
             "Longest time, in seconds, that any running fetch has received no data.",
             mode="livemax",
         )
+        self._notifications = NotificationMetrics(registry)
         build = gauge("build_info", "Always 1; the label is the version of the server.", "version")
         build.labels(__version__).set(1)
         # The children of labels are looked up once, because labels() is slow.
@@ -402,6 +398,10 @@ class MetricsObserver:
                 self._log_lines.inc(lines)
             case events.HistoryRowsDropped(rows):
                 self._history_rows.inc(rows)
+            case events.NotificationSent() | events.NotificationsDropped():
+                self._notifications.count(event)
+            case events.NotificationQueueMeasured():
+                self._notifications.measure(event)
             case events.LogMessage() | events.OwnRequestEnded():
                 pass
             case events.TagMoved() | events.ContentUsed() | events.HostedChange():

@@ -40,20 +40,23 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "oci": {"oci"},
     "observability": set(),
     "observability.events": {
-        *("oci", "observability.hosted_events", "observability.job_events", "observability.traces"),
+        *("oci", "observability.hosted_events", "observability.job_events"),
+        *("observability.notification_events", "observability.traces"),
     },
     "observability.hosted_events": {"oci"},
     "observability.job_events": set(),
+    "observability.notification_events": set(),
     "observability.traces": set(),
     "config": set(),
     "config.values": {"oci"},
     "config.section": {"config.values"},
     "config.listeners": {"config.section", "config.values"},
+    "config.event_target": {"config.section", "config.values"},
     "config.prefetch": {"config.section", "oci"},
     "config.retention": {"config.section", "oci"},
     "config.settings": {
-        *("config.listeners", "config.prefetch", "config.retention", "config.section"),
-        *("config.values", "oci"),
+        *("config.event_target", "config.listeners", "config.prefetch", "config.retention"),
+        *("config.section", "config.values", "oci"),
     },
     "config.reload": {"config.settings"},
     "config.load": {"config.settings", "config.values", "oci"},
@@ -70,13 +73,14 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "observability.logs": {*SHARED, "config.values"},
     "observability.library_logs": {"observability.logs", *SHARED},
     "observability.log_stream": set(),
-    "observability.metrics": SHARED,
+    "observability.metrics": {"observability.notification_metrics", *SHARED},
+    "observability.notification_metrics": SHARED,
     # Listings say which tags are stale and which images are refused, by the rules that serve them.
     "inventory": {"inventory", "store", "pull.admission", "pull.freshness", *SHARED},
     # Where the data directory is, and which contents it has. And a file that may be replaced.
     "history": {"history", *QUEUED_WRITES, *SHARED},
     "notifications": {
-        *("notifications", "store.disk", "upstream.connections", "upstream.outbound"),
+        *("notifications", "store.disk", "upstream.outbound", "upstream.registries"),
         *("upstream.transport", *QUEUED_WRITES, *SHARED),
     },
     "composition": {"hosted", "pull", "store", "upstream", *SHARED},
@@ -89,13 +93,19 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         *("admin", "composition", "config.values", "history", "inventory", "operations", "pull"),
         *("store", "web.client_socket", *SHARED),
     },
-    "server": {"server", "admin", "composition", "operations", "config.reload", *BELOW_SERVER},
+    "server": {
+        *("server", "admin", "composition", "notifications", "operations", "config.reload"),
+        *BELOW_SERVER,
+    },
     "processes": {
         "hosted.database",
         "store.layout",
-        *("admin", "server", "config.reload", "observability.metrics", *SHARED),
+        *("admin", "notifications", "server", "config.reload", "observability.metrics", *SHARED),
     },
-    "cli": {"cli", "operations", "inventory", "composition", "processes", *LOADING, *BELOW_SERVER},
+    "cli": {
+        *("cli", "operations", "inventory", "composition", "notifications", "processes"),
+        *(*LOADING, *BELOW_SERVER),
+    },
     "__main__": {"cli"},
 }
 """Package -> the packages, or single modules, that it may import. Modules of ``SPLIT`` packages
@@ -104,7 +114,9 @@ SPLIT = {"config", "observability"}
 
 THIRD_PARTIES: dict[str, tuple[str, ...]] = {
     "diskcache": ("mirror.store.rows",),
-    "prometheus_client": ("mirror.observability.metrics",),
+    "prometheus_client": (
+        *("mirror.observability.metrics", "mirror.observability.notification_metrics"),
+    ),
     "pydantic": ("mirror.config",),
     "aiohttp": (
         *("mirror.web", "mirror.upstream", "mirror.server"),
