@@ -10,11 +10,14 @@ up.
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import os
 import random
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from sqlite3 import Connection
 from typing import Final, TypeVar
@@ -48,6 +51,8 @@ _MAX_AGE_S: Final = 3 * 86400.0
 _FORGET_TARGET_S: Final = 60.0
 """Seconds for which the queue of an unknown target is kept: other processes may have read a new
 configuration a moment earlier."""
+_CLOSE_TIMEOUT_S: Final = 1.0
+"""Seconds that the last use of the disk may take at a stop."""
 _MAX_CALLS: Final = 64
 """Calls of the disk at the same time: one for each target, and as many as may hang."""
 
@@ -89,6 +94,7 @@ class Deliverer:
         self._unknown_since: dict[str, float] = {}
         self._accepted: dict[str, list[Notification]] = {}
         """Notifications that were accepted, but could not be removed from the queue."""
+        self._is_closed = False
         self._has_failed = False
         """Whether the last use of the queue has failed."""
 
@@ -114,9 +120,9 @@ class Deliverer:
             task.cancel()
         for sender in (*self._unused, *self._senders.values()):
             await sender.close()
-        if self._lock_fd is not None:
-            os.close(self._lock_fd)
-            self._lock_fd = None
+        with suppress(StorageUnavailable, TimeoutError):
+            async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+                await self._in_thread(self._close_files)
 
     # --- what is to be sent ---------------------------------------------------------------------
 
@@ -291,8 +297,17 @@ class Deliverer:
 
     # --- in threads -----------------------------------------------------------------------------
 
+    def _close_files(self) -> None:
+        with self._database_lock:
+            self._is_closed = True
+            self._database.close()
+            if self._lock_fd is not None:
+                os.close(self._lock_fd)
+
     def _transact(self, work: Callable[[Connection], T]) -> T:
         with self._database_lock:
+            if self._is_closed:
+                raise OSError(errno.EBADF, "the deliveries have ended")
             try:
                 with self._database.transaction() as connection:
                     return work(connection)
@@ -304,7 +319,7 @@ class Deliverer:
     def _read_states(self) -> list[TargetState] | None:
         """Return the states of all targets. None: another process delivers."""
         with self._database_lock:
-            if self._lock_fd is None:
+            if self._lock_fd is None and not self._is_closed:
                 self._directory.mkdir(parents=True, exist_ok=True)
                 self._lock_fd = disk.lock_file(self._directory / "deliver.lock")
         return self._transact(queue.read_states) if self._lock_fd is not None else None
