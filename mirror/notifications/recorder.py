@@ -24,12 +24,12 @@ from mirror.observability.events import (
     HostedChange,
     Kind,
     LogMessage,
+    NotificationDropReason,
     NotificationsDropped,
     Observer,
     RequestEnded,
     RequestRecord,
 )
-from mirror.observability.notification_events import DropReason
 from mirror.store.batch_writer import BatchWriter
 from mirror.store.layout import Layout
 from mirror.store.shared_database import SharedDatabase
@@ -195,7 +195,7 @@ def _find_targets(
     return tuple(target.name for target in targets if is_wanted(target, kind, name))
 
 
-def report_dropped(emit: Observer, target: str, reason: DropReason, count: int) -> None:
+def report_dropped(emit: Observer, target: str, reason: NotificationDropReason, count: int) -> None:
     """Count notifications that will never be sent, and log them."""
     if count:
         emit(NotificationsDropped(target, reason, count))

@@ -21,6 +21,9 @@ from mirror.observability.hosted_events import HostedChange as HostedChange
 from mirror.observability.job_events import PrefetchEnded as PrefetchEnded
 from mirror.observability.job_events import RetentionEnded as RetentionEnded
 from mirror.observability.notification_events import (
+    NotificationDropReason as NotificationDropReason,
+)
+from mirror.observability.notification_events import (
     NotificationQueueMeasured as NotificationQueueMeasured,
 )
 from mirror.observability.notification_events import NotificationsDropped as NotificationsDropped

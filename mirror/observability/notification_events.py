@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 SendResult: TypeAlias = Literal["delivered", "failed"]
-DropReason: TypeAlias = Literal["full", "rate", "refused", "expired", "gone", "removed", "disk"]
+NotificationDropReason: TypeAlias = Literal[
+    "full", "rate", "refused", "expired", "gone", "removed", "disk"
+]
 """- ``full``: newer ones take its place (``max_queued``, ``max_queued_size``).
 - ``rate``: a process had too many pulls in a second, or they came faster than the disk takes them.
 - ``refused``: the target has responded with a final status several times.
@@ -33,7 +35,7 @@ class NotificationsDropped:
     """``count`` notifications will never be sent."""
 
     target: str
-    reason: DropReason
+    reason: NotificationDropReason
     count: int
 
 

@@ -44,6 +44,9 @@ ROWS: Final[Mapping[str, Row]] = {
     "C11": Row("stale-sparse-ingest", "a stale ingest of 18 GiB"),
     "C12": Row("damaged-index", "an index that is lost, cut, zeroed, or replaced by a text file"),
     "C13": Row("sigkill-of-a-push", "SIGKILL at the n-th changing call of a push"),
+    "C16": Row(
+        "sigkill-of-a-delivery", "SIGKILL at random moments while events are queued and sent"
+    ),
     "D1": Row("no-space-at-a-write", "no space at the n-th write, once and from then on"),
     "D2": Row("full-disk", "a disk that is really full"),
     "D4": Row("io-error-at-a-call", "I/O error at the n-th write, fsync, close, rename, read"),

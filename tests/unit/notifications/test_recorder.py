@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sqlite3
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 
 import pytest
 
-from mirror.observability.events import Kind, OwnRequestEnded
-from mirror.oci.reference import Repository
+from mirror.observability.events import Kind, OwnRequestEnded, RequestEnded
+from mirror.oci.reference import Digest, Repository
 from mirror.store import batch_writer, shared_database
+from tests.fakes.registry import FakeRegistry
+from tests.server_kit import running
 from tests.unit.notifications.kit import (
     DIGEST,
     NAME,
@@ -87,6 +90,25 @@ async def test_pull_by_digest_has_no_tag_and_waits_for_its_batch(tmp_path: Path)
         "client": "10.0.0.7",
         "userAgent": "containerd/2.0",
     }
+
+
+async def test_pull_of_a_mirrored_image_is_told_for_a_miss_and_a_hit(tmp_path: Path) -> None:
+    async with FakeRegistry() as upstream, running(tmp_path / "mirror", upstream.url) as server:
+        digest = upstream.add_image(b"layer", tag="v1")
+        for _ in range(3):
+            await server.get(server.manifest("v1"))
+        await server.ask("HEAD", server.manifest("v1"))
+        await server.get(server.blob(Digest.of(b"layer")))
+        pulls = await server.records()
+    async with notification_kit(tmp_path, UNREACHABLE) as kit:
+        for pull in pulls:
+            kit.service.observe(RequestEnded(pull))
+        kit.run_timers()
+        await kit.settle()
+        events = [json.loads(body) for (body,) in queued(kit, "body")]
+    assert [event["subject"] for event in events] == ["library/app:v1"] * 3
+    assert {event["data"]["digest"] for event in events} == {str(digest)}
+    assert all(event["data"]["client"] == "127.0.0.1" for event in events)
 
 
 @pytest.mark.parametrize(
