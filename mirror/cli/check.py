@@ -153,13 +153,16 @@ def _read_docker_config(prefix: str, path: str) -> dict[str, Any]:
 
 
 def effective(settings: Settings) -> str:
-    """Return the whole configuration as YAML, with passwords hidden."""
+    """Return the whole configuration as YAML, with passwords and queries of URLs hidden."""
     tree = settings.model_dump(mode="json")
     for name, upstream in settings.upstreams.items():
         credentials: dict[str, Any] = tree["upstreams"][name]["credentials"]
         password = upstream.credentials.password
         if password is not None and not password.startswith("file:"):
             credentials["password"] = HIDDEN
+    for target in tree["events"]:
+        url, has_query, _ = target["url"].partition("?")
+        target["url"] = f"{url}?{HIDDEN}" if has_query else url
     return str(yaml.safe_dump(_without_none(tree), sort_keys=False, allow_unicode=True))
 
 

@@ -16,20 +16,21 @@ from mirror.config.section import FilePath, PositiveDuration, Section, Size, key
 EventKind: TypeAlias = Literal["push", "delete", "pull"]
 """The kinds of events that a target may get."""
 # It is a label of metrics, and a part of log lines.
-_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
+_TARGET_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
 
 
 def _check_name(text: str) -> str:
-    if not _NAME.fullmatch(text):
+    if not _TARGET_NAME.fullmatch(text):
         raise ValueError("must have letters in lower case, digits and . _ - only, at most 63")
     return text
 
 
 def _check_pattern(text: str) -> str:
-    registry, slash, _ = text.partition("/")
+    registry = text.partition("/")[0]
     if values.check_not_empty(text) != text.strip() or text != text.lower():
         raise ValueError("must be in lower case and without spaces, as repositories are")
-    if text != "*" and not (slash and set(".:*?[") & set(registry)) and registry != "localhost":
+    is_registry = registry == "localhost" or bool(set(registry) & set(".:*?["))
+    if not is_registry or not set(text) & set("/*?["):
         raise ValueError("must begin with a registry, such as docker.io/library/*")
     return text
 

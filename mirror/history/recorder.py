@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Final, TypeAlias
+from typing import Final
 
 from mirror.history.batch import Batch
 from mirror.history.writer import HistoryWriter
@@ -28,10 +28,7 @@ from mirror.observability.events import (
     TagMoved,
 )
 from mirror.store.layout import Layout
-from mirror.threads import on_running_loop
-
-CallLater: TypeAlias = Callable[[float, Callable[[], None]], object]
-"""Calls a function after some seconds, such as ``call_later`` of an event loop."""
+from mirror.threads import CallLater, on_running_loop
 
 _BATCH_S: Final = 1.0
 """Seconds of a batch: so much is lost in a crash, and a reader sees a request so late."""

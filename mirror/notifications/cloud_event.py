@@ -17,11 +17,11 @@ from urllib.parse import quote
 from mirror.config.settings import EventTarget
 from mirror.observability.events import HostedChange, RequestRecord
 
-CONTENT_TYPE: Final = "application/cloudevents+json; charset=utf-8"
+EVENT_CONTENT_TYPE: Final = "application/cloudevents+json; charset=utf-8"
 """``Content-Type`` of the structured content mode ("HTTP Protocol Binding", section 3.2)."""
 TYPE_PREFIX: Final = "oci-mirror."
 """Prefix of ``type``. The kind of the event follows."""
-_MAX_TEXT_CHARS: Final = 256
+_MAX_USER_AGENT_CHARS: Final = 256
 """Characters of a text that a client has chosen, such as its ``User-Agent``."""
 
 
@@ -82,7 +82,7 @@ class CloudEvent:
             tag="" if ":" in pull.reference else pull.reference,
             size=pull.bytes_sent,
             client=pull.client,
-            user_agent=pull.user_agent[:_MAX_TEXT_CHARS],
+            user_agent=pull.user_agent[:_MAX_USER_AGENT_CHARS],
         )
 
     def to_json(self, host: str) -> bytes:

@@ -23,9 +23,9 @@ from sqlite3 import Connection
 from typing import Final, TypeVar
 
 from mirror.notifications import queue
+from mirror.notifications.notification_recorder import report_dropped
 from mirror.notifications.queue import QUEUE_FORM, Notification, TargetState
-from mirror.notifications.recorder import report_dropped
-from mirror.notifications.sender import Sender, SendOutcome, Verdict
+from mirror.notifications.sender import DeliveryVerdict, SendOutcome, WebhookSender
 from mirror.observability.events import (
     LogMessage,
     NotificationQueueMeasured,
@@ -41,12 +41,12 @@ from mirror.threads import HangingCalls
 
 T = TypeVar("T")
 
-_MAX_BACKOFF_S: Final = 300.0
+_MAX_TARGET_PAUSE_S: Final = 300.0
 """Seconds between two requests to a target that fails, at most."""
 _MAX_REFUSALS: Final = 10
 """Refusals of one notification after which it is given up. The pauses between them are a quarter of
 an hour together: time to mend a receiver."""
-_MAX_AGE_S: Final = 3 * 86400.0
+_MAX_NOTIFICATION_AGE_S: Final = 3 * 86400.0
 """Seconds after which a notification is given up whose target fails: it outlasts a weekend."""
 _FORGET_TARGET_S: Final = 60.0
 """Seconds for which the queue of an unknown target is kept: other processes may have read a new
@@ -85,12 +85,15 @@ class Deliverer:
         self._call_number = 0
         self._lock_fd: int | None = None
         self._single_flight: SingleFlight | None = None
-        self._senders: Mapping[str, Sender] = {}
-        self._unused: list[Sender] = []
+        self._senders: Mapping[str, WebhookSender] = {}
+        self._unused: list[WebhookSender] = []
         """Senders of an earlier configuration. A request may still use their connections."""
         self._tasks: dict[str, SharedTask[None]] = {}
         self._gone: set[str] = set()
         """Targets that have responded with 410 since the configuration was read."""
+        self._resume_at: dict[str, float] = {}
+        """Name of a target -> seconds since the epoch of its next request. A full disk may refuse
+        to keep this time."""
         self._unknown_since: dict[str, float] = {}
         self._accepted: dict[str, list[Notification]] = {}
         """Notifications that were accepted, but could not be removed from the queue."""
@@ -98,7 +101,7 @@ class Deliverer:
         self._has_failed = False
         """Whether the last use of the queue has failed."""
 
-    def configure(self, senders: Mapping[str, Sender]) -> None:
+    def configure(self, senders: Mapping[str, WebhookSender]) -> None:
         """Send to these targets from now on, also to those that were gone."""
         self._unused += [one for one in self._senders.values() if one not in senders.values()]
         self._senders = senders
@@ -148,7 +151,7 @@ class Deliverer:
             if sender is not None and state.count and self._is_due(state):
                 self._start(sender)
 
-    def _start(self, sender: Sender) -> None:
+    def _start(self, sender: WebhookSender) -> None:
         name = sender.target.name
         if self._single_flight is None or self._single_flight.is_draining:
             return
@@ -156,8 +159,9 @@ class Deliverer:
         self._tasks[name] = self._single_flight.run(("deliver", name), work)
 
     def _is_due(self, state: TargetState) -> bool:
+        resume_at = max(state.resume_at, self._resume_at.get(state.target, 0.0))
         # A time that is farther away than any pause was set by a clock that was wrong.
-        return not 0 < state.resume_at - self._now() <= MAX_RETRY_AFTER_S
+        return not 0 < resume_at - self._now() <= MAX_RETRY_AFTER_S
 
     def _measure(self, states: Iterable[TargetState]) -> None:
         by_name = {state.target: state for state in states}
@@ -185,7 +189,7 @@ class Deliverer:
 
     # --- one target -----------------------------------------------------------------------------
 
-    async def _deliver(self, sender: Sender) -> None:
+    async def _deliver(self, sender: WebhookSender) -> None:
         """Send the notifications of one target, until none is left or one is not accepted."""
         name = sender.target.name
         try:
@@ -199,50 +203,56 @@ class Deliverer:
                     return
                 for notification in notifications:
                     if name in self._gone:
-                        outcome = SendOutcome(Verdict.GONE, "")
+                        outcome = SendOutcome(DeliveryVerdict.GONE, why="")
                     else:
                         outcome = await sender.send(notification, self._now())
-                    if not await self._settle(sender, notification, outcome, failures):
+                    settled = await self._settle(sender, notification, outcome, failures)
+                    if settled is None:
                         return
-                    failures = 0 if outcome.verdict is Verdict.ACCEPTED else failures
+                    failures = settled
         except StorageUnavailable as error:
             self._on_storage_failure(error)
 
     async def _settle(
-        self, sender: Sender, notification: Notification, outcome: SendOutcome, failures: int
-    ) -> bool:
-        """Note the outcome of a request. Returns whether the next one may be sent at once.
+        self, sender: WebhookSender, notification: Notification, outcome: SendOutcome, failures: int
+    ) -> int | None:
+        """Note the outcome of a request. ``failures``: those of the target in a row before it.
 
-        ``failures``: those of the target before this request.
+        Returns:
+            The failures of the target in a row. None: it has to be left alone for a while.
         """
         name = sender.target.name
         match outcome.verdict:
-            case Verdict.ACCEPTED:
+            case DeliveryVerdict.ACCEPTED:
                 self._emit(NotificationSent(name, "delivered"))
                 self._accepted.setdefault(name, []).append(notification)
                 if failures:
                     message = "notifications are delivered again"
                     self._emit(LogMessage("info", message, (("target", name),)))
+                self._resume_at.pop(name, None)
                 await self._remove_accepted(name)
-                return True
-            case Verdict.GONE:
+                return 0
+            case DeliveryVerdict.GONE:
                 await self._stop(name, outcome)
-                return False
-            case Verdict.REFUSED if notification.refusals + 1 >= _MAX_REFUSALS:
+                return None
+            case DeliveryVerdict.REFUSED if notification.refusals + 1 >= _MAX_REFUSALS:
                 self._emit(NotificationSent(name, "failed"))
-                await self._in_transaction(partial(queue.remove, notifications=[notification]))
+                await self._in_transaction(
+                    partial(queue.remove_notifications, notifications=[notification])
+                )
                 report_dropped(self._emit, name, "refused", 1)
-                return True
+                return failures
         self._emit(NotificationSent(name, "failed"))
         if not failures:
             fields = (("target", name), ("why", outcome.why))
             self._emit(LogMessage("warning", "notifications are not delivered", fields))
         pause = max(outcome.retry_after, backoff(failures, self._jitter()))
+        self._resume_at[name] = self._now() + pause
         expired = await self._in_transaction(
-            partial(self._note_failure, name, notification, outcome.verdict, pause)
+            partial(self._note_failure, name, notification, outcome.verdict)
         )
         report_dropped(self._emit, name, "expired", expired)
-        return False
+        return None
 
     async def _remove_accepted(self, name: str) -> None:
         """Remove what a target has accepted. After a failure, nothing is sent until it succeeds."""
@@ -253,7 +263,7 @@ class Deliverer:
             )
             accepted.clear()
 
-    async def _refresh_secrets(self, sender: Sender) -> None:
+    async def _refresh_secrets(self, sender: WebhookSender) -> None:
         try:
             await self._in_thread(sender.secrets.refresh)
         except ConfigError as error:
@@ -328,16 +338,14 @@ class Deliverer:
         self,
         name: str,
         notification: Notification,
-        verdict: Verdict,
-        pause: float,
+        verdict: DeliveryVerdict,
         connection: Connection,
     ) -> int:
         """Note a failed request. Returns the number of notifications that are given up."""
-        now = self._now()
-        if verdict is Verdict.REFUSED:
+        if verdict is DeliveryVerdict.REFUSED:
             queue.note_refusal(connection, notification.number)
-        queue.note_failure(connection, name, now + pause)
-        return queue.remove_older(connection, name, now - _MAX_AGE_S)
+        queue.note_failure(connection, name, self._resume_at[name])
+        return queue.remove_older(connection, name, self._now() - _MAX_NOTIFICATION_AGE_S)
 
 
 def backoff(failures: int, jitter: float) -> float:
@@ -347,4 +355,4 @@ def backoff(failures: int, jitter: float) -> float:
         failures: Failed requests in a row before the last one.
         jitter: A random number in [0, 1). Several mirrors may send to one target.
     """
-    return float(min(_MAX_BACKOFF_S, 2.0 ** min(failures, 16)) * (0.5 + jitter / 2))
+    return float(min(_MAX_TARGET_PAUSE_S, 2.0 ** min(failures, 16)) * (0.5 + jitter / 2))

@@ -13,11 +13,12 @@ from typing import Final
 
 from mirror.config.settings import Settings
 from mirror.notifications.deliverer import Deliverer
-from mirror.notifications.recorder import CallLater, NotificationRecorder
-from mirror.notifications.sender import Sender
+from mirror.notifications.notification_recorder import NotificationRecorder
+from mirror.notifications.sender import WebhookSender
 from mirror.observability.events import Event, Observer
 from mirror.single_flight import SingleFlight
 from mirror.store.layout import Layout
+from mirror.threads import CallLater
 from mirror.upstream.registries import listener_addresses
 
 POLL_INTERVAL_S: Final = 1.0
@@ -42,7 +43,7 @@ class NotificationService:
             call_later: Calls a function after some seconds.
             now: Returns the Unix time in seconds.
         """
-        self._senders: dict[str, Sender] = {}
+        self._senders: dict[str, WebhookSender] = {}
         self._deliverer = Deliverer(layout, emit, now)
         self._recorder = NotificationRecorder(layout, emit, call_later, now, self._deliverer.wake)
         self.observe: Callable[[Event], None] = self._recorder.observe
@@ -58,9 +59,10 @@ class NotificationService:
         own = listener_addresses(settings)
         senders = {}
         for target in settings.events:
-            known = self._senders.get(target.name)
-            is_same = known is not None and known.target == target
-            senders[target.name] = known if known is not None and is_same else Sender(target, own)
+            sender = self._senders.get(target.name)
+            if sender is None or sender.target != target:
+                sender = WebhookSender(target, own)
+            senders[target.name] = sender
         self._senders = senders
         self._deliverer.configure(senders)
         self._recorder.configure(settings.events)

@@ -19,7 +19,7 @@ _ROWS_AT_ONCE: Final = 32
 
 # AUTOINCREMENT: the number of a deleted row is never that of another one. A row that is deleted
 # while it is sent must not be taken for a new one.
-_TABLES: Final = """
+_QUEUE_TABLES: Final = """
 CREATE TABLE notifications (
     number INTEGER PRIMARY KEY AUTOINCREMENT, target TEXT NOT NULL, id TEXT NOT NULL,
     is_pull INTEGER NOT NULL, at REAL NOT NULL, refusals INTEGER NOT NULL DEFAULT 0,
@@ -41,7 +41,7 @@ CREATE TRIGGER removed AFTER DELETE ON notifications BEGIN
         WHERE target = old.target;
 END;
 """
-QUEUE_FORM: Final = DatabaseForm("queue", _TABLES, version=1)
+QUEUE_FORM: Final = DatabaseForm("queue", _QUEUE_TABLES, version=1)
 """The database of the queue. It is no cache: events that wait are in no other place."""
 
 
@@ -143,7 +143,7 @@ def read_next(connection: Connection, target: str) -> tuple[int, list[Notificati
     return (found[0] if found else 0), [Notification(*row) for row in rows]
 
 
-def remove(connection: Connection, notifications: Iterable[Notification]) -> None:
+def remove_notifications(connection: Connection, notifications: Iterable[Notification]) -> None:
     """Remove notifications. Their ids are compared, too: a new file has the same numbers again."""
     connection.executemany(
         "DELETE FROM notifications WHERE number = ? AND id = ?",
@@ -153,7 +153,7 @@ def remove(connection: Connection, notifications: Iterable[Notification]) -> Non
 
 def accept(connection: Connection, target: str, notifications: Iterable[Notification]) -> None:
     """Remove notifications that a target has accepted, and end its pause."""
-    remove(connection, notifications)
+    remove_notifications(connection, notifications)
     connection.execute(
         "UPDATE targets SET failures = 0, resume_at = 0 WHERE target = ? AND failures > 0",
         (target,),

@@ -19,19 +19,19 @@ from typing import Final
 from yarl import URL
 
 from mirror.config.settings import EventTarget, Limits, Upstream
-from mirror.notifications.cloud_event import CONTENT_TYPE
+from mirror.notifications.cloud_event import EVENT_CONTENT_TYPE
 from mirror.notifications.queue import Notification
 from mirror.notifications.signing import Secrets
 from mirror.oci.errors import ConfigError, MirrorError
 from mirror.upstream.outbound import Policy, Refused, UrlSource, check_url
 from mirror.upstream.transport import Transport, retry_after_of
 
-_TEMPORARY: Final = frozenset({408, 425, 429})
+_TEMPORARY_STATUSES: Final = frozenset({408, 425, 429})
 """Statuses below 500 after which the same request may be accepted."""
 
 
-class Verdict(StrEnum):
-    """What the target has made of a notification."""
+class DeliveryVerdict(StrEnum):
+    """The answer of a target to a notification."""
 
     ACCEPTED = "accepted"
     FAILED = "failed"
@@ -46,14 +46,14 @@ class Verdict(StrEnum):
 class SendOutcome:
     """The outcome of one request."""
 
-    verdict: Verdict
+    verdict: DeliveryVerdict
     why: str
     """The failure in words. It has no path and no query: a URL of a target may be a secret."""
     retry_after: float = 0.0
     """Seconds that the target wants to have no request."""
 
 
-class Sender:
+class WebhookSender:
     """The connections to one target, and its secrets."""
 
     def __init__(self, target: EventTarget, own_addresses: Collection[tuple[str, int]]) -> None:
@@ -95,7 +95,7 @@ class Sender:
         """Send a notification once. ``now``: seconds since the epoch. Raises nothing."""
         timestamp = int(now)
         headers = {
-            "Content-Type": CONTENT_TYPE,
+            "Content-Type": EVENT_CONTENT_TYPE,
             "webhook-id": notification.id,
             "webhook-timestamp": str(timestamp),
             "webhook-signature": self.secrets.sign(notification.id, timestamp, notification.body),
@@ -117,9 +117,11 @@ class Sender:
                 status = response.http.status
                 retry_after = retry_after_of(response.http) or 0.0
         except TimeoutError:
-            return SendOutcome(Verdict.FAILED, f"{origin}: no response within {timeout:g} s")
+            return SendOutcome(
+                DeliveryVerdict.FAILED, f"{origin}: no response within {timeout:g} s"
+            )
         except MirrorError as error:
-            return SendOutcome(Verdict.FAILED, error.message)
+            return SendOutcome(DeliveryVerdict.FAILED, error.message)
         return SendOutcome(judge(status), f"{origin}: responded with {status}", retry_after)
 
     async def close(self) -> None:
@@ -127,11 +129,11 @@ class Sender:
         await self._transport.close()
 
 
-def judge(status: int) -> Verdict:
+def judge(status: int) -> DeliveryVerdict:
     """Return what a status means ("Delivery success and failure" of Standard Webhooks)."""
     if 200 <= status < 300:
-        return Verdict.ACCEPTED
+        return DeliveryVerdict.ACCEPTED
     if status == 410:
-        return Verdict.GONE
-    is_temporary = status >= 500 or status in _TEMPORARY
-    return Verdict.FAILED if is_temporary else Verdict.REFUSED
+        return DeliveryVerdict.GONE
+    is_temporary = status >= 500 or status in _TEMPORARY_STATUSES
+    return DeliveryVerdict.FAILED if is_temporary else DeliveryVerdict.REFUSED

@@ -19,14 +19,15 @@ from typing import Final
 
 from mirror.oci.errors import ConfigError
 
-_PREFIX: Final = "whsec_"
+_SECRET_PREFIX: Final = "whsec_"  # noqa: S105 - the prefix of each secret, no secret
 """Begins a secret, so that programs that look for secrets in files recognise one."""
 _MIN_SECRET_BYTES: Final = 24
+"""Bytes of a secret at least (Standard Webhooks, "Signature scheme")."""
 _MAX_SECRET_BYTES: Final = 64
-"""Bytes of a secret (Standard Webhooks, "Signature scheme")."""
+"""Bytes of a secret at most (Standard Webhooks, "Signature scheme")."""
 _MAX_SECRETS: Final = 4
 """Secrets of a target at the same time: the present one, and those that it replaces."""
-_MAX_FILE_BYTES: Final = 4096
+_MAX_SECRET_FILE_BYTES: Final = 4096
 """Bytes of a file of secrets: each is a line of at most 94 characters."""
 _REMEDY: Final = 'make one with: echo "whsec_$(openssl rand -base64 32)"'
 
@@ -73,11 +74,13 @@ class Secrets:
     def _read(self) -> tuple[bytes, ...]:
         try:
             with Path(self._path).open("rb") as file:
-                raw = file.read(_MAX_FILE_BYTES + 1)
+                raw = file.read(_MAX_SECRET_FILE_BYTES + 1)
         except OSError as error:
             raise ConfigError(f"{self._key}: {self._path}: {error.strerror}") from None
-        if len(raw) > _MAX_FILE_BYTES:
-            raise ConfigError(f"{self._key}: {self._path}: larger than {_MAX_FILE_BYTES} bytes")
+        if len(raw) > _MAX_SECRET_FILE_BYTES:
+            raise ConfigError(
+                f"{self._key}: {self._path}: larger than {_MAX_SECRET_FILE_BYTES} bytes"
+            )
         lines = [line.strip() for line in raw.decode("utf-8-sig", "replace").splitlines()]
         secrets = tuple(
             self._decode(number, line)
@@ -93,7 +96,7 @@ class Secrets:
     def _decode(self, number: int, line: str) -> bytes:
         """Return the bytes of a secret. Raises ``ConfigError`` without any part of it."""
         try:
-            secret = base64.b64decode(line.removeprefix(_PREFIX), validate=True)
+            secret = base64.b64decode(line.removeprefix(_SECRET_PREFIX), validate=True)
         except (binascii.Error, ValueError):
             secret = b""
         if not _MIN_SECRET_BYTES <= len(secret) <= _MAX_SECRET_BYTES:

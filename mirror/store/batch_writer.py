@@ -23,7 +23,7 @@ _RETRY_S: Final = 30.0
 so that a full disk gets no further load."""
 
 
-class Batch(Protocol):
+class WeightedBatch(Protocol):
     """Entries that are written together."""
 
     @property
@@ -31,7 +31,7 @@ class Batch(Protocol):
         """Number of its entries: about the number of rows that are written."""
 
 
-B = TypeVar("B", bound=Batch)
+B = TypeVar("B", bound=WeightedBatch)
 
 
 class BatchWriter(Generic[B]):

@@ -63,7 +63,13 @@ class DatabaseForm:
         return None if newest is None else self.path(directory, newest)
 
     def path(self, directory: Path, number: int, suffix: str = "db") -> Path:
-        """Return the path of the file with a number."""
+        """Return the path of a file.
+
+        Args:
+            directory: The directory of the database.
+            number: The number of the file.
+            suffix: ``db`` or ``damaged``.
+        """
         return directory / f"{self.name}.{number}.{suffix}"
 
     def numbers(self, directory: Path, suffix: str) -> list[int]:

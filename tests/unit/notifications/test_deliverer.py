@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ssl
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mirror.notifications import queue
 from mirror.notifications.deliverer import backoff
-from mirror.notifications.sender import Verdict, judge
-from mirror.observability.events import NotificationQueueMeasured
+from mirror.notifications.sender import DeliveryVerdict, judge
+from mirror.observability.events import LogMessage, NotificationQueueMeasured
 from mirror.oci.errors import ConfigError
 from tests.fakes.registry import Fault
+from tests.real.tokens import Certificate
 from tests.unit.notifications.kit import (
     NOW,
     SECRETS,
@@ -27,23 +30,23 @@ DAY = 86400.0
 @pytest.mark.parametrize(
     ("status", "verdict"),
     [
-        (200, Verdict.ACCEPTED),
-        (202, Verdict.ACCEPTED),
-        (204, Verdict.ACCEPTED),
-        (301, Verdict.REFUSED),
-        (308, Verdict.REFUSED),
-        (400, Verdict.REFUSED),
-        (401, Verdict.REFUSED),
-        (404, Verdict.REFUSED),
-        (408, Verdict.FAILED),
-        (410, Verdict.GONE),
-        (425, Verdict.FAILED),
-        (429, Verdict.FAILED),
-        (500, Verdict.FAILED),
-        (503, Verdict.FAILED),
+        (200, DeliveryVerdict.ACCEPTED),
+        (202, DeliveryVerdict.ACCEPTED),
+        (204, DeliveryVerdict.ACCEPTED),
+        (301, DeliveryVerdict.REFUSED),
+        (308, DeliveryVerdict.REFUSED),
+        (400, DeliveryVerdict.REFUSED),
+        (401, DeliveryVerdict.REFUSED),
+        (404, DeliveryVerdict.REFUSED),
+        (408, DeliveryVerdict.FAILED),
+        (410, DeliveryVerdict.GONE),
+        (425, DeliveryVerdict.FAILED),
+        (429, DeliveryVerdict.FAILED),
+        (500, DeliveryVerdict.FAILED),
+        (503, DeliveryVerdict.FAILED),
     ],
 )
-def test_meaning_of_a_status(status: int, verdict: Verdict) -> None:
+def test_meaning_of_a_status(status: int, verdict: DeliveryVerdict) -> None:
     assert judge(status) is verdict
 
 
@@ -239,8 +242,6 @@ async def test_one_of_two_processes_delivers_what_both_have_queued(tmp_path: Pat
 async def test_accepted_notification_that_cannot_be_removed_is_not_sent_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mirror.notifications import queue
-
     accept = queue.accept
 
     def refuse(*arguments: Any, **more: Any) -> None:
@@ -256,6 +257,23 @@ async def test_accepted_notification_that_cannot_be_removed_is_not_sent_again(
         monkeypatch.setattr(queue, "accept", accept)
         await kit.settle()
         assert receiver.subjects() == ["team/app:v1", "team/app:v2"]
+
+
+async def test_pause_is_kept_although_the_disk_refuses_to_note_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    async with Receiver() as receiver, notification_kit(tmp_path, {"url": receiver.target}) as kit:
+        receiver.fault("/events", Fault(status=500, headers={"Retry-After": "60"}))
+        monkeypatch.setattr(queue, "note_failure", refuse)
+        kit.push()
+        await kit.settle()
+        await kit.settle(59.0)
+        assert kit.results == ["failed"]
+        await kit.settle(1.0)
+        assert kit.results == ["failed", "delivered"]
 
 
 async def test_replaced_secret_signs_beside_the_old_one_without_a_restart(tmp_path: Path) -> None:
@@ -297,6 +315,23 @@ async def test_address_of_a_cloud_or_of_the_mirror_is_refused(tmp_path: Path, ur
     with pytest.raises(ConfigError, match="events: audit: url"):
         async with notification_kit(tmp_path, {"url": url}):
             pass
+
+
+async def test_certificate_of_a_target_is_verified(tmp_path: Path) -> None:
+    certificate = Certificate.make(tmp_path)
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(certificate.cert_file, certificate.key_file)
+    async with (
+        Receiver(tls=tls) as receiver,
+        notification_kit(tmp_path, {"url": receiver.target}) as kit,
+    ):
+        kit.push()
+        await kit.settle()
+        assert (receiver.requests, kit.results) == ([], ["failed"])
+        assert "events.audit.ca adds one" in str(kit.seen(LogMessage))
+        kit.configure({"url": receiver.target, "ca": str(certificate.cert_file)})
+        await kit.settle(1.0)
+        assert kit.results == ["failed", "delivered"]
 
 
 async def test_query_of_a_url_is_sent_and_never_logged(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Final, TypeAlias
+from typing import Final
 
 from mirror.config.settings import EventTarget
 from mirror.notifications import queue
@@ -33,21 +33,18 @@ from mirror.observability.events import (
 from mirror.store.batch_writer import BatchWriter
 from mirror.store.layout import Layout
 from mirror.store.shared_database import SharedDatabase
-from mirror.threads import on_running_loop
-
-CallLater: TypeAlias = Callable[[float, Callable[[], None]], object]
-"""Calls a function after some seconds, such as ``call_later`` of an event loop."""
+from mirror.threads import CallLater, on_running_loop
 
 _BATCH_S: Final = 1.0
 """Seconds of a batch of pulls: so much of them is lost in a crash."""
-_MAX_PULLS: Final = 500
+_MAX_BATCHED_PULLS: Final = 500
 """Pulls of a batch, which are 10 ms of the thread for each target. Further ones are dropped."""
 _CACHED_NAMES: Final = 4096
 """Repositories whose targets are remembered: those that are pulled again and again."""
 
 
 @dataclass(slots=True)
-class _Batch:
+class _EventBatch:
     """Events, each with the names of its targets."""
 
     entries: list[tuple[CloudEvent, tuple[str, ...]]]
@@ -89,7 +86,7 @@ class NotificationRecorder:
         self._on_queued = on_running_loop(lambda _: on_queued())
         self._host = socket.gethostname()
         self._database = SharedDatabase(layout.notifications, QUEUE_FORM)
-        self._writer: BatchWriter[_Batch] | None = None
+        self._writer: BatchWriter[_EventBatch] | None = None
         """None until there is something to write."""
         self._targets: dict[str, EventTarget] = {}
         self._find_targets: Callable[[str, str, str], tuple[str, ...]] = lambda *_: ()
@@ -123,7 +120,7 @@ class NotificationRecorder:
         if not targets or not pull.is_complete:
             return
         self._pulls += 1
-        if self._pulls > _MAX_PULLS:
+        if self._pulls > _MAX_BATCHED_PULLS:
             for target in targets:
                 self._emit(NotificationsDropped(target, "rate", 1))
             return
@@ -141,7 +138,7 @@ class NotificationRecorder:
         """Give what was observed until now to the thread."""
         if not self._entries:
             return
-        batch, self._entries = _Batch(self._entries), []
+        batch, self._entries = _EventBatch(self._entries), []
         if self._writer is None:
             self._writer = BatchWriter(
                 "queue of notifications",
@@ -162,7 +159,7 @@ class NotificationRecorder:
 
     # --- in the thread --------------------------------------------------------------------------
 
-    def _write(self, batches: Sequence[_Batch]) -> None:
+    def _write(self, batches: Sequence[_EventBatch]) -> None:
         rows = [
             row
             for batch in batches
@@ -182,7 +179,7 @@ class NotificationRecorder:
         is_pull = event.kind == "pull"
         return [NewNotification(name, event.id, is_pull, event.at, body) for name in names]
 
-    def _on_refused(self, batches: Sequence[_Batch]) -> None:
+    def _on_refused(self, batches: Sequence[_EventBatch]) -> None:
         for target, count in sum((batch.counts() for batch in batches), Counter()).items():
             report_dropped(self._emit_from_thread, target, "disk", count)
 
