@@ -13,7 +13,6 @@ import logging
 import os
 import signal
 import socket
-import ssl
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -27,20 +26,20 @@ from mirror import __version__
 from mirror.admin.worker_part import AdminPart, AdminSockets
 from mirror.composition import Mirror, open_mirror
 from mirror.config.reload import merge_settings
-from mirror.config.settings import Settings, Tls
+from mirror.config.settings import Settings
 from mirror.history.recorder import HistoryRecorder
 from mirror.notifications.notification_service import POLL_INTERVAL_S, NotificationService
 from mirror.observability.events import Event, LogLinesDropped, LogMessage, Observer
 from mirror.observability.library_logs import configure_logging
 from mirror.observability.log_stream import LogStream
-from mirror.observability.logs import LogObserver, LogWriter
+from mirror.observability.logs import LogObserver
 from mirror.operations.prefetch import PrefetchJob
 from mirror.operations.retention_job import RetentionJob
 from mirror.pull.marks_watch import WATCH_INTERVAL_S
 from mirror.single_flight import SingleFlight
 from mirror.store.layout import Layout
 from mirror.threads import HangingCalls, call_soon_from_any_thread, on_running_loop
-from mirror.web.doors import Door, listen
+from mirror.web.doors import Certificate, Door, listen
 from mirror.web.handler import Handler
 from mirror.web.health import Health
 from mirror.web.hosted_access import Authorize, allow_everybody
@@ -163,11 +162,17 @@ async def run_worker(
     layout = Layout(Path(os.path.abspath(settings.data_dir)))  # noqa: ASYNC240 - reads no disk
     history = HistoryRecorder(layout, emit, loop.call_later)
     notifications = NotificationService(layout, emit, loop.call_later)
-    notifications.configure(settings)
+    notifications.prepare(settings)()
 
-    def on_reloaded(new: Settings) -> None:
-        notifications.configure(new)
-        metrics.add_upstreams(new.upstreams)
+    def prepare_reload(new: Settings) -> Callable[[], None]:
+        use_targets = notifications.prepare(new)
+
+        def reload_observers() -> None:
+            use_targets()
+            metrics.add_upstreams(new.upstreams)
+            lines.configure(new.log)
+
+        return reload_observers
 
     if worker is not None and worker.predecessor is not None:
         pid, code = worker.predecessor
@@ -185,7 +190,7 @@ async def run_worker(
         ):
             if worker is not None:
                 _watch_supervisor(worker, running, stop, emit)
-            _reload_at_hangup(running, load, lines, on_reloaded, emit)
+            _reload_at_hangup(running, load, prepare_reload, emit)
             jobs = running.mirror.single_flight
             _start_job(jobs, "notifications", POLL_INTERVAL_S, notifications.poll, emit)
             fields = (
@@ -250,8 +255,7 @@ def _watch_supervisor(
 def _reload_at_hangup(
     running: RunningServer,
     load: Callable[[], Settings],
-    lines: LogWriter,
-    on_reloaded: Callable[[Settings], None],
+    prepare_reload: Callable[[Settings], Callable[[], None]],
     emit: Observer,
 ) -> None:
     """Read the configuration again at each ``SIGHUP``, in the background.
@@ -266,9 +270,10 @@ def _reload_at_hangup(
     async def reload() -> None:
         new = await loading.run("configuration", load)
         merged = merge_settings(running.mirror.settings, new)
-        on_reloaded(merged.settings)
+        # What may fail comes first: a configuration that has an error changes nothing.
+        reload_observers = prepare_reload(merged.settings)
         running.apply(merged.settings)
-        lines.configure(merged.settings.log)
+        reload_observers()
         changed = ",".join(merged.applied) or "nothing"
         emit(LogMessage("info", "the configuration was read again", (("changed", changed),)))
         if merged.kept:
@@ -461,35 +466,3 @@ async def _drain(running: RunningServer, emit: Observer) -> None:
     except TimeoutError:
         cut = sum(door.handler.abort_all() for door in running.doors)
         emit(LogMessage("warning", "the drain timeout is over", (("cut", cut),)))
-
-
-class Certificate:
-    """The certificate of the listener. It is loaded again when its files have changed."""
-
-    def __init__(self, tls: Tls) -> None:
-        self._tls = tls
-        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self.context.minimum_version = ssl.TLSVersion.TLSv1_2
-        self._loaded_stamp = self._stamp()
-        self.context.load_cert_chain(tls.certificate, tls.key)
-
-    def _stamp(self) -> tuple[int, ...]:
-        """Return times and inodes of the files. They differ once a file was written or replaced."""
-        files = (self._tls.certificate, self._tls.key)
-        return tuple(value for f in files for value in (os.stat(f).st_mtime_ns, os.stat(f).st_ino))
-
-    def refresh(self) -> None:
-        """Load a changed certificate, for new connections.
-
-        Raises ``OSError`` (``ssl.SSLError`` is a subclass) if it cannot be loaded. The previous
-        certificate stays in use, and the next call tries again.
-        """
-        stamp = self._stamp()
-        if stamp != self._loaded_stamp:
-            # Loaded into another context first: a key that does not match its certificate would
-            # leave the context in use without a valid pair.
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
-                self._tls.certificate, self._tls.key
-            )
-            self.context.load_cert_chain(self._tls.certificate, self._tls.key)
-            self._loaded_stamp = stamp

@@ -86,8 +86,6 @@ class Deliverer:
         self._lock_fd: int | None = None
         self._single_flight: SingleFlight | None = None
         self._senders: Mapping[str, WebhookSender] = {}
-        self._unused: list[WebhookSender] = []
-        """Senders of an earlier configuration. A request may still use their connections."""
         self._tasks: dict[str, SharedTask[None]] = {}
         self._gone: set[str] = set()
         """Targets that have responded with 410 since the configuration was read."""
@@ -103,7 +101,6 @@ class Deliverer:
 
     def configure(self, senders: Mapping[str, WebhookSender]) -> None:
         """Send to these targets from now on, also to those that were gone."""
-        self._unused += [one for one in self._senders.values() if one not in senders.values()]
         self._senders = senders
         self._gone.clear()
 
@@ -117,12 +114,10 @@ class Deliverer:
             self._single_flight.run(("notifications-wake",), self.poll)
 
     async def close(self) -> None:
-        """End all requests, and close the connections. What was not accepted stays in the queue."""
+        """End all requests, and close the files. What was not accepted stays in the queue."""
         self._single_flight = None
         for task in self._tasks.values():
             task.cancel()
-        for sender in (*self._unused, *self._senders.values()):
-            await sender.close()
         with suppress(StorageUnavailable, TimeoutError):
             async with asyncio.timeout(_CLOSE_TIMEOUT_S):
                 await self._in_thread(self._close_files)

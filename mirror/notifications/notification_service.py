@@ -44,17 +44,18 @@ class NotificationService:
             now: Returns the Unix time in seconds.
         """
         self._senders: dict[str, WebhookSender] = {}
+        self._opened: list[WebhookSender] = []
+        """All senders, to close them. A request may still use one that was replaced."""
         self._deliverer = Deliverer(layout, emit, now)
         self._recorder = NotificationRecorder(layout, emit, call_later, now, self._deliverer.wake)
         self.observe: Callable[[Event], None] = self._recorder.observe
         """Queues an event, if a target wants it."""
         self.poll = self._deliverer.poll
 
-    def configure(self, settings: Settings) -> None:
-        """Use the targets of ``settings`` from now on.
+    def prepare(self, settings: Settings) -> Callable[[], None]:
+        """Return a function that uses the targets of ``settings``, and cannot fail.
 
-        Raises ``ConfigError`` or ``OSError`` if a file that a target names cannot be used. Nothing
-        has changed then.
+        Raises ``ConfigError`` or ``OSError`` if a file that a target names cannot be used.
         """
         own = listener_addresses(settings)
         senders = {}
@@ -62,10 +63,15 @@ class NotificationService:
             sender = self._senders.get(target.name)
             if sender is None or sender.target != target:
                 sender = WebhookSender(target, own)
+                self._opened.append(sender)
             senders[target.name] = sender
-        self._senders = senders
-        self._deliverer.configure(senders)
-        self._recorder.configure(settings.events)
+
+        def use_targets() -> None:
+            self._senders = senders
+            self._deliverer.configure(senders)
+            self._recorder.configure(settings.events)
+
+        return use_targets
 
     @asynccontextmanager
     async def delivering(self, single_flight: SingleFlight) -> AsyncIterator[None]:
@@ -75,6 +81,8 @@ class NotificationService:
             yield
         finally:
             await self._deliverer.close()
+            for sender in self._opened:
+                await sender.close()
 
     def close(self, timeout: float) -> None:
         """Queue the rest, and wait at most ``timeout`` seconds until it is written."""

@@ -1,12 +1,13 @@
 """One listener of the server, with its handler.
 
-Lives here: opening a listener, and closing it without losing a request. Must not know: what its
-requests are about.
+Lives here: opening a listener, closing it without losing a request, and its certificate. Must
+not know: what its requests are about.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -14,6 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
+from mirror.config.settings import Tls
 from mirror.observability.events import Observer
 from mirror.web.handler import Handler
 from mirror.web.limited_server import LimitedServer
@@ -81,3 +83,35 @@ async def listen(
         await asyncio.sleep(0)
         server.pre_shutdown()
         await server.shutdown(_HANDLERS_TIMEOUT_S)
+
+
+class Certificate:
+    """The certificate of the listener. It is loaded again when its files have changed."""
+
+    def __init__(self, tls: Tls) -> None:
+        self._tls = tls
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.minimum_version = ssl.TLSVersion.TLSv1_2
+        self._loaded_stamp = self._stamp()
+        self.context.load_cert_chain(tls.certificate, tls.key)
+
+    def _stamp(self) -> tuple[int, ...]:
+        """Return times and inodes of the files. They differ once a file was written or replaced."""
+        files = (self._tls.certificate, self._tls.key)
+        return tuple(value for f in files for value in (os.stat(f).st_mtime_ns, os.stat(f).st_ino))
+
+    def refresh(self) -> None:
+        """Load a changed certificate, for new connections.
+
+        Raises ``OSError`` (``ssl.SSLError`` is a subclass) if it cannot be loaded. The previous
+        certificate stays in use, and the next call tries again.
+        """
+        stamp = self._stamp()
+        if stamp != self._loaded_stamp:
+            # Loaded into another context first: a key that does not match its certificate would
+            # leave the context in use without a valid pair.
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+                self._tls.certificate, self._tls.key
+            )
+            self.context.load_cert_chain(self._tls.certificate, self._tls.key)
+            self._loaded_stamp = stamp

@@ -141,7 +141,7 @@ class NotificationKit:
 
     def configure(self, *targets: dict[str, Any]) -> None:
         """Use other targets."""
-        self.service.configure(settings_with(self.root, *targets))
+        self.service.prepare(settings_with(self.root, *targets))()
 
 
 def settings_with(root: Path, *targets: dict[str, Any]) -> Settings:
@@ -170,7 +170,7 @@ async def notification_kit(
         lambda seconds, call: timers.append(call),
         lambda: now[0],
     )
-    service.configure(settings_with(root, *targets))
+    service.prepare(settings_with(root, *targets))()
     async with SingleFlight() as single_flight:
         async with service.delivering(single_flight):
             yield NotificationKit(service, single_flight, root, now, events, timers)

@@ -21,6 +21,7 @@ from tests.unit.notifications.kit import (
     Receiver,
     is_signed_by,
     notification_kit,
+    settings_with,
 )
 from tests.waiting import until
 
@@ -343,6 +344,22 @@ async def test_query_of_a_url_is_sent_and_never_logged(tmp_path: Path) -> None:
             assert receiver.requests[0].query == {"key": ["hidden"]}
             assert "hidden" not in str(kit.events)
             assert "500" in str(kit.events)
+
+
+async def test_configuration_that_is_prepared_only_changes_nothing(tmp_path: Path) -> None:
+    async with Receiver() as receiver, notification_kit(tmp_path, {"url": receiver.target}) as kit:
+        other = {"name": "other", "url": f"{receiver.target}/other"}
+        use_targets = kit.service.prepare(settings_with(tmp_path, other))
+        unusable = {"name": "third", "url": receiver.target, "secret_file": "/nowhere"}
+        with pytest.raises(ConfigError, match="third: secret_file: /nowhere: No such file"):
+            kit.service.prepare(settings_with(tmp_path, other, unusable))
+        kit.push("v1")
+        await kit.settle()
+        use_targets()
+        kit.push("v2")
+        await kit.settle()
+        paths = [request.path for request in receiver.requests]
+        assert paths == ["/events", "/events/other"]
 
 
 async def test_removed_target_loses_its_queue_after_a_minute(tmp_path: Path) -> None:
