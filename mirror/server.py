@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mirror import __version__
+from mirror.access.access_control import AccessControl
 from mirror.admin.worker_part import AdminPart, AdminSockets
 from mirror.composition import Mirror, open_mirror
 from mirror.config.reload import merge_settings
@@ -39,10 +40,11 @@ from mirror.pull.marks_watch import WATCH_INTERVAL_S
 from mirror.single_flight import SingleFlight
 from mirror.store.layout import Layout
 from mirror.threads import HangingCalls, call_soon_from_any_thread, on_running_loop
+from mirror.upstream.named_documents import fetch_named_document
 from mirror.web.doors import Certificate, Door, listen
 from mirror.web.handler import Handler
 from mirror.web.health import Health
-from mirror.web.hosted_access import Authorize, allow_everybody
+from mirror.web.hosted_access import Authorize, authorize_by
 from mirror.web.stored_responses import UnsentConnections
 
 LISTEN_BACKLOG: Final = 1024
@@ -70,6 +72,9 @@ _RETENTION_CHECK_S: Final = 60.0
 """Seconds between two looks whether the retention rules are to run."""
 _CERTIFICATE_INTERVAL_S: Final = 5.0
 """Seconds between two looks at the files of certificates and of tokens."""
+_ACCESS_INTERVAL_S: Final = 1.0
+"""Seconds between two looks at the files of users, tokens and keys: a user who is removed can do
+nothing after that."""
 _UPLOADS_INTERVAL_S: Final = 600.0
 """Seconds between two searches for abandoned uploads. They end after a day."""
 _LAST_LINES_TIMEOUT_S: Final = 1.0
@@ -305,6 +310,7 @@ class RunningServer:
     """The mirror's own listener."""
     push_door: Door | None
     """The listener of the hosted repositories. None: they have none of their own."""
+    access: AccessControl
 
     @property
     def doors(self) -> tuple[Door, ...]:
@@ -333,7 +339,9 @@ class RunningServer:
 
     def apply(self, settings: Settings) -> None:
         """Use a changed configuration for new requests, as :meth:`Mirror.apply` does."""
+        use_access = self.access.prepare(settings)
         self.mirror.apply(settings)
+        use_access()
         for door in self.doors:
             door.handler.configure(settings)
 
@@ -346,7 +354,7 @@ async def start_server(
     render_metrics: Callable[[], Awaitable[tuple[bytes, str]]],
     now: Callable[[], float] = time.time,
     push_listener: socket.socket | None = None,
-    authorize: Authorize = allow_everybody,
+    authorize: Authorize | None = None,
 ) -> AsyncIterator[RunningServer]:
     """Compose all packages, and serve until the context ends.
 
@@ -358,7 +366,7 @@ async def start_server(
         now: Returns the Unix time in seconds. Tests pass a clock of their own.
         push_listener: A listening socket for the hosted repositories. None: they have none of their
             own. It is closed at the end.
-        authorize: Says who may do what at the door for pushes.
+        authorize: Says who may do what at the door for pushes. None: the section ``access``.
     """
     async with open_mirror(settings, emit, now) as mirror:
         health = Health(lambda: mirror.store.unwritable_reason)
@@ -371,7 +379,9 @@ async def start_server(
             "logger": logging.getLogger("aiohttp.server"),
         }
         certificate = Certificate(settings.tls) if settings.tls is not None else None
-        _start_housekeeping(mirror, certificate, emit, now)
+        access = _open_access(mirror, settings, emit, now)
+        authorize = authorize or authorize_by(access)
+        _start_housekeeping(mirror, certificate, access, emit, now)
         listening = partial(
             listen,
             is_limited=settings.max_client_connections > 0,
@@ -383,18 +393,31 @@ async def start_server(
         async with AsyncExitStack() as stack:
             push_door = None
             if push_listener is not None:
-                handler = build(mirror.hosted, authorize, is_push_door=True)
+                handler = build(mirror.hosted, authorize, access, is_push_door=True)
                 push_door = await stack.enter_async_context(listening(handler, push_listener))
-            handler = build(mirror.hosted, authorize)
+            handler = build(mirror.hosted, authorize, access)
             door = await stack.enter_async_context(listening(handler, listener))
-            running = RunningServer(mirror, health, door, push_door)
+            stack.callback(access.close)
+            running = RunningServer(mirror, health, door, push_door, access)
             mirror.marks.call_after_changes(lambda _: running.forget_responses())
             yield running
+
+
+def _open_access(
+    mirror: Mirror, settings: Settings, emit: Observer, now: Callable[[], float]
+) -> AccessControl:
+    async def fetch(url: str, ca: str | None) -> bytes:
+        hosted = mirror.settings.hosted
+        listen = [settings.listen, *([hosted.listen] if hosted and hosted.listen else [])]
+        return await fetch_named_document(url, ca, listen)
+
+    return AccessControl(settings, fetch, mirror.single_flight, emit, now)
 
 
 def _start_housekeeping(
     mirror: Mirror,
     certificate: Certificate | None,
+    access: AccessControl,
     emit: Observer,
     now: Callable[[], float],
 ) -> None:
@@ -410,6 +433,7 @@ def _start_housekeeping(
     start("index", _INDEX_INTERVAL_S, store.keep_up_index)
     start("save", _SAVE_INTERVAL_S, store.save_image_layout)
     start("marks", WATCH_INTERVAL_S, mirror.marks.check)
+    start("access", _ACCESS_INTERVAL_S, access.refresh)
     start("prefetch", _PREFETCH_CHECK_S, lambda: prefetch.run_if_due(now()))
     start(
         "retention",

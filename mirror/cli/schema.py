@@ -58,7 +58,8 @@ def _inline(
     del schema["title"]
     if schema["type"] == "object" or schema.get("default") is None:
         schema.pop("default", None)
-    if isinstance(entry := schema.get("additionalProperties"), dict):
+    entry = schema.get("additionalProperties")
+    if isinstance(entry, dict) and "$ref" in entry:  # of a mapping of sections
         schema["additionalProperties"] = _inline(entry, sections)
     if "$ref" in (items := schema.get("items") or {}):  # of a list of sections
         schema["items"] = _inline(items, sections)

@@ -11,6 +11,7 @@ from typing import Annotated, Final, Literal, Self, TypeAlias
 from pydantic import AfterValidator, Field, model_validator
 
 from mirror.config import values
+from mirror.config.access import check_repository_pattern
 from mirror.config.section import FilePath, PositiveDuration, Section, Size, key_error
 
 EventKind: TypeAlias = Literal["push", "delete", "pull"]
@@ -22,16 +23,6 @@ _TARGET_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
 def _check_name(text: str) -> str:
     if not _TARGET_NAME.fullmatch(text):
         raise ValueError("must have letters in lower case, digits and . _ - only, at most 63")
-    return text
-
-
-def _check_pattern(text: str) -> str:
-    registry = text.partition("/")[0]
-    if values.check_not_empty(text) != text.strip() or text != text.lower():
-        raise ValueError("must be in lower case and without spaces, as repositories are")
-    is_registry = registry == "localhost" or bool(set(registry) & set(".:*?["))
-    if not is_registry or not set(text) & set("/*?["):
-        raise ValueError("must begin with a registry, such as docker.io/library/*")
     return text
 
 
@@ -53,11 +44,11 @@ class EventTarget(Section):
     manifest by a client.
     """
     repositories: Annotated[
-        tuple[Annotated[str, AfterValidator(_check_pattern)], ...], Field(min_length=1)
-    ] = ("*",)
+        tuple[Annotated[str, AfterValidator(check_repository_pattern)], ...], Field(min_length=1)
+    ] = ("**",)
     """
-    Shell-style patterns of the repositories, which begin with the registry:
-    registry.example.internal/team/*.
+    Patterns of whole names, such as registry.example/team/**. * stands for any characters within
+    one component, ** for any number of components.
     """
     timeout: PositiveDuration = 15.0
     """Longest time until the target has responded."""

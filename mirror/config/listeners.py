@@ -115,5 +115,6 @@ class Hosted(Section):
             if address is not None and not values.is_loopback_only(address):
                 raise key_error(
                     ("hosted", key),
-                    f"everybody who can reach {address} could push: use a loopback address",
+                    f"everybody who can reach {address} could push: add the section access, or use"
+                    " a loopback address",
                 )

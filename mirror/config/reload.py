@@ -8,7 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from pydantic_core import PydanticCustomError
+
 from mirror.config.settings import Section, Settings
+from mirror.oci.errors import ConfigError
 
 _NEEDS_RESTART: Final = (
     "listen",
@@ -38,9 +41,17 @@ class Merged:
 
 
 def merge_settings(current: Settings, new: Settings) -> Merged:
-    """Return ``new`` as far as it can be applied without a restart."""
+    """Return ``new`` as far as it can be applied without a restart.
+
+    Raises ``ConfigError`` if the two do not fit together: the listeners of the one with the access
+    of the other could let everybody in.
+    """
     fixed = {key: getattr(current, key) for key in _NEEDS_RESTART}
     merged = new.model_copy(update=fixed)
+    try:
+        merged.check_reach()
+    except PydanticCustomError as error:
+        raise ConfigError(f"a restart is needed: {error.message()}") from None
     return Merged(merged, tuple(_changed(current, merged)), tuple(_changed(merged, new)))
 
 

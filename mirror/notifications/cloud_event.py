@@ -10,10 +10,10 @@ import json
 import uuid
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from fnmatch import fnmatchcase
 from typing import Any, Final
 from urllib.parse import quote
 
+from mirror.access.rules import compile_pattern
 from mirror.config.settings import EventTarget
 from mirror.observability.events import HostedChange, RequestRecord
 
@@ -81,6 +81,7 @@ class CloudEvent:
             at,
             tag="" if ":" in pull.reference else pull.reference,
             size=pull.bytes_sent,
+            user=pull.user,
             client=pull.client,
             user_agent=pull.user_agent[:_MAX_USER_AGENT_CHARS],
         )
@@ -115,6 +116,5 @@ class CloudEvent:
 
 def is_wanted(target: EventTarget, kind: str, name: str) -> bool:
     """Return whether a target gets events of a kind. ``name``: of the repository, in whole."""
-    return kind in target.events and any(
-        fnmatchcase(name, pattern) for pattern in target.repositories
-    )
+    patterns = map(compile_pattern, target.repositories)
+    return kind in target.events and any(pattern.fullmatch(name) for pattern in patterns)

@@ -73,6 +73,8 @@ class RequestRecord:
     path: str
     client: str = ""
     user_agent: str = ""
+    user: str = ""
+    """The user, if access was decided by one. Empty: anonymous, or everybody may do this."""
     kind: Kind = Kind.INVALID
     ns: str | None = None
     """The ``ns`` query parameter, if it names a configured upstream (containerd sends it)."""

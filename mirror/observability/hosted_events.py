@@ -19,7 +19,7 @@ ChangeAction: TypeAlias = Literal["push", "delete", "mount"]
 
 @dataclass(frozen=True, slots=True)
 class Actor:
-    """Who makes a change. Rules and commands of the server have a name, and no address."""
+    """The user and the address behind a change. Rules of the server have a name, and no address."""
 
     user: str = ""
     """Empty: anonymous."""

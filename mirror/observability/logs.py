@@ -63,7 +63,7 @@ _LEVELS: Final = {
     "warning": logging.WARNING,
     "error": logging.ERROR,
 }
-_CHANGES: Final = {"push": "pushed", "delete": "deleted", "mount": "mounted"}
+_CHANGE_MESSAGES: Final = {"push": "pushed", "delete": "deleted", "mount": "mounted"}
 """Message of each change to a hosted repository."""
 _LEVEL_NAMES: Final = {level: name for name, level in _LEVELS.items()}
 
@@ -313,7 +313,9 @@ class LogObserver:
                 self._write_limited(logging.WARNING, message, fields_)
             case events.HostedChange() if self._writer.is_enabled(logging.INFO):
                 # Never suppressed: it is the record of who has changed what.
-                self._writer.write(logging.INFO, _CHANGES[event.action], _change_fields(event))
+                self._writer.write(
+                    logging.INFO, _CHANGE_MESSAGES[event.action], _change_fields(event)
+                )
             case events.Resumed(upstream, offset, _, reason):
                 resumed = {"upstream": upstream, "offset": offset, "reason": reason}
                 self._write_limited(logging.INFO, "transfer resumed", resumed)
@@ -390,7 +392,7 @@ def encode_request(pull: RequestRecord) -> str:
         f'{shared},"id":"{pull.request_id}","bytes":{pull.bytes_sent},'
         f'"seconds":{pull.duration:.6f},"first_byte":{pull.first_byte or 0.0:.6f}'
     )
-    more = []
+    more = [_encode_field("user", pull.user, is_json=True)] if pull.user else []
     if pull.joined_at_byte is not None:
         more.append(_encode_field("joined_at", pull.joined_at_byte, is_json=True))
     if pull.aside_bytes:

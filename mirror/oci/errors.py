@@ -398,12 +398,17 @@ class Draining(MirrorError):
 
 
 class TooManyRequests(MirrorError):
-    """One client address has more connections, or requests, than the configuration allows.
+    """One client address has more connections or requests than is allowed, or too many failures.
 
-    Raised by ``web``. Code ``TOOMANYREQUESTS``.
+    ``retry_after``: seconds until it may try again. Raised by ``web`` and ``access``. Code
+    ``TOOMANYREQUESTS``.
     """
 
     code = "TOOMANYREQUESTS"
+
+    def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class ContentLost(MirrorError):

@@ -6,6 +6,7 @@ HTTP, pushes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 from mirror.hosted.hosted_service import HostedService
@@ -94,7 +95,32 @@ class HostedPulls:
         pull.outcome = Outcome.HIT
         return referrers_index(entries)
 
-    async def repositories(self, count: int | None, last: str) -> RepositoriesResult:
-        """Return one page of the repositories that have a manifest."""
-        found, has_more = await self._hosted.repositories(count, last)
+    async def repositories(
+        self,
+        count: int | None,
+        last: str,
+        is_visible: Callable[[Repository], bool] | None = None,
+    ) -> RepositoriesResult:
+        """Return one page of the repositories that have a manifest.
+
+        Args:
+            count: Names on the page at most. None: as many as one page may have.
+            last: The page starts after this name. Empty: the first page.
+            is_visible: Returns whether the client may know of a repository. None: of all.
+        """
+        found: list[str] = []
+        has_more = True
+        while has_more and (not found or len(found) < (count or 0)):
+            names, has_more = await self._hosted.repositories(count, last)
+            if not names:
+                break
+            visible = [
+                name
+                for name in names
+                if is_visible is None or is_visible(Repository(self.name, name))
+            ]
+            if count is not None and len(found) + len(visible) > count:
+                visible, has_more = visible[: count - len(found)], True
+            found += visible
+            last = names[-1]
         return RepositoriesResult(tuple(found), has_more)

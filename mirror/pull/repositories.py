@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import islice
 from operator import is_not
 from typing import Final
 
@@ -21,6 +23,7 @@ from mirror.pull import admission
 from mirror.pull.admission import Restrictions
 from mirror.pull.content import ContentService
 from mirror.pull.results import RepositoriesResult
+from mirror.threads import run_in_thread
 
 _LIST_TTL_S: Final = 60.0
 """Seconds for which a list is used. With 100,000 manifests, making one takes most of a second."""
@@ -38,7 +41,13 @@ class RepositoryService:
         self._listed_for: tuple[Settings, Restrictions] | None = None
         self._listed_at = 0.0
 
-    async def page(self, upstream: str | None, count: int | None, last: str) -> RepositoriesResult:
+    async def page(
+        self,
+        upstream: str | None,
+        count: int | None,
+        last: str,
+        is_visible: Callable[[Repository], bool] | None = None,
+    ) -> RepositoriesResult:
         """Return one page (see :meth:`mirror.pull.service.PullService.repositories`)."""
         names = await self._names()
         prefix = "" if upstream is None else f"{upstream}/"
@@ -46,8 +55,13 @@ class RepositoryService:
         # "0" follows "/" in ASCII, so this is the first name after all that begin with the prefix.
         end = len(names) if upstream is None else bisect_right(names, f"{upstream}0")
         size = MAX_PAGE_REPOSITORIES if count is None else min(count, MAX_PAGE_REPOSITORIES)
-        page = names[start : min(start + size, end)]
-        more = start + len(page) < end
+        if is_visible is None:
+            page = names[start : min(start + size, end)]
+            more = start + len(page) < end
+        else:
+            visible = partial(_first_visible, names[start:end], size + 1, is_visible)
+            found = await run_in_thread(visible)
+            page, more = found[:size], len(found) > size > 0
         return RepositoriesResult(tuple(name.removeprefix(prefix) for name in page), more)
 
     async def _names(self) -> tuple[str, ...]:
@@ -74,6 +88,14 @@ class RepositoryService:
         if names is None:
             raise StorageUnavailable("the index cannot be read")
         return names
+
+
+def _first_visible(
+    names: Sequence[str], count: int, is_visible: Callable[[Repository], bool]
+) -> tuple[str, ...]:
+    """Return the first ``count`` names that a client may know of."""
+    visible = (name for name in names if is_visible(Repository(*name.split("/", 1))))
+    return tuple(islice(visible, count))
 
 
 def _admission_of(settings: Settings, restrictions: Restrictions) -> Callable[[Repository], bool]:

@@ -10,6 +10,7 @@ repository may read without the upstream are kept in memory for a moment.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final, assert_never
 
 from cachetools import TTLCache
@@ -220,7 +221,11 @@ class PullService:
         return small
 
     async def repositories(
-        self, upstream: str | None, count: int | None, last: str
+        self,
+        upstream: str | None,
+        count: int | None,
+        last: str,
+        is_visible: Callable[[Repository], bool] | None = None,
     ) -> RepositoriesResult:
         """Return one page of the repositories that have a manifest on disk, in order.
 
@@ -231,13 +236,14 @@ class PullService:
                 upstreams, named ``docker.io/library/alpine``.
             count: Names on the page at most. None for as many as one page may have.
             last: The page starts after this name. Empty for the first page.
+            is_visible: Returns whether the client may know of a repository. None: of all.
 
         Raises:
             StorageUnavailable: The index cannot be read.
         """
         if self._hosted is not None and upstream == self._hosted_name:
-            return await self._hosted.repositories(count, last)
-        return await self._repositories.page(upstream, count, last)
+            return await self._hosted.repositories(count, last, is_visible)
+        return await self._repositories.page(upstream, count, last, is_visible)
 
     async def tags(
         self, repository: Repository, count: int | None, last: str | None, pull: RequestRecord

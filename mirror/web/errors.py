@@ -9,7 +9,8 @@ The statuses are chosen by what clients do next:
   failure of the upstream is never sent as 404, because clients would believe it, and never as 500.
 - An upstream that is unavailable is 502, not 503: containerd repeats 500, 503 and 504 at its last
   host, and never 502.
-- 401 is sent at the door for pushes only, with a challenge.
+- 401 is sent at the door for pushes only, with a challenge. The mirror's own door sends 403 to a
+  client that may not read a repository, whether it has logged in or not.
 - 403, not 401, if the upstream requires credentials that this server does not have. A 401 must
   carry a challenge (RFC 9110, section 15.5.2). A challenge would make clients send us credentials
   that are meant for the upstream: the CRI sends pull secrets to every host that challenges, and
@@ -17,7 +18,8 @@ The statuses are chosen by what clients do next:
   show the code to their user.
 - 429 carries the ``Retry-After`` (RFC 9110, section 10.2.3) of the upstream, and none if it sent
   none: clients obey an invented value, too. Refusals of our own (draining, too many connections)
-  name one second: another server takes the request, or a connection ends.
+  name one second: another server takes the request, or a connection ends. After failed logins it is
+  the time until the next one.
 """
 
 from __future__ import annotations
@@ -104,8 +106,10 @@ def error_headers(error: MirrorError) -> dict[str, str]:
         headers["Range"] = f"0-{max(0, error.offset - 1)}"
     elif isinstance(error, RangeNotSatisfiable):
         headers["Content-Range"] = unsatisfied_range(error.size)
-    elif isinstance(error, Draining | TooManyRequests):
+    elif isinstance(error, Draining):
         headers["Retry-After"] = "1"
+    elif isinstance(error, TooManyRequests):
+        headers["Retry-After"] = str(_whole_seconds(error.retry_after))
     elif isinstance(error, UpstreamRateLimited) and (seconds := _whole_seconds(error.retry_after)):
         headers["Retry-After"] = str(seconds)
     return headers

@@ -22,6 +22,7 @@ from typing import Final, assert_never
 
 from aiohttp import HttpVersion10, HttpVersion11, web
 
+from mirror.access.access_control import AccessControl
 from mirror.config.settings import Settings
 from mirror.hosted.hosted_service import HostedService
 from mirror.observability.events import (
@@ -60,6 +61,7 @@ from mirror.web.health import Health
 from mirror.web.hosted_access import Authorize, allow_everybody
 from mirror.web.hosted_handler import HostedHandler
 from mirror.web.probe_image import PROBE_REPOSITORY, ProbeImage
+from mirror.web.pull_access import check_pull, find_visible, record_request
 from mirror.web.stored_responses import StoredResponses, make_request_id
 from mirror.web.streaming import Body, Sender, SingleWriteResponse, applicable_range
 
@@ -87,6 +89,7 @@ class Handler:
         emit: Observer,
         hosted: HostedService | None = None,
         authorize: Authorize = allow_everybody,
+        access: AccessControl | None = None,
         *,
         is_push_door: bool = False,
     ) -> None:
@@ -100,6 +103,7 @@ class Handler:
             emit: Receives the events of each request.
             hosted: The hosted repositories. None: there are none.
             authorize: Says who may do what at the door for pushes.
+            access: Says who may pull what at the mirror's door. None: everybody everything.
             is_push_door: True if all requests to this listener are for the hosted repositories.
         """
         self._door: HostedHandler | None = None
@@ -113,6 +117,7 @@ class Handler:
                 self._forwarded_prefix,
                 is_sole=is_push_door,
             )
+        self._access = access
         self._is_push_door = is_push_door
         self.addresses = AddressLimit(settings.max_client_connections)
         """Counts the connections of each client address. Behind trusted proxies: its requests."""
@@ -259,13 +264,15 @@ class Handler:
 
     async def _dispatch(self, request: web.BaseRequest, pull: RequestRecord) -> web.StreamResponse:
         path, _, query = pull.path.partition("?")
-        upstream = self._named_by_host(request)
         if self._door is not None and self._door.is_door_of(request):
             response = await self._door.respond(request, pull)
-            if response is not None:
+            if isinstance(response, web.StreamResponse):
                 return response
-            upstream = self._door.name
-        parsed = self._parse(request.method, path, query, upstream)
+            parsed = response
+        else:
+            parsed = self._parse(request.method, path, query, self._named_by_host(request))
+            if self._access is not None and self._access.is_enforced:
+                await check_pull(self._access, parsed, request, pull)
         pull.kind = Kind.PING  # Requests for a repository overwrite it.
         if (
             isinstance(parsed, paths.RepositoryRequest)
@@ -330,7 +337,7 @@ class Handler:
     async def _send_manifest(
         self, parsed: paths.ManifestRequest, request: web.BaseRequest, pull: RequestRecord
     ) -> web.StreamResponse:
-        _record_request(pull, Kind.MANIFEST, parsed, str(parsed.reference))
+        record_request(pull, Kind.MANIFEST, parsed, str(parsed.reference))
         is_head = request.method == "HEAD"
         accept = parse_accept(request.headers.getall("Accept", ()))
         result = await self._service.manifest(
@@ -356,7 +363,7 @@ class Handler:
     async def _send_blob(
         self, parsed: paths.BlobRequest, request: web.BaseRequest, pull: RequestRecord
     ) -> web.StreamResponse:
-        _record_request(pull, Kind.BLOB, parsed, str(parsed.digest))
+        record_request(pull, Kind.BLOB, parsed, str(parsed.digest))
         is_head = request.method == "HEAD"
         wanted = applicable_range(request, parsed.digest)
         result = await self._service.blob(
@@ -391,7 +398,10 @@ class Handler:
         pull.upstream = parsed.ns or ""
         if not self._has_catalog:
             raise NotFound("this mirror lists no repositories: set catalog to true to allow it")
-        result = await self._service.repositories(parsed.ns, parsed.count, parsed.last)
+        is_visible = None
+        if self._access is not None:
+            is_visible = await find_visible(self._access, request, pull)
+        result = await self._service.repositories(parsed.ns, parsed.count, parsed.last, is_visible)
         page = {"repositories": list(result.names)}
         response = _build_json_response(json.dumps(page).encode(), pull)
         if result.has_more and result.names:
@@ -420,7 +430,7 @@ class Handler:
     async def _send_tags(
         self, parsed: paths.TagsRequest, request: web.BaseRequest, pull: RequestRecord
     ) -> web.StreamResponse:
-        _record_request(pull, Kind.TAGS, parsed, "")
+        record_request(pull, Kind.TAGS, parsed, "")
         result = await self._service.tags(parsed.repository, parsed.count, parsed.last, pull)
         name = parsed.prefix + parsed.repository.path
         headers = {"Content-Type": "application/json", **common_headers(pull)}
@@ -434,7 +444,7 @@ class Handler:
     async def _send_referrers(
         self, parsed: paths.ReferrersRequest, request: web.BaseRequest, pull: RequestRecord
     ) -> web.StreamResponse:
-        _record_request(pull, Kind.REFERRERS, parsed, str(parsed.digest))
+        record_request(pull, Kind.REFERRERS, parsed, str(parsed.digest))
         data = await self._service.referrers(
             parsed.repository, parsed.digest, parsed.artifact_type, pull
         )
@@ -445,18 +455,6 @@ class Handler:
             Digest.of(data), OCI_INDEX, size=len(data), source=data, is_fresh=is_never_fresh
         )
         return await Sender(request, pull, self._emit).send(body, extra)
-
-
-def _record_request(
-    pull: RequestRecord, kind: Kind, parsed: paths.RepositoryRequest, reference: str
-) -> None:
-    pull.kind = kind
-    pull.ns = parsed.ns
-    pull.upstream = parsed.repository.upstream
-    pull.repository = parsed.repository.path
-    pull.reference = reference
-    # Until the content is found in the cache. The client may leave before that.
-    pull.outcome = Outcome.MISS
 
 
 def _build_json_response(body: bytes, pull: RequestRecord, status: int = 200) -> web.Response:

@@ -1,7 +1,7 @@
 """What the door for pushes asks before it does something: who is the client, and may it do this?
 
-Lives here: the question, and the answer of a server without rules. Must not know: how users are
-known, which rules there are.
+Lives here: the question, and who answers it. Must not know: how users are known, which rules there
+are.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeAlias
 
+from mirror.access.access_control import AccessControl
+from mirror.access.identity import Action
+from mirror.oci.errors import Denied
 from mirror.oci.reference import Repository
 
 
@@ -24,6 +27,8 @@ class AccessAction(StrEnum):
     PULL = "pull"
     PUSH = "push"
     DELETE = "delete"
+    ADMIN = "admin"
+    """Delete what is immutable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,5 +50,26 @@ has to send credentials, or has sent wrong ones, and ``Denied`` if the user may 
 
 
 async def allow_everybody(attempt: AccessAttempt) -> str:
-    """Allow everything to everybody, as an anonymous user."""
+    """Allow everything to everybody, as an anonymous user, who is no admin. Raises ``Denied``."""
+    if attempt.action is AccessAction.ADMIN:
+        raise Denied("only an admin may do this, and the configuration names none")
     return ""
+
+
+def authorize_by(access: AccessControl) -> Authorize:
+    """Return a function that asks the rules of the configuration, if it has any."""
+
+    async def authorize(attempt: AccessAttempt) -> str:
+        if not access.is_enforced:
+            return await allow_everybody(attempt)
+        action = attempt.action
+        identity = await access.check_push_door(
+            attempt.authorization,
+            attempt.client,
+            None if action in (AccessAction.PING, AccessAction.LIST) else Action(action.value),
+            attempt.repository,
+            is_ping=action is AccessAction.PING,
+        )
+        return identity.user
+
+    return authorize

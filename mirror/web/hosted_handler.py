@@ -94,7 +94,7 @@ class HostedHandler:
     ) -> str:
         """Return the name of the user. Raises ``LoginRequired`` or ``Denied``."""
         authorization = request.headers.get("Authorization")
-        return await self._authorize(
+        pull.user = await self._authorize(
             AccessAttempt(
                 action=action,
                 repository=repository,
@@ -102,11 +102,12 @@ class HostedHandler:
                 client=pull.client,
             )
         )
+        return pull.user
 
     async def respond(
         self, request: web.BaseRequest, pull: RequestRecord
-    ) -> web.StreamResponse | None:
-        """Handle a request, or allow it and return None: it only reads, and ``handler.py`` serves.
+    ) -> web.StreamResponse | paths.Request:
+        """Handle a request. One that only reads is allowed and returned, and ``handler.py`` serves.
 
         Raises ``MirrorError``.
         """
@@ -117,7 +118,7 @@ class HostedHandler:
 
     async def _allow_read(
         self, request: web.BaseRequest, pull: RequestRecord, path: str, query: str
-    ) -> web.StreamResponse | None:
+    ) -> web.StreamResponse | paths.Request:
         names = {self.name: self.name}
         parsed = paths.parse(
             request.method, path, query, upstreams=names, default=self.name, upstream=self.name
@@ -125,7 +126,6 @@ class HostedHandler:
         match parsed:
             case paths.PingRequest():
                 await self._ask(request, pull, AccessAction.PING, None)
-                return None
             case paths.RepositoriesRequest():
                 pull.kind = Kind.CATALOG
                 await self._ask(request, pull, AccessAction.LIST, None)
@@ -142,9 +142,7 @@ class HostedHandler:
                     # disk that refuses, it cannot push one, and can still pull.
                     with suppress(StorageUnavailable):
                         await self._service.mark_blob_used(parsed.repository.path, parsed.digest)
-                return None
-            case _:
-                return None
+        return parsed
 
     async def _send_repositories(
         self, request: web.BaseRequest, pull: RequestRecord, parsed: paths.RepositoriesRequest

@@ -51,14 +51,16 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "config.values": {"oci"},
     "config.section": {"config.values"},
     "config.listeners": {"config.section", "config.values"},
-    "config.event_target": {"config.section", "config.values"},
+    "config.access": {"config.section", "config.values"},
+    "config.event_target": {"config.access", "config.section", "config.values"},
     "config.prefetch": {"config.section", "oci"},
     "config.retention": {"config.section", "oci"},
+    "config.transfers": {"config.section", "config.values"},
     "config.settings": {
-        *("config.event_target", "config.listeners", "config.prefetch", "config.retention"),
-        *("config.section", "config.values", "oci"),
+        *("config.access", "config.event_target", "config.listeners", "config.prefetch"),
+        *("config.retention", "config.section", "config.transfers", "config.values", "oci"),
     },
-    "config.reload": {"config.settings"},
+    "config.reload": {"config.settings", "oci"},
     "config.load": {"config.settings", "config.values", "oci"},
     "single_flight": {"oci"},
     "threads": set(),
@@ -68,7 +70,11 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "pull": {"pull", "store", "upstream", "hosted.hosted_service", *SHARED},
     # The header Server-Timing and the log line format the stages of a request with the same code.
     # A response is sent from the extents of a reader. ``pull`` would only pass these types on.
-    "web": {"web", "pull", "hosted", "store.reader", "observability.logs", *SHARED},
+    "web": {
+        *("web", "access.access_control", "access.identity", "pull", "hosted", "store.reader"),
+        *("observability.logs", *SHARED),
+    },
+    "access": {"access", "config.access", *SHARED},
     # The start line prints the quota as the configuration does.
     "observability.logs": {*SHARED, "config.values"},
     "observability.library_logs": {"observability.logs", *SHARED},
@@ -80,7 +86,8 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     # Where the data directory is, and which contents it has. And a file that may be replaced.
     "history": {"history", *QUEUED_WRITES, *SHARED},
     "notifications": {
-        *("notifications", "store.disk", "upstream.outbound", "upstream.registries"),
+        *("access.rules", "notifications", "store.disk", "upstream.outbound"),
+        "upstream.registries",
         *("upstream.transport", *QUEUED_WRITES, *SHARED),
     },
     "composition": {"hosted", "pull", "store", "upstream", *SHARED},
@@ -94,7 +101,8 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         *("store", "web.client_socket", *SHARED),
     },
     "server": {
-        *("server", "admin", "composition", "notifications", "operations", "config.reload"),
+        *("server", "access", "admin", "composition", "notifications", "operations"),
+        "config.reload",
         *BELOW_SERVER,
     },
     "processes": {
@@ -117,7 +125,9 @@ THIRD_PARTIES: dict[str, tuple[str, ...]] = {
     "prometheus_client": (
         *("mirror.observability.metrics", "mirror.observability.notification_metrics"),
     ),
-    "pydantic": ("mirror.config",),
+    "pydantic": ("mirror.config", "mirror.access.access_tokens"),
+    "bcrypt": ("mirror.access.users",),
+    "jwt": ("mirror.access.issuers", "mirror.access.key_sets"),
     "aiohttp": (
         *("mirror.web", "mirror.upstream", "mirror.server"),
         *("mirror.admin.dispatch", "mirror.admin.listener"),

@@ -87,6 +87,15 @@ def test_every_key_can_be_set_by_its_variable(tmp_path: Path) -> None:
         "max_repository_size": "1MiB",
         "sparse_indexes": True,
     }
+    base["access"] = {
+        "users": "/users",
+        "tokens": "/tokens",
+        "issuers": [],
+        "groups": {},
+        "rules": [],
+        "anonymous_pull": False,
+        "allow_plain_http": True,
+    }
     base["default_upstream"] = "a-b.example"
     for key in ("ca", "client_certificate", "client_key"):
         base["upstreams"]["a-b.example"][key] = f"/{key}"

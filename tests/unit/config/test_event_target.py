@@ -19,12 +19,12 @@ def read(*targets: dict[str, Any]) -> tuple[EventTarget, ...]:
 def test_defaults() -> None:
     (target,) = read({})
     assert target.url == TARGET["url"]
-    assert (target.events, target.repositories) == (("push", "delete", "pull"), ("*",))
+    assert (target.events, target.repositories) == (("push", "delete", "pull"), ("**",))
     assert (target.timeout, target.max_queued, target.max_queued_size) == (15.0, 10_000, 16 << 20)
 
 
 @pytest.mark.parametrize(
-    "pattern", ["*", "**", "docker.io/library/*", "*/app", "localhost/a", "reg.example:5000/**"]
+    "pattern", ["**", "docker.io/library/*", "*/app", "localhost/a", "reg.example:5000/**"]
 )
 def test_pattern_of_whole_names_is_accepted(pattern: str) -> None:
     assert read({"repositories": [pattern]})[0].repositories == (pattern,)
@@ -45,7 +45,7 @@ def test_pattern_of_whole_names_is_accepted(pattern: str) -> None:
         ({"repositories": ["team/*"]}, "repositories", "begin with a registry"),
         ({"repositories": ["docker.io"]}, "repositories", "begin with a registry"),
         ({"repositories": ["docker.io/Team/*"]}, "repositories", "lower case"),
-        ({"repositories": [" "]}, "repositories", "empty"),
+        ({"repositories": [" "]}, "repositories", "begin with a registry"),
         ({"timeout": "0"}, "timeout", "more than 0"),
         ({"max_queued": 0}, "max_queued", "1"),
         ({"client_key": "/k"}, "client_key", "needs client_certificate"),

@@ -8,6 +8,7 @@ import pytest
 
 from mirror.config.reload import _NEEDS_RESTART, merge_settings
 from mirror.config.settings import Settings
+from mirror.oci.errors import ConfigError
 
 BASE: dict[str, Any] = {"upstreams": {"docker.io": {"endpoints": ["https://one.example"]}}}
 
@@ -22,6 +23,7 @@ APPLIED = {
     "prefetch",
     "retention",
     "retention_interval",
+    "access",
 }
 KEPT = {
     *(
@@ -42,6 +44,40 @@ def test_every_key_is_applied_or_needs_a_restart() -> None:
     """A new key belongs to one of the two, and into the README's paragraph on SIGHUP."""
     assert set(Settings.model_fields) == APPLIED | KEPT
     assert set(_NEEDS_RESTART) == KEPT
+
+
+HOSTED = {"name": "registry.example", "listen": "0.0.0.0:5101"}
+CLOSED = {"rules": [{"repositories": ["**"], "who": ["ci"], "may": ["pull"]}]}
+PLAIN = {"users": "htpasswd", "allow_plain_http": True}
+
+
+@pytest.mark.parametrize(
+    ("current", "new"),
+    [
+        (
+            {"hosted": HOSTED, "access": CLOSED},
+            {"hosted": {**HOSTED, "listen": "127.0.0.1:5101"}},
+        ),
+        ({"hosted": HOSTED, "access": CLOSED}, {}),
+        (
+            {"hosted": HOSTED, "access": PLAIN},
+            {"hosted": HOSTED, "access": {"users": "u"}, "tls": {"certificate": "c", "key": "k"}},
+        ),
+        ({"listen": "0.0.0.0:5100", "access": PLAIN}, {"access": {"users": "u"}}),
+    ],
+)
+def test_listeners_in_use_are_not_combined_with_access_that_would_open_them(
+    current: dict[str, Any], new: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match="a restart is needed: "):
+        merge_settings(settings(**current), settings(**new))
+
+
+def test_rules_are_applied_without_a_restart() -> None:
+    merged = merge_settings(
+        settings(hosted=HOSTED, access=CLOSED), settings(hosted=HOSTED, access={"rules": []})
+    )
+    assert (merged.applied, merged.kept) == (("access.rules",), ())
 
 
 def test_equal_settings_change_nothing() -> None:

@@ -74,13 +74,14 @@ async def test_push_is_a_signed_cloud_event(tmp_path: Path) -> None:
 
 async def test_pull_by_digest_has_no_tag_and_waits_for_its_batch(tmp_path: Path) -> None:
     async with Receiver() as receiver, notification_kit(tmp_path, {"url": receiver.target}) as kit:
-        kit.pull(str(DIGEST))
+        kit.pull(str(DIGEST), user="ann")
         await kit.settle()
         assert receiver.requests == []
         kit.run_timers()
         await kit.settle()
         (event,) = receiver.bodies()
     assert event["type"] == "oci-mirror.pull"
+    assert event["data"].pop("user") == "ann"
     assert event["subject"] == f"library/app@{DIGEST}"
     assert event["data"] == {
         "registry": "docker.io",

@@ -1,0 +1,203 @@
+"""Who may do what: the interface of this package, for ``web`` and ``server``.
+
+Lives here: the two questions that the doors ask, who is this client, and may it do this, and the
+change of configuration. Must not know: HTTP, which door asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from mirror.access.credentials import Credentials
+from mirror.access.identity import ANONYMOUS, Action, Identity
+from mirror.access.key_sets import Fetch
+from mirror.access.logins import LoginFailed, Logins
+from mirror.access.rules import Rules
+from mirror.config.settings import Settings
+from mirror.observability.events import LogMessage, Observer
+from mirror.oci.errors import Denied, LoginRequired
+from mirror.oci.reference import Repository
+from mirror.single_flight import SingleFlight
+
+_VERBS: Final = {
+    Action.PULL: "pull from",
+    Action.PUSH: "push to",
+    Action.DELETE: "delete from",
+    Action.ADMIN: "administrate",
+}
+
+
+class AccessControl:
+    """The section ``access`` in force. Without it, everybody may do everything."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        fetch: Fetch,
+        single_flight: SingleFlight,
+        emit: Observer,
+        now: Callable[[], float],
+    ) -> None:
+        """Read the files of the configuration.
+
+        Args:
+            settings: The configuration.
+            fetch: Fetches the key sets of URLs.
+            single_flight: Runs these fetches.
+            emit: Receives log messages.
+            now: Returns the seconds since the epoch.
+
+        Raises:
+            ConfigError: A file cannot be used.
+        """
+        self._fetch = fetch
+        self._single_flight = single_flight
+        self._emit = emit
+        self._now = now
+        self._rules: Rules | None = None
+        self._logins = Logins(now)
+        self._realm = ""
+        self.prepare(settings)()
+
+    @property
+    def is_enforced(self) -> bool:
+        """Whether there are rules. Otherwise everybody may do everything."""
+        return self._rules is not None
+
+    def prepare(self, settings: Settings) -> Callable[[], None]:
+        """Read the files of a configuration. Returns a function that uses it for new requests.
+
+        Raises ``ConfigError`` if a file cannot be used.
+        """
+        access, hosted = settings.access, settings.hosted
+        credentials = None
+        if access is not None and access.has_login:
+            credentials = Credentials(
+                access, self._fetch, self._single_flight, self._now, self._report
+            )
+        hosted_name = None if hosted is None else hosted.name
+        rules = None if access is None else Rules(access, hosted_name)
+
+        def use() -> None:
+            self._logins.use(credentials)
+            self._rules = rules
+            self._realm = hosted_name or ""
+            self.refresh()
+
+        return use
+
+    def _report(self, why: str) -> None:
+        self._emit(LogMessage("warning", "access", (("why", why),)))
+
+    def refresh(self) -> None:
+        """Read the files of credentials that have changed. Blocks for them; they are small."""
+        self._logins.refresh()
+
+    def close(self) -> None:
+        """End the threads."""
+        self._logins.close()
+
+    # --- the questions --------------------------------------------------------------------------
+
+    def may(self, identity: Identity, repository: Repository, action: Action) -> bool:
+        """Return whether a client may do something with a repository."""
+        return self._rules is None or self._rules.may(identity, repository, action)
+
+    async def identify(self, authorization: str | None, client: str) -> Identity:
+        """Return the client that sends an ``Authorization`` header field, or none.
+
+        Args:
+            authorization: The field, as sent. None without one.
+            client: Address of the client.
+
+        Raises:
+            LoginRequired: The credentials are wrong.
+            TooManyRequests: The address has failed too often.
+        """
+        if authorization is None or self._rules is None:
+            return ANONYMOUS
+        try:
+            return await self._logins.identify(authorization, client)
+        except LoginFailed as error:
+            raise self._challenge(str(error)) from None
+
+    async def check_push_door(
+        self,
+        authorization: str | None,
+        client: str,
+        action: Action | None,
+        repository: Repository | None,
+        *,
+        is_ping: bool = False,
+    ) -> Identity:
+        """Return the client of a request to the door for pushes, which may do what it asks.
+
+        Args:
+            authorization: The header field, as sent. None without one.
+            client: Address of the client.
+            action: What it does. None: nothing with a repository.
+            repository: The repository. None: the request is about none, or about all.
+            is_ping: True for ``/v2/``, where clients look whether they have to log in.
+
+        Raises:
+            LoginRequired: The client has to log in, or its credentials are wrong.
+            Denied: The user may not do this.
+            TooManyRequests: The address has failed too often.
+        """
+        identity = await self.identify(authorization, client)
+        rules = self._rules
+        if rules is None:
+            return identity
+        if is_ping and identity.is_anonymous and rules.needs_login():
+            # docker, skopeo and others keep credentials only if they are asked for them here.
+            raise self._challenge("log in to use these repositories")
+        if action is None or repository is None or rules.may(identity, repository, action):
+            return identity
+        if identity.is_anonymous:
+            raise self._challenge(f"log in to {_VERBS[action]} this repository")
+        raise Denied(f"the user {identity.user} may not {_VERBS[action]} this repository")
+
+    async def check_pull(
+        self, authorization: str | None, client: str, repository: Repository
+    ) -> Identity:
+        """Return the client of a request to the mirror's door, which may pull from a repository.
+
+        Credentials are honoured, and never asked for. What everybody may do, a client with wrong
+        ones may do, too: clients also send those of upstreams.
+
+        Raises:
+            Denied: The client may not pull from it, whether it exists or not.
+            TooManyRequests: The address has failed too often.
+        """
+        if self.may(ANONYMOUS, repository, Action.PULL):
+            return ANONYMOUS
+        try:
+            identity = await self.identify(authorization, client)
+        except LoginRequired as error:
+            raise Denied(error.message) from None
+        if self.may(identity, repository, Action.PULL):
+            return identity
+        if identity.is_anonymous:
+            raise Denied("pulling from this repository needs credentials, sent in advance")
+        raise Denied(f"the user {identity.user} may not pull from this repository")
+
+    async def may_list(
+        self, authorization: str | None, client: str
+    ) -> Callable[[Repository], bool]:
+        """Return a function that says which repositories a client gets to know of in a list.
+
+        With wrong credentials, it is those that everybody may pull from.
+        """
+        try:
+            identity = await self.identify(authorization, client)
+        except LoginRequired:
+            identity = ANONYMOUS
+
+        def is_visible(repository: Repository) -> bool:
+            return self.may(identity, repository, Action.PULL)
+
+        return is_visible
+
+    def _challenge(self, message: str) -> LoginRequired:
+        return LoginRequired(message, f'Basic realm="{self._realm}"')

@@ -1,0 +1,131 @@
+"""The tokens in a file, which clients send as a bearer token or as a password.
+
+Lives here: the file, and the comparison by hash. Must not know: requests.
+
+A token is looked up by its SHA-256. Its time may depend on the hash, which says nothing about the
+token: it has at least 16 characters that nobody can guess.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, time
+from typing import Annotated, Any, Final, TypeAlias
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
+
+from mirror.access.identity import Identity
+from mirror.access.watched_file import ParsedFile
+from mirror.config.access import check_name
+
+MIN_TOKEN_CHARS: Final = 16
+"""Characters of a token at least: one that is shorter can be guessed."""
+_TOKEN: Final = re.compile(r"[A-Za-z0-9._~+/=-]+", re.ASCII)  # RFC 6750, section 2.1
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
+_REMEDY: Final = "make one with `openssl rand -hex 32`"
+
+
+@dataclass(frozen=True, slots=True)
+class AccessToken:
+    """A token of a file."""
+
+    identity: Identity
+    expires_at: float | None
+    """Seconds since the epoch. None: never."""
+
+
+AccessTokens: TypeAlias = Mapping[bytes, AccessToken]
+"""SHA-256 of a token -> what it stands for."""
+
+_Name = Annotated[str, AfterValidator(check_name)]
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: _Name
+    token: str | None = None
+    sha256: str | None = None
+    expires: str | None = None
+    groups: tuple[_Name, ...] = ()
+
+    @model_validator(mode="after")
+    def _check_secret(self) -> _Entry:
+        if (self.token is None) == (self.sha256 is None):
+            raise ValueError("needs token or sha256, and not both")
+        if self.sha256 is not None and not _SHA256.fullmatch(self.sha256):
+            raise ValueError("sha256 must have 64 lower-case hex digits")
+        if self.token is not None and len(self.token) < MIN_TOKEN_CHARS:
+            raise ValueError(f"token is shorter than {MIN_TOKEN_CHARS} characters: {_REMEDY}")
+        if self.token is not None and not _TOKEN.fullmatch(self.token):
+            raise ValueError("token may have only letters, digits and . _ ~ + / = -")
+        return self
+
+    def digest(self) -> bytes:
+        """Return the SHA-256 of the token."""
+        if self.sha256 is not None:
+            return bytes.fromhex(self.sha256)
+        return hash_token(self.token or "")
+
+    def expires_at(self) -> float | None:
+        """Return the end of the token, in seconds since the epoch. A date ends at its midnight."""
+        if self.expires is None:
+            return None
+        moment = datetime.fromisoformat(self.expires)
+        if len(self.expires) == len("2030-01-31"):
+            moment = datetime.combine(moment.date(), time.max)
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def hash_token(token: str) -> bytes:
+    """Return the SHA-256 of a token."""
+    return hashlib.sha256(token.encode(errors="replace")).digest()
+
+
+def parse_tokens(raw: bytes) -> ParsedFile[AccessTokens]:
+    """Parse a file of tokens. Entries that cannot be used are problems, and all others count."""
+    tokens: dict[bytes, AccessToken] = {}
+    problems: list[str] = []
+    try:
+        # All scalars are text: nothing in the file is interpreted.
+        entries = yaml.load(raw, Loader=yaml.BaseLoader)  # noqa: S506 - makes text, lists and dicts
+    except (yaml.YAMLError, RecursionError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark is not None else ""
+        return ParsedFile({}, (f"{where}not YAML",))
+    if entries in (None, ""):
+        return ParsedFile({})
+    if not isinstance(entries, list):
+        return ParsedFile({}, ("must be a list of tokens, each with name, and token or sha256",))
+    for number, entry in enumerate(entries, 1):
+        try:
+            digest, token = _read_entry(entry)
+        except ValueError as error:
+            problems.append(f"token {number}: {error}")
+            continue
+        if digest in tokens:
+            problems.append(f"token {number}: listed twice")
+        tokens.setdefault(digest, token)
+    return ParsedFile(tokens, tuple(problems))
+
+
+def _read_entry(entry: Any) -> tuple[bytes, AccessToken]:
+    """Return the hash and the meaning of an entry. Raises ``ValueError``."""
+    if not isinstance(entry, dict):
+        raise ValueError("must be a mapping with name, and token or sha256")
+    try:
+        parsed = _Entry.model_validate(entry)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        message = first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{where}: {message}" if where else message) from None
+    try:
+        expires_at = parsed.expires_at()
+    except ValueError:
+        raise ValueError("expires must be a date, such as 2030-01-31") from None
+    return parsed.digest(), AccessToken(Identity(parsed.name, frozenset(parsed.groups)), expires_at)

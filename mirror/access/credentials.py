@@ -1,0 +1,154 @@
+"""All who may log in: the users, tokens and issuers of a configuration.
+
+Lives here: which files and key sets there are, and their refresh. Must not know: requests, rules.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Final
+
+from mirror.access.access_tokens import AccessTokens, parse_tokens
+from mirror.access.issuers import KeyUnknown, TokenRefused, ValidToken, check_token, issuer_of
+from mirror.access.key_sets import Fetch, FetchedKeySet, Keys, parse_key_set
+from mirror.access.users import PasswordCheck, Users, parse_users
+from mirror.access.watched_file import WatchedFile
+from mirror.config.access import Access, Issuer
+from mirror.oci.errors import Draining
+from mirror.single_flight import SingleFlight
+
+_KEYS_TIMEOUT_S: Final = 5.0
+"""Seconds that a token with an unknown key waits for the keys of its issuer."""
+
+
+@dataclass(frozen=True, slots=True)
+class _IssuerKeys:
+    """An issuer, with its keys from a file or from a URL."""
+
+    settings: Issuer
+    source: WatchedFile[Keys] | FetchedKeySet
+
+    def keys(self, now: float) -> Keys:
+        """Return the keys at ``now``, in seconds since the epoch."""
+        source = self.source
+        return source.keys(now) if isinstance(source, FetchedKeySet) else source.content
+
+
+class Credentials:
+    """The users, tokens and issuers of one configuration."""
+
+    def __init__(
+        self,
+        access: Access,
+        fetch: Fetch,
+        single_flight: SingleFlight,
+        now: Callable[[], float],
+        report: Callable[[str], None],
+    ) -> None:
+        """Read the files.
+
+        Args:
+            access: The section of the configuration.
+            fetch: Fetches the key sets of URLs.
+            single_flight: Runs these fetches.
+            now: Returns the seconds since the epoch.
+            report: Receives the reason if a file or a URL cannot be used, in one line.
+
+        Raises:
+            ConfigError: A file cannot be used.
+        """
+        self._single_flight = single_flight
+        self._now = now
+        self.report = report
+        self._reported: dict[str, str] = {}
+        """Key set -> the failure that was reported last."""
+        self._users: WatchedFile[Users] | None = None
+        self._tokens: WatchedFile[AccessTokens] | None = None
+        if access.users is not None:
+            self._users = WatchedFile("access.users", access.users, parse_users)
+        if access.tokens is not None:
+            self._tokens = WatchedFile("access.tokens", access.tokens, parse_tokens)
+        self.issuers = {
+            one.issuer: _IssuerKeys(one, _key_source(index, one, fetch))
+            for index, one in enumerate(access.issuers)
+        }
+        """Name of each issuer -> the issuer."""
+        for file in self._files():
+            file.read_strictly()
+        self._use()
+
+    def _use(self) -> None:
+        users = self._users
+        self.passwords = None if users is None else PasswordCheck(users.content)
+        """Checks passwords. None: there is no file of users."""
+        self.tokens: AccessTokens = {} if self._tokens is None else self._tokens.content
+        self._local_names = {token.identity.user for token in self.tokens.values()}
+        self._local_names |= set(() if users is None else users.content)
+
+    def _files(self) -> Sequence[WatchedFile[Any]]:
+        sources = [one.source for one in self.issuers.values()]
+        files = [self._users, self._tokens, *sources]
+        return [file for file in files if isinstance(file, WatchedFile)]
+
+    def refresh(self) -> bool:
+        """Read the files that have changed, and start to fetch key sets that are due.
+
+        Blocks for the files, which are small. Returns whether a file has changed.
+        """
+        now = self._now()
+        for issuer in self.issuers.values():
+            if isinstance(issuer.source, FetchedKeySet) and issuer.source.is_due(now):
+                self._fetch(issuer.source)
+        changed = [file for file in self._files() if file.has_changed()]
+        for file in changed:
+            for problem in file.read():
+                self.report(problem)
+        if changed:
+            self._use()
+        return bool(changed)
+
+    async def check_jwt(self, token: str) -> ValidToken:
+        """Check a JWT. Raises ``TokenRefused``."""
+        issuer = self.issuers.get(issuer_of(token))
+        if issuer is None:
+            raise TokenRefused("its issuer is not one of access.issuers")
+        try:
+            valid = check_token(token, issuer.settings, issuer.keys(self._now()), self._now)
+        except KeyUnknown:
+            source = issuer.source
+            if not isinstance(source, FetchedKeySet):
+                raise
+            if not source.is_due(self._now(), is_key_unknown=True):
+                raise
+            await self._wait_for_keys(source)
+            valid = check_token(token, issuer.settings, issuer.keys(self._now()), self._now)
+        if valid.identity.user in self._local_names:
+            # Otherwise an issuer could name a user of the files.
+            raise TokenRefused("its user has the name of one in access.users or access.tokens")
+        return valid
+
+    async def _wait_for_keys(self, source: FetchedKeySet) -> None:
+        with suppress(TimeoutError, Draining):
+            async with asyncio.timeout(_KEYS_TIMEOUT_S):
+                await self._single_flight.share(
+                    ("key-set", source.url), lambda: self._refresh_keys(source)
+                )
+
+    def _fetch(self, source: FetchedKeySet) -> None:
+        with suppress(Draining):
+            self._single_flight.run(("key-set", source.url), lambda: self._refresh_keys(source))
+
+    async def _refresh_keys(self, source: FetchedKeySet) -> None:
+        failure = await source.refresh(self._now())
+        if failure and failure != self._reported.get(source.url):
+            self.report(f"access.issuers: {failure}")
+        self._reported[source.url] = failure
+
+
+def _key_source(index: int, issuer: Issuer, fetch: Fetch) -> WatchedFile[Keys] | FetchedKeySet:
+    if "://" in issuer.jwks:
+        return FetchedKeySet(issuer.jwks, issuer.ca, fetch)
+    return WatchedFile(f"access.issuers[{index}].jwks", issuer.jwks, parse_key_set)

@@ -1,0 +1,134 @@
+"""The public keys of issuers (JSON Web Key Set, RFC 7517).
+
+Lives here: which keys of a set are used, and when a set of a URL is fetched. Must not know: how it
+is fetched, tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
+
+import jwt
+
+from mirror.access.watched_file import ParsedFile
+from mirror.oci.errors import MirrorError
+
+ALGORITHMS: Final = {
+    "RSA": ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"),
+    "EC": ("ES256", "ES384", "ES512"),
+    "OKP": ("EdDSA",),
+}
+"""Type of a key -> algorithms (RFC 7518) that it may have signed with. No symmetric one: everybody
+who could check a token could forge it."""
+REFRESH_S: Final = 600.0
+"""Seconds between two fetches of a set. Issuers publish a new key some time before they use it."""
+RETRY_S: Final = 10.0
+"""Seconds between two fetches for tokens with unknown keys, or after a failure. Anybody can send
+such a token."""
+_KEEP_S: Final = 86_400.0
+"""Seconds for which keys are used that cannot be fetched again."""
+_MAX_KEYS: Final = 100
+_MIN_RSA_BITS: Final = 2048
+"""RFC 7518, section 3.3."""
+
+Fetch: TypeAlias = Callable[[str, str | None], Awaitable[bytes]]
+"""Returns the body of a URL. The second argument is a PEM file of authorities, or None. Raises
+``MirrorError`` or ``OSError``."""
+
+
+@dataclass(frozen=True, slots=True)
+class PublicKey:
+    """A key that may have signed a token."""
+
+    key_id: str | None
+    algorithms: tuple[str, ...]
+    key: Any
+    """The key, for PyJWT."""
+
+
+Keys: TypeAlias = Sequence[PublicKey]
+
+
+def parse_key_set(raw: bytes) -> ParsedFile[Keys]:
+    """Parse a key set. Keys for other purposes than signatures are passed over."""
+    try:
+        document = json.loads(raw) if raw else {"keys": []}
+        listed = document["keys"]
+        entries = [entry for entry in listed if isinstance(entry, dict)][:_MAX_KEYS]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ParsedFile((), ("not a JSON Web Key Set",))
+    keys = [key for entry in entries if (key := _read_key(entry)) is not None]
+    problems = () if keys or not raw else ("no key for signatures (RSA of 2048 bits, EC, EdDSA)",)
+    return ParsedFile(tuple(keys), problems)
+
+
+def _read_key(entry: dict[str, Any]) -> PublicKey | None:
+    """Return a key of a set. None: it is not for the signatures of tokens."""
+    algorithms = ALGORITHMS.get(str(entry.get("kty")), ())
+    stated = entry.get("alg")
+    if stated is not None:
+        algorithms = tuple(one for one in algorithms if one == stated)
+    if not algorithms or entry.get("use", "sig") != "sig":
+        return None
+    public = {name: part for name, part in entry.items() if name not in _PRIVATE}
+    try:
+        key = jwt.PyJWK(public, algorithms[0]).key
+    except (jwt.PyJWTError, ValueError, TypeError):
+        return None
+    if getattr(key, "key_size", _MIN_RSA_BITS) < _MIN_RSA_BITS and entry["kty"] == "RSA":
+        return None
+    if entry["kty"] == "EC":
+        curve = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512"}
+        algorithms = tuple(one for one in algorithms if one == curve.get(key.curve.name))
+    key_id = entry.get("kid")
+    return PublicKey(key_id if isinstance(key_id, str) else None, algorithms, key)
+
+
+_PRIVATE: Final = frozenset({"d", "p", "q", "dp", "dq", "qi", "oth"})
+"""Members of a private key (RFC 7518, section 6). Only its public part is used."""
+
+
+class FetchedKeySet:
+    """A key set that is fetched from a URL."""
+
+    def __init__(self, url: str, ca: str | None, fetch: Fetch) -> None:
+        """Start without keys. See :data:`Fetch` for ``ca`` and ``fetch``."""
+        self.url = url
+        self._ca = ca
+        self._fetch = fetch
+        self._keys: Keys = ()
+        self._fetched_at: float | None = None
+        self._tried_at: float | None = None
+        self.is_fetching = False
+
+    def keys(self, now: float) -> Keys:
+        """Return the keys. None of them if they could not be fetched for a day."""
+        if self._fetched_at is None or now - self._fetched_at > _KEEP_S:
+            return ()
+        return self._keys
+
+    def is_due(self, now: float, *, is_key_unknown: bool = False) -> bool:
+        """Return whether the set is to be fetched at ``now``, in seconds, or is being fetched."""
+        if self.is_fetching:
+            return True
+        if self._tried_at is not None and now - self._tried_at < RETRY_S:
+            return False
+        is_old = self._fetched_at is None or now - self._fetched_at >= REFRESH_S
+        return is_key_unknown or is_old
+
+    async def refresh(self, now: float) -> str:
+        """Fetch the set. Returns why that failed; the keys stay then. Empty: it did not."""
+        self._tried_at, self.is_fetching = now, True
+        try:
+            parsed = parse_key_set(await self._fetch(self.url, self._ca))
+        except (MirrorError, OSError) as error:
+            return f"{self.url}: {error}"
+        finally:
+            self.is_fetching = False
+        if parsed.problems:
+            return f"{self.url}: {parsed.problems[0]}"
+        self._keys, self._fetched_at = parsed.content, now
+        return ""

@@ -1,0 +1,193 @@
+"""Turn an ``Authorization`` header field into an identity.
+
+Lives here: the forms of credentials, the order in which they are tried, and what is remembered.
+Must not know: rules, responses.
+
+A password takes 60 ms and more to check, by design. So results are remembered for a minute, under a
+keyed hash: neither passwords nor their hashes stay in memory. What is remembered ends at once when
+a file changes. Checks run in two threads, in the order in which they came; a client that has failed
+too often by then gets none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hmac
+import re
+import secrets
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+from cachetools import LRUCache
+
+from mirror.access.access_tokens import hash_token
+from mirror.access.credentials import Credentials
+from mirror.access.failure_limit import FailureLimit
+from mirror.access.identity import Identity
+from mirror.access.issuers import TokenRefused, is_jwt
+from mirror.oci.errors import TooManyRequests
+
+RESULT_TTL_S: Final = 60.0
+"""Seconds for which the result of a check is remembered."""
+_MAX_RESULTS: Final = 10_000
+"""Results that are remembered: 3 MB."""
+_THREADS: Final = 2
+"""Checks of passwords at the same time: each takes a processor."""
+_MAX_WAITING: Final = 256
+"""Checks that wait for a thread: with a cost of 10, the last one waits for eight seconds."""
+_BASIC: Final = re.compile(r"basic +([A-Za-z0-9+/_-]+={0,2}) *", re.IGNORECASE | re.ASCII)
+_BEARER: Final = re.compile(r"bearer +([A-Za-z0-9._~+/=-]+) *", re.IGNORECASE | re.ASCII)
+
+
+class LoginFailed(Exception):
+    """The credentials are wrong. The text is for the log."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    identity: Identity | None
+    """None: the credentials are wrong."""
+    ends_at: float
+
+
+class Logins:
+    """Checks the credentials of clients, for one process."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        """Start without credentials. ``now`` returns the seconds since the epoch."""
+        self._credentials: Credentials | None = None
+        self._now = now
+        self._key = secrets.token_bytes(32)
+        self._results: LRUCache[bytes, _Result] = LRUCache(_MAX_RESULTS)
+        self._failures = FailureLimit()
+        self._turn = asyncio.Semaphore(_THREADS)
+        self._waiting = 0
+        self._generation = 0
+        self._threads = ThreadPoolExecutor(_THREADS, "password")
+
+    def use(self, credentials: Credentials | None) -> None:
+        """Use these credentials from now on, and forget all results. None: nobody can log in."""
+        self._credentials = credentials
+        self._generation += 1
+        self._results.clear()
+
+    def refresh(self) -> None:
+        """Read the files that have changed. Blocks for them; they are small."""
+        if self._credentials is not None and self._credentials.refresh():
+            self.use(self._credentials)
+
+    def close(self) -> None:
+        """End the threads, without waiting for them. No request must log in any more."""
+        self._threads.shutdown(wait=False)
+
+    async def identify(self, authorization: str, client: str) -> Identity:
+        """Return the client that sends an ``Authorization`` header field.
+
+        Args:
+            authorization: The field, as sent.
+            client: Address of the client.
+
+        Raises:
+            LoginFailed: The credentials are wrong, malformed, or of another kind.
+            TooManyRequests: The address has failed too often, or too many clients log in.
+        """
+        if self._credentials is None:
+            raise LoginFailed("nobody can log in here: leave out the credentials")
+        key = hmac.digest(self._key, authorization.encode(errors="replace"), "sha256")
+        result = self._find(key)
+        if result is None or result.identity is None:
+            self._refuse_if_limited(client)
+            if result is None:
+                result = await self._check(self._credentials, key, authorization, client)
+        if result.identity is None:
+            self._failures.record(client, self._now())
+            raise LoginFailed("the user name or the password is wrong")
+        return result.identity
+
+    def _find(self, key: bytes) -> _Result | None:
+        result = self._results.get(key)
+        return result if result is not None and self._now() < result.ends_at else None
+
+    def _refuse_if_limited(self, client: str) -> None:
+        wait = self._failures.seconds_to_wait(client, self._now())
+        if wait > 0:
+            raise TooManyRequests(
+                "too many failed logins from this address: try again later", retry_after=wait
+            )
+
+    async def _check(
+        self, credentials: Credentials, key: bytes, authorization: str, client: str
+    ) -> _Result:
+        generation = self._generation
+        user, secret = _parse(authorization)
+        result = await self._check_token(credentials, secret)
+        if result is None and user is not None and credentials.passwords is not None:
+            check = partial(credentials.passwords.is_right, user, secret)
+            is_right = await self._check_password(check, key, client)
+            result = _Result(Identity(user) if is_right else None, self._now() + RESULT_TTL_S)
+        if result is None:
+            result = _Result(None, self._now() + RESULT_TTL_S)
+        if generation == self._generation:
+            self._results[key] = result
+        return result
+
+    async def _check_token(self, credentials: Credentials, secret: str) -> _Result | None:
+        """Check a token or a JWT. Returns None for anything else."""
+        now = self._now()
+        token = credentials.tokens.get(hash_token(secret))
+        if token is not None:
+            ends_at = token.expires_at
+            if ends_at is not None and now >= ends_at:
+                return _Result(None, now + RESULT_TTL_S)
+            return _Result(token.identity, min(now + RESULT_TTL_S, ends_at or float("inf")))
+        if not (credentials.issuers and is_jwt(secret)):
+            return None
+        try:
+            valid = await credentials.check_jwt(secret)
+        except TokenRefused as error:
+            credentials.report(f"access.issuers: a token was refused: {error}")
+            return _Result(None, now)  # Not remembered: its key may be fetched meanwhile.
+        return _Result(valid.identity, min(now + RESULT_TTL_S, valid.expires_at))
+
+    async def _check_password(self, check: Callable[[], bool], key: bytes, client: str) -> bool:
+        """Return the result of ``check``, called in a thread when it is its turn."""
+        if self._waiting >= _MAX_WAITING:
+            raise TooManyRequests("too many clients log in at the same time")
+        self._waiting += 1
+        try:
+            async with self._turn:
+                # Another request with the same credentials, or failures, may have come first.
+                result = self._find(key)
+                if result is not None:
+                    return result.identity is not None
+                self._refuse_if_limited(client)
+                loop = asyncio.get_running_loop()
+                return await loop.run_in_executor(self._threads, check)
+        finally:
+            self._waiting -= 1
+
+
+def _parse(authorization: str) -> tuple[str | None, str]:
+    """Return the user, and the password or token. Raises ``LoginFailed``.
+
+    The user is None for a bearer token.
+    """
+    bearer = _BEARER.fullmatch(authorization)
+    if bearer is not None:
+        return None, bearer[1]
+    basic = _BASIC.fullmatch(authorization)
+    if basic is None:
+        raise LoginFailed("the credentials are neither Basic nor Bearer")
+    try:
+        text = base64.b64decode(basic[1], validate=True).decode()
+    except (binascii.Error, UnicodeDecodeError):
+        raise LoginFailed("the credentials are malformed") from None
+    user, colon, password = text.partition(":")
+    if not colon:
+        raise LoginFailed("the credentials are malformed")
+    return user, password

@@ -1,0 +1,123 @@
+"""Decide what a client may do with a repository.
+
+Lives here: the decision, as a function of identity, repository and action only. It does not depend
+on what exists, so its answer says nothing about that. Must not know: I/O, how users are known.
+
+It stands beside :mod:`mirror.pull.admission`, which decides what the mirror serves to anybody.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Final
+
+from mirror.access.identity import ANONYMOUS, Action, Identity
+from mirror.config.access import EVERYBODY, GROUP, LOGGED_IN, Access
+from mirror.oci.reference import Repository
+
+_MAX_DECISIONS: Final = 16_384
+"""Decisions that are remembered: about 3 MB. A cluster pulls some hundred repositories."""
+
+
+class _CompiledRule:
+    """A rule, in the form in which a decision needs it."""
+
+    def __init__(
+        self, repositories: tuple[str, ...], who: tuple[str, ...], may: tuple[str, ...]
+    ) -> None:
+        self.repositories = frozenset(repositories)
+        self._patterns = [compile_pattern(pattern) for pattern in repositories]
+        self.is_for_everybody = EVERYBODY in who
+        self.is_for_logged_in = LOGGED_IN in who
+        self.groups = frozenset(name.removeprefix(GROUP) for name in who if name.startswith(GROUP))
+        self.users = frozenset(name for name in who if not name.startswith(GROUP))
+        self.actions = frozenset(Action) if Action.ADMIN in may else frozenset(map(Action, may))
+
+    def is_for(self, identity: Identity) -> bool:
+        """Return whether ``who`` has the client."""
+        if self.is_for_everybody:
+            return True
+        if identity.is_anonymous:
+            return False
+        return (
+            self.is_for_logged_in
+            or identity.user in self.users
+            or not self.groups.isdisjoint(identity.groups)
+        )
+
+    def is_about(self, name: str) -> bool:
+        """Return whether ``repositories`` has a repository, by its whole name."""
+        return any(pattern.fullmatch(name) for pattern in self._patterns)
+
+
+class Rules:
+    """The rules of a configuration."""
+
+    def __init__(self, access: Access, hosted_name: str | None) -> None:
+        """Compile the rules.
+
+        Args:
+            access: The section of the configuration.
+            hosted_name: Name of the host of the hosted repositories. None: there are none.
+        """
+        self._rules = [
+            _CompiledRule(rule.repositories, rule.who, rule.may) for rule in access.rules
+        ]
+        self._may_pull_mirrored = access.anonymous_pull
+        self._hosted_name = hosted_name
+        self._groups_of = _groups_of(access.groups)
+        self.may = lru_cache(_MAX_DECISIONS)(self._decide)
+        """Return whether a client may do something with a repository: the one decision."""
+
+    def _decide(self, identity: Identity, repository: Repository, action: Action) -> bool:
+        more = self._groups_of.get(identity.user)
+        if more is not None:
+            identity = Identity(identity.user, identity.groups | more)
+        name = str(repository)
+        # In image names, docker.io/app also means docker.io/library/app.
+        short = name.replace("docker.io/library/", "docker.io/", 1)
+        for rule in self._rules:
+            if rule.is_for(identity) and (rule.is_about(name) or rule.is_about(short)):
+                return action in rule.actions
+        is_mirrored = repository.upstream != self._hosted_name
+        return is_mirrored and action is Action.PULL and self._may_pull_mirrored
+
+    def needs_login(self) -> bool:
+        """Return whether a client that has not logged in may not do all with hosted repositories.
+
+        Only the first rule that is for everybody counts: rules after it may permit less.
+        """
+        everything = {Action.PULL, Action.PUSH, Action.DELETE}
+        for rule in self._rules:
+            if rule.is_for(ANONYMOUS):
+                is_for_all = {"**", f"{self._hosted_name}/**"} & rule.repositories
+                return not is_for_all or not everything <= rule.actions
+        return True
+
+
+def _groups_of(groups: Mapping[str, tuple[str, ...]]) -> dict[str, frozenset[str]]:
+    """Return the groups of each user."""
+    users = {user for members in groups.values() for user in members}
+    return {
+        user: frozenset(name for name, members in groups.items() if user in members)
+        for user in users
+    }
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """Return a pattern of repositories as a regular expression for whole names.
+
+    ``*`` stands for any characters within a component, ``**`` for any number of components, and at
+    the end for at least one.
+    """
+    parts = []
+    components = pattern.split("/")
+    for index, component in enumerate(components):
+        is_last = index == len(components) - 1
+        if component == "**":
+            parts.append(".+" if is_last else "(?:[^/]+/)*")
+        else:
+            parts.append(re.escape(component).replace(r"\*", "[^/]*") + ("" if is_last else "/"))
+    return re.compile("".join(parts), re.DOTALL)

@@ -1,0 +1,83 @@
+"""A file of credentials, which is read again when it changes.
+
+Lives here: when a file is read, and what counts if it cannot be. Must not know: what is in it.
+
+The file says at any time all who may log in. So what cannot be read in it does not count: a line
+that is broken, and everything if the file is gone. Otherwise somebody whose line was removed could
+go on, because another line is broken.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Generic, TypeVar
+
+from mirror.oci.errors import ConfigError
+
+T = TypeVar("T")
+
+_MAX_FILE_BYTES: Final = 4 * 1024 * 1024
+"""Bytes of a file: 40,000 users."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedFile(Generic[T]):
+    """The content of a file, as far as it can be used."""
+
+    content: T
+    problems: tuple[str, ...] = ()
+    """Why the rest cannot. No text of the file: it may be a secret."""
+
+
+class WatchedFile(Generic[T]):
+    """A file whose content is parsed again after each change."""
+
+    def __init__(self, key: str, path: str, parse: Callable[[bytes], ParsedFile[T]]) -> None:
+        """Create it. Call :meth:`read` before :attr:`content` is used.
+
+        Args:
+            key: The key of the configuration that names the file, for messages.
+            path: The file.
+            parse: Parses its bytes. Must accept ``b""``: the content if there is no file.
+        """
+        self.key = key
+        self.path = path
+        self._parse = parse
+        self._stamp: tuple[int, ...] | None = None
+        self.content: T = parse(b"").content
+
+    def has_changed(self) -> bool:
+        """Return whether the file has changed since it was last read."""
+        return self._find_stamp() != self._stamp
+
+    def read(self) -> tuple[str, ...]:
+        """Read the file. Blocks. Returns what is wrong with it, one line for each problem."""
+        stamp = self._find_stamp()
+        try:
+            with Path(self.path).open("rb") as file:
+                raw = file.read(_MAX_FILE_BYTES + 1)
+            parsed = self._parse(raw)
+            if len(raw) > _MAX_FILE_BYTES:
+                reason = f"larger than {_MAX_FILE_BYTES} bytes"
+                parsed = ParsedFile(self._parse(b"").content, (reason,))
+        except OSError as error:
+            parsed = ParsedFile(self._parse(b"").content, (error.strerror or str(error),))
+        self.content, self._stamp = parsed.content, stamp
+        return tuple(f"{self.key}: {self.path}: {problem}" for problem in parsed.problems)
+
+    def read_strictly(self) -> None:
+        """Read the file. Raises ``ConfigError`` if anything is wrong with it."""
+        problems = self.read()
+        if problems:
+            raise ConfigError(problems[0])
+
+    def _find_stamp(self) -> tuple[int, ...]:
+        """Return times, inode and size. A file that is not there has a stamp of its own."""
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return ()
+        return status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_size

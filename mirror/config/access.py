@@ -1,0 +1,220 @@
+"""The settings of access: who the clients are, and what each may do.
+
+Lives here: the keys, descriptions and rules of the section ``access``. Must not know: how a client
+proves who it is, what the files hold.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Final, Literal, Self, TypeAlias
+
+from pydantic import AfterValidator, Field, model_validator
+
+from mirror.config import values
+from mirror.config.section import FilePath, NonEmptyText, Section, key_error
+
+EVERYBODY: Final = "anonymous"
+"""In ``who``: every client, also one that has not logged in."""
+LOGGED_IN: Final = "authenticated"
+"""In ``who``: every client that has logged in."""
+GROUP: Final = "group:"
+"""In ``who``: what comes before the name of a group."""
+MAX_NAME_CHARS: Final = 256
+"""Characters of the name of a user or a group: the ``sub`` of a CI job has up to 200."""
+_NAME: Final = re.compile(r"[!-9;-~][!-~]*")  # Printable ASCII without spaces.
+_COMPONENT: Final = re.compile(r"[a-z0-9._*-]+")
+_HOST_PATTERN: Final = re.compile(
+    r"[a-z0-9._*-]+(?::[0-9*]{1,5})?|\[[0-9a-f:.]+\](?::[0-9*]{1,5})?"
+)
+
+RuleAction: TypeAlias = Literal["pull", "push", "delete", "admin"]
+
+
+def check_name(text: str) -> str:
+    """Check the name of a user or a group. Raises ``ValueError``."""
+    if not _NAME.fullmatch(text) or len(text) > MAX_NAME_CHARS:
+        raise ValueError(f"a name has 1 to {MAX_NAME_CHARS} printable characters and no space")
+    if text in (EVERYBODY, LOGGED_IN) or text.startswith(GROUP):
+        raise ValueError(f"{text} has a meaning of its own in rules: use another name")
+    return text
+
+
+def _check_member(text: str) -> str:
+    if text in (EVERYBODY, LOGGED_IN):
+        return text
+    return (
+        f"{GROUP}{check_name(text.removeprefix(GROUP))}"
+        if text.startswith(GROUP)
+        else (check_name(text))
+    )
+
+
+def check_repository_pattern(text: str) -> str:
+    """Check a pattern of whole repository names, and return it with the registry's usual name."""
+    if text == "**":
+        return text
+    registry, slash, path = text.partition("/")
+    is_registry = any(mark in registry for mark in ".:*[") or registry == "localhost"
+    if not slash or not path or not is_registry:
+        raise ValueError("must be ** or begin with a registry, such as registry.example/team/**")
+    if text != text.lower():
+        raise ValueError("must be in lower case, as the names of repositories are")
+    components = path.split("/")
+    if ":" in path or "@" in path:
+        raise ValueError("must name repositories, without a tag or a digest")
+    if not all(map(_COMPONENT.fullmatch, components)) or not _HOST_PATTERN.fullmatch(registry):
+        raise ValueError("may have a-z, 0-9, . _ - and the wildcards * and **")
+    if any("**" in one and one != "**" for one in (registry, *components)):
+        raise ValueError("** stands for whole components: write a/**, or a* within one")
+    return f"{values.usual_name(registry)}/{path}"
+
+
+def _check_key_set(text: str) -> str:
+    """Check the path or the URL of a key set."""
+    if "://" not in text:
+        return values.check_path(text)
+    if not text.startswith("https://"):
+        # Whoever can change the response can log in as anybody.
+        raise ValueError("must be a file, or an https:// URL")
+    return values.check_http_url(text)
+
+
+Name = Annotated[str, AfterValidator(check_name)]
+
+
+class Issuer(Section):
+    """An OIDC issuer whose tokens (JWT) are accepted, such as a Kubernetes cluster or a CI."""
+
+    issuer: NonEmptyText
+    """The claim iss of its tokens, character for character."""
+    jwks: Annotated[str, AfterValidator(_check_key_set)]
+    """
+    Its public keys (JSON Web Key Set): a file, which is read again when it changes, or an https
+    URL, which is fetched every 10 minutes and when a token has an unknown key.
+    """
+    audience: NonEmptyText
+    """The claim aud that tokens for this server have."""
+    ca: FilePath | None = None
+    """PEM file of certificate authorities for the URL of jwks, beside those of the system."""
+    user_claim: NonEmptyText = "sub"
+    """The claim that is the name of the user."""
+    user_prefix: str = ""
+    """
+    Put before the name. With more than one issuer, each needs one, so that none can name the users
+    of another.
+    """
+    groups_claim: NonEmptyText | None = None
+    """The claim that lists the groups of the user. Default: tokens have no groups."""
+    groups_prefix: str = ""
+    """Put before the name of each group."""
+    claims: dict[str, NonEmptyText] = Field(default={})
+    """
+    Claims that a token must have, with their values. An issuer that everybody can use, such as that
+    of a public CI, needs one that names your organisation.
+    """
+
+
+class AccessRule(Section):
+    """What some clients may do with some repositories."""
+
+    repositories: Annotated[
+        tuple[Annotated[str, AfterValidator(check_repository_pattern)], ...], Field(min_length=1)
+    ]
+    """
+    Patterns of whole names, such as registry.example/team/**. * stands for any characters within
+    one component, ** for any number of components.
+    """
+    who: Annotated[tuple[Annotated[str, AfterValidator(_check_member)], ...], Field(min_length=1)]
+    """
+    Names of users, groups as group:NAME, anonymous for everybody, or authenticated for everybody
+    who has logged in.
+    """
+    may: tuple[RuleAction, ...]
+    """
+    pull, push, delete, or admin for all of them. Clients that push also need pull. An empty list
+    refuses everything.
+    """
+
+    @property
+    def is_for_all(self) -> bool:
+        """Whether every request fits this rule."""
+        return "**" in self.repositories and EVERYBODY in self.who
+
+
+class Access(Section):
+    """Who may do what with which repository."""
+
+    users: FilePath | None = None
+    """An htpasswd file with bcrypt hashes (htpasswd -B). Read again when it changes."""
+    tokens: FilePath | None = None
+    """
+    A YAML file with a list of tokens, each with name, token or sha256, expires and groups. Read
+    again when it changes.
+    """
+    issuers: tuple[Issuer, ...] = ()
+    """OIDC issuers whose tokens are accepted, as a bearer token or as a password."""
+    groups: dict[Name, tuple[Name, ...]] = Field(default={})
+    """Groups of users, by name."""
+    rules: tuple[AccessRule, ...] = ()
+    """
+    The first rule whose repositories and who fit decides, each with repositories, who and may. If
+    none fits, the answer is no.
+    """
+    anonymous_pull: bool = True
+    """
+    Everybody may pull mirrored repositories that no rule fits, from the mirror's listener. Hosted
+    repositories always need a rule.
+    """
+    allow_plain_http: bool = False
+    """
+    Accept passwords without TLS from other machines. Everybody on the network between can read
+    them. Needed behind a proxy that has the certificate.
+    """
+
+    @property
+    def has_login(self) -> bool:
+        """Whether clients can log in."""
+        return self.users is not None or self.tokens is not None or bool(self.issuers)
+
+    def check_reach(self, listeners: tuple[tuple[str, str], ...], *, has_tls: bool) -> None:
+        """Refuse listeners at which passwords would be sent in plain over the network.
+
+        Raises an error of pydantic.
+
+        Args:
+            listeners: (key, address and port) of each listener that accepts passwords.
+            has_tls: Whether they have a certificate.
+        """
+        if has_tls or self.allow_plain_http or not self.has_login:
+            return
+        for key, address in listeners:
+            if not values.is_loopback_only(address):
+                raise key_error(
+                    ("access", "allow_plain_http"),
+                    f"is needed, or tls: passwords would be sent to {address} ({key}) in plain",
+                )
+
+    @model_validator(mode="after")
+    def _check_prefixes(self) -> Self:
+        names = [one.issuer for one in self.issuers]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                raise key_error(("issuers", index, "issuer"), "is listed twice")
+        if len(names) > 1:
+            prefixes = [one.user_prefix for one in self.issuers]
+            for index, prefix in enumerate(prefixes):
+                others = prefixes[:index] + prefixes[index + 1 :]
+                if any(other.startswith(prefix) for other in others):
+                    raise key_error(
+                        ("issuers", index, "user_prefix"),
+                        "must differ from that of other issuers, and begin none of them",
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _check_rules(self) -> Self:
+        for index, rule in enumerate(self.rules[:-1]):
+            if rule.is_for_all:
+                raise key_error(("rules", index + 1), "is never used: the rule before it fits all")
+        return self

@@ -1,0 +1,358 @@
+"""Both doors with the section ``access``: who gets what, and what nobody gets to know."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mirror.observability.events import HostedChange, Outcome
+from mirror.oci.reference import Digest
+from tests.server_kit import Server, running
+from tests.unit.access.kit import basic, htpasswd, rule
+from tests.unit.hosted.kit import CONFIG, CONFIG_DIGEST, PushClient, Reply, manifest_of
+
+HOST = "registry.example"
+CI, READER = basic("ci", "right"), basic("reader", "reader's")
+TOKEN = "0123456789abcdef-token"
+RULES = (
+    rule(f"{HOST}/team/**", "ci", "pull", "push", "delete"),
+    rule(f"{HOST}/team/**", ["reader", "group:dev"], "pull"),
+    rule(f"{HOST}/public/**", "anonymous", "pull"),
+    rule("docker.io/secret/**", "authenticated", "pull"),
+    rule("docker.io/secret/**", "anonymous"),
+)
+LAYER = b"layer" * 100
+
+
+@dataclass
+class Doors:
+    """A server with both doors, and a user at each."""
+
+    server: Server
+    users: Path
+    push: PushClient
+
+    async def ask(
+        self, method: str, path: str, user: str | None = None, data: Any = None, url: str = ""
+    ) -> Reply:
+        """Send a request to the door for pushes, or to ``url``."""
+        headers = {} if user is None else {"Authorization": user}
+        client = PushClient(self.server, url=url)
+        return await client.ask(method, path, data, headers)
+
+    async def pull(self, path: str, user: str | None = None) -> Reply:
+        """Send a GET to the mirror's door."""
+        return await self.ask("GET", path, user, url=self.server.url)
+
+    def reload_files(self) -> None:
+        """Do what the job does each second."""
+        self.server.running_server.access.refresh()
+
+
+@asynccontextmanager
+async def doors(
+    root: Path,
+    *rules: Mapping[str, Any],
+    hosted: Mapping[str, Any] | None = None,
+    more: Mapping[str, Any] | None = None,
+    **keys: Any,
+) -> AsyncIterator[Doors]:
+    """Run a server. ``keys``: of the section ``access``; the rest as of ``running``."""
+    users, tokens = root / "htpasswd", root / "tokens.yaml"
+    users.write_text(htpasswd(ci="right", reader="reader's"))
+    tokens.write_text(f"- name: robot\n  token: {TOKEN}\n  groups: [dev]\n")
+    files = {"users": str(users), "tokens": str(tokens)}
+    access = {**files, "rules": list(rules or RULES), **keys}
+    sections = {"access": access, **(more or {})}
+    async with running(root / "data", hosted=hosted or {}, more=sections) as server:
+        yield Doors(server, users, PushClient(server))
+
+
+async def push_image(doors: Doors, repository: str = "team/app", user: str = CI) -> Digest:
+    """Push an image. Returns the digest of its manifest."""
+    for data in (CONFIG, LAYER):
+        path = f"/v2/{repository}/blobs/uploads/?digest={Digest.of(data)}"
+        assert (await doors.ask("POST", path, user, data)).status == 201
+    body = manifest_of(LAYER)
+    path = f"/v2/{repository}/manifests/v1"
+    put = await doors.ask("PUT", path, user, body)
+    assert put.status == 201, put.body
+    return Digest.of(body)
+
+
+# --- the challenge --------------------------------------------------------------------------------
+
+
+async def test_push_door_challenges_at_v2_and_accepts_right_credentials_only(
+    tmp_path: Path,
+) -> None:
+    async with doors(tmp_path) as both:
+        absent = await both.ask("GET", "/v2/")
+        assert (absent.status, absent.code) == (401, "UNAUTHORIZED")
+        assert absent.headers["WWW-Authenticate"] == f'Basic realm="{HOST}"'
+        for right in (CI, READER, basic("any", TOKEN), f"Bearer {TOKEN}", f"bearer  {TOKEN}"):
+            assert (await both.ask("GET", "/v2/", right)).status == 200, right
+        for wrong in (
+            basic("ci", "wrong"),
+            basic("nobody", "right"),
+            basic("ci", ""),
+            "Bearer right",
+            "Basic !!!",
+            "Basic " + "Y2k=",
+            "Digest x",
+            "",
+        ):
+            refused = await both.ask("GET", "/v2/", wrong)
+            assert (refused.status, refused.code) == (401, "UNAUTHORIZED"), wrong
+            assert refused.headers["WWW-Authenticate"].startswith("Basic "), wrong
+
+
+async def test_door_does_not_challenge_if_everybody_may_do_everything(tmp_path: Path) -> None:
+    everything = rule(f"{HOST}/**", "anonymous", "pull", "push", "delete")
+    async with doors(tmp_path, everything) as both:
+        assert (await both.ask("GET", "/v2/")).status == 200
+        assert (await both.push.push_image(LAYER)).status == 201
+
+
+async def test_mirrors_door_never_challenges(tmp_path: Path) -> None:
+    async with doors(tmp_path) as both:
+        await push_image(both)
+        for path in (
+            "/v2/",
+            "/v2/registry.example/team/app/manifests/v1",
+            "/v2/secret/x/tags/list",
+        ):
+            for user in (None, basic("ci", "wrong"), "Digest x"):
+                reply = await both.pull(path, user)
+                assert reply.status in (200, 403), path
+                assert "WWW-Authenticate" not in reply.headers
+
+
+# --- what each may do -----------------------------------------------------------------------------
+
+
+async def test_each_user_may_do_what_the_first_fitting_rule_says(tmp_path: Path) -> None:
+    async with doors(tmp_path) as both:
+        digest = await push_image(both)
+        manifest = "/v2/team/app/manifests/v1"
+        for reader in (READER, f"Bearer {TOKEN}"):
+            assert (await both.ask("GET", manifest, reader)).status == 200
+            for method, path in (
+                ("PUT", manifest),
+                ("DELETE", manifest),
+                ("DELETE", f"/v2/team/app/blobs/{CONFIG_DIGEST}"),
+                ("POST", "/v2/team/app/blobs/uploads/"),
+                ("PATCH", f"/v2/team/app/blobs/uploads/{'0' * 32}"),
+                ("POST", "/v2/public/app/blobs/uploads/"),
+            ):
+                denied = await both.ask(method, path, reader, b"x")
+                assert (denied.status, denied.code) == (403, "DENIED"), path
+        assert (await both.ask("GET", manifest)).status == 401
+        assert (await both.ask("GET", "/v2/public/app/tags/list")).status == 404
+        assert (await both.ask("DELETE", f"/v2/team/app/manifests/{digest}", CI)).status == 202
+
+
+async def test_answer_does_not_depend_on_what_exists(tmp_path: Path) -> None:
+    hidden = rule(f"{HOST}/hidden/**", "ci", "pull", "push")
+    async with doors(tmp_path, hidden) as both:
+        await push_image(both, "hidden/app")
+        replies = []
+        for repository in ("hidden/app", "hidden/none", "other"):
+            for kind in ("manifests/v1", f"blobs/{CONFIG_DIGEST}", "tags/list"):
+                for user in (None, READER):
+                    path = f"/v2/{repository}/{kind}"
+                    at_door = await both.ask("GET", path, user)
+                    replies.append((repository, kind, user, at_door.status, at_door.body))
+                    path = f"/v2/{HOST}{path.removeprefix('/v2')}"
+                    at_mirror = await both.pull(path, user)
+                    replies.append((repository, kind, user, at_mirror.status, at_mirror.body))
+        assert {(reply[2], *reply[3:]) for reply in replies if reply[0] == "hidden/app"} == {
+            (reply[2], *reply[3:]) for reply in replies if reply[0] == "hidden/none"
+        }
+        assert {reply[3] for reply in replies} == {401, 403}
+
+
+async def test_mirrors_door_serves_hosted_repositories_to_those_who_may_pull(
+    tmp_path: Path,
+) -> None:
+    async with doors(tmp_path) as both:
+        digest = await push_image(both)
+        for kind in (
+            "manifests/v1",
+            f"manifests/{digest}",
+            f"blobs/{Digest.of(LAYER)}",
+            "tags/list",
+            f"referrers/{digest}",
+        ):
+            by_path, by_ns = f"/v2/{HOST}/team/app/{kind}", f"/v2/team/app/{kind}?ns={HOST}"
+            for path in (by_path, by_ns):
+                # Twice each: small responses are stored for reuse.
+                for _ in range(2):
+                    assert (await both.pull(path, READER)).status == 200, path
+                    denied = await both.pull(path)
+                    assert (denied.status, denied.code) == (403, "DENIED"), path
+                    head = await both.ask("HEAD", path, url=both.server.url)
+                    assert (head.status, head.body) == (403, b"")
+                    ranged = await both.push.ask("GET", path, None, {"Range": "bytes=0-1"})
+                    assert ranged.status in (401, 404)
+
+
+async def test_mirrored_repository_is_kept_from_those_who_may_not_read_it(tmp_path: Path) -> None:
+    async with doors(tmp_path) as both:
+        denied = await both.pull("/v2/secret/app/manifests/v1")
+        assert (denied.status, denied.code) == (403, "DENIED")
+        # The upstream is not reachable in this test: whoever gets so far may pull.
+        assert (await both.pull("/v2/secret/app/manifests/v1", READER)).status == 502
+        assert (await both.pull("/v2/library/app/manifests/v1")).status == 502
+        wrong = await both.pull("/v2/library/app/manifests/v1", basic("x", "of the upstream"))
+        assert wrong.status == 502, "credentials for the upstream do no harm"
+        (record,) = [one for one in await both.server.records() if one.user]
+        assert (record.user, record.repository) == ("reader", "secret/app")
+        refused = [one for one in both.server.pulls if one.outcome is Outcome.DENIED]
+        assert {one.repository for one in refused} == {"secret/app"}
+
+
+async def test_without_the_default_rule_nothing_is_pulled_that_no_rule_fits(tmp_path: Path) -> None:
+    async with doors(tmp_path, *RULES, anonymous_pull=False) as both:
+        assert (await both.pull("/v2/library/app/manifests/v1")).status == 403
+        assert (await both.pull("/v2/library/app/manifests/v1", CI)).status == 403
+        assert (await both.pull("/v2/")).status == 200
+
+
+async def test_catalogs_name_only_what_the_client_may_pull(tmp_path: Path) -> None:
+    async with doors(
+        tmp_path, rule(f"{HOST}/**", "ci", "admin"), *RULES[1:], more={"catalog": True}
+    ) as both:
+        for name in ("team/a", "team/b", "other/c"):
+            await push_image(both, name)
+
+        async def listed(reply: Reply) -> list[str]:
+            assert reply.status == 200
+            return list(json.loads(reply.body)["repositories"])
+
+        for user, names in (
+            (CI, ["other/c", "team/a", "team/b"]),
+            (READER, ["team/a", "team/b"]),
+            (None, []),
+        ):
+            assert await listed(await both.ask("GET", "/v2/_catalog", user)) == names
+            assert await listed(await both.pull(f"/v2/_catalog?ns={HOST}", user)) == names
+            page = await both.pull(f"/v2/_catalog?ns={HOST}&n=1", user)
+            assert await listed(page) == names[:1]
+            assert ("Link" in page.headers) is (len(names) > 1)
+        assert await listed(await both.pull(f"/v2/_catalog?ns={HOST}", basic("x", "y"))) == []
+
+
+async def test_mount_takes_only_what_the_client_may_pull(tmp_path: Path) -> None:
+    async with doors(
+        tmp_path,
+        rule(f"{HOST}/mine/**", "reader", "pull", "push"),
+        rule(f"{HOST}/shared/**", "reader", "pull"),
+        rule(f"{HOST}/**", "ci", "admin"),
+    ) as both:
+        for name in ("shared/a", "theirs/b"):
+            await push_image(both, name)
+        mount = f"/v2/mine/x/blobs/uploads/?mount={Digest.of(LAYER)}"
+        assert (await both.ask("POST", f"{mount}&from=shared/a", READER)).status == 201
+        replies = [
+            await both.ask("POST", f"{mount.replace('/x/', '/y/')}{source}", READER)
+            for source in ("&from=theirs/b", "&from=nothing", "", "&from=docker.io/library/app")
+        ]
+        assert [reply.status for reply in replies] == [202] * 4
+
+
+async def test_upload_belongs_to_its_user_and_repository(tmp_path: Path) -> None:
+    both_may = rule(f"{HOST}/**", ["ci", "reader"], "pull", "push")
+    async with doors(tmp_path, both_may) as both:
+        begun = await both.ask("POST", "/v2/team/app/blobs/uploads/", CI)
+        for method in ("GET", "PATCH", "PUT", "DELETE"):
+            query = f"?digest={Digest.of(LAYER)}" if method == "PUT" else ""
+            refused = await both.ask(method, begun.location + query, READER, LAYER)
+            assert (refused.status, refused.code) == (404, "BLOB_UPLOAD_UNKNOWN")
+            moved = begun.location.replace("team/app", "team/other")
+            assert (await both.ask(method, moved + query, CI, LAYER)).status == 404
+        path = f"{begun.location}?digest={Digest.of(LAYER)}"
+        assert (await both.ask("PUT", path, CI, LAYER)).status == 201
+
+
+async def test_change_names_its_user(tmp_path: Path) -> None:
+    async with doors(tmp_path) as both:
+        await push_image(both)
+        (change,) = [one for one in both.server.events if isinstance(one, HostedChange)]
+        assert (change.user, change.client, change.tag) == ("ci", "127.0.0.1", "v1")
+
+
+async def test_host_name_at_the_mirrors_listener_is_a_push_door(tmp_path: Path) -> None:
+    async with doors(tmp_path, hosted={"hosts": ["push.example"]}) as both:
+        client = PushClient(both.server, url=both.server.url)
+        at_door = {"Host": "push.example"}
+        assert (await client.ask("GET", "/v2/", None, at_door)).status == 401
+        assert (await client.ask("GET", "/v2/")).status == 200
+        right = {**at_door, "Authorization": CI}
+        assert (await client.ask("POST", "/v2/team/app/blobs/uploads/", None, right)).status == 202
+        # The query cannot lead to another registry at this door.
+        for ns in ("docker.io", HOST):
+            path = f"/v2/secret/x/tags/list?ns={ns}"
+            assert (await client.ask("GET", path, None, at_door)).status in (401, 404)
+
+
+# --- failures -------------------------------------------------------------------------------------
+
+
+async def test_address_that_fails_too_often_gets_429_and_known_clients_go_on(
+    tmp_path: Path,
+) -> None:
+    async with doors(tmp_path) as both:
+        assert (await both.ask("GET", "/v2/", CI)).status == 200
+        wrong = [await both.ask("GET", "/v2/", basic("ci", f"guess {n}")) for n in range(12)]
+        assert [reply.status for reply in wrong] == [401] * 10 + [429] * 2
+        assert 1 <= int(wrong[-1].headers["Retry-After"]) <= 12
+        assert wrong[-1].code == "TOOMANYREQUESTS"
+        assert (await both.ask("GET", "/v2/", READER)).status == 429, "even the right password"
+        assert (await both.ask("GET", "/v2/", CI)).status == 200, "it was right a moment ago"
+        assert (await both.pull("/v2/library/app/manifests/v1", basic("a", "b"))).status == 502
+
+
+async def test_guesses_at_the_same_time_are_limited_too(tmp_path: Path) -> None:
+    async with doors(tmp_path) as both, asyncio.TaskGroup() as group:
+        asked = [
+            group.create_task(both.ask("GET", "/v2/", basic("ci", f"guess {n}"))) for n in range(40)
+        ]
+        statuses = [(await one).status for one in asked]
+        assert statuses.count(401) <= 12
+        assert set(statuses) == {401, 429}
+
+
+# --- changes of files -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["removed", "emptied", "deleted", "broken"])
+async def test_user_who_is_removed_from_the_file_can_do_nothing_more(
+    tmp_path: Path, change: str
+) -> None:
+    async with doors(tmp_path) as both:
+        assert (await both.ask("GET", "/v2/", CI)).status == 200
+        match change:
+            case "removed":
+                both.users.write_text(htpasswd(reader="reader's"))
+            case "emptied":
+                both.users.write_text("")
+            case "deleted":
+                both.users.unlink()
+            case "broken":
+                both.users.write_bytes(b"ci:x\n\xff\xfe\n" + htpasswd(reader="reader's").encode())
+        both.reload_files()
+        assert (await both.ask("GET", "/v2/", CI)).status == 401
+        is_kept = change in ("removed", "broken")
+        assert (await both.ask("GET", "/v2/", READER)).status == (200 if is_kept else 401)
+        both.users.write_text(htpasswd(ci="new"))
+        both.reload_files()
+        assert (await both.ask("GET", "/v2/", CI)).status == 401
+        assert (await both.ask("GET", "/v2/", basic("ci", "new"))).status == 200
