@@ -29,7 +29,7 @@ _MAX_SECRETS: Final = 4
 """Secrets of a target at the same time: the present one, and those that it replaces."""
 _MAX_SECRET_FILE_BYTES: Final = 4096
 """Bytes of a file of secrets: each is a line of at most 94 characters."""
-_REMEDY: Final = 'make one with: echo "whsec_$(openssl rand -base64 32)"'
+_HOW_TO_MAKE_ONE: Final = 'make one with: echo "whsec_$(openssl rand -base64 32)"'
 
 
 class Secrets:
@@ -88,7 +88,7 @@ class Secrets:
             if line and not line.startswith("#")
         )
         if not secrets:
-            raise ConfigError(f"{self._key}: {self._path}: no secret: {_REMEDY}")
+            raise ConfigError(f"{self._key}: {self._path}: no secret: {_HOW_TO_MAKE_ONE}")
         if len(secrets) > _MAX_SECRETS:
             raise ConfigError(f"{self._key}: {self._path}: more than {_MAX_SECRETS} secrets")
         return secrets
@@ -102,6 +102,6 @@ class Secrets:
         if not _MIN_SECRET_BYTES <= len(secret) <= _MAX_SECRET_BYTES:
             raise ConfigError(
                 f"{self._key}: {self._path}:{number}: not the base64 form of {_MIN_SECRET_BYTES} to"
-                f" {_MAX_SECRET_BYTES} bytes: {_REMEDY}"
+                f" {_MAX_SECRET_BYTES} bytes: {_HOW_TO_MAKE_ONE}"
             )
         return secret
