@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -30,10 +30,11 @@ from mirror.config.reload import merge_settings
 from mirror.config.settings import Settings
 from mirror.history.recorder import HistoryRecorder
 from mirror.history.user_uses import SAVE_USERS_INTERVAL_S, UserUses
+from mirror.notifications.notification_service import POLL_INTERVAL_S, NotificationService
 from mirror.observability.events import Event, LogLinesDropped, LogMessage, Observer
 from mirror.observability.library_logs import configure_logging
 from mirror.observability.log_stream import LogStream
-from mirror.observability.logs import LogObserver, LogWriter
+from mirror.observability.logs import LogObserver
 from mirror.operations.hosted_job import HostedJob
 from mirror.operations.prefetch import PrefetchJob
 from mirror.operations.retention_job import RetentionJob
@@ -86,7 +87,7 @@ _UPLOADS_INTERVAL_S: Final = 600.0
 _LAST_LINES_TIMEOUT_S: Final = 1.0
 """Seconds that the last log lines may take at a stop, if the standard output is slow."""
 _LAST_ROWS_TIMEOUT_S: Final = 1.0
-"""Seconds that the last rows of the history may take at a stop, if the disk is slow."""
+"""Seconds that the last rows of the history, and of notifications, may take at a stop."""
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 """Signals after which the server drains and ends."""
 
@@ -154,6 +155,7 @@ async def run_worker(
         log.observe(event)
         history.observe(event)
         users.observe(event)
+        notifications.observe(event)
         if admin is not None:
             admin.observe(event)
 
@@ -173,6 +175,18 @@ async def run_worker(
     layout = Layout(Path(os.path.abspath(settings.data_dir)))  # noqa: ASYNC240 - reads no disk
     history = HistoryRecorder(layout, emit, loop.call_later)
     users = UserUses(layout)
+    notifications = NotificationService(layout, emit, loop.call_later)
+    notifications.prepare(settings)()
+
+    def prepare_reload(new: Settings) -> Callable[[], None]:
+        use_targets = notifications.prepare(new)
+
+        def reload_observers() -> None:
+            use_targets()
+            metrics.add_upstreams(new.upstreams)
+            lines.configure(new.log)
+
+        return reload_observers
 
     if worker is not None and worker.predecessor is not None:
         pid, code = worker.predecessor
@@ -186,14 +200,15 @@ async def run_worker(
                 settings, sockets.mirror, emit, metrics.scrape, push_listener=sockets.push
             ) as running,
             _serve_admin(admin, running.mirror, emit),
+            notifications.delivering(running.mirror.single_flight),
         ):
             if worker is not None:
                 _watch_supervisor(worker, running, stop, emit)
-            _reload_at_hangup(running, load, lines, metrics.add_upstreams, emit)
+            _reload_at_hangup(running, load, prepare_reload, emit)
+            jobs = running.mirror.single_flight
+            _start_job(jobs, "notifications", POLL_INTERVAL_S, notifications.poll, emit)
             save_users = partial(run_in_thread, users.save)
-            _start_job(
-                running.mirror.single_flight, "users", SAVE_USERS_INTERVAL_S, save_users, emit
-            )
+            _start_job(jobs, "users", SAVE_USERS_INTERVAL_S, save_users, emit)
             fields = (
                 ("version", __version__),
                 ("listen", settings.listen),
@@ -207,6 +222,7 @@ async def run_worker(
                 await save_users()
     finally:
         history.close(_LAST_ROWS_TIMEOUT_S)
+        notifications.close(_LAST_ROWS_TIMEOUT_S)
         lines.flush()
         stream.close(_LAST_LINES_TIMEOUT_S)
     return 0
@@ -257,8 +273,7 @@ def _watch_supervisor(
 def _reload_at_hangup(
     running: RunningServer,
     load: Callable[[], Settings],
-    lines: LogWriter,
-    add_upstreams: Callable[[Collection[str]], None],
+    prepare_reload: Callable[[Settings], Callable[[], None]],
     emit: Observer,
 ) -> None:
     """Read the configuration again at each ``SIGHUP``, in the background.
@@ -273,9 +288,10 @@ def _reload_at_hangup(
     async def reload() -> None:
         new = await loading.run("configuration", load)
         merged = merge_settings(running.mirror.settings, new)
-        add_upstreams(merged.settings.upstreams)
+        # What may fail comes first: a configuration that has an error changes nothing.
+        reload_observers = prepare_reload(merged.settings)
         running.apply(merged.settings)
-        lines.configure(merged.settings.log)
+        reload_observers()
         changed = ",".join(merged.applied) or "nothing"
         emit(LogMessage("info", "the configuration was read again", (("changed", changed),)))
         if merged.kept:

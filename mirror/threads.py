@@ -20,6 +20,8 @@ Args = TypeVarTuple("Args")
 Schedule: TypeAlias = Callable[[Callable[[], None]], object]
 """Calls a function soon, such as an event loop's ``call_soon``. An observer that has one handles
 all requests of one turn of the event loop together, which is cheaper."""
+CallLater: TypeAlias = Callable[[float, Callable[[], None]], object]
+"""Calls a function after some seconds, such as ``call_later`` of an event loop."""
 
 _MAX_INLINE_BYTES: Final = 64 * 1024
 """Largest body, in bytes, that is parsed on the event loop: it takes 1 to 2 ms. A manifest

@@ -28,7 +28,7 @@ class _CompiledRule:
         self, repositories: tuple[str, ...], who: tuple[str, ...], may: tuple[str, ...]
     ) -> None:
         self.repositories = frozenset(repositories)
-        self._patterns = [_compile(pattern) for pattern in repositories]
+        self._patterns = [compile_pattern(pattern) for pattern in repositories]
         self.is_for_everybody = EVERYBODY in who
         self.is_for_logged_in = LOGGED_IN in who
         self.groups = frozenset(name.removeprefix(GROUP) for name in who if name.startswith(GROUP))
@@ -117,7 +117,7 @@ def _groups_of(groups: Mapping[str, tuple[str, ...]]) -> dict[str, frozenset[str
     }
 
 
-def _compile(pattern: str) -> re.Pattern[str]:
+def compile_pattern(pattern: str) -> re.Pattern[str]:
     """Return a pattern of repositories as a regular expression for whole names.
 
     ``*`` stands for any characters within a component, ``**`` for any number of components, and at

@@ -17,12 +17,14 @@ from typing import Any, Final, TypeAlias
 import yaml
 
 from mirror.access.login_credentials import check_files
-from mirror.config.settings import KeyPath, Settings, Upstream
+from mirror.config.settings import EventTarget, KeyPath, Settings, Upstream
+from mirror.notifications.signing import Secrets
 from mirror.oci.errors import ConfigError
 from mirror.oci.text import printable
-from mirror.upstream.connections import own_addresses, tls_context
+from mirror.upstream.connections import tls_context
 from mirror.upstream.credentials import find_entries, host_of
 from mirror.upstream.outbound import Policy, Refused, UrlSource, as_url, check_url
+from mirror.upstream.registries import listener_addresses
 
 HIDDEN: Final = "(not shown)"
 """Printed in place of a password."""
@@ -49,13 +51,19 @@ def check_environment(settings: Settings, prefix: Prefix, *, has_logins: bool = 
         _check_pair(prefix(("tls",)), settings.tls.certificate, settings.tls.key)
     if settings.access is not None:
         check_files(settings.access)
-    own = own_addresses(settings.listen)
+    own = listener_addresses(settings)
     for name, upstream in settings.upstreams.items():
         path: KeyPath = ("upstreams", name)
         _check_endpoints(prefix((*path, "endpoints")), upstream.endpoints, own)
         _check_tls(path, upstream, prefix)
         if has_logins:
             _check_credentials(path, upstream, prefix)
+    for index, target in enumerate(settings.events):
+        target_path: KeyPath = ("events", index)
+        _check_endpoints(prefix((*target_path, "url")), (str(as_url(target.url).origin()),), own)
+        _check_tls(target_path, target, prefix)
+        if has_logins:
+            Secrets(target.name, target.secret_file)
 
 
 def _nearest_existing(path: str) -> Path:
@@ -76,7 +84,7 @@ def _check_endpoints(
             raise ConfigError(f"{prefix}'{endpoint}': {verdict.why}")
 
 
-def _check_tls(path: KeyPath, upstream: Upstream, prefix: Prefix) -> None:
+def _check_tls(path: KeyPath, upstream: Upstream | EventTarget, prefix: Prefix) -> None:
     if upstream.ca is not None:
         _check_readable(prefix((*path, "ca")), upstream.ca)
         try:
@@ -148,13 +156,16 @@ def _read_docker_config(prefix: str, path: str) -> dict[str, Any]:
 
 
 def effective(settings: Settings) -> str:
-    """Return the whole configuration as YAML, with passwords hidden."""
+    """Return the whole configuration as YAML, with passwords and queries of URLs hidden."""
     tree = settings.model_dump(mode="json")
     for name, upstream in settings.upstreams.items():
         credentials: dict[str, Any] = tree["upstreams"][name]["credentials"]
         password = upstream.credentials.password
         if password is not None and not password.startswith("file:"):
             credentials["password"] = HIDDEN
+    for target in tree["events"]:
+        url, has_query, _ = target["url"].partition("?")
+        target["url"] = f"{url}?{HIDDEN}" if has_query else url
     return str(yaml.safe_dump(_without_none(tree), sort_keys=False, allow_unicode=True))
 
 

@@ -50,7 +50,7 @@ def _check_member(text: str) -> str:
     )
 
 
-def _check_pattern(text: str) -> str:
+def check_repository_pattern(text: str) -> str:
     """Check a pattern of whole repository names, and return it with the registry's usual name."""
     if text == "**":
         return text
@@ -124,7 +124,7 @@ class AccessRule(Section):
     """The actions that some clients may take on some repositories."""
 
     repositories: Annotated[
-        tuple[Annotated[str, AfterValidator(_check_pattern)], ...], Field(min_length=1)
+        tuple[Annotated[str, AfterValidator(check_repository_pattern)], ...], Field(min_length=1)
     ]
     """
     Patterns of whole names, such as registry.example/team/**. * stands for any characters within

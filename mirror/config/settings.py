@@ -18,6 +18,8 @@ from yarl import URL
 
 from mirror.config import values
 from mirror.config.access import AccessSection as AccessSection
+from mirror.config.event_target import EventTarget as EventTarget
+from mirror.config.event_target import EventTargets
 from mirror.config.listeners import Admin as Admin
 from mirror.config.listeners import Hosted as Hosted
 from mirror.config.listeners import Tls as Tls
@@ -36,6 +38,8 @@ from mirror.config.section import (
 )
 from mirror.config.section import KeyPath as KeyPath
 from mirror.config.section import Section as Section
+from mirror.config.transfers import Limits as Limits
+from mirror.config.transfers import Parallel as Parallel
 from mirror.oci.reference import UPSTREAM_ALIASES
 
 Endpoint = Annotated[str, AfterValidator(values.normalise_endpoint)]
@@ -90,45 +94,6 @@ class Storage(Section):
                 f"{self.low_water:g} is not less than high_water, {self.high_water:g}",
             )
         return self
-
-
-class Limits(Section):
-    """The time limits and the minimum rate of one exchange with an upstream."""
-
-    connect: PositiveDuration = 5.0
-    """Longest time to connect, TLS included."""
-    headers: PositiveDuration = 15.0
-    """Longest time until the response headers are complete. For blobs, see first_byte."""
-    first_byte: PositiveDuration = 90.0
-    """
-    Longest time until the response headers of a blob are complete. An upstream that is a cache
-    itself may fetch the whole blob first.
-    """
-    idle: PositiveDuration = 30.0
-    """Longest time in which a body receives no data."""
-    min_rate: Size = 1024
-    """
-    Minimum rate of a body, in bytes per second over the time of idle.
-    A slower body is given up and resumed.
-    """
-
-
-class Parallel(Section):
-    """Several connections for one blob, each of which fetches a part."""
-
-    connections: Annotated[int, Field(ge=1, le=4)] = 4
-    """
-    Most connections for one blob. Further ones are opened only while they make the fetch faster,
-    and the upstream does not refuse them. 1: a blob is fetched by one connection, and a client that
-    wants a part of it waits until the fetch has reached that part.
-    """
-    part: Annotated[Size, AfterValidator(values.check_part)] = 8 * 2**20
-    """
-    Usual bytes of one range request, from 64KiB to 8MiB. Requests are larger if responses take long
-    or no other connection is possible, and smaller near the end of a blob. A blob that has fewer
-    than 16 such parts gets smaller ones, of at least 4MiB. A blob of at most four parts is fetched
-    by one connection.
-    """
 
 
 class Credentials(Section):
@@ -305,6 +270,11 @@ class Settings(Section):
     """Serve the admin API and its page. Without this section, neither is served."""
     hosted: Hosted | None = None
     """Host repositories, which clients push to. Without this section, nothing can be pushed."""
+    events: EventTargets = ()
+    """
+    Targets that pushes, deletions and pulls are told to by signed webhooks, each with name, url,
+    secret_file, events and repositories.
+    """
     access: AccessSection | None = None
     """Users and rules. Without this section, everybody may pull, and push at hosted.listen."""
     log: Log = Log()

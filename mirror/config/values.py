@@ -274,7 +274,14 @@ def is_loopback_only(listen: str) -> bool:
 
 
 def check_http_url(text: str) -> str:
-    """Check an absolute http(s) URL."""
+    """Check an absolute http(s) URL without a query."""
+    if "?" in check_webhook_url(text):
+        raise ValueError("must have neither query nor fragment")
+    return text
+
+
+def check_webhook_url(text: str) -> str:
+    """Check an absolute http(s) URL, which may have a query."""
     if "://" not in text:
         raise ValueError("must be an absolute URL that begins with https:// or http://")
     try:
@@ -286,7 +293,7 @@ def check_http_url(text: str) -> str:
         raise ValueError("must be an absolute URL that begins with https:// or http://")
     if "@" in url.netloc:
         raise ValueError("must not have a user or password: use credentials")
-    if "?" in text or "#" in text:
+    if "#" in text:
         raise ValueError("must have neither query nor fragment")
     if printable(text) != text or not text.isascii() or " " in text or "\\" in text:
         raise ValueError("must be a URL without spaces or control characters")

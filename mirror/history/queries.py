@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from mirror.history.history_file import CREATE_TABLES, find_file
+from mirror.history.history_file import CREATE_TABLES, HISTORY_FORM
 from mirror.history.stored_pull import PeriodCount, StoredPull, TagDigest
 from mirror.history.tables import SAMPLE_BITS
 from mirror.observability.events import Outcome
@@ -70,7 +70,7 @@ def open_history(layout: Layout) -> Iterator[HistoryReader]:
     """
     path = None
     try:
-        path = find_file(layout.history)
+        path = HISTORY_FORM.find_file(layout.history)
         connection = _connect(path)
         try:
             yield HistoryReader(connection)

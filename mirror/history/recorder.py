@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Final, TypeAlias
+from typing import Final
 
 from mirror.history.batch import Batch
-from mirror.history.history_file import HistoryFile
 from mirror.history.writer import HistoryWriter
 from mirror.observability.events import (
     CURRENT_RECORD,
@@ -29,10 +28,7 @@ from mirror.observability.events import (
     TagMoved,
 )
 from mirror.store.layout import Layout
-from mirror.threads import on_running_loop
-
-CallLater: TypeAlias = Callable[[float, Callable[[], None]], object]
-"""Calls a function after some seconds, such as ``call_later`` of an event loop."""
+from mirror.threads import CallLater, on_running_loop
 
 _BATCH_S: Final = 1.0
 """Seconds of a batch: so much is lost in a crash, and a reader sees a request so late."""
@@ -64,9 +60,7 @@ class HistoryRecorder:
         self._ended: list[RequestRecord] = []
         self._batch = Batch(now())
         self._is_scheduled = False
-        self._writer = HistoryWriter(
-            HistoryFile(layout.history), layout, on_running_loop(emit), now
-        )
+        self._writer = HistoryWriter(layout, on_running_loop(emit), now)
 
     def observe(self, event: Event) -> None:
         """Record ``event``, if it is one that counts."""

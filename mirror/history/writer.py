@@ -1,30 +1,23 @@
-"""The thread that writes batches of the history.
+"""Writes batches of the history, and keeps the file within its bounds.
 
-Lives here: the bounded queue, what happens if the disk refuses or the file is damaged, and the
-upkeep. Must not know: the tables (``tables.py``).
+Lives here: when old rows are removed. Must not know: the tables (``tables.py``).
 """
 
 from __future__ import annotations
 
-import sqlite3
-import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from mirror.history import tables
 from mirror.history.batch import Batch
 from mirror.history.content_sizes import ContentSizes
-from mirror.history.history_file import HistoryFile, is_file_damaged
-from mirror.observability.events import HistoryRowsDropped, LogMessage, Observer
+from mirror.history.history_file import HISTORY_FORM
+from mirror.observability.events import HistoryRowsDropped, Observer
+from mirror.store.batch_writer import BatchWriter
 from mirror.store.layout import Layout
+from mirror.store.shared_database import SharedDatabase
 
-_MAX_QUEUED: Final = 50_000
-"""Entries that wait for the thread: some seconds of a busy server. Further ones are dropped."""
-_RETRY_S: Final = 30.0
-"""Seconds after which a disk that has refused a batch is tried again. Until then, all is dropped,
-so that a full disk gets no further load."""
 _UPKEEP_S: Final = 600.0
 """Seconds between two removals of old rows: bounds are exceeded by a few minutes' rows at most."""
 _STEADY_S: Final = 3600.0
@@ -35,98 +28,44 @@ _MAX_JUMP_S: Final = 60.0
 
 
 class HistoryWriter:
-    """Writes batches in a daemon thread: a disk that hangs delays nothing, not even the end."""
+    """Writes batches in a thread of its own."""
 
     def __init__(
-        self,
-        file: HistoryFile,
-        layout: Layout,
-        emit_from_thread: Observer,
-        now: Callable[[], float],
+        self, layout: Layout, emit_from_thread: Observer, now: Callable[[], float]
     ) -> None:
         """Start the thread.
 
         Args:
-            file: Where batches are written.
-            layout: The data directory, which has the sizes of contents.
+            layout: The data directory. It has the sizes of contents, too.
             emit_from_thread: Receives warnings, and the number of lost rows.
             now: Returns the Unix time in seconds.
         """
-        self._file = file
+        self._database = SharedDatabase(layout.history, HISTORY_FORM)
         self._sizes = ContentSizes(layout)
         self._emit = emit_from_thread
         self._now = now
-        self._lock = threading.Lock()
-        self._queue: list[Batch] = []
-        self._queued = 0
-        self._has_work = threading.Event()
-        self._is_closing = False
-        self._is_refused = False
-        self._resume_at = 0.0
         self._upkeep_at = time.monotonic() + _UPKEEP_S
         self._steady_since = time.monotonic(), now()
-        self._thread = threading.Thread(target=self._run, name="history", daemon=True)
-        self._thread.start()
+        self._writer = BatchWriter(
+            "history", self._database, self._write, self._on_dropped, emit_from_thread
+        )
+        self.put = self._writer.put
+        self.close = self._writer.close
 
-    def put(self, batch: Batch) -> bool:
-        """Queue a batch. Returns False if it was dropped: the queue is full."""
-        weight = batch.weight
-        with self._lock:
-            if self._queued + weight > _MAX_QUEUED:
-                return False
-            self._queue.append(batch)
-            self._queued += weight
-        self._has_work.set()
-        return True
-
-    def close(self, timeout: float) -> None:
-        """Wait until the queued batches are written, but at most ``timeout`` seconds."""
-        self._is_closing = True
-        self._has_work.set()
-        self._thread.join(timeout)
+    @property
+    def is_idle(self) -> bool:
+        """Whether all batches are written, or dropped."""
+        return self._writer.is_idle
 
     # --- in the thread --------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        while True:
-            self._has_work.wait()
-            with self._lock:
-                self._has_work.clear()
-                batches, self._queue = self._queue, []
-            try:
-                self._write(batches)
-            except Exception as error:  # Of any kind: the next batches need the thread.
-                self._on_refusal(batches, f"{type(error).__name__}: {error}")
-            with self._lock:
-                self._queued -= sum(batch.weight for batch in batches)
-                has_ended = self._is_closing and not self._queue
-            if has_ended:
-                self._file.close()
-                return
-
-    def _write(self, batches: list[Batch]) -> None:
-        if not batches:
-            return
-        if time.monotonic() < self._resume_at:
-            self._drop(batches)
-            return
-        try:
-            self._write_once(batches)
-        except (sqlite3.Error, OSError) as error:
-            if not is_file_damaged(error):
-                self._on_refusal(batches, str(error))
-                return
-            self._set_aside(error)
-            self._write_once(batches)
-        self._is_refused = False
-
-    def _write_once(self, batches: list[Batch]) -> None:
-        with self._file.transaction() as connection:
+    def _write(self, batches: Sequence[Batch]) -> None:
+        with self._database.transaction() as connection:
             for batch in batches:
                 tables.insert(connection, batch, self._sizes)
         if time.monotonic() >= self._upkeep_at:
             self._upkeep_at = time.monotonic() + _UPKEEP_S
-            with self._file.transaction() as connection:
+            with self._database.transaction() as connection:
                 tables.trim(connection, self._now(), has_steady_clock=self._has_steady_clock())
 
     def _has_steady_clock(self) -> bool:
@@ -137,21 +76,5 @@ class HistoryWriter:
             return False
         return elapsed >= _STEADY_S
 
-    def _set_aside(self, error: Exception) -> None:
-        self._file.move_aside()
-        message = "the history is damaged: its file was moved aside, and a new one is made"
-        self._emit(LogMessage("warning", message, (("why", str(error)),)))
-
-    def _on_refusal(self, batches: list[Batch], why: str) -> None:
-        """Stop recording for a while. The first refusal is logged."""
-        self._resume_at = time.monotonic() + _RETRY_S
-        with suppress(Exception):
-            self._file.close()
-        if not self._is_refused:
-            self._is_refused = True
-            message = "the history is not recorded: its file cannot be written"
-            self._emit(LogMessage("warning", message, (("why", why),)))
-        self._drop(batches)
-
-    def _drop(self, batches: list[Batch]) -> None:
+    def _on_dropped(self, batches: Sequence[Batch]) -> None:
         self._emit(HistoryRowsDropped(sum(batch.weight for batch in batches)))

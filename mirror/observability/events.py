@@ -21,6 +21,14 @@ from mirror.observability.hosted_events import HostedChange as HostedChange
 from mirror.observability.hosted_events import HostedMeasured as HostedMeasured
 from mirror.observability.job_events import PrefetchEnded as PrefetchEnded
 from mirror.observability.job_events import RetentionEnded as RetentionEnded
+from mirror.observability.notification_events import (
+    NotificationDropReason as NotificationDropReason,
+)
+from mirror.observability.notification_events import (
+    NotificationQueueMeasured as NotificationQueueMeasured,
+)
+from mirror.observability.notification_events import NotificationsDropped as NotificationsDropped
+from mirror.observability.notification_events import NotificationSent as NotificationSent
 from mirror.observability.traces import PullTrace
 
 
@@ -480,6 +488,9 @@ Event: TypeAlias = (
     | TagMoved
     | HostedChange
     | HostedMeasured
+    | NotificationSent
+    | NotificationsDropped
+    | NotificationQueueMeasured
     | ContentUsed
     | HistoryRowsDropped
     | IngestsMeasured

@@ -33,6 +33,7 @@ from mirror import __version__
 from mirror.observability import events
 from mirror.observability.events import Event, Kind, Outcome, RequestRecord
 from mirror.observability.hosted_metrics import HostedMetrics
+from mirror.observability.notification_metrics import NotificationMetrics
 from mirror.threads import Schedule, run_in_thread
 
 _Mode: TypeAlias = Literal["mostrecent", "livesum", "livemax"]
@@ -254,6 +255,7 @@ class MetricsObserver:
             "Longest time, in seconds, that any running fetch has received no data.",
             mode="livemax",
         )
+        self._notifications = NotificationMetrics(registry)
         build = gauge("build_info", "Always 1; the label is the version of the server.", "version")
         build.labels(__version__).set(1)
         # The children of labels are looked up once, because labels() is slow.
@@ -400,6 +402,10 @@ class MetricsObserver:
                 self._history_rows.inc(rows)
             case events.HostedChange() | events.HostedMeasured():
                 self._hosted.observe(event)
+            case events.NotificationSent() | events.NotificationsDropped():
+                self._notifications.count(event)
+            case events.NotificationQueueMeasured():
+                self._notifications.measure(event)
             case events.LogMessage() | events.OwnRequestEnded() | events.TagMoved():
                 pass
             case events.ContentUsed():

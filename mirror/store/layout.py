@@ -11,6 +11,7 @@ Lives here: where each file is. Must not know: what is done with it.
     quarantine/<alg>/<hex>   content that did not hash to its name
     index/                   databases of the index
     history/                 the history of pulls, and users' last use (see :mod:`mirror.history`)
+    notifications/           the queue of notifications (see :mod:`mirror.notifications`)
     hosted/names.db          names of the hosted repositories (no cache: see ``mirror/hosted``)
     hosted/snapshot.db       their copy for a running backup, whose ``flock`` is on snapshot.lock
     uploads/<id>             bytes of an upload to a hosted repository
@@ -63,6 +64,11 @@ class Layout:
     def history(self) -> Path:
         """The directory of the history (:mod:`mirror.history`)."""
         return self.root / "history"
+
+    @property
+    def notifications(self) -> Path:
+        """The directory of the queue of notifications (:mod:`mirror.notifications`)."""
+        return self.root / "notifications"
 
     @property
     def hosted_names(self) -> Path:

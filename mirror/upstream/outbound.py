@@ -247,6 +247,8 @@ class Policy:
     """Hosts, domains and networks that redirects may lead to, although they are private."""
     upstream: str = ""
     """Name of the upstream, for messages."""
+    section: str = "upstreams"
+    """Section of the configuration that names it."""
 
     @property
     def api_url(self) -> str:
@@ -269,7 +271,7 @@ class Policy:
 
     def key(self, name: str) -> str:
         """Return the full name of a key of this upstream: ``upstreams.docker.io.token_hosts``."""
-        return f"upstreams.{self.upstream}.{name}"
+        return f"{self.section}.{self.upstream}.{name}"
 
     def redirect_rule(self, host: str, port: int, sender: Zone) -> AddressRule:
         """Return the rule for a redirect to ``host``, which an address in ``sender`` sent."""
@@ -487,10 +489,8 @@ def is_listed(entry: str, host: str, port: int | None) -> bool:
     """
     if entry == "*":
         return True
-    try:
+    with suppress(ValueError):  # One of them is a name, or has a port.
         return ipaddress.ip_address(host) in ipaddress.ip_network(entry, strict=False)
-    except ValueError:
-        pass  # One of them is a name, or has a port.
     name, _, digits = entry.rpartition(":")
     if name and digits.isdecimal() and not (":" in name and not name.endswith("]")):
         if int(digits) != port:

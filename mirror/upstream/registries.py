@@ -18,6 +18,18 @@ from mirror.upstream.registry import HttpRegistry
 from mirror.upstream.transport import Transport
 
 
+def listener_addresses(settings: Settings) -> frozenset[tuple[str, int]]:
+    """Return the (host, port) pairs of all listeners of this mirror."""
+    doors = (
+        settings.listen,
+        settings.admin.listen if settings.admin is not None else None,
+        settings.hosted.listen if settings.hosted is not None else None,
+    )
+    return frozenset(
+        address for door in doors if door is not None for address in own_addresses(door)
+    )
+
+
 class Registries(dict[str, Registry]):
     """Name of each upstream -> its registry."""
 
@@ -26,11 +38,7 @@ class Registries(dict[str, Registry]):
     ) -> None:
         """Open the registries of ``settings``. ``stack`` closes their connections."""
         super().__init__()
-        self._listeners = {
-            address
-            for listen in (settings.listen, *([settings.admin.listen] if settings.admin else ()))
-            for address in own_addresses(listen)
-        }
+        self._listeners = listener_addresses(settings)
         self._emit = emit
         self._single_flight = single_flight
         self._stack = stack

@@ -47,7 +47,7 @@ class TokenTransport:
             headers,
             Policy(url.origin(), upstream=self._name),
             may_follow_redirects=False,
-            form=form,
+            body=form,
             limit=limit,
             addresses=realm_rule(url, self._endpoints),
         )

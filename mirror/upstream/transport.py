@@ -216,7 +216,7 @@ class Transport:
         policy: Policy,
         *,
         may_follow_redirects: bool = True,
-        form: Mapping[str, str] | None = None,
+        body: Mapping[str, str] | bytes | None = None,
         limit: ResponseLimit,
         addresses: AddressRule = CONFIGURED,
         destination: Destination | None = None,
@@ -232,7 +232,7 @@ class Transport:
             headers: Request headers, beside those of the session.
             policy: Rules for redirects.
             may_follow_redirects: False: a redirect is the response.
-            form: Fields of a form body. None: no body.
+            body: Fields of a form, or bytes. None: no body.
             limit: The time limit, see :meth:`response_limit`.
             addresses: The addresses that the host of ``url`` may have.
             destination: That of an earlier response to a request for ``url``. The request is sent
@@ -251,7 +251,7 @@ class Transport:
                 request_headers.pop("Authorization", None)
             try:
                 response = await self._send(
-                    method, hop.target, policy, limit, headers=request_headers, data=form
+                    method, hop.target, policy, limit, headers=request_headers, data=body
                 )
             except errors.UpstreamUnavailable as error:
                 if hop.is_cross_origin:
@@ -291,7 +291,7 @@ class Transport:
         limit: ResponseLimit,
         *,
         headers: Mapping[str, str],
-        data: Mapping[str, str] | None,
+        data: Mapping[str, str] | bytes | None,
     ) -> _PeerResponse:
         url, addresses = target.url, target.addresses
         proxy = self._proxies.proxy_for(url)

@@ -52,6 +52,9 @@ ROWS: Final[Mapping[str, Row]] = {
         "sigkill-of-hosted-upkeep",
         "SIGKILL at the n-th changing call of a deletion, retention, collection, backup, restore",
     ),
+    "C16": Row(
+        "sigkill-of-a-delivery", "SIGKILL at random moments while events are queued and sent"
+    ),
     "D1": Row("no-space-at-a-write", "no space at the n-th write, once and from then on"),
     "D2": Row("full-disk", "a disk that is really full"),
     "D4": Row("io-error-at-a-call", "I/O error at the n-th write, fsync, close, rename, read"),

@@ -34,15 +34,18 @@ OBSERVERS = {
     "observability.metrics",
 }
 BELOW_SERVER = {"web", "pull", "store", "upstream", "history", *OBSERVERS, *SHARED}
+QUEUED_WRITES = {"store.batch_writer", "store.layout", "store.shared_database"}
 ALLOWED_IMPORTS: dict[str, set[str]] = {
     "": set(),
     "oci": {"oci"},
     "observability": set(),
     "observability.events": {
-        *("oci", "observability.hosted_events", "observability.job_events", "observability.traces"),
+        *("oci", "observability.hosted_events", "observability.job_events"),
+        *("observability.notification_events", "observability.traces"),
     },
     "observability.hosted_events": {"oci"},
     "observability.job_events": set(),
+    "observability.notification_events": set(),
     "observability.traces": set(),
     "config": set(),
     "config.values": {"oci"},
@@ -50,12 +53,13 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "config.hosted_rules": {"config.retention", "config.section"},
     "config.listeners": {"config.hosted_rules", "config.section", "config.values"},
     "config.access": {"config.section", "config.values"},
+    "config.event_target": {"config.access", "config.section", "config.values"},
     "config.prefetch": {"config.section", "oci"},
     "config.retention": {"config.section", "oci"},
+    "config.transfers": {"config.section", "config.values"},
     "config.settings": {
-        *("config.access", "config.listeners", "config.prefetch", "config.retention"),
-        "config.section",
-        *("config.values", "oci"),
+        *("config.access", "config.event_target", "config.listeners", "config.prefetch"),
+        *("config.retention", "config.section", "config.transfers", "config.values", "oci"),
     },
     "config.reload": {"config.settings", "oci"},
     "config.load": {"config.settings", "config.values", "oci"},
@@ -77,11 +81,21 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "observability.library_logs": {"observability.logs", *SHARED},
     "observability.log_stream": set(),
     "observability.hosted_metrics": {"observability.hosted_events"},
-    "observability.metrics": {"observability.hosted_metrics", *SHARED},
+    "observability.metrics": {
+        "observability.hosted_metrics",
+        "observability.notification_metrics",
+        *SHARED,
+    },
+    "observability.notification_metrics": SHARED,
     # Listings say which tags are stale and which images are refused, by the rules that serve them.
     "inventory": {"inventory", "store", "pull.admission", "pull.freshness", *SHARED},
-    # Where the data directory is, and which contents it has.
-    "history": {"history", "store.layout", *SHARED},
+    # Where the data directory is, and which contents it has. And a file that may be replaced.
+    "history": {"history", *QUEUED_WRITES, *SHARED},
+    "notifications": {
+        *("access.rules", "notifications", "store.disk", "upstream.outbound"),
+        "upstream.registries",
+        *("upstream.transport", *QUEUED_WRITES, *SHARED),
+    },
     "composition": {"hosted", "pull", "store", "upstream", *SHARED},
     "operations": {
         *("operations", "composition", "config.prefetch", "history", "hosted", "inventory", "pull"),
@@ -93,11 +107,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         *("store", "web.client_socket", *SHARED),
     },
     "server": {
-        "server",
-        "access",
-        "admin",
-        "composition",
-        "operations",
+        *("server", "access", "admin", "composition", "notifications", "operations"),
         "config.reload",
         *BELOW_SERVER,
     },
@@ -105,17 +115,12 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         "access.login_credentials",
         "hosted.database",
         "store.layout",
-        *("admin", "server", "config.reload", "observability.metrics", *SHARED),
+        *("admin", "notifications", "server", "config.reload", "observability.metrics", *SHARED),
     },
     "cli": {
-        "cli",
+        *("cli", "operations", "inventory", "composition", "notifications", "processes"),
         "access.login_credentials",
-        "operations",
-        "inventory",
-        "composition",
-        "processes",
-        *LOADING,
-        *BELOW_SERVER,
+        *(*LOADING, *BELOW_SERVER),
     },
     "__main__": {"cli"},
 }
@@ -125,7 +130,9 @@ SPLIT = {"config", "observability"}
 
 THIRD_PARTIES: dict[str, tuple[str, ...]] = {
     "diskcache": ("mirror.store.rows",),
-    "prometheus_client": ("mirror.observability.metrics",),
+    "prometheus_client": (
+        *("mirror.observability.metrics", "mirror.observability.notification_metrics"),
+    ),
     "pydantic": ("mirror.config", "mirror.access.access_tokens"),
     "bcrypt": ("mirror.access.users",),
     "jwt": ("mirror.access.issuers", "mirror.access.key_sets"),

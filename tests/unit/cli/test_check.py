@@ -311,3 +311,20 @@ def test_endpoint_at_a_link_local_address_is_refused(check: Check, host: str) ->
     code, _, err = check(f"upstreams: {{r.example: {{endpoints: ['http://{host}']}}}}\n")
     assert code == 78
     assert "is a link-local address" in err
+
+
+def test_secrets_and_urls_of_events_are_checked_and_not_shown(check: Check, tmp_path: Path) -> None:
+    secret = tmp_path / "audit.secret"
+    text = HUB + (
+        f"events: [{{name: audit, secret_file: {secret}, url: 'https://a.example/x?key=hidden'}}]\n"
+    )
+    code, _, said = check(text)
+    assert (code, "events: audit: secret_file" in said) == (78, True)
+    secret.write_text("whsec_" + "QUJD" * 8)
+    code, shown, said = check(text)
+    assert (code, said) == (0, "")
+    assert "url: https://a.example/x?(not shown)" in shown
+    assert "hidden" not in shown
+    assert "QUJD" not in shown
+    code, _, said = check(text.replace("https://a.example/x", "http://169.254.169.254/"))
+    assert (code, "169.254.169.254" in said, "hidden" in said) == (78, True, False)

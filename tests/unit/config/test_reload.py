@@ -18,6 +18,7 @@ def settings(**more: Any) -> Settings:
 
 
 APPLIED = {
+    "events",
     *("drain_timeout", "trusted_proxies", "catalog", "log", "default_upstream", "upstreams"),
     "prefetch",
     "retention",

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from mirror.history import history_file, writer
 from mirror.history.queries import open_history
 from mirror.observability.events import HistoryRowsDropped, LogMessage, Outcome
+from mirror.store import batch_writer, shared_database
 from tests.unit.history.kit import NOON, a_pull, recording
 from tests.waiting import until
 
@@ -51,13 +51,13 @@ async def test_two_processes_write_beside_each_other_and_follow_a_new_file(tmp_p
         for made in (one, other, one):
             made.end(a_pull(outcome=Outcome.MISS))
             made.recorder.hand_over()
-            await until(lambda made=made: not made.recorder._writer._queued)  # type: ignore[misc] # mypy cannot infer it
+            await until(lambda made=made: made.recorder._writer.is_idle)  # type: ignore[misc] # mypy cannot infer it
         for path in (tmp_path / "history").glob("history.1.db*"):
             path.write_bytes(b"no database" * 1000)
         for made in (one, other, other):
             made.end(a_pull(outcome=Outcome.MISS, request_id="later"))
             made.recorder.hand_over()
-            await until(lambda made=made: not made.recorder._writer._queued)  # type: ignore[misc] # mypy cannot infer it
+            await until(lambda made=made: made.recorder._writer.is_idle)  # type: ignore[misc] # mypy cannot infer it
         with open_history(one.layout) as history:
             assert [pull.request_id for pull in history.pulls()] == ["later"] * 3
     # The process that closes the damaged file last has not deleted the log of the new one.
@@ -69,13 +69,13 @@ async def test_deleted_directory_is_created_again(tmp_path: Path) -> None:
     with recording(tmp_path) as made:
         made.end(a_pull(outcome=Outcome.MISS))
         made.recorder.hand_over()
-        await until(lambda: not made.recorder._writer._queued)
+        await until(lambda: made.recorder._writer.is_idle)
         for path in (tmp_path / "history").iterdir():
             path.unlink()
         (tmp_path / "history").rmdir()
         made.end(a_pull(outcome=Outcome.MISS, request_id="later"))
         made.recorder.hand_over()
-        await until(lambda: not made.recorder._writer._queued)
+        await until(lambda: made.recorder._writer.is_idle)
         with open_history(made.layout) as history:
             assert [pull.request_id for pull in history.pulls()] == ["later"]
 
@@ -83,13 +83,13 @@ async def test_deleted_directory_is_created_again(tmp_path: Path) -> None:
 async def test_refusing_disk_is_logged_once_and_tried_again_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "_RETRY_S", 0.0)
+    monkeypatch.setattr(batch_writer, "_RETRY_S", 0.0)
     (tmp_path / "history").write_bytes(b"no directory")
     with recording(tmp_path) as made:
         for _ in range(3):
             made.end(a_pull(outcome=Outcome.MISS))
             made.recorder.hand_over()
-            await until(lambda: not made.recorder._writer._queued)
+            await until(lambda: made.recorder._writer.is_idle)
         await asyncio.sleep(0)
         (tmp_path / "history").unlink()
         made.end(a_pull(outcome=Outcome.MISS, request_id="later"))
@@ -112,12 +112,12 @@ async def test_full_disk_gets_no_further_load_for_a_while(
         opened.append(1)
         raise sqlite3.OperationalError("database or disk is full")
 
-    monkeypatch.setattr(history_file.HistoryFile, "_open", refuse)
+    monkeypatch.setattr(shared_database.SharedDatabase, "_open", refuse)
     with recording(tmp_path) as made:
         for _ in range(5):
             made.end(a_pull(outcome=Outcome.MISS))
             made.recorder.hand_over()
-            await until(lambda: not made.recorder._writer._queued)
+            await until(lambda: made.recorder._writer.is_idle)
         await asyncio.sleep(0)
     assert opened == [1]
     assert made.events.count(HistoryRowsDropped(2)) == 5
@@ -139,7 +139,7 @@ async def test_rows_are_removed_by_age_only_while_the_clock_is_steady(tmp_path: 
 
 async def test_close_waits_no_longer_than_its_timeout(tmp_path: Path) -> None:
     with recording(tmp_path) as made:
-        made.recorder._writer._write = lambda batches: time.sleep(0.3)  # type: ignore[method-assign] # a slow disk
+        made.recorder._writer._writer._write = lambda batches: time.sleep(0.3)  # type: ignore[method-assign] # a slow disk
         made.end(a_pull(outcome=Outcome.MISS))
         before = time.monotonic()
         made.recorder.close(0.01)

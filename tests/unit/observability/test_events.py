@@ -8,14 +8,14 @@ import typing
 
 import pytest
 
-from mirror.observability import events, hosted_events, job_events
+from mirror.observability import events, hosted_events, job_events, notification_events
 from mirror.observability.events import Kind, Outcome, RequestRecord
 
 EVENTS = typing.get_args(events.Event)
 
 
 def test_every_event_type_is_frozen_documented_and_part_of_the_union() -> None:
-    modules = (events, hosted_events, job_events)
+    modules = (events, hosted_events, job_events, notification_events)
     defined = {
         kind
         for module in modules

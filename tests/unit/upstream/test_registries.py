@@ -44,11 +44,19 @@ async def test_each_upstream_has_its_own_endpoint_and_none_works_after_closing(
         assert (len(one.requests), len(two.requests)) == (1, 1)
 
 
-async def test_endpoint_that_is_the_mirror_itself_is_refused(single_flight: SingleFlight) -> None:
+@pytest.mark.parametrize("section", [None, "admin", "hosted"])
+async def test_endpoint_that_is_the_mirror_itself_is_refused(
+    single_flight: SingleFlight, section: str | None
+) -> None:
     async with FakeRegistry() as us:
-        listen = f"127.0.0.1:{us.port}"
+        listen = {"listen": f"127.0.0.1:{us.port}"}
+        sections = {
+            None: listen,
+            "admin": {"admin": listen},
+            "hosted": {"hosted": {"name": "registry.example", **listen}},
+        }
         upstreams = {"docker.io": {"endpoints": [f"http://localhost:{us.port}"]}}
-        settings = Settings.model_validate({"listen": listen, "upstreams": upstreams})
+        settings = Settings.model_validate({**sections[section], "upstreams": upstreams})
         async with open_registries(settings, lambda event: None, single_flight) as registries:
             repository = Repository("docker.io", "a/b")
             with pytest.raises(OutboundRefused):
