@@ -55,6 +55,8 @@ for itself."""
 MAX_DESCRIPTOR_SIZE: Final = 2**63 - 1
 """Bytes; the largest size in a descriptor (descriptor.md: "int64")."""
 
+_ATTACHED_TAG: Final = re.compile(r"sha(?:256|512)-[a-f0-9]{64}(?:\.(?:sig|att|sbom))?", re.ASCII)
+
 # An escape that may be half of a surrogate pair. Only such a body is checked for lone halves.
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -205,6 +207,15 @@ def referrers_tag(digest: Digest) -> str:
     return f"{digest.algorithm[:32]}-{digest.hex[:64]}"
 
 
+def is_attached_tag(tag: str) -> bool:
+    """Return whether a tag names what belongs to a digest: referrers, a signature, an SBOM.
+
+    Of ``sha256-<hex>`` (Distribution, "Referrers Tag Schema"), and the tags of cosign, which add
+    ``.sig``, ``.att`` or ``.sbom``.
+    """
+    return _ATTACHED_TAG.fullmatch(tag) is not None
+
+
 def referrers_index(entries: Sequence[Any] = ()) -> bytes:
     """Return an OCI index of referrers. An index without entries means that there are none.
 
@@ -217,6 +228,25 @@ def referrers_index(entries: Sequence[Any] = ()) -> bytes:
 def parse_referrers(body: bytes) -> list[Any]:
     """Return the entries of a referrers index as they are. Raises :class:`ManifestInvalid`."""
     return list(_referrers_document(body)["manifests"])
+
+
+def add_referrers(body: bytes, entries: Sequence[Any]) -> bytes:
+    """Return the referrers index ``body`` with further descriptors, each digest once.
+
+    Args:
+        body: The index. All its fields and entries are kept.
+        entries: Descriptors to add.
+
+    Raises:
+        ManifestInvalid: ``body`` is no such index.
+    """
+    if not entries:
+        return body
+    document = _referrers_document(body)
+    listed = document["manifests"]
+    known = {one.get("digest") for one in listed if isinstance(one, dict)}
+    added = [one for one in entries if one["digest"] not in known]
+    return _dump({**document, "manifests": [*listed, *added]})
 
 
 def filter_referrers(body: bytes, artifact_type: str) -> bytes:

@@ -120,7 +120,7 @@ def _target_of(block: Block) -> Target | None:
 
 def admit(
     repository: Repository,
-    upstream: Upstream,
+    upstream: Upstream | None,
     restrictions: Restrictions = NO_RESTRICTIONS,
     reference: Reference | None = None,
 ) -> Admission:
@@ -131,13 +131,15 @@ def admit(
 
     Args:
         repository: The repository of the request.
-        upstream: Settings of its upstream.
+        upstream: Settings of its upstream. None: it is hosted here.
         restrictions: The operator's blocks.
         reference: The tag or digest of the request. None: it is about the repository.
     """
     reason = restrictions.reason_for(repository, reference)
     if reason is not None:
         return Deny(reason)
+    if upstream is None:
+        return _ALLOW
     path = repository.path
     if any(fnmatchcase(path, pattern) for pattern in upstream.deny):
         return Deny("this repository is on the mirror's deny-list")

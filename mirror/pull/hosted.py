@@ -7,12 +7,14 @@ HTTP, pushes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from contextlib import suppress
+from typing import Any, Final
 
 from mirror.hosted.hosted_service import HostedService
 from mirror.observability.events import Outcome, RequestRecord
-from mirror.oci.descriptor import referrers_index
-from mirror.oci.reference import Digest, Reference, Repository
+from mirror.oci.descriptor import is_attached_tag, referrers_index
+from mirror.oci.errors import NotFound, StorageUnavailable
+from mirror.oci.reference import Digest, Reference, Repository, Tag
 from mirror.pull.results import BlobResult, ManifestResult, RepositoriesResult, TagsResult
 
 _MAX_IN_MEMORY_BYTES: Final = 64 * 1024
@@ -95,6 +97,60 @@ class HostedPulls:
         entries = await self._hosted.referrers(repository.path, digest, artifact_type)
         pull.outcome = Outcome.HIT
         return referrers_index(entries)
+
+    # --- what was pushed for an image of an upstream -------------------------------------------
+
+    def _attached(self, repository: Repository) -> Repository:
+        """Return the hosted repository for signatures and SBOMs of a repository of an upstream."""
+        return Repository(self.name, f"{repository.upstream}/{repository.path}")
+
+    async def attached_manifest(
+        self, repository: Repository, reference: Reference, pull: RequestRecord, *, is_head: bool
+    ) -> ManifestResult | None:
+        """Serve a manifest that was pushed for an image of an upstream. None: there is none.
+
+        Only by its digest, or by a tag of what belongs to a digest: no other tag of an upstream can
+        be had from here, lest a push replaces an image of the upstream.
+
+        Args:
+            repository: The repository of the upstream.
+            reference: A tag or a digest.
+            pull: Record of the client's request.
+            is_head: True for a ``HEAD``: the result has no body.
+        """
+        if isinstance(reference, Tag) and not is_attached_tag(reference.name):
+            return None
+        with suppress(NotFound, StorageUnavailable):
+            return await self.manifest(self._attached(repository), reference, pull, is_head=is_head)
+        return None
+
+    async def attached_blob(
+        self, repository: Repository, digest: Digest, pull: RequestRecord, *, is_head: bool
+    ) -> BlobResult | None:
+        """Serve a blob that was pushed for an image of an upstream. None: there is none.
+
+        Args:
+            repository: The repository of the upstream.
+            digest: The digest of the blob.
+            pull: Record of the client's request.
+            is_head: True for a ``HEAD``: the result has no content.
+        """
+        with suppress(NotFound, StorageUnavailable):
+            return await self.blob(self._attached(repository), digest, pull, is_head=is_head)
+        return None
+
+    async def attached_referrers(
+        self, repository: Repository, digest: Digest, artifact_type: str | None
+    ) -> list[dict[str, Any]]:
+        """Return the descriptors of what was pushed for an image of an upstream.
+
+        Args:
+            repository: The repository of the upstream.
+            digest: The digest whose referrers are listed.
+            artifact_type: Only referrers of this type. None: all.
+        """
+        path = self._attached(repository).path
+        return await self._hosted.referrers(path, digest, artifact_type)
 
     async def repositories(
         self,

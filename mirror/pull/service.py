@@ -16,7 +16,8 @@ from typing import Final, assert_never
 from cachetools import TTLCache
 
 from mirror.observability.events import Kind, Outcome, RequestRecord
-from mirror.oci.errors import BlobUnknown, Denied, StorageUnavailable
+from mirror.oci.descriptor import add_referrers, referrers_index
+from mirror.oci.errors import BlobUnknown, Denied, NotFound, StorageUnavailable, UpstreamError
 from mirror.oci.reference import Digest, Reference, Repository, Tag
 from mirror.pull import admission
 from mirror.pull.admission import NO_RESTRICTIONS, Restrictions
@@ -34,6 +35,7 @@ from mirror.pull.results import (
     TagsResult,
     fresh_for,
 )
+from mirror.threads import parse_in_thread_if_large
 
 _MAX_BLOB_BYTES: Final = 64 * 1024
 """Largest blob, in bytes, that is kept in memory: config blobs are smaller, and ``web`` sends so
@@ -77,7 +79,8 @@ class PullService:
     ) -> None:
         if self.restrictions.unknown_why:
             raise StorageUnavailable(self.restrictions.unknown_why)
-        upstream = self._content.upstream(repository)
+        is_hosted = repository.upstream == self._hosted_name
+        upstream = None if is_hosted else self._content.upstream(repository)
         match admission.admit(repository, upstream, self.restrictions, reference):
             case admission.Allow():
                 return
@@ -124,28 +127,43 @@ class PullService:
             ManifestInvalid: The content is no JSON object, nested too deeply, or larger than 4 MiB.
 
         A tag that the operator has frozen is served as a digest, and the upstream is not asked for
-        it.
+        it. What the upstream does not have, or cannot be asked for, is served if it was pushed for
+        this image (see :meth:`mirror.pull.hosted.HostedPulls.attached_manifest`).
         """
-        if self._hosted is not None and repository.upstream == self._hosted_name:
-            return await self._hosted.manifest(repository, reference, pull, is_head=is_head)
         self._admit(repository, pull, reference)
         if isinstance(reference, Tag):
             frozen = self.restrictions.frozen.get((repository, reference))
-            if frozen is None:
-                return await self._by_tag(
-                    TagRequest(
-                        repository,
-                        reference,
-                        pull,
-                        accept=accept,
-                        is_head=is_head,
-                        is_refresh=is_refresh,
-                    )
+            if frozen is not None:
+                reference = frozen
+                self._admit_digest(reference, pull)
+        if self._hosted is not None and repository.upstream == self._hosted_name:
+            result = await self._hosted.manifest(repository, reference, pull, is_head=is_head)
+            self._admit_digest(result.digest, pull)
+            return result
+        try:
+            if isinstance(reference, Digest):
+                request = ContentRequest(repository, reference, Kind.MANIFEST, pull, accept)
+                return await self._manifests.by_digest(request, is_head=is_head)
+            return await self._by_tag(
+                TagRequest(
+                    repository,
+                    reference,
+                    pull,
+                    accept=accept,
+                    is_head=is_head,
+                    is_refresh=is_refresh,
                 )
-            reference = frozen
-            self._admit_digest(reference, pull)
-        request = ContentRequest(repository, reference, Kind.MANIFEST, pull, accept)
-        return await self._manifests.by_digest(request, is_head=is_head)
+            )
+        except (NotFound, UpstreamError):
+            if self._hosted is None or is_refresh:
+                raise
+            attached = await self._hosted.attached_manifest(
+                repository, reference, pull, is_head=is_head
+            )
+            if attached is None:
+                raise
+            self._admit_digest(attached.digest, pull)
+            return attached
 
     async def _by_tag(self, request: TagRequest) -> ManifestResult:
         result = await self._manifests.by_tag(request)
@@ -179,9 +197,30 @@ class PullService:
             BlobUnknown: The repository does not have the blob, or has a manifest of that digest.
             Draining: The process shuts down, so no fetch is started.
         """
+        self._admit(repository, pull, digest)
         if self._hosted is not None and repository.upstream == self._hosted_name:
             return await self._hosted.blob(repository, digest, pull, is_head=is_head)
-        self._admit(repository, pull, digest)
+        try:
+            return await self._mirrored_blob(
+                repository, digest, pull, is_head=is_head, select_spans=select_spans
+            )
+        except (NotFound, UpstreamError):
+            if self._hosted is None:
+                raise
+            attached = await self._hosted.attached_blob(repository, digest, pull, is_head=is_head)
+            if attached is None:
+                raise
+            return attached
+
+    async def _mirrored_blob(
+        self,
+        repository: Repository,
+        digest: Digest,
+        pull: RequestRecord,
+        *,
+        is_head: bool,
+        select_spans: SpanSelector | None,
+    ) -> BlobResult:
         small = self._small_blobs.get((repository, digest))
         if small is None:
             if await self._content.is_manifest(repository, digest):
@@ -264,9 +303,9 @@ class PullService:
             NameUnknown: The upstream says 404, or no tag is cached and the pull policy is
                 ``Never``.
         """
+        self._admit(repository, pull)
         if self._hosted is not None and repository.upstream == self._hosted_name:
             return await self._hosted.tags(repository, count, last, pull)
-        self._admit(repository, pull)
         return await self._lists.tags(repository, count, last, pull)
 
     async def referrers(
@@ -281,12 +320,24 @@ class PullService:
             pull: Record of the client's request.
 
         Returns:
-            An OCI image index. Empty if nothing refers to ``digest``.
+            An OCI image index. Empty if nothing refers to ``digest``. It has the referrers that
+            were pushed here, too.
 
         Raises:
             ManifestInvalid: The upstream sent no list of referrers.
         """
-        if self._hosted is not None and repository.upstream == self._hosted_name:
-            return await self._hosted.referrers(repository, digest, artifact_type, pull)
         self._admit(repository, pull)
-        return await self._lists.referrers(repository, digest, artifact_type, pull)
+        if self._hosted is None:
+            return await self._lists.referrers(repository, digest, artifact_type, pull)
+        if repository.upstream == self._hosted_name:
+            return await self._hosted.referrers(repository, digest, artifact_type, pull)
+        attached = await self._hosted.attached_referrers(repository, digest, artifact_type)
+        try:
+            body = await self._lists.referrers(repository, digest, artifact_type, pull)
+        except UpstreamError as error:
+            if not attached:
+                raise
+            # A list without those of the upstream is not whole. Say so, as of a stale one.
+            pull.outcome, pull.warning = Outcome.STALE, error.message
+            return referrers_index(attached)
+        return await parse_in_thread_if_large(add_referrers, body, attached)

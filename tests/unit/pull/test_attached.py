@@ -1,0 +1,154 @@
+"""Signatures and SBOMs that were pushed here for images of an upstream."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from mirror.config.settings import Hosted
+from mirror.hosted.database import Database
+from mirror.hosted.hosted_service import HostedService
+from mirror.observability.events import Outcome
+from mirror.oci.descriptor import OCI_MANIFEST, parse_referrers, referrers_index
+from mirror.oci.errors import (
+    BlobUnknown,
+    Denied,
+    ManifestUnknown,
+    UpstreamUnavailable,
+)
+from mirror.oci.reference import Digest, Repository, Tag
+from mirror.pull.admission import Restrictions
+from mirror.pull.hosted import HostedPulls
+from mirror.pull.service import PullService
+from tests.unit.hosted.kit import CONFIG, CONFIG_DIGEST, HostedKit, manifest_of
+from tests.unit.pull.kit import PullKit, a_pull, pull_kit, read_source
+
+NAME = "registry.example"
+IMAGE = Repository("docker.io", "library/app")
+ATTACHED = "docker.io/library/app"
+
+
+@dataclass
+class Both:
+    """An upstream with an image, and hosted repositories."""
+
+    pulls: PullKit
+    hosted: HostedKit
+    service: PullService
+    image: Digest
+
+    async def attach(self, layer: bytes, tag: str | None = None) -> Digest:
+        """Push a manifest whose subject is the image."""
+        subject = {"mediaType": OCI_MANIFEST, "digest": str(self.image), "size": 1}
+        return await self.hosted.push_image(layer, repository=ATTACHED, tag=tag, subject=subject)
+
+    async def referrers(self, artifact_type: str | None = None) -> list[str]:
+        """List what refers to the image, as digests."""
+        body = await self.service.referrers(IMAGE, self.image, artifact_type, a_pull())
+        return [entry["digest"] for entry in parse_referrers(body)]
+
+
+@asynccontextmanager
+async def both(root: Path) -> AsyncIterator[Both]:
+    async with pull_kit(root) as pulls:
+        image = pulls.registry.add_image("library/app", "v1", b"layer")
+        database = await Database.open(pulls.store.layout.hosted_names)
+        settings = Hosted(name=NAME, listen="127.0.0.1:0", max_size=10**9)
+        hosted = HostedService(settings, database, pulls.store, lambda: pulls.clock[0])
+        try:
+            kit = HostedKit(hosted, pulls.store, database, pulls.clock)
+            service = PullService(pulls.content, HostedPulls(hosted))
+            yield Both(pulls, kit, service, image)
+        finally:
+            await hosted.close()
+            await database.close()
+
+
+async def test_referrers_of_upstream_and_ours_are_one_list(tmp_path: Path) -> None:
+    async with both(tmp_path) as kit:
+        assert await kit.referrers() == []
+        ours = [str(await kit.attach(b"one")), str(await kit.attach(b"two"))]
+        assert sorted(await kit.referrers()) == sorted(ours)
+        theirs = {"mediaType": OCI_MANIFEST, "digest": str(Digest.of(b"theirs")), "size": 6}
+        listed = [theirs, {**theirs, "digest": ours[0]}]
+        kit.pulls.registry.referring[kit.image] = referrers_index(listed)
+        kit.pulls.clock[0] += 3600
+        assert sorted(await kit.referrers()) == sorted([*ours, theirs["digest"]])
+        assert await kit.referrers("application/other") == []
+
+
+async def test_signature_of_a_mirrored_image_is_served_in_its_repository(tmp_path: Path) -> None:
+    async with both(tmp_path) as kit:
+        tag = f"sha256-{kit.image.hex}.sig"
+        digest = await kit.attach(b"signed", tag)
+        for reference in (Tag(tag), digest):
+            pull = a_pull()
+            got = await kit.service.manifest(IMAGE, reference, (), pull, is_head=False)
+            assert (got.digest, pull.outcome) == (digest, Outcome.HIT)
+        blob = await kit.service.blob(IMAGE, Digest.of(b"signed"), a_pull(), is_head=False)
+        assert await read_source(blob.content) == b"signed"
+        with pytest.raises(BlobUnknown):
+            await kit.service.blob(IMAGE, Digest.of(b"other"), a_pull(), is_head=False)
+
+
+async def test_other_tags_and_repositories_are_those_of_the_upstream(tmp_path: Path) -> None:
+    async with both(tmp_path) as kit:
+        await kit.hosted.push_image(b"mine", repository=ATTACHED, tag="v2")
+        digest = await kit.hosted.push_image(b"theirs", repository="docker.io/other", tag="v1")
+        with pytest.raises(ManifestUnknown):
+            await kit.service.manifest(IMAGE, Tag("v2"), (), a_pull(), is_head=False)
+        with pytest.raises(ManifestUnknown):
+            await kit.service.manifest(IMAGE, digest, (), a_pull(), is_head=False)
+        with pytest.raises(BlobUnknown):
+            await kit.service.blob(IMAGE, Digest.of(b"theirs"), a_pull(), is_head=True)
+
+
+async def test_signature_is_served_while_the_upstream_is_down(tmp_path: Path) -> None:
+    async with both(tmp_path) as kit:
+        digest = await kit.attach(b"signed")
+        kit.pulls.registry.failure = UpstreamUnavailable("it is down")
+        pull = a_pull()
+        body = await kit.service.referrers(IMAGE, kit.image, None, pull)
+        assert [entry["digest"] for entry in parse_referrers(body)] == [str(digest)]
+        assert (pull.outcome, pull.warning) == (Outcome.STALE, "it is down")
+        got = await kit.service.manifest(IMAGE, digest, (), a_pull(), is_head=False)
+        assert json.loads(got.body or b"")["subject"]["digest"] == str(kit.image)
+        with pytest.raises(UpstreamUnavailable):
+            await kit.service.referrers(IMAGE, CONFIG_DIGEST, None, a_pull())
+        with pytest.raises(UpstreamUnavailable):
+            await kit.service.manifest(IMAGE, CONFIG_DIGEST, (), a_pull(), is_head=False)
+
+
+async def test_blocks_and_freezes_hold_for_hosted_images(tmp_path: Path) -> None:
+    app = Repository(NAME, "app")
+    async with both(tmp_path) as kit:
+        first = await kit.hosted.push_image(b"first")
+        second = await kit.hosted.push_image(b"second")
+        kit.service.restrict(Restrictions(frozen={(app, Tag("v1")): first}))
+        got = await kit.service.manifest(app, Tag("v1"), (), a_pull(), is_head=False)
+        assert (got.digest, got.body) == (first, manifest_of(b"first"))
+        for restrictions in (
+            Restrictions(digests={second: "no"}),
+            Restrictions(images={(app, Tag("v1")): "no"}),
+            Restrictions(repositories={app: "no"}),
+        ):
+            kit.service.restrict(restrictions)
+            with pytest.raises(Denied):
+                await kit.service.manifest(app, Tag("v1"), (), a_pull(), is_head=False)
+        with pytest.raises(Denied):
+            await kit.service.blob(app, Digest.of(CONFIG), a_pull(), is_head=False)
+
+
+async def test_blocked_signature_is_refused(tmp_path: Path) -> None:
+    async with both(tmp_path) as kit:
+        digest = await kit.attach(b"signed", f"sha256-{kit.image.hex}.sig")
+        kit.service.restrict(Restrictions(digests={digest: "no"}))
+        with pytest.raises(Denied):
+            await kit.service.manifest(
+                IMAGE, Tag(f"sha256-{kit.image.hex}.sig"), (), a_pull(), is_head=False
+            )
