@@ -22,6 +22,7 @@ from mirror.oci.errors import (
 )
 from mirror.oci.image_name import ImageName
 from mirror.oci.reference import Digest, Repository, Tag
+from mirror.store import disk
 from mirror.store.index import Index
 from mirror.store.layout import Layout
 from mirror.store.marks import Block, Freeze, Marks, Pin, change_marks
@@ -315,17 +316,13 @@ def count_missing(layout: Layout, digest: Digest) -> int:
     Of an index, the images that are there have to be complete, and one has to be there: a mirror
     has only the platforms that clients have asked for.
     """
-    if not _is_here(layout, digest):
+    if not disk.has_whole(layout, digest):
         return 1
     children, blobs = read_parts(layout, digest)
-    missing = sum(not _is_here(layout, blob) for blob in blobs)
-    here = [child for child in children if _is_here(layout, child)]
+    missing = sum(not disk.has_whole(layout, blob) for blob in blobs)
+    here = [child for child in children if disk.has_whole(layout, child)]
     missing += sum(count_missing(layout, child) for child in here)
     return missing + (1 if children and not here else 0)
-
-
-def _is_here(layout: Layout, digest: Digest) -> bool:
-    return layout.blob(digest).is_file()
 
 
 def _with_tag(name: ImageName) -> ImageName:

@@ -35,6 +35,7 @@ from mirror.operations.limited import Work, run_limited
 from mirror.operations.own_requests import OwnRequests
 from mirror.operations.referring import find_referring
 from mirror.pull.results import ManifestResult
+from mirror.store import disk
 from mirror.store.layout import Layout
 from mirror.store.reader import Reader
 from mirror.threads import parse_in_thread_if_large, run_in_thread
@@ -362,7 +363,7 @@ class _ImageRun:
 
 def _missing(layout: Layout, digests: Iterable[Digest]) -> list[Digest]:
     """Return the content that is not on disk. Runs in a thread."""
-    return [digest for digest in digests if not layout.blob(digest).exists()]
+    return [digest for digest in digests if not disk.has_whole(layout, digest)]
 
 
 def _ignore(*, position: int) -> None:

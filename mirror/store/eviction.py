@@ -138,10 +138,7 @@ class Catalog:
 
     def has_blob(self, digest: Digest) -> bool:
         """Return whether there is whole content of this digest."""
-        try:
-            return stat.S_ISREG(self._layout.blob(digest).lstat().st_mode)
-        except OSError:
-            return False
+        return disk.has_whole(self._layout, digest)
 
     def blobs(self, now: float) -> Iterator[StoredBlob]:
         """List all whole content with its recency. Holds none of it in memory.
