@@ -56,6 +56,7 @@ MAX_DESCRIPTOR_SIZE: Final = 2**63 - 1
 """Bytes; the largest size in a descriptor (descriptor.md: "int64")."""
 
 # An escape that may be half of a surrogate pair. Only such a body is checked for lone halves.
+_REFERRERS_TAG: Final = re.compile(r"(sha(?:256|512)-[0-9a-f]{64})(?:\..*)?", re.ASCII)
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 
 # Go's decoder ignores the case of a key, so it could read ``Layers`` in place of ``layers``.
@@ -203,6 +204,16 @@ def payload_of(body: bytes) -> bytes:
 def referrers_tag(digest: Digest) -> str:
     """Return the tag of the list of referrers (Distribution, "Referrers Tag Schema")."""
     return f"{digest.algorithm[:32]}-{digest.hex[:64]}"
+
+
+def parse_referrers_tag(name: str) -> str | None:
+    """Return the :func:`referrers_tag` of the content to which an image with this tag belongs.
+
+    It is the tag itself, or its beginning: cosign appends ``.sig``, ``.att`` or ``.sbom``, and
+    other tools append other words. None: it is a usual tag.
+    """
+    match = _REFERRERS_TAG.fullmatch(name)
+    return match[1] if match is not None else None
 
 
 def referrers_index(entries: Sequence[Any] = ()) -> bytes:

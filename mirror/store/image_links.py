@@ -2,22 +2,21 @@
 
 Lives here: the keys of tags of referrers, and the search for them. Must not know: marks, threads.
 
-A list of referrers is kept under its subject, and so are the tags that stand for one: that of the
-referrers tag schema (OCI distribution specification), and those of cosign, which end with ``.sig``,
-``.att`` or ``.sbom``. The repository does not matter: what refers to content is kept with it.
+A list of referrers is kept under its subject, and so are the tags that stand for one
+(:func:`mirror.oci.descriptor.parse_referrers_tag`). The repository does not matter: what refers to
+content is kept with it.
 """
 
 from __future__ import annotations
 
 import base64
-import re
 from collections.abc import Collection, Iterator, Set
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Final
 
-from mirror.oci.descriptor import parse_referrers, referrers_tag
+from mirror.oci.descriptor import parse_referrers, parse_referrers_tag, referrers_tag
 from mirror.oci.errors import ManifestInvalid
 from mirror.oci.reference import Digest
 from mirror.store.names import NAMED, RESPONSES
@@ -30,10 +29,6 @@ REFERRERS_LIST: Final = "list referrers "
 """Start of the key of a list of referrers. The repository, ``@`` and the subject follow it."""
 _STEP_TAGS: Final = 50
 """Tags that are read at a time, in 1 ms. Requests wait for as long."""
-# A tag of referrers, in the key of its record. A variant of the record may follow it.
-_REFERRERS_TAG: Final = re.compile(
-    r":(?P<subject>sha(?:256|512)-[a-f0-9]{64})(?:\.(?:sig|att|sbom))?(?: .*)?"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +104,9 @@ def _read_tags_of_referrers(
 
 def _digests_of_tags(tags: Set[str], page: list[Row]) -> Iterator[Digest]:
     for row in page:
-        match = _REFERRERS_TAG.fullmatch(row.key, row.key.find(":sha"))
-        if match is not None and match["subject"] in tags:
+        _, separator, name = row.key.partition(":sha")
+        # A variant of the record may follow the tag.
+        if separator and parse_referrers_tag(f"sha{name.partition(' ')[0]}") in tags:
             record = load_tag(row.text)
             if record is not None:
                 yield record.digest

@@ -5,8 +5,8 @@ refers to them. Must not know: who removes content, and why.
 
 Protected are the digests that a mark names and the digests that a pinned or frozen tag has now, all
 parts of these manifests at any depth, and their referrers: signatures, attestations, SBOMs. A
-referrer is known if the index has its tag (``sha256-<hex>``, or that with ``.sig``, ``.att`` or
-``.sbom``), or a list of referrers that a client has asked for.
+referrer is known if the index has its tag (``sha256-<hex>``, or that with an ending such as
+``.sig``), or a list of referrers that a client has asked for.
 
 If such a manifest is damaged, or that of a pin or a freeze is missing, it is not known which parts
 it has. Then all content that its repository may serve is protected.

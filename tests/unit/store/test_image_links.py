@@ -51,7 +51,7 @@ async def test_referrers_are_found_by_their_tags_in_every_repository(
     await index.confirm_tag(OTHER, Tag(f"{tag}.sbom"), of("sbom"))
     await index.confirm_tag(OTHER, Tag(f"{tag}.other"), of("unknown"))
     await index.confirm_tag(OTHER, Tag(f"{referrers_tag(STRANGER)}.sig"), of("other signature"))
-    expected = {of("list"), of("signature"), of("attestation"), of("sbom")}
+    expected = {of("list"), of("signature"), of("attestation"), of("sbom"), of("unknown")}
     assert await index.links([], [subject]) == Links(set(), expected)
     await index.close()
 
