@@ -36,7 +36,14 @@ class Deny:
     reason: str
 
 
-Admission: TypeAlias = Allow | Deny
+@dataclass(frozen=True, slots=True)
+class Undecided:
+    """The request may be blocked: the operator's marks are not known."""
+
+    reason: str
+
+
+Admission: TypeAlias = Allow | Deny | Undecided
 _ALLOW = Allow()
 
 
@@ -54,7 +61,7 @@ class Restrictions:
     frozen: Mapping[tuple[Repository, Tag], Digest] = field(default_factory=dict)
     """Tags that are served as one digest."""
     unknown_why: str = ""
-    """Why the marks are not known. All requests are refused then: any may be blocked. Empty: they
+    """Why the marks are not known. Nothing is admitted then: anything may be blocked. Empty: they
     are known."""
 
     @classmethod
@@ -126,6 +133,7 @@ def admit(
 ) -> Admission:
     """Apply the operator's blocks, and the allow-list and the deny-list of an upstream.
 
+    While the marks are not known, nothing is admitted.
     A block wins over both lists, and the deny-list over the allow-list. The patterns of the lists
     are shell-style, matched against the repository's path (``library/*``).
 
@@ -135,6 +143,8 @@ def admit(
         restrictions: The operator's blocks.
         reference: The tag or digest of the request. None: it is about the repository.
     """
+    if restrictions.unknown_why:
+        return Undecided(restrictions.unknown_why)
     reason = restrictions.reason_for(repository, reference)
     if reason is not None:
         return Deny(reason)
@@ -148,5 +158,7 @@ def admit(
 
 def admit_digest(digest: Digest, restrictions: Restrictions) -> Admission:
     """Decide whether the manifest to which a tag has resolved may be served."""
+    if restrictions.unknown_why:
+        return Undecided(restrictions.unknown_why)
     reason = restrictions.digests.get(digest)
     return _ALLOW if reason is None else Deny(reason)

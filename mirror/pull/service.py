@@ -71,24 +71,12 @@ class PullService:
     def _admit(
         self, repository: Repository, pull: RequestRecord, reference: Reference | None = None
     ) -> None:
-        if self.restrictions.unknown_why:
-            raise StorageUnavailable(self.restrictions.unknown_why)
         upstream = self._content.upstream(repository)
-        match admission.admit(repository, upstream, self.restrictions, reference):
-            case admission.Allow():
-                return
-            case admission.Deny(reason):
-                pull.outcome = Outcome.DENIED
-                raise Denied(reason)
-            case unknown:
-                assert_never(unknown)
+        _apply(admission.admit(repository, upstream, self.restrictions, reference), pull)
 
     def _admit_digest(self, digest: Digest, pull: RequestRecord) -> None:
         """Raise ``Denied`` if the manifest of a tag is blocked."""
-        decision = admission.admit_digest(digest, self.restrictions)
-        if isinstance(decision, admission.Deny):
-            pull.outcome = Outcome.DENIED
-            raise Denied(decision.reason)
+        _apply(admission.admit_digest(digest, self.restrictions), pull)
 
     async def manifest(
         self,
@@ -271,3 +259,17 @@ class PullService:
         """
         self._admit(repository, pull)
         return await self._lists.referrers(repository, digest, artifact_type, pull)
+
+
+def _apply(decision: admission.Admission, pull: RequestRecord) -> None:
+    """Raise ``Denied`` for a request that is refused, ``StorageUnavailable`` if it may be."""
+    match decision:
+        case admission.Allow():
+            return
+        case admission.Deny(reason):
+            pull.outcome = Outcome.DENIED
+            raise Denied(reason)
+        case admission.Undecided(reason):
+            raise StorageUnavailable(reason)
+        case unknown:
+            assert_never(unknown)

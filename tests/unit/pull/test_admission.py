@@ -6,7 +6,7 @@ import pytest
 
 from mirror.config.settings import Upstream
 from mirror.oci.reference import Digest, Repository, Tag
-from mirror.pull.admission import Allow, Deny, Restrictions, admit, admit_digest
+from mirror.pull.admission import Allow, Deny, Restrictions, Undecided, admit, admit_digest
 from mirror.store.marks import Block, Freeze, Marks
 
 
@@ -64,6 +64,12 @@ def test_target_of_a_block_decides_which_requests_are_refused(
         if isinstance(admit(REPO, UPSTREAM, restrictions(target), reference), Deny)
     }
     assert found == refused
+
+
+def test_nothing_is_admitted_while_the_marks_are_not_known() -> None:
+    unknown = Restrictions(unknown_why="marks.json is damaged")
+    assert admit(REPO, UPSTREAM, unknown, Tag("v1")) == Undecided("marks.json is damaged")
+    assert admit_digest(DIGEST, unknown) == Undecided("marks.json is damaged")
 
 
 def test_client_is_told_the_reason() -> None:

@@ -243,6 +243,16 @@ async def test_damaged_marks_at_a_start_refuse_all_pulls_until_they_are_mended(
         assert await status_of(server, server.manifest("latest")) == (200, "")
 
 
+async def test_catalogue_lists_nothing_while_the_marks_are_not_known(tmp_path: Path) -> None:
+    Layout(tmp_path).marks.write_text("{}")
+    async with (
+        FakeRegistry() as fake,
+        running(tmp_path, fake.url, more={"catalog": True}) as server,
+    ):
+        status, said = await status_of(server, f"{server.url}/v2/_catalog")
+        assert (status, "marks.json is damaged" in said) == (503, True)
+
+
 async def test_damage_while_the_server_runs_leaves_the_latest_blocks_in_force(
     tmp_path: Path,
 ) -> None:
