@@ -284,10 +284,13 @@ async def find_digests(index: Index, name: ImageName) -> list[Digest]:
     A registry may send another manifest to clients that do not accept every media type. Those
     digests are the last ones.
 
-    Raises ``ManifestUnknown`` if the tag is not in the cache.
+    Raises ``ManifestUnknown`` if the tag is not in the cache, and ``StorageUnavailable`` if the
+    index cannot be read.
     """
     assert isinstance(name.reference, Tag)
     records = await index.tag_records(name.repository, name.reference)
+    if records is None:
+        raise StorageUnavailable("the index cannot be read, so it is not known what the tag has")
     if not records:
         raise ManifestUnknown(f"{name} is not in the cache: pull it through the mirror first")
     return list(dict.fromkeys(digest for record in records for digest in record.digests))

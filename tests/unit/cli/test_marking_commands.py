@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,19 @@ def test_pin_of_an_image_that_is_not_here_pins_none_of_them(filled: Filled) -> N
     assert filled.marks == Marks()
     filled.run("pin", f"app@{Digest.of(b'not here')}")
     assert "is not complete here" in filled.notes
+
+
+@pytest.mark.parametrize("command", ["pin", "freeze", "rollback"])
+def test_index_that_cannot_be_read_is_not_taken_for_a_tag_that_is_not_here(
+    filled: Filled, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr("mirror.store.index.read_tag", fail)
+    filled.run(command, "app", *(["--to", "abcd"] if command == "rollback" else []), code=1)
+    assert "the index cannot be read" in filled.notes
+    assert "not in the cache" not in filled.notes
 
 
 def test_block_has_the_digests_of_the_image_and_its_platforms(filled: Filled) -> None:
