@@ -255,8 +255,16 @@ class Inventory:
 
     @cached_property
     def protected(self) -> frozenset[DigestText]:
-        """Content that must stay: that of marked manifests, and their referrers."""
+        """Content that must stay: that of marked manifests, their referrers, and their indexes.
+
+        Of an index that lists a marked image, no other image is protected.
+        """
         protected = set(self.unclear)
+        protected.update(
+            one.text
+            for one in (self.manifests.values() if self.marked else ())
+            if one.type is ContentType.INDEX and not self.marked.isdisjoint(one.columns.digests)
+        )
         queue = list(self.marked)
         seen: set[DigestText] = set()
         for root in queue:  # It grows while it is read.

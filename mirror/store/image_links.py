@@ -16,11 +16,16 @@ from functools import partial
 from itertools import islice
 from typing import Final
 
-from mirror.oci.descriptor import parse_referrers, parse_referrers_tag, referrers_tag
+from mirror.oci.descriptor import (
+    INDEX_TYPES,
+    parse_referrers,
+    parse_referrers_tag,
+    referrers_tag,
+)
 from mirror.oci.errors import ManifestInvalid
 from mirror.oci.reference import Digest
 from mirror.store.names import NAMED, RESPONSES
-from mirror.store.records import MALFORMED, load_tag
+from mirror.store.records import MALFORMED, load_access_record, load_tag
 from mirror.store.rows import Row, Rows, Tables
 from mirror.store.tag_rows import AFTER_SPACE, read_tag
 from mirror.threads import run_in_thread
@@ -39,6 +44,8 @@ class Links:
     """The digests that the named tags have now."""
     referrers: Collection[Digest]
     """Manifests that refer to one of the given manifests."""
+    indexes: Collection[Digest] = frozenset()
+    """All indexes that were pulled by a name. One of them may list a marked image."""
 
 
 async def find_links(
@@ -55,6 +62,7 @@ async def find_links(
     """
     current: set[Digest] = set()
     referrers: set[Digest] = set()
+    indexes: set[Digest] = set()
     waiting = iter(names)
     while some := list(islice(waiting, _STEP_TAGS)):
         found = await rows.read(partial(_read_tags, names=some), None)
@@ -67,12 +75,13 @@ async def find_links(
     tags, keys = await run_in_thread(_keys_of, subjects)
     after: int | None = 0
     while after is not None:
-        unanswered: tuple[int | None, set[Digest]] | None = None
-        page = await rows.read(partial(_read_tags_of_referrers, tags, after), unanswered)
+        unanswered: tuple[int | None, set[Digest], set[Digest]] | None = None
+        page = await rows.read(partial(_read_names, tags, after), unanswered)
         if page is None:
             return None
-        after, found = page
+        after, found, more = page
         referrers |= found
+        indexes |= more
     key = REFERRERS_LIST
     while key:
         listed: tuple[str, set[Digest]] | None = None
@@ -81,7 +90,7 @@ async def find_links(
             return None
         key, found = lists
         referrers |= found
-    return Links(current, referrers)
+    return Links(current, referrers, indexes)
 
 
 def _keys_of(subjects: Collection[Digest]) -> tuple[Set[str], Set[str]]:
@@ -94,12 +103,13 @@ def _read_tags(tables: Tables, names: list[str]) -> set[Digest]:
     return {record.digest for name in names for record in read_tag(tables, name)}
 
 
-def _read_tags_of_referrers(
+def _read_names(
     tags: Set[str], after: int, tables: Tables
-) -> tuple[int | None, set[Digest]]:
-    """Return the digests of the tags of referrers in the next rows, and the last row id."""
+) -> tuple[int | None, set[Digest], set[Digest]]:
+    """Return the last id of the next rows, and their tags of referrers and indexes, as digests."""
     page = tables.read_page(NAMED, after)
-    return (page[-1].id if page else None), set(_digests_of_tags(tags, page))
+    last = page[-1].id if page else None
+    return last, set(_digests_of_tags(tags, page)), set(_digests_of_indexes(page))
 
 
 def _digests_of_tags(tags: Set[str], page: list[Row]) -> Iterator[Digest]:
@@ -108,6 +118,15 @@ def _digests_of_tags(tags: Set[str], page: list[Row]) -> Iterator[Digest]:
         # A variant of the record may follow the tag.
         if separator and parse_referrers_tag(f"sha{name.partition(' ')[0]}") in tags:
             record = load_tag(row.text)
+            if record is not None:
+                yield record.digest
+
+
+def _digests_of_indexes(page: list[Row]) -> Iterator[Digest]:
+    for row in page:
+        # To parse all records would take ten times as long.
+        if "@" in row.key and any(one in row.text for one in INDEX_TYPES):
+            record = load_access_record(row.text)
             if record is not None:
                 yield record.digest
 

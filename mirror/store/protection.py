@@ -6,7 +6,9 @@ refers to them. Must not know: who removes content, and why.
 Protected are the digests that a mark names and the digests that a pinned or frozen tag has now, all
 parts of these manifests at any depth, and their referrers: signatures, attestations, SBOMs. A
 referrer is known if the index has its tag (``sha256-<hex>``, or that with an ending such as
-``.sig``), or a list of referrers that a client has asked for.
+``.sig``), or a list of referrers that a client has asked for. An index that lists a marked image is
+protected, too, but not the images that it has for other platforms: a node that uses one of them
+pulls the index again.
 
 If such a manifest is damaged, or that of a pin or a freeze is missing, it is not known which parts
 it has. Then all content that its repository may serve is protected.
@@ -81,7 +83,7 @@ class Protection:
         """Find what is protected now. Does nothing unless the marks have changed.
 
         What was protected before stays protected during this run. Blocks: it reads each marked
-        manifest, which takes about 0.1 ms.
+        manifest and each index, which takes about 0.1 ms.
 
         Raises:
             ProtectionUnknown: The marks cannot be read, or the index does not answer.
@@ -90,7 +92,8 @@ class Protection:
             return
         stamp, marks = self._read()
         names = [*marks.pins, *marks.freezes]
-        found = self._add(protected_roots(marks, self._now()))
+        roots = protected_roots(marks, self._now())
+        found, indexes = self._add(roots), set[Digest]()
         for _ in range(_MAX_ROUNDS):
             if not found and not names:
                 break
@@ -98,9 +101,20 @@ class Protection:
             if links is None:
                 raise ProtectionUnknown("the index does not say what refers to marked images")
             names = []
+            indexes.update(links.indexes)
             found = self._add({*links.current, *links.referrers})
+        self._add_indexes(indexes, roots)
         self._add_unclear(marks)
         self._stamp = (stamp,)
+
+    def _add_indexes(self, indexes: Collection[Digest], roots: Collection[Digest]) -> None:
+        """Protect the indexes that list a marked image, each alone."""
+        pace, marked = Pace(), frozenset(roots)
+        for digest in indexes:
+            if digest not in self.digests:
+                pace.keep()
+                if not marked.isdisjoint(read_parts(self._layout, digest)[0]):
+                    self.digests.add(digest)
 
     def _add_unclear(self, marks: Marks) -> None:
         """Protect what may be part of manifests that are damaged or missing.

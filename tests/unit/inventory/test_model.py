@@ -10,12 +10,14 @@ from mirror.inventory.model import ContentType
 from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.image_name import ImageName
 from mirror.oci.reference import Digest
-from mirror.store.marks import Pin
+from mirror.store.marks import Pin, replace_leases
 from tests.unit.inventory.kit import (
+    NOW,
     DataDirectory,
     config,
     content,
     descriptor,
+    entry,
     index,
     manifest,
     only,
@@ -140,6 +142,24 @@ def test_later_digest_of_a_pinned_tag_is_protected(data: DataDirectory) -> None:
     pin(data, "docker.io/library/app:v1", Digest.of(b"earlier"))
 
     assert {text(new), text(OWN)} <= data.read().protected
+
+
+def test_index_of_a_leased_image_is_protected_without_its_other_images(
+    data: DataDirectory,
+) -> None:
+    first, second = (manifest(config(name), [content(name)]) for name in ("amd64", "arm64"))
+    both = index(entry(first, "amd64"), entry(second, "arm64"))
+    for name, body in (("amd64", first), ("arm64", second)):
+        data.add(config(name), content(name), body)
+    data.add(both)
+    data.name("app:v1", both)
+    data.mark(lambda one: replace_leases(one, "pods", {Digest.of(first)}, NOW + 9, NOW))
+
+    protected = data.read().protected
+
+    assert text(both) in protected
+    assert text(first) in protected
+    assert text(second) not in protected
 
 
 def test_content_that_no_name_reaches_is_an_orphan(data: DataDirectory) -> None:

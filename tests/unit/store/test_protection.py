@@ -43,6 +43,7 @@ class Fixture:
         self.current: dict[str, Digest] = {}
         self.referrers: dict[Digest, Digest] = {}
         self.searches: list[tuple[Collection[str], Collection[Digest]]] = []
+        self.indexes: list[Digest] = []
         self.is_answering = True
 
     def find_links(self, names: Collection[str], subjects: Collection[Digest]) -> Links | None:
@@ -52,6 +53,7 @@ class Fixture:
         return Links(
             [self.current[name] for name in names if name in self.current],
             [self.referrers[one] for one in subjects if one in self.referrers],
+            self.indexes,
         )
 
     def protection(self, now: float = 0.0) -> Protection:
@@ -90,6 +92,15 @@ def test_freeze_and_lease_protect_like_a_pin_until_the_lease_ends(fixture: Fixtu
     frozen = whole(IMAGES[0], LAYERS[0])
     assert fixture.protected(now=99.0) == frozen | whole(IMAGES[1], LAYERS[1]) | leased
     assert fixture.protected(now=100.0) == frozen
+
+
+def test_index_of_a_leased_image_is_protected_without_its_other_images(fixture: Fixture) -> None:
+    other = index_of(IMAGES[2])
+    put(fixture.layout, other)
+    fixture.indexes = [Digest.of(INDEX), Digest.of(other), Digest.of(b"not here")]
+    leased = {Digest.of(IMAGES[0])}
+    fixture.mark(lambda one: replace_leases(Marks(), "pods", leased, 100.0, 0.0))
+    assert fixture.protected() == whole(INDEX, IMAGES[0], LAYERS[0])
 
 
 def test_current_digest_of_a_pinned_tag_is_protected_beside_the_pinned_one(
