@@ -19,7 +19,7 @@ from mirror.cli.schemas import SCHEMAS
 from mirror.oci.reference import Digest, Tag
 from mirror.store.layout import Layout
 from mirror.store.marks import Marks, read_marks
-from tests.unit.store.kit import fill_up, image, index_of, opened, pin, pulled, small_disk
+from tests.unit.store.kit import fill_up, image, index_of, opened, pulled, small_disk
 
 LAYERS = (b"layer of v1", b"layer of v2")
 OLD, NEW = (image(layer) for layer in LAYERS)
@@ -233,7 +233,7 @@ def test_directory_without_a_mirror_is_not_created(
 
 
 @pytest.mark.row("D2-full-disk")
-def test_full_disk_is_named_and_the_earlier_marks_stay(
+def test_full_disk_lets_marks_be_taken_away_and_is_named_by_what_it_has_no_room_for(
     filled: Filled, template: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "small").mkdir()
@@ -243,15 +243,19 @@ def test_full_disk_is_named_and_the_earlier_marks_stay(
             filled.config.read_text().replace(str(tmp_path / "data"), str(mount / "data"))
         )
         layout = Layout(mount / "data")
-        pins = [Digest.of(b"%d" % number) for number in range(100)]
-        pin(layout, *pins)
+        for command in ("pin", "block", "freeze"):
+            filled.run(command, "app")
         before = read_marks(layout)
         fill_up(mount)
-        for command in ("pin", "block", "freeze"):
-            filled.run(command, "app", code=1)
-            said = "marks.json: No space left on device: the marks are as they were\n"
-            assert filled.notes.endswith(said)
+        digests = "".join(f"{Digest.of(b'%d' % number)}\n" for number in range(1000))
+        (tmp_path / "list").write_text(digests)
+        filled.run("in-use", "--file", str(tmp_path / "list"), code=1)
+        said = "marks.json: No space left on device: the marks are as they were\n"
+        assert filled.notes.endswith(said)
         assert read_marks(layout) == before
+        for command in ("unpin", "unblock", "unfreeze"):
+            assert filled.run(command, "app")
+        assert read_marks(layout) == Marks()
 
 
 @pytest.mark.parametrize("damage", ["{}", "directory"])
