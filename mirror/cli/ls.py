@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from operator import itemgetter
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from mirror.cli import inventory as common
 from mirror.cli.arguments import Commands, add_config, add_json, load_settings
@@ -19,6 +19,9 @@ from mirror.cli.data_directory import load_inventory
 from mirror.cli.listing import Column, print_rows, since_text
 from mirror.cli.output import UsageError
 from mirror.oci.text import size_text
+
+if TYPE_CHECKING:
+    from mirror.inventory.model import Image
 
 SORT_KEYS: Final[Mapping[str, tuple[str, bool]]] = {
     "name": ("name", False),
@@ -68,7 +71,8 @@ def add_parser(commands: Commands) -> None:
         "--all",
         dest="has_all",
         action="store_true",
-        help="list signatures and other referrers, too (as --filter kind=referrer does)",
+        help="also list signatures and other referrers, and the platforms of indexes that were "
+        "pulled by digest (as --filter kind=referrer and kind=platform do)",
     )
     parser.set_defaults(run=list_images)
 
@@ -79,11 +83,17 @@ def list_images(arguments: argparse.Namespace) -> int:
     filters = [_parse_filter(text) for text in arguments.filters]
     settings = load_settings(arguments)
     inventory = load_inventory(settings)
+    from mirror.inventory.images import image_order
     from mirror.inventory.json_rows import image_row
+    from mirror.inventory.model import is_named
 
-    images = inventory.match(arguments.pattern) if arguments.pattern else inventory.images
-    has_referrers = arguments.has_all or any(key == "kind" for key, _ in filters)
-    rows = (image_row(inventory, one) for one in images if has_referrers or not one.is_referrer)
+    has_parts = arguments.has_all or any(key == "kind" for key, _ in filters)
+    images: Iterable[Image] = (one for one in inventory.images if not one.is_referrer)
+    if has_parts:
+        images = sorted((*inventory.images, *inventory.platforms), key=image_order)
+    if arguments.pattern:
+        images = (image for image in images if is_named(image, arguments.pattern))
+    rows = (image_row(inventory, image) for image in images)
     chosen = [row for row in rows if all(_is_match(row, *one) for one in filters)]
     chosen = _sorted(chosen, arguments.sort, is_reversed=arguments.reverse)
     if not arguments.is_json:

@@ -13,6 +13,7 @@ from typing import Final
 
 from mirror.config.settings import Upstream
 from mirror.inventory.image_names import Name
+from mirror.inventory.index_platforms import split_off_platforms
 from mirror.inventory.keeping import Keepers, with_referrers_kept, with_unclear_kept
 from mirror.inventory.model import (
     MANIFEST_PART_TYPES,
@@ -70,18 +71,20 @@ def build_inventory(
     """
     manifests = on_disk.manifests
     parts = {one: manifest.columns.digests for one, manifest in manifests.items()}
-    sharing = Sharing.of({str(name.digest) for name in names}, parts)
+    keepers = Keepers(marks, names, now)
+    whole, platforms = split_off_platforms(names, manifests, keepers)
+    sharing = Sharing.of({str(name.digest) for name in whole}, parts)
     sizes = _sizes(on_disk)
     restrictions = Restrictions.of_marks(marks)
-    keepers = Keepers(marks, names, now)
     builder = _Builder(on_disk, sizes, sharing, upstreams, marks, restrictions, keepers, now)
-    images = tuple(sorted(map(builder.build, names), key=_order))
+    images = tuple(sorted(map(builder.build, whole), key=image_order))
     if unclear:
         images = tuple(with_unclear_kept(images, unclear))
     marked = {*map(str, protected_roots(marks, now)), *keepers.tags}
     inventory = Inventory(
         now=now,
         images=images,
+        platforms=tuple(sorted(map(builder.build, platforms), key=image_order)),
         present=on_disk.present,
         manifests=manifests,
         sizes=sizes,
@@ -106,7 +109,8 @@ def _sizes(on_disk: OnDisk) -> dict[DigestText, int]:
     return sizes
 
 
-def _order(image: Image) -> tuple[str, str, str, str, str]:
+def image_order(image: Image) -> tuple[str, str, str, str, str]:
+    """Return the key by which images are sorted: repository, tag and digest."""
     tag = "" if image.tag is None else image.tag.name
     repository = image.repository
     return repository.upstream, repository.path, tag, image.digest.hex, image.variant

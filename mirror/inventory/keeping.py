@@ -55,6 +55,10 @@ class Keepers:
         key = repository_part(named.name), str(digest)
         self._keepers.setdefault(key, {}).setdefault(mark, keeper)
 
+    def has_mark_of(self, name: Name) -> bool:
+        """Return whether a pin or a freeze names the digest of a name, in its repository."""
+        return (str(name.repository), str(name.digest)) in self._keepers
+
     def of(self, name: Name, reached: Collection[DigestText]) -> list[Keeper]:
         """Return what keeps a name. ``reached``: all content of its image."""
         found = list(self._keepers.get((str(name.repository), str(name.digest)), {}).values())
