@@ -73,7 +73,7 @@ def build_inventory(
     parts = {one: manifest.columns.digests for one, manifest in manifests.items()}
     keepers = Keepers(marks, names, now)
     whole, platforms = split_off_platforms(names, manifests, keepers)
-    sharing = Sharing.of({str(name.digest) for name in whole}, parts)
+    sharing = Sharing.of({name.root for name in whole}, parts)
     sizes = _sizes(on_disk)
     restrictions = Restrictions.of_marks(marks)
     builder = _Builder(on_disk, sizes, sharing, upstreams, marks, restrictions, keepers, now)
@@ -113,7 +113,7 @@ def image_order(image: Image) -> tuple[str, str, str, str, str]:
     """Return the key by which images are sorted: repository, tag and digest."""
     tag = "" if image.tag is None else image.tag.name
     repository = image.repository
-    return repository.upstream, repository.path, tag, image.digest.hex, image.variant
+    return repository.upstream, repository.path, tag, image.root, image.variant
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class _Builder:
 
     def build(self, name: Name) -> Image:
         """Build the image of a name."""
-        root = str(name.digest)
+        root = name.root
         manifest = self.on_disk.manifests.get(root)
         parts = _damaged(root) if manifest is None else _find_parts(manifest, self.on_disk)
         subject = manifest.subject if manifest is not None else None
@@ -145,8 +145,8 @@ class _Builder:
         return Image(
             repository=name.repository,
             tag=name.tag,
-            digest=name.digest,
-            current=name.current,
+            root=root,
+            current_root=name.current_root,
             variant=name.variant,
             checked=name.checked,
             first_seen=name.first_seen,
@@ -168,7 +168,7 @@ class _Builder:
         if name.tag is None or is_frozen:
             return None
         upstream = self.upstreams.get(name.repository.upstream)
-        is_current = name.current == name.digest
+        is_current = name.current_root == name.root
         return why_stale(name.checked, upstream, self.now, is_current=is_current)
 
     def _block_reason_of(self, name: Name, reached: Collection[DigestText]) -> str | None:

@@ -37,13 +37,13 @@ def split_off_platforms(
     listed: set[tuple[str, DigestText]] = set()
     parts = {text: one.columns.digests for text, one in manifests.items() if _is_index(one)}
     for name in names:
-        repository, root = str(name.repository), str(name.digest)
+        repository, root = str(name.repository), name.root
         if root in parts and repository in repositories and not _is_referrer(name, manifests[root]):
             listed.update((repository, text) for text in reached(root, parts) if text != root)
     whole: list[Name] = []
     platforms: list[Name] = []
     for name in names:
-        key = str(name.repository), str(name.digest)
+        key = str(name.repository), name.root
         is_platform = name.tag is None and key in listed and not keepers.has_mark_of(name)
         (platforms if is_platform else whole).append(name)
     return whole, platforms

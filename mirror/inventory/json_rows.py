@@ -21,7 +21,7 @@ def image_row(inventory: Inventory, image: Image) -> dict[str, Any]:
         "repository": image.repository.path,
         "tag": image.tag.name if image.tag is not None else None,
         "digest": image.root,
-        "current_digest": str(image.current),
+        "current_digest": image.current_root,
         "platforms": list(image.platforms),
         "missing_platforms": list(image.missing_platforms),
         "size": image.size,

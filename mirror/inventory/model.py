@@ -158,10 +158,11 @@ class Image:
     repository: Repository
     tag: Tag | None
     """None: the name is the digest."""
-    digest: Digest
-    """The manifest that the mirror has for the name."""
-    current: Digest
-    """The digest that the upstream has named last. Another one than ``digest``: it is not here."""
+    root: DigestText
+    """The digest of the manifest that the mirror has for the name."""
+    current_root: DigestText
+    """The digest that the upstream has named last. Another one than ``root``: it is not here, or
+    the tag is frozen."""
     variant: str = ""
     """Media types of the clients that get this manifest. Empty: clients that accept all."""
     checked: float | None = None
@@ -192,13 +193,18 @@ class Image:
     def name(self) -> str:
         """The image reference: ``host/path:tag`` or ``host/path@digest``."""
         if self.tag is None:
-            return f"{self.repository}@{self.digest}"
+            return f"{self.repository}@{self.root}"
         return f"{self.repository}:{self.tag}"
 
     @property
-    def root(self) -> DigestText:
-        """The digest of its manifest, as text."""
-        return str(self.digest)
+    def digest(self) -> Digest:
+        """The digest :attr:`root`."""
+        return Digest.parse(self.root)
+
+    @property
+    def current(self) -> Digest:
+        """The digest :attr:`current_root`."""
+        return Digest.parse(self.current_root)
 
     @property
     def is_complete(self) -> bool:
@@ -319,11 +325,11 @@ class Inventory:
             case None:
                 return images
             case Digest() as digest:
-                found = [image for image in images if image.digest == digest]
-                return found or [
+                text = str(digest)
+                return [image for image in images if image.root == text] or [
                     image
                     for image in self.platforms
-                    if image.repository == name.repository and image.digest == digest
+                    if image.repository == name.repository and image.root == text
                 ]
             case Tag() as tag:
                 return [image for image in images if image.tag == tag]

@@ -185,10 +185,10 @@ def removed_names(inventory: Inventory, going: Collection[Image]) -> list[Remove
     for image in inventory.images:
         if image.repository in needed and image not in gone:
             needed[image.repository].update(inventory.sharing.reached(image.root))
-            needed[image.repository].add(str(image.current))
+            needed[image.repository].add(image.current_root)
     names = []
     for image in going:
-        unneeded = {str(image.current), *inventory.sharing.reached(image.root)}
+        unneeded = {image.current_root, *inventory.sharing.reached(image.root)}
         unneeded -= needed[image.repository]
         manifests = {one for one in unneeded if _is_manifest(inventory, image, one)}
         names.append(
@@ -204,7 +204,7 @@ def removed_names(inventory: Inventory, going: Collection[Image]) -> list[Remove
 
 
 def _is_manifest(inventory: Inventory, image: Image, digest: DigestText) -> bool:
-    is_root = digest in (image.root, str(image.current))
+    is_root = digest in (image.root, image.current_root)
     return (
         is_root or digest in inventory.manifests or inventory.type_of(digest) in MANIFEST_PART_TYPES
     )
