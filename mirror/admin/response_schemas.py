@@ -54,7 +54,7 @@ RESPONSE_SCHEMAS: Final[dict[str, ResponseSchema]] = {
     ),
     "Image": record(
         name=A_TEXT,
-        kind={"type": "string", "enum": ["image", "referrer"]},
+        kind={"type": "string", "enum": ["image", "platform", "referrer"]},
         upstream=A_TEXT,
         repository=A_TEXT,
         tag=A_TEXT_OR_NULL,

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from mirror.cli.messages import print_warnings
 from mirror.cli.output import CommandFailed
 from mirror.config.settings import Settings
 
@@ -68,6 +67,7 @@ def load_inventory(settings: Settings) -> Inventory:
 @asynccontextmanager
 async def opened_index(layout: Layout) -> AsyncIterator[Index]:
     """Open the index of a data directory. Its warnings go to standard error."""
+    from mirror.cli.messages import print_warnings
     from mirror.store import image_layout
     from mirror.store.index import Index
 
@@ -85,6 +85,7 @@ async def opened_store(settings: Settings) -> AsyncIterator[Store]:
 
     Raises ``CommandFailed`` if a server could not write to the files that this process creates.
     """
+    from mirror.cli.messages import print_warnings
     from mirror.store.store import Store
 
     owner = os.stat(settings.data_dir).st_uid

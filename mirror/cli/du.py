@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Final
 from mirror.cli import inventory as common
 from mirror.cli.arguments import Commands, add_config, add_json, load_settings
 from mirror.cli.data_directory import layout_of, load_inventory
-from mirror.cli.listing import Column, print_rows, since_text
+from mirror.cli.listing import print_rows, since_text
 from mirror.cli.output import print_line
+from mirror.cli.table_layout import Column
 from mirror.oci.text import size_text
 
 if TYPE_CHECKING:

@@ -20,8 +20,9 @@ from mirror.cli.cleaning import (
     read_inventory_gently,
 )
 from mirror.cli.data_directory import layout_of, opened_store
-from mirror.cli.listing import Column, print_rows
+from mirror.cli.listing import print_rows
 from mirror.cli.output import UsageError, print_line
+from mirror.cli.table_layout import Column
 from mirror.oci.text import size_text
 
 if TYPE_CHECKING:
@@ -37,10 +38,10 @@ _WORDS: Final = {
 }
 """Kind of garbage -> its name for a person."""
 _GARBAGE_COLUMNS: Final = (
-    Column("WHAT", "what"),
+    Column("WHAT", "what", min_chars=16, is_sentence=True),
     Column("COUNT", "count", is_number=True),
     Column("SIZE", "bytes", size_text, is_number=True),
-    Column("RESULT", "result"),
+    Column("RESULT", "result", min_chars=16, is_sentence=True),
 )
 
 

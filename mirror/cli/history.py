@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from mirror.cli.arguments import Commands, add_config, add_json, image_name, load_settings
 from mirror.cli.data_directory import layout_of, opened_index
-from mirror.cli.listing import Column, print_rows, short_digest
+from mirror.cli.listing import print_rows
 from mirror.cli.output import UsageError, print_note
+from mirror.cli.table_layout import Column, short_digests
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.oci.text import time_text
 
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     record = asyncio.run(_read_record(layout, name.repository, name.reference))
     rows = build_rows(str(name), digests, record, lambda one: _is_here(layout, one))
     columns = (
-        Column("DIGEST", "digest", str if arguments.is_whole else short_digest),
+        Column("DIGEST", "digest", str if arguments.is_whole else short_digests),
         Column("FIRST SEEN", "first_seen"),
         Column("LAST SEEN", "last_seen"),
         Column("HERE", "is_here", lambda is_here: "yes" if is_here else "no"),

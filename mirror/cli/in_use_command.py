@@ -16,8 +16,9 @@ from typing import Any, Final
 
 from mirror.cli.arguments import load_settings
 from mirror.cli.data_directory import find_layout, opened_index
-from mirror.cli.listing import Column, print_rows
+from mirror.cli.listing import print_rows
 from mirror.cli.output import CommandFailed, print_line, print_note
+from mirror.cli.table_layout import Column
 from mirror.oci.text import age_text, printable, time_text
 from mirror.operations import in_use, kubernetes
 from mirror.operations.kubernetes import ApiServer, UsedImage
@@ -30,7 +31,7 @@ _SHOWN_NAMES: Final = 5
 _SHOWN_CHARS: Final = 200
 """Characters of a name in a message: any tenant of a cluster chooses it."""
 _LEASE_COLUMNS: Final = (
-    Column("SOURCE", "source"),
+    Column("SOURCE", "source", min_chars=20),
     Column("DIGESTS", "digests", is_number=True),
     Column("IN CACHE", "cached", is_number=True),
     Column("UNTIL", "until"),

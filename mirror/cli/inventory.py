@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from mirror.cli.listing import Column, short_digest
 from mirror.cli.output import print_note
+from mirror.cli.table_layout import Column, short_digests
 from mirror.oci.text import age_text, size_text
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def add_no_trunc(parser: argparse.ArgumentParser) -> None:
 
 def digest_column(arguments: argparse.Namespace, title: str = "DIGEST") -> Column:
     """Return the column of digests. Those of :func:`add_no_trunc` are printed whole."""
-    return Column(title, "digest", str if arguments.is_whole else short_digest)
+    return Column(title, "digest", str if arguments.is_whole else short_digests)
 
 
 def state_text(row: dict[str, Any]) -> str:

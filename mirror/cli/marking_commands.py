@@ -13,9 +13,10 @@ from typing import Any, Final
 
 from mirror.cli.arguments import load_settings
 from mirror.cli.data_directory import find_layout, opened_index
-from mirror.cli.listing import Column, print_rows, short_digest, since_text
+from mirror.cli.listing import print_rows, since_text
 from mirror.cli.messages import print_warnings
 from mirror.cli.output import print_line, print_note
+from mirror.cli.table_layout import Column, short_digests
 from mirror.config.settings import Settings
 from mirror.oci.image_name import ImageName
 from mirror.oci.reference import Digest, Repository
@@ -29,8 +30,8 @@ _SERVER_NOTE: Final = "a running server applies it within a second"
 # --- pins -----------------------------------------------------------------------------------------
 
 _PIN_COLUMNS: Final = (
-    Column("IMAGE", "image"),
-    Column("DIGEST", "digest", short_digest),
+    Column("IMAGE", "image", min_chars=24, is_name=True),
+    Column("DIGEST", "digest", short_digests),
 )
 
 
@@ -70,7 +71,10 @@ def _pin_row(pin: Pin) -> dict[str, Any]:
 
 # --- blocks ---------------------------------------------------------------------------------------
 
-_BLOCK_COLUMNS: Final = (Column("TARGET", "target"), Column("REASON", "reason"))
+_BLOCK_COLUMNS: Final = (
+    Column("TARGET", "target", min_chars=24),
+    Column("REASON", "reason", min_chars=16, is_sentence=True),
+)
 
 
 def _block(arguments: argparse.Namespace) -> int:

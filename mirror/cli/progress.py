@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from mirror.cli.listing import is_terminal, short_digest
+from mirror.cli.listing import is_terminal
+from mirror.cli.table_layout import short_digests
 from mirror.oci.text import printable
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class TerminalBars:
 
 def label_of(image: str, digest: str) -> str:
     """Return what stands in front of a bar: the last part of an image's name, and a digest."""
-    return f"{image.rpartition('/')[2][: _MAX_LABEL_CHARS - 24]} {short_digest(digest)}"
+    return f"{image.rpartition('/')[2][: _MAX_LABEL_CHARS - 24]} {short_digests(digest)}"
 
 
 @contextmanager

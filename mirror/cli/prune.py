@@ -19,8 +19,9 @@ from mirror.cli.cleaning import (
     summary,
 )
 from mirror.cli.data_directory import opened_store
-from mirror.cli.listing import Column, print_rows
+from mirror.cli.listing import print_rows
 from mirror.cli.output import UsageError, print_line
+from mirror.cli.table_layout import Column
 from mirror.oci.tag_selection import TagSelection
 from mirror.oci.text import size_text
 
@@ -31,9 +32,9 @@ if TYPE_CHECKING:
     from mirror.operations.retention import PruneRule
 
 _PRUNED_COLUMNS: Final = (
-    Column("IMAGE", "name"),
+    Column("IMAGE", "name", min_chars=24, is_name=True),
     Column("FREES", "bytes", size_text, is_number=True),
-    Column("WHY", "why"),
+    Column("WHY", "why", min_chars=20, is_sentence=True),
 )
 _MAX_KEEP_LAST: Final = 1_000_000_000
 """Most images that ``--keep-last`` can name."""

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mirror.cli.arguments import Commands, add_config, add_json, load_settings
 from mirror.cli.data_directory import layout_of
-from mirror.cli.listing import Column, print_rows
+from mirror.cli.listing import print_rows
 from mirror.cli.output import print_line
+from mirror.cli.table_layout import Column
 from mirror.oci.text import size_text, time_text
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def _signed_size(size: int) -> str:
 
 def _columns(by: str) -> tuple[Column, ...]:
     return (
-        Column(by.upper(), "name", lambda name: name or "(other)"),
+        Column(by.upper(), "name", lambda name: name or "(other)", min_chars=16, is_name=True),
         Column("REQUESTS", "requests", is_number=True),
         Column("HIT RATIO", "hit_ratio", _percent, is_number=True),
         Column("SENT", "bytes_sent", size_text, is_number=True),

@@ -161,7 +161,7 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
     ),
     "ls": _row(
         name=_TEXT,
-        kind={"enum": ["image", "referrer"]},
+        kind={"enum": ["image", "platform", "referrer"]},
         upstream=_TEXT,
         repository=_TEXT,
         tag=_TEXT_OR_NULL,

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from mirror.cli.arguments import Commands, add_config, add_json, image_name, load_settings
 from mirror.cli.exit_codes import EX_FAILED
-from mirror.cli.listing import short_digest
 from mirror.cli.messages import print_warnings
 from mirror.cli.output import UsageError, flush, print_line, print_note
 from mirror.cli.progress import Bars, label_of, open_bars
+from mirror.cli.table_layout import short_digests
 from mirror.oci.image_name import ImageName
 from mirror.oci.platform import Platform
 from mirror.oci.text import age_text, size_text
@@ -205,7 +205,7 @@ def print_report(report: ImageReport, *, is_json: bool) -> None:
     elif report.is_complete:
         added = f"{report.added} new, {size_text(report.added_bytes)}" if report.added else "no new"
         whole = f"{report.contents} contents, {size_text(report.bytes)}"
-        digest = short_digest(str(report.digest))
+        digest = short_digests(str(report.digest))
         took = age_text(report.seconds)
         print_line(f"{report.image}  complete  {digest}  {whole} ({added})  {took}")
     else:

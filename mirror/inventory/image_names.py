@@ -18,8 +18,7 @@ from itertools import islice
 from typing import Any
 
 from mirror.inventory.model import DigestText
-from mirror.oci.errors import InvalidRequest
-from mirror.oci.reference import Digest, Repository, Tag
+from mirror.oci.reference import Digest, Repository, Tag, is_digest
 from mirror.store.records import MALFORMED, NamedManifest, load_access_record, repository_of
 
 
@@ -45,9 +44,9 @@ class Name:
     repository: Repository
     tag: Tag | None
     """None: a digest that was pulled, and that no tag of the repository has now."""
-    digest: Digest
+    root: DigestText
     """The newest manifest of it on disk."""
-    current: Digest
+    current_root: DigestText
     """The manifest that the upstream has named last."""
     variant: str = ""
     """See :attr:`mirror.inventory.model.Image.variant`."""
@@ -60,8 +59,18 @@ class Name:
     def text(self) -> str:
         """The image reference, as in :attr:`mirror.inventory.model.Image.name`."""
         if self.tag is None:
-            return f"{self.repository}@{self.digest}"
+            return f"{self.repository}@{self.root}"
         return f"{self.repository}:{self.tag}"
+
+    @property
+    def digest(self) -> Digest:
+        """The newest manifest of it on disk."""
+        return Digest.parse(self.root)
+
+    @property
+    def current(self) -> Digest:
+        """The manifest that the upstream has named last."""
+        return Digest.parse(self.current_root)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,40 +94,38 @@ class Names:
         tagged: set[str] = set()
         for row in sorted(self.tags, key=lambda row: row.variant):  # Variants come last.
             repository, tag = row.repository, row.tag
-            served = frozen.get(f"{repository}:{tag}") if frozen else None
+            name = f"{repository.upstream}/{repository.path}"
+            served = frozen.get(f"{name}:{tag}") if frozen else None
             digests = row.digests if served is None else (str(served),)
             text = next((one for one in digests if one in present), None)
             if text is None:
                 continue
-            key = f"{repository}:{tag}@{text}"
+            key = f"{name}:{tag.name}@{text}"
             if key not in found:
-                digest = Digest.parse(text)
                 latest = next(iter(row.digests))
-                try:
-                    current = digest if text == latest else Digest.parse(latest)
-                except InvalidRequest:
+                if latest != text and not is_digest(latest):
                     continue
                 found[key] = Name(
                     repository=repository,
                     tag=tag,
-                    digest=digest,
-                    current=current,
+                    root=text,
+                    current_root=latest,
                     variant=row.variant,
                     checked=row.checked,
                     first_seen=_time(row.digests.get(text)),
                 )
-                tagged.add(f"{repository}@{text}")
+                tagged.add(f"{name}@{text}")
         first_seen = self._first_seen()
         for key in self.manifests:
             name, _, text = key.partition("@")
             if text in present and key not in tagged:
-                digest, untagged = Digest.parse(text), repository_of(name)
+                untagged = repository_of(name)
                 if untagged is not None:
                     found[key] = Name(
                         untagged,
                         tag=None,
-                        digest=digest,
-                        current=digest,
+                        root=text,
+                        current_root=text,
                         first_seen=_time(first_seen.get(key)),
                     )
         return list(found.values())
@@ -133,7 +140,7 @@ class Names:
 
     def media_type(self, name: Name) -> str:
         """Return the media type that a source has stated for a manifest. Empty: none has."""
-        record = load_access_record(self.manifests.get(f"{name.repository}@{name.digest}"))
+        record = load_access_record(self.manifests.get(f"{name.repository}@{name.root}"))
         return "" if record is None else record.media_type
 
     def add_saved(self, saved: Iterable[NamedManifest]) -> None:

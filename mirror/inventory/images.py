@@ -13,6 +13,7 @@ from typing import Final
 
 from mirror.config.settings import Upstream
 from mirror.inventory.image_names import Name
+from mirror.inventory.index_platforms import split_off_platforms
 from mirror.inventory.keeping import Keepers, with_referrers_kept, with_unclear_kept
 from mirror.inventory.model import (
     MANIFEST_PART_TYPES,
@@ -70,18 +71,20 @@ def build_inventory(
     """
     manifests = on_disk.manifests
     parts = {one: manifest.columns.digests for one, manifest in manifests.items()}
-    sharing = Sharing.of({str(name.digest) for name in names}, parts)
+    keepers = Keepers(marks, names, now)
+    whole, platforms = split_off_platforms(names, manifests, keepers)
+    sharing = Sharing.of({name.root for name in whole}, parts)
     sizes = _sizes(on_disk)
     restrictions = Restrictions.of_marks(marks)
-    keepers = Keepers(marks, names, now)
     builder = _Builder(on_disk, sizes, sharing, upstreams, marks, restrictions, keepers, now)
-    images = tuple(sorted(map(builder.build, names), key=_order))
+    images = tuple(sorted(map(builder.build, whole), key=image_order))
     if unclear:
         images = tuple(with_unclear_kept(images, unclear))
     marked = {*map(str, protected_roots(marks, now)), *keepers.tags}
     inventory = Inventory(
         now=now,
         images=images,
+        platforms=tuple(sorted(map(builder.build, platforms), key=image_order)),
         present=on_disk.present,
         manifests=manifests,
         sizes=sizes,
@@ -106,10 +109,11 @@ def _sizes(on_disk: OnDisk) -> dict[DigestText, int]:
     return sizes
 
 
-def _order(image: Image) -> tuple[str, str, str, str, str]:
+def image_order(image: Image) -> tuple[str, str, str, str, str]:
+    """Return the key by which images are sorted: repository, tag and digest."""
     tag = "" if image.tag is None else image.tag.name
     repository = image.repository
-    return repository.upstream, repository.path, tag, image.digest.hex, image.variant
+    return repository.upstream, repository.path, tag, image.root, image.variant
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ class _Builder:
 
     def build(self, name: Name) -> Image:
         """Build the image of a name."""
-        root = str(name.digest)
+        root = name.root
         manifest = self.on_disk.manifests.get(root)
         parts = _damaged(root) if manifest is None else _find_parts(manifest, self.on_disk)
         subject = manifest.subject if manifest is not None else None
@@ -141,8 +145,8 @@ class _Builder:
         return Image(
             repository=name.repository,
             tag=name.tag,
-            digest=name.digest,
-            current=name.current,
+            root=root,
+            current_root=name.current_root,
             variant=name.variant,
             checked=name.checked,
             first_seen=name.first_seen,
@@ -164,7 +168,7 @@ class _Builder:
         if name.tag is None or is_frozen:
             return None
         upstream = self.upstreams.get(name.repository.upstream)
-        is_current = name.current == name.digest
+        is_current = name.current_root == name.root
         return why_stale(name.checked, upstream, self.now, is_current=is_current)
 
     def _block_reason_of(self, name: Name, reached: Collection[DigestText]) -> str | None:

@@ -16,12 +16,12 @@ def image_row(inventory: Inventory, image: Image) -> dict[str, Any]:
     """Return the row of an image."""
     return {
         "name": image.name,
-        "kind": "referrer" if image.is_referrer else "image",
+        "kind": _kind_of(inventory, image),
         "upstream": image.repository.upstream,
         "repository": image.repository.path,
         "tag": image.tag.name if image.tag is not None else None,
         "digest": image.root,
-        "current_digest": str(image.current),
+        "current_digest": image.current_root,
         "platforms": list(image.platforms),
         "missing_platforms": list(image.missing_platforms),
         "size": image.size,
@@ -36,6 +36,12 @@ def image_row(inventory: Inventory, image: Image) -> dict[str, Any]:
         "subject": image.subject,
         "accept": image.variant.strip() or None,
     }
+
+
+def _kind_of(inventory: Inventory, image: Image) -> str:
+    if image.is_referrer:
+        return "referrer"
+    return "platform" if inventory.is_platform(image) else "image"
 
 
 def state_words(image: Image) -> list[str]:

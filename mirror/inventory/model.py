@@ -158,10 +158,11 @@ class Image:
     repository: Repository
     tag: Tag | None
     """None: the name is the digest."""
-    digest: Digest
-    """The manifest that the mirror has for the name."""
-    current: Digest
-    """The digest that the upstream has named last. Another one than ``digest``: it is not here."""
+    root: DigestText
+    """The digest of the manifest that the mirror has for the name."""
+    current_root: DigestText
+    """The digest that the upstream has named last. Another one than ``root``: it is not here, or
+    the tag is frozen."""
     variant: str = ""
     """Media types of the clients that get this manifest. Empty: clients that accept all."""
     checked: float | None = None
@@ -192,13 +193,18 @@ class Image:
     def name(self) -> str:
         """The image reference: ``host/path:tag`` or ``host/path@digest``."""
         if self.tag is None:
-            return f"{self.repository}@{self.digest}"
+            return f"{self.repository}@{self.root}"
         return f"{self.repository}:{self.tag}"
 
     @property
-    def root(self) -> DigestText:
-        """The digest of its manifest, as text."""
-        return str(self.digest)
+    def digest(self) -> Digest:
+        """The digest :attr:`root`."""
+        return Digest.parse(self.root)
+
+    @property
+    def current(self) -> Digest:
+        """The digest :attr:`current_root`."""
+        return Digest.parse(self.current_root)
 
     @property
     def is_complete(self) -> bool:
@@ -228,7 +234,10 @@ class Inventory:
     now: float
     """When it was read, in seconds since the epoch."""
     images: tuple[Image, ...]
-    """All names whose manifest is on disk, by repository, tag and digest."""
+    """All names whose manifest is on disk, by repository, tag and digest, without `platforms`."""
+    platforms: tuple[Image, ...]
+    """Digests that are only a part of an image index of their repository, in the same order (see
+    :mod:`mirror.inventory.index_platforms`)."""
     present: Set[DigestText]
     """All whole content on disk."""
     manifests: Mapping[DigestText, StoredManifest] = field(repr=False)
@@ -317,24 +326,39 @@ class Inventory:
     def find(self, name: ImageName) -> list[Image]:
         """Return the images of a name: of its tag, of its digest, or of the whole repository.
 
-        A digest also finds the tags that have it.
+        A digest also finds the tags that have it, or the platform of an index that it is.
         """
         images = [image for image in self.images if image.repository == name.repository]
         match name.reference:
             case None:
                 return images
             case Digest() as digest:
-                return [image for image in images if image.digest == digest]
+                text = str(digest)
+                return [image for image in images if image.root == text] or [
+                    image
+                    for image in self.platforms
+                    if image.repository == name.repository and image.root == text
+                ]
             case Tag() as tag:
                 return [image for image in images if image.tag == tag]
 
-    def match(self, pattern: str) -> list[Image]:
-        """Return the images whose name a shell-style pattern matches.
+    def is_platform(self, image: Image) -> bool:
+        """Return whether an image is one of :attr:`platforms`."""
+        return image in self._platforms
 
-        The pattern may leave out the tag, the upstream, and ``docker.io/library/``. Its ``*`` also
-        stands for ``/``.
-        """
-        return [image for image in self.images if is_named(image, pattern)]
+    @cached_property
+    def _platforms(self) -> Set[Image]:
+        return frozenset(self.platforms)
+
+    def wholes_of(self, platform: Image) -> list[Image]:
+        """Return the indexes that one of :attr:`platforms` is a part of."""
+        return [
+            image
+            for image in self.images
+            if image.repository == platform.repository
+            and not image.is_referrer
+            and platform.root in self.sharing.reached(image.root)
+        ]
 
     # --- who shares -------------------------------------------------------------------------------
 
@@ -392,7 +416,7 @@ class Inventory:
     def unique_of(self, image: Image) -> int:
         """Return the bytes that go if this name goes, with its referrers (:meth:`freed_by`)."""
         root = image.root
-        if len(self.names_by_root[root]) > 1:
+        if self.is_platform(image) or len(self.names_by_root[root]) > 1:
             return 0
         if self._referrers:
             return self.size_of(self.freed_by([image]))

@@ -62,7 +62,7 @@ def read_inventory(
             ) from None
     frozen = {freeze.name: freeze.digest for freeze in marks.freezes.values()}
     found = names.images(present, frozen)
-    by_root = {str(name.digest): name for name in found}
+    by_root = {name.root: name for name in found}
 
     def stated_type(root: DigestText) -> str:
         return names.media_type(by_root[root]) if root in by_root else ""

@@ -30,3 +30,8 @@ def subject_of_tag(tag: Tag, present: Iterable[DigestText]) -> DigestText | None
     if text.startswith("sha256:"):
         return text
     return next((one for one in present if one.startswith(text)), None)
+
+
+def is_subject_tag(tag: Tag) -> bool:
+    """Return whether a tag names the content that its manifest belongs to."""
+    return parse_referrers_tag(tag.name) is not None

@@ -139,6 +139,12 @@ class Tag:
         return self.name
 
 
+def is_digest(raw: str) -> bool:
+    """Return whether :meth:`Digest.parse` reads ``raw``."""
+    match = _DIGEST.fullmatch(raw)
+    return match is not None and len(match["hex"]) == _HEX_LENGTH[match["algorithm"]]
+
+
 Reference: TypeAlias = Tag | Digest
 
 

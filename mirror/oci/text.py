@@ -57,7 +57,7 @@ def time_text(seconds: float | None) -> str | None:
 
 @lru_cache(10_000)  # The images of a pull were used in the same second, and a listing has 100,000.
 def _whole_time_text(seconds: int) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return f"{datetime.fromtimestamp(seconds, UTC).isoformat()[:19]}Z"
 
 
 def age_text(seconds: float) -> str:

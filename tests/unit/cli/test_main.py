@@ -10,9 +10,11 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import product
 from pathlib import Path
 from threading import Thread
+from types import ModuleType
 
 import pytest
 
+from mirror import __main__ as entry_point
 from mirror import __version__, processes
 from mirror.cli.main import main
 from mirror.config.settings import Settings
@@ -262,3 +264,15 @@ def test_healthcheck_with_a_malformed_listen_address_exits_with_78(
     monkeypatch.setenv("OCI_MIRROR_LISTEN", ":5100")
     assert main(["healthcheck"]) == 78
     assert "OCI_MIRROR_LISTEN" in capsys.readouterr().err
+
+
+def test_interrupt_during_the_imports_is_130_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupted(ModuleType):
+        def __getattr__(self, name: str) -> object:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "mirror.cli.main", Interrupted("mirror.cli.main"))
+    assert entry_point.main() == 130
+    assert capsys.readouterr() == ("", "")
