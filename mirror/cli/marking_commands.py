@@ -20,7 +20,7 @@ from mirror.cli.table_layout import Column, short_digests
 from mirror.config.settings import Settings
 from mirror.oci.image_name import ImageName
 from mirror.oci.reference import Digest, Repository
-from mirror.oci.text import time_text
+from mirror.oci.text import count_text, time_text
 from mirror.operations import marking
 from mirror.store.layout import Layout
 from mirror.store.marks import Block, Freeze, Pin, read_marks
@@ -163,8 +163,8 @@ def _rollback(arguments: argparse.Namespace) -> int:
     _report([row], [f"frozen {one.name} at {one.digest}: {_SERVER_NOTE}"], arguments)
     if done.missing:
         print_note(
-            f"{done.missing} parts of it are not here. The upstream has the image, so they are "
-            "fetched when a client asks for them"
+            f"{count_text(done.missing, 'part')} missing here. The upstream has the image, and a "
+            "client that asks for it gets them"
         )
     return 0
 

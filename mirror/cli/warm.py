@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from mirror.cli.arguments import Commands, add_config, add_json, image_name, load_settings
 from mirror.cli.exit_codes import EX_FAILED
+from mirror.cli.listing import print_text
 from mirror.cli.messages import print_warnings
 from mirror.cli.output import UsageError, flush, print_line, print_note
 from mirror.cli.progress import Bars, label_of, open_bars
 from mirror.cli.table_layout import short_digests
 from mirror.oci.image_name import ImageName
 from mirror.oci.platform import Platform
-from mirror.oci.text import age_text, size_text
+from mirror.oci.text import age_text, count_text, size_text
 
 if TYPE_CHECKING:
     from mirror.config.settings import Settings
@@ -204,10 +205,10 @@ def print_report(report: ImageReport, *, is_json: bool) -> None:
         print_line(json.dumps(warm_row(report)))
     elif report.is_complete:
         added = f"{report.added} new, {size_text(report.added_bytes)}" if report.added else "no new"
-        whole = f"{report.contents} contents, {size_text(report.bytes)}"
+        whole = f"{count_text(report.contents, 'content')}, {size_text(report.bytes)}"
         digest = short_digests(str(report.digest))
         took = age_text(report.seconds)
-        print_line(f"{report.image}  complete  {digest}  {whole} ({added})  {took}")
+        print_text(f"{report.image}  complete  {digest}  {whole} ({added})  {took}", indent=4)
     else:
         print_note(f"{report.image}: {report.error}")
     if report.is_complete and report.missing_platforms:

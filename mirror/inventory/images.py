@@ -29,7 +29,7 @@ from mirror.inventory.sharing import Sharing
 from mirror.inventory.staleness import why_stale
 from mirror.inventory.subjects import subject_of_tag
 from mirror.oci.reference import Digest
-from mirror.pull.admission import Restrictions
+from mirror.pull.admission import BLOCKED, Restrictions
 from mirror.store.marks import Marks, protected_roots
 
 _FROZEN: Final = "frozen"
@@ -169,10 +169,10 @@ class _Builder:
             return None
         upstream = self.upstreams.get(name.repository.upstream)
         is_current = name.current_root == name.root
-        return why_stale(name.checked, upstream, self.now, is_current=is_current)
+        return why_stale(name.checked, upstream, is_current=is_current)
 
     def _block_reason_of(self, name: Name, reached: Collection[DigestText]) -> str | None:
-        """Return why an image is blocked. None: it is not."""
+        """Return the operator's reason for a block. Empty: none was given. None: no block."""
         if not self.marks.blocks:
             return None
         reason = self.restrictions.reason_for(name.repository, name.tag or name.digest)
@@ -181,7 +181,7 @@ class _Builder:
             blocked = self.restrictions.digests
             digests = map(Digest.parse, reached)
             reason = next((blocked[one] for one in digests if one in blocked), None)
-        return reason
+        return None if reason is None else reason.removeprefix(BLOCKED).removeprefix(": ")
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ def image_row(inventory: Inventory, image: Image) -> dict[str, Any]:
         "missing_parts": len(image.missing),
         "missing_bytes": sum([part.size for part in image.missing]),
         "stale_why": image.stale,
-        "blocked_why": image.block_reason,
+        "blocked_why": image.block_reason or None,
         "subject": image.subject,
         "accept": image.variant.strip() or None,
     }

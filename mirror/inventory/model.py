@@ -180,10 +180,11 @@ class Image:
     missing: tuple[ManifestPart, ...] = ()
     """Content that a client would have to wait for: parts of platforms that are here."""
     stale: str | None = None
-    """Why the upstream is asked before the tag is served again. None: it is fresh, or a digest."""
+    """Why the upstream has not confirmed the digest of the tag. None: it has, or it is no tag."""
     marks: tuple[str, ...] = ()
     """``pinned``, ``frozen``, ``leased``, ``blocked``."""
     block_reason: str | None = None
+    """The operator's reason for a block. Empty: none was given. None: it is not blocked."""
     keeper: Keeper | None = None
     """Why it is not removed. None: it may be."""
     subject: DigestText | None = None

@@ -219,7 +219,7 @@ def test_rollback_to_an_incomplete_image_of_the_upstream_says_what_is_missing(
     filled.layout.blob(Digest.of(LAYERS[0])).unlink()
     [row] = filled.rows("rollback", "app", "--to", str(Digest.of(OLD)))
     assert row["missing"] == 1
-    assert "1 parts of it are not here" in filled.notes
+    assert "1 part missing here" in filled.notes
 
 
 def test_directory_without_a_mirror_is_not_created(
