@@ -10,7 +10,7 @@ import json
 from typing import TYPE_CHECKING, Any, Final
 
 from mirror.cli.arguments import Commands, add_config, add_json, load_settings
-from mirror.cli.data_directory import layout_of
+from mirror.cli.data_directory import find_layout
 from mirror.cli.output import UsageError, print_line, print_note
 from mirror.observability.events import Outcome
 from mirror.oci.errors import InvalidRequest
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.last < 1:
         raise UsageError("--last must be at least 1")
     settings = load_settings(arguments)
-    with open_history(layout_of(settings)) as history:
+    with open_history(find_layout(settings)) as history:
         pulls = _find_pulls(history, arguments)
     # The rows of several processes are a second apart.
     pulls.sort(key=lambda pull: pull.at, reverse=True)

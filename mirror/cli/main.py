@@ -9,9 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Final
 
 from mirror import __version__
@@ -29,6 +27,7 @@ from mirror.cli.output import (
     CommandFailed,
     OutputError,
     UsageError,
+    describe_fault,
     discard_output,
     flush,
     print_line,
@@ -69,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         code = EX_INTERRUPTED
     except Exception as error:
-        code = _fail(_describe_fault(error), EX_SOFTWARE)
+        code = _fail(describe_fault(error), EX_SOFTWARE)
     discard_output()
     return code
 
@@ -82,13 +81,6 @@ def _run(argv: Sequence[str] | None) -> int:
         return stop.code if isinstance(stop.code, int) else EX_USAGE
     code: int = arguments.run(arguments)
     return code
-
-
-def _describe_fault(error: Exception) -> str:
-    """Return the place and the text of an exception that is a fault in our code."""
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
-    return f"internal fault{where}: {type(error).__name__}: {error}"
 
 
 def _fail(text: str, code: int) -> int:

@@ -200,7 +200,10 @@ def test_fallback_of_no_client_is_an_endpoint_that_is_for_the_mirror(name: str) 
         ("nerdctl", 'server = "http://reg.example:5000"'),
         ("podman", 'location = "reg.example:5000"\ninsecure = true'),
         ("crio", 'location = "reg.example:5000"\ninsecure = true'),
-        ("buildkit", '[registry."reg.example:5000"]\n  mirrors = ["mirror.example"]\n  http = true'),
+        (
+            "buildkit",
+            '[registry."reg.example:5000"]\n  mirrors = ["mirror.example"]\n  http = true',
+        ),
         ("kaniko", "--insecure-registry=reg.example:5000"),
         ("k3s", "- https://mirror.example\n    - http://reg.example:5000"),
         ("rke2", "- https://mirror.example\n    - http://reg.example:5000"),
