@@ -10,7 +10,8 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import Final
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
 
 from mirror import __version__
 from mirror.cli.arguments import add_config_or_file, config_or_file
@@ -37,6 +38,9 @@ from mirror.config.load import ValueOrigins, load, load_with_origins
 from mirror.config.settings import Settings
 from mirror.oci.errors import ConfigError, MirrorError
 from mirror.oci.text import printable
+
+if TYPE_CHECKING:
+    from mirror.processes import CannotListen
 
 _EPILOG: Final = (
     "exit codes: 0 success, 1 failure (address in use, not healthy, a file exists and differs), "
@@ -178,9 +182,31 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     settings = load_checked()
     # Imported here: no other command needs it, and its prometheus_client reads the environment.
-    from mirror.processes import run
+    from mirror import processes
 
-    return run(settings, load_checked)
+    try:
+        return processes.run(settings, load_checked)
+    except processes.CannotListen as error:
+        raise CommandFailed(_describe_listen_failure(settings, error)) from None
+
+
+def _describe_listen_failure(settings: Settings, error: CannotListen) -> str:
+    """Return why the server cannot listen, and what to do."""
+    if not error.is_in_use:
+        return str(error)
+    # Imported here: its HTTP client is slow to import.
+    from mirror.cli.health import own_url
+    from mirror.cli.own_server import OwnServer
+
+    program = "another program"
+    with suppress(OSError, ValueError):
+        url = own_url(error.address, has_tls=settings.tls is not None)
+        if OwnServer(url.removesuffix("/healthz")).get("/healthz").is_ours:
+            program = "an oci-mirror"
+    return (
+        f"{error.key}: {error.address}: {program} listens there already (ss -ltnp shows its "
+        f"process): stop it, or change {error.key}"
+    )
 
 
 def _check_config(arguments: argparse.Namespace) -> int:
