@@ -132,13 +132,16 @@ def _parser(name: str | None = None) -> argparse.ArgumentParser:
         "check-config",
         help="validate a configuration and print the effective settings",
         description="Reads FILE and the environment as `serve` does, checks the files that "
-        "they name, and prints the whole configuration without secrets.",
+        "they name, and prints what differs from the defaults, without secrets.",
     )
     add_config_or_file(checking)
     checking.add_argument(
         "--online",
         action="store_true",
         help="ask each endpoint once, and print the results in place of the configuration",
+    )
+    checking.add_argument(
+        "--all", dest="is_all", action="store_true", help="print the keys with their defaults, too"
     )
     checking.set_defaults(run=_check_config)
 
@@ -223,7 +226,9 @@ def _check_config(arguments: argparse.Namespace) -> int:
     # Imported here, as in `_check`.
     from mirror.cli.check import effective
 
-    print_line(effective(settings).rstrip("\n"))
+    if not arguments.is_all:
+        print_line("# Without the keys that have their defaults. All keys: --all")
+    print_line(effective(settings, has_defaults=arguments.is_all).rstrip("\n"))
     return 0
 
 
