@@ -78,7 +78,13 @@ class CannotListen(Exception):
     """A socket cannot be bound."""
 
     def __init__(self, key: str, address: str, error: OSError) -> None:
-        """State the key of the configuration, its value, and why it cannot be used."""
+        """State why the address cannot be used.
+
+        Args:
+            key: The key of the configuration.
+            address: Its value.
+            error: What the system answered.
+        """
         super().__init__(f"{key}: {address}: {error.strerror}")
         self.key = key
         self.address = address

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Final
 
 _STANDARD_STREAMS: Final = (0, 1, 2)
+"""Descriptors of the standard input, output and error (stdin(3))."""
 
 
 def watch_terminal() -> Callable[[], bool]:

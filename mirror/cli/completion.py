@@ -20,7 +20,7 @@ SHELLS: Final = {
     "fish": "~/.config/fish/completions/oci-mirror.fish",
 }
 """Shell -> where its completion is usually written."""
-_HEADER: Final = re.compile(r"^# AUTOMATICALLY GENERATED .*\n(?:#.*\n)*", re.MULTILINE)
+_SHTAB_HEADER: Final = re.compile(r"^# AUTOMATICALLY GENERATED .*\n(?:#.*\n)*", re.MULTILINE)
 """The header of shtab. It names other files than our documents do."""
 _FILE_PLACEHOLDERS: Final = frozenset({"FILE", "LIST"})
 """Placeholders (``metavar``) of arguments that are files."""
@@ -62,7 +62,7 @@ def print_completion(arguments: argparse.Namespace) -> int:
         f"# Write it to {SHELLS[shell]} and start a new shell.\n"
     )
     script = shtab.complete(parser, shell=shell).rstrip("\n")
-    print_line(_HEADER.sub(lambda match: header, script, count=1))
+    print_line(_SHTAB_HEADER.sub(lambda match: header, script, count=1))
     return 0
 
 

@@ -165,7 +165,7 @@ _HUB: Final = "docker.io"
 _REGISTRY: Final = re.compile(
     r"localhost|[a-z0-9-]+(?:\.[a-z0-9-]+)+(?::[0-9]+)?|[a-z0-9-]+:[0-9]+"
 )
-_MAX_SHOWN_CHARS: Final = 255
+_MAX_REGISTRY_CHARS: Final = 255
 """Characters of a registry's name in an error: as many as DNS allows."""
 _MAX_QUERY_PARAMETERS: Final = 32
 """Parameters in one query. Clients send three; the limit bounds the work for a hostile query."""
@@ -295,7 +295,7 @@ def _find_repository(
 
 
 def _not_configured(name: str) -> NameUnknown:
-    shown = printable(name, _MAX_SHOWN_CHARS)
+    shown = printable(name, _MAX_REGISTRY_CHARS)
     return NameUnknown(f"this mirror is not configured for {shown}: add it to its upstreams")
 
 
