@@ -37,6 +37,7 @@ from mirror.operations.retention_job import RetentionJob
 from mirror.pull.marks_watch import WATCH_INTERVAL_S
 from mirror.single_flight import SingleFlight
 from mirror.store.layout import Layout
+from mirror.terminal import watch_terminal
 from mirror.threads import HangingCalls, call_soon_from_any_thread, on_running_loop
 from mirror.web.handler import Handler
 from mirror.web.health import Health
@@ -143,6 +144,7 @@ async def run_worker(
     if worker is not None and worker.predecessor is not None:
         pid, code = worker.predecessor
         emit(LogMessage("error", "a worker ended", (("pid", pid), ("code", code))))
+    is_terminal_closed = watch_terminal()
     stop = asyncio.Event()
     for number in STOP_SIGNALS:
         loop.add_signal_handler(number, stop.set)
@@ -153,7 +155,18 @@ async def run_worker(
         ):
             if worker is not None:
                 _watch_supervisor(worker, running, stop, emit)
-            _reload_at_hangup(running, load, lines, metrics.add_upstreams, emit)
+            requested = _reload_at_requests(running, load, lines, metrics.add_upstreams, emit)
+
+            def on_hangup() -> None:
+                if is_terminal_closed():
+                    emit(LogMessage("info", "the terminal was closed: the server stops"))
+                    stop.set()
+                else:
+                    requested.set()
+
+            loop.add_signal_handler(signal.SIGHUP, on_hangup)
+            # It is blocked until now (mirror.processes.run), so none is lost.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGHUP,))
             fields = (
                 ("version", __version__),
                 ("listen", settings.listen),
@@ -212,18 +225,15 @@ def _watch_supervisor(
     loop.add_reader(worker.supervisor_alive, on_supervisor_ended)
 
 
-def _reload_at_hangup(
+def _reload_at_requests(
     running: RunningServer,
     load: Callable[[], Settings],
     lines: LogWriter,
     add_upstreams: Callable[[Collection[str]], None],
     emit: Observer,
-) -> None:
-    """Read the configuration again at each ``SIGHUP``, in the background.
-
-    The signal is blocked until now (:func:`mirror.processes.run`), so none is lost.
-    """
-    loop, requested = asyncio.get_running_loop(), asyncio.Event()
+) -> asyncio.Event:
+    """Read the configuration again, in the background, each time the returned event is set."""
+    requested = asyncio.Event()
 
     # The file's disk may hang. The end of the process does not wait for such a call.
     loading = HangingCalls("reload", limit=1)
@@ -251,8 +261,7 @@ def _reload_at_hangup(
                 emit(LogMessage("error", "the configuration was not applied", why))
 
     running.mirror.single_flight.run(("reload",), reload_at_requests)
-    loop.add_signal_handler(signal.SIGHUP, requested.set)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGHUP,))
+    return requested
 
 
 @dataclass(slots=True)

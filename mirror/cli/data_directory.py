@@ -44,9 +44,15 @@ def find_layout(settings: Settings) -> Layout:
     """
     layout = layout_of(settings)
     if not (layout.root / _MARKER).exists():
+        relative = ""
+        if not os.path.isabs(settings.data_dir):
+            relative = (
+                f" (data_dir {settings.data_dir} is relative to the working directory, and the "
+                "server may have another one)"
+            )
         raise CommandFailed(
-            f"{layout.root} is no data directory of a mirror: start the server once, or name its "
-            "configuration by --config"
+            f"{layout.root} is no data directory of a mirror{relative}: start the server once, or "
+            "name its configuration by --config"
         )
     return layout
 

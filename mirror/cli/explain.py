@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from mirror.cli.arguments import Commands, add_config, add_json, load_settings
-from mirror.cli.data_directory import layout_of
+from mirror.cli.data_directory import find_layout
 from mirror.cli.inventory import add_no_trunc
 from mirror.cli.listing import print_text
 from mirror.cli.output import UsageError, print_line, print_note
@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
     settings = load_settings(arguments)
     by_request = arguments.is_json or arguments.by_request
     number = arguments.last * (1 if by_request else _REQUESTS_OF_PULL)
-    with open_history(layout_of(settings)) as history:
+    with open_history(find_layout(settings)) as history:
         pulls = _find_pulls(history, arguments, number)
         begin = None if pulls else history.begin()
     # The rows of several processes are a second apart.

@@ -11,7 +11,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from mirror.cli.arguments import Commands, add_config, add_json, image_name, load_settings
-from mirror.cli.data_directory import layout_of, opened_index
+from mirror.cli.data_directory import find_layout, opened_index
 from mirror.cli.listing import print_rows
 from mirror.cli.output import UsageError, print_note
 from mirror.cli.table_layout import Column, short_digests
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     name = arguments.image.with_default_tag()
     if not isinstance(name.reference, Tag):
         raise UsageError(f"{name} is a digest, which never changes: name a tag")
-    layout = layout_of(load_settings(arguments))
+    layout = find_layout(load_settings(arguments))
     with open_history(layout) as history:
         digests = history.tag_digests(name.repository, name.reference)
     record = asyncio.run(_read_record(layout, name.repository, name.reference))

@@ -9,10 +9,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import traceback
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Final
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
 
 from mirror import __version__
 from mirror.cli.arguments import add_config_or_file, config_or_file
@@ -29,6 +28,7 @@ from mirror.cli.output import (
     CommandFailed,
     OutputError,
     UsageError,
+    describe_fault,
     discard_output,
     flush,
     print_line,
@@ -38,6 +38,9 @@ from mirror.config.load import ValueOrigins, load, load_with_origins
 from mirror.config.settings import Settings
 from mirror.oci.errors import ConfigError, MirrorError
 from mirror.oci.text import printable
+
+if TYPE_CHECKING:
+    from mirror.processes import CannotListen
 
 _EPILOG: Final = (
     "exit codes: 0 success, 1 failure (address in use, not healthy, a file exists and differs), "
@@ -69,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         code = EX_INTERRUPTED
     except Exception as error:
-        code = _fail(_describe_fault(error), EX_SOFTWARE)
+        code = _fail(describe_fault(error), EX_SOFTWARE)
     discard_output()
     return code
 
@@ -82,13 +85,6 @@ def _run(argv: Sequence[str] | None) -> int:
         return stop.code if isinstance(stop.code, int) else EX_USAGE
     code: int = arguments.run(arguments)
     return code
-
-
-def _describe_fault(error: Exception) -> str:
-    """Return the place and the text of an exception that is a fault in our code."""
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
-    return f"internal fault{where}: {type(error).__name__}: {error}"
 
 
 def _fail(text: str, code: int) -> int:
@@ -136,13 +132,16 @@ def _parser(name: str | None = None) -> argparse.ArgumentParser:
         "check-config",
         help="validate a configuration and print the effective settings",
         description="Reads FILE and the environment as `serve` does, checks the files that "
-        "they name, and prints the whole configuration without secrets.",
+        "they name, and prints what differs from the defaults, without secrets.",
     )
     add_config_or_file(checking)
     checking.add_argument(
         "--online",
         action="store_true",
         help="ask each endpoint once, and print the results in place of the configuration",
+    )
+    checking.add_argument(
+        "--all", dest="is_all", action="store_true", help="print the keys with their defaults, too"
     )
     checking.set_defaults(run=_check_config)
 
@@ -186,9 +185,31 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     settings = load_checked()
     # Imported here: no other command needs it, and its prometheus_client reads the environment.
-    from mirror.processes import run
+    from mirror import processes
 
-    return run(settings, load_checked)
+    try:
+        return processes.run(settings, load_checked)
+    except processes.CannotListen as error:
+        raise CommandFailed(_describe_listen_failure(settings, error)) from None
+
+
+def _describe_listen_failure(settings: Settings, error: CannotListen) -> str:
+    """Return why the server cannot listen, and what to do."""
+    if not error.is_in_use:
+        return str(error)
+    # Imported here: its HTTP client is slow to import.
+    from mirror.cli.health import own_url
+    from mirror.cli.own_server import OwnServer
+
+    program = "another program"
+    with suppress(OSError, ValueError):
+        url = own_url(error.address, has_tls=settings.tls is not None)
+        if OwnServer(url.removesuffix("/healthz")).get("/healthz").is_ours:
+            program = "an oci-mirror"
+    return (
+        f"{error.key}: {error.address}: {program} listens there already (ss -ltnp shows its "
+        f"process): stop it, or change {error.key}"
+    )
 
 
 def _check_config(arguments: argparse.Namespace) -> int:
@@ -205,7 +226,9 @@ def _check_config(arguments: argparse.Namespace) -> int:
     # Imported here, as in `_check`.
     from mirror.cli.check import effective
 
-    print_line(effective(settings).rstrip("\n"))
+    if not arguments.is_all:
+        print_line("# Without the keys that have their defaults. All keys: --all")
+    print_line(effective(settings, has_defaults=arguments.is_all).rstrip("\n"))
     return 0
 
 

@@ -12,6 +12,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from mirror.cli.arguments import Commands, add_config, add_json, image_name, load_settings
+from mirror.cli.data_directory import find_layout
 from mirror.cli.exit_codes import EX_FAILED
 from mirror.cli.messages import print_warnings
 from mirror.cli.output import print_line, print_note
@@ -44,6 +45,7 @@ def add_parser(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     settings = load_settings(arguments)
+    find_layout(settings)
     images = [image.with_default_tag() for image in arguments.images]
     is_good = asyncio.run(_refresh_all(settings, images, is_json=arguments.is_json))
     return 0 if is_good else EX_FAILED

@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from mirror.cli.arguments import Commands, add_config, add_json, load_settings
-from mirror.cli.data_directory import layout_of
+from mirror.cli.data_directory import find_layout
 from mirror.cli.listing import print_rows, print_text
 from mirror.cli.output import print_line
 from mirror.cli.table_layout import Column
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     from mirror.history.sums import build_savings, build_total
 
     settings, now = load_settings(arguments), time.time()
-    with open_history(layout_of(settings)) as history:
+    with open_history(find_layout(settings)) as history:
         counts = history.counts(now - _PERIODS[arguments.last], now)
         trace = history.access_trace()
     begin = time_text(min((count.start for count in counts), default=None))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mirror.cli.arguments import Commands, add_config, add_json, image_name, load_settings
+from mirror.cli.data_directory import find_layout
 from mirror.cli.exit_codes import EX_FAILED
 from mirror.cli.listing import print_text
 from mirror.cli.messages import print_warnings
@@ -107,6 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.images and not arguments.file and not arguments.from_manifests:
         raise UsageError("name an image, or give --file or --from-manifests")
     settings = load_settings(arguments)
+    find_layout(settings)
     found = read_lists(arguments.images, arguments.file, arguments.from_manifests)
     for problem in found.problems:
         print_note(problem)

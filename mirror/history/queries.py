@@ -94,7 +94,17 @@ def _connect(path: Path | None) -> sqlite3.Connection:
     has_log = path.with_name(f"{path.name}-wal").exists()
     mode = "mode=ro" if has_log else "mode=ro&immutable=1"
     uri = f"{path.absolute().as_uri()}?{mode}"
-    return sqlite3.connect(uri, uri=True, timeout=_READ_TIMEOUT_S, check_same_thread=False)
+    connection = sqlite3.connect(uri, uri=True, timeout=_READ_TIMEOUT_S, check_same_thread=False)
+    try:
+        (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+    except BaseException:
+        connection.close()
+        raise
+    if tables:
+        return connection
+    # Another process creates the file at this moment, and will write its tables at once.
+    connection.close()
+    return _connect(None)
 
 
 class HistoryReader:

@@ -23,6 +23,7 @@ from prometheus_client import (
     Counter,
     Gauge,
     Histogram,
+    disable_created_metrics,
     generate_latest,
     multiprocess,
     values,
@@ -33,6 +34,8 @@ from mirror.observability import events
 from mirror.observability.events import Event, Kind, Outcome, RequestRecord
 from mirror.threads import Schedule, run_in_thread
 
+disable_created_metrics()  # type: ignore[no-untyped-call]  # theirs: doubles the counters' series
+
 _Mode: TypeAlias = Literal["mostrecent", "livesum", "livemax"]
 
 NO_UPSTREAM: Final = "none"
@@ -42,13 +45,7 @@ _BUCKETS_S: Final = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5,
 # The values of the label ``reason``, or ``where``. Any other value is counted as "other".
 _EVICTION_REASONS: Final = ("quota", "disk", "corrupt", "removed")
 _UNCACHED_REASONS: Final = (
-    "full",
-    "readonly",
-    "descriptors",
-    "io",
-    "stalled",
-    "handover",
-    "removed",
+    *("full", "readonly", "descriptors", "io", "stalled", "handover", "removed"),
 )
 _MISMATCH_ORIGINS: Final = ("upstream", "resume", "disk")
 
@@ -262,14 +259,7 @@ class MetricsObserver:
         self._requests_by: dict[tuple[str, Kind, Outcome], Counter] = {}
         self._sent_by: dict[str, Counter] = {}
         self._fetched_by: dict[str, Counter] = {}
-        self._durations_by = {
-            (kind, outcome): (
-                self._first_byte.labels(kind.value, outcome.value),
-                self._duration.labels(kind.value, outcome.value),
-            )
-            for kind in Kind
-            for outcome in Outcome
-        }
+        self._durations_by: dict[tuple[Kind, Outcome], tuple[Histogram, Histogram]] = {}
         self._start_at_zero()
         self._add_upstream(NO_UPSTREAM)
         self.add_upstreams(upstreams)
@@ -430,7 +420,7 @@ class MetricsObserver:
         for (name, kind, outcome), pulls in batches.items():
             upstream = self._upstream(name)
             self._requests_by[upstream, kind, outcome].inc(len(pulls))
-            first_byte, duration = self._durations_by[kind, outcome]
+            first_byte, duration = self._durations_of(kind, outcome)
             _observe_all(
                 first_byte, [p.duration if p.first_byte is None else p.first_byte for p in pulls]
             )
@@ -441,6 +431,15 @@ class MetricsObserver:
             incomplete = sum(pull.bytes_sent > 0 and not pull.is_complete for pull in pulls)
             if incomplete:
                 self._incomplete.labels(upstream).inc(incomplete)
+
+    def _durations_of(self, kind: Kind, outcome: Outcome) -> tuple[Histogram, Histogram]:
+        """Return the histograms of such requests. They have too many series to create them all."""
+        found = self._durations_by.get((kind, outcome))
+        if found is None:
+            labels = kind.value, outcome.value
+            found = self._first_byte.labels(*labels), self._duration.labels(*labels)
+            self._durations_by[kind, outcome] = found
+        return found
 
     def _exchange_ended(self, event: events.ExchangeEnded) -> None:
         name = self._upstream(event.upstream)

@@ -52,6 +52,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "config.reload": {"config.settings"},
     "config.load": {"config.settings", "config.values", "oci"},
     "single_flight": {"oci"},
+    "terminal": set(),
     "threads": set(),
     "store": {"store", *SHARED},
     "upstream": {"upstream", *SHARED},
@@ -78,9 +79,12 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         *("admin", "composition", "config.values", "history", "inventory", "operations", "pull"),
         *("store", "web.client_socket", *SHARED),
     },
-    "server": {"server", "admin", "composition", "operations", "config.reload", *BELOW_SERVER},
+    "server": {
+        *("server", "admin", "composition", "operations", "config.reload", "terminal"),
+        *BELOW_SERVER,
+    },
     "processes": {
-        *("admin", "server", "config.reload", "observability.metrics", *SHARED),
+        *("admin", "server", "config.reload", "observability.metrics", "terminal", *SHARED),
     },
     "cli": {"cli", "operations", "inventory", "composition", "processes", *LOADING, *BELOW_SERVER},
     "__main__": {"cli"},

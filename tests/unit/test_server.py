@@ -268,5 +268,8 @@ def test_second_server_on_the_port_of_workers_fails_with_one_line(two_workers: M
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert result.returncode == 1
     assert result.stdout == ""
-    assert result.stderr == f"listen: {mirror.host}: Address already in use\n"
+    assert result.stderr == (
+        f"oci-mirror: listen: {mirror.host}: an oci-mirror listens there already (ss -ltnp shows "
+        "its process): stop it, or change listen\n"
+    )
     assert mirror.ask("/readyz").status == 200

@@ -21,9 +21,9 @@ from typing import Final
 
 from mirror.cli.doctor.findings import Checked, Finding
 from mirror.cli.health import WILDCARD_ADDRESSES, own_url
-from mirror.cli.own_server import OwnServer
+from mirror.cli.own_server import OwnServer, failure_text
 from mirror.config.settings import Settings, Storage
-from mirror.config.values import split_host
+from mirror.config.values import is_loopback_only, split_host
 from mirror.oci.errors import MirrorError
 from mirror.oci.text import size_text
 
@@ -230,7 +230,9 @@ def _damage_of(database: Path, clock: Callable[[], float]) -> str | None:
         return None if is_late else str(error)
     except sqlite3.Error as error:
         return str(error)
-    return None if result == "ok" else str(result)
+    # "*** in database main ***" is a heading, in a line before what was found.
+    found = [line for line in str(result).splitlines() if not line.startswith("***")]
+    return None if result == "ok" else ", ".join(found)
 
 
 def check_marks(path: Path, read: Callable[[], object]) -> Finding:
@@ -262,7 +264,7 @@ def check_port(settings: Settings) -> Finding:
         return _check_free(subject, settings.listen)
     except (OSError, ValueError) as error:
         return subject.problem(
-            f"the program that listens there gives no usable response: {error}",
+            f"the program that listens there gives no usable response: {failure_text(error)}",
             "see which program it is (ss -ltnp), and stop it or change listen",
         )
     if not response.is_ours:
@@ -273,6 +275,11 @@ def check_port(settings: Settings) -> Finding:
     if response.status != 200:
         return subject.problem(
             f"the server responds with {response.status}", "read the log of the server"
+        )
+    if is_loopback_only(settings.listen):
+        return subject.ok(
+            "the server listens there, for this machine only: for other nodes, set listen to an "
+            "address of the network"
         )
     return subject.ok("the server listens there")
 

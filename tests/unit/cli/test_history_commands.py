@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from mirror.store.image_layout import Draft
 from mirror.store.index import Index
 from mirror.store.layout import Layout
 from mirror.store.records import NamedManifest, PreviousDigest, TagRecord
+from tests.unit.cli.kit import make_data_directory
 from tests.unit.history.kit import Recording, a_pull, recording
 
 APP, V1 = Repository("docker.io", "library/app"), Tag("v1")
@@ -37,6 +40,7 @@ ONE, TWO, THREE = (Digest.of(text.encode()) for text in ("one", "two", "three"))
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
+    make_data_directory(tmp_path / "data")
     file = tmp_path / "mirror.yaml"
     upstreams = "upstreams: {docker.io: {endpoints: [http://127.0.0.1:9]}}"
     file.write_text(f"data_dir: {tmp_path / 'data'}\n{upstreams}\n")
@@ -157,10 +161,35 @@ def test_explain_refuses_wrong_arguments(
     assert run("explain", *arguments)[0] == 2
 
 
+@pytest.mark.parametrize("command", [["explain"], ["savings"], ["history", "app:v1"]])
+def test_missing_data_directory_is_no_empty_history(
+    tmp_path: Path, run: Callable[..., tuple[int, str, str]], command: list[str]
+) -> None:
+    (tmp_path / "data").rename(tmp_path / "other")
+    code, out, err = run(*command)
+    assert (code, out) == (1, "")
+    assert f"{tmp_path / 'data'} is no data directory of a mirror" in err
+
+
+@pytest.mark.parametrize("has_log", [True, False])
+def test_history_whose_tables_are_not_yet_created_is_empty(
+    tmp_path: Path, run: Callable[..., tuple[int, str, str]], has_log: bool
+) -> None:
+    """The first second of the first start."""
+    (tmp_path / "data" / "history").mkdir()
+    database = tmp_path / "data" / "history" / "history.1.db"
+    with closing(sqlite3.connect(database)) as connection:
+        if has_log:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("BEGIN IMMEDIATE")
+        for command in (["explain"], ["savings"], ["history", "app:v1"]):
+            assert run(*command)[0] == 0
+
+
 def test_damaged_history_is_one_line_with_the_remedy(
     tmp_path: Path, run: Callable[..., tuple[int, str, str]]
 ) -> None:
-    (tmp_path / "data" / "history").mkdir(parents=True)
+    (tmp_path / "data" / "history").mkdir()
     (tmp_path / "data" / "history" / "history.1.db").write_bytes(b"no database" * 1000)
     for command in (["explain"], ["savings"], ["history", "app:v1"]):
         code, out, err = run(*command)
@@ -207,7 +236,6 @@ def test_history_lists_each_digest_with_its_times(
             await move_twice(made)
             made.has_blob(b"two")
 
-    (tmp_path / "data").mkdir()
     asyncio.run(record_moves())
     found = rows("history", "app:v1")
     assert [(row["digest"], row["first_seen"], row["last_seen"]) for row in found] == [

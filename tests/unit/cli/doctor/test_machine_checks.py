@@ -139,6 +139,8 @@ def test_index_that_opens_is_ok_and_a_damaged_one_is_a_problem(tmp_path: Path) -
     (damaged,) = machine_checks.check_index(tmp_path)
     assert damaged.status is Status.PROBLEM
     assert "index.json" in damaged.remedy
+    assert "***" not in damaged.message
+    assert "\n" not in damaged.message
     shutil.rmtree(tmp_path / "index")
     (tmp_path / "index.damaged").mkdir()
     assert [one.status for one in machine_checks.check_index(tmp_path)] == [
