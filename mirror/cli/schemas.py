@@ -206,6 +206,8 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
         billed=_COUNT_OR_NULL,
         billable_saved={"type": ["integer", "null"]},
         max_size=_COUNT_OR_NULL,
+        recorded_hit_ratio=_RATIO_OR_NULL,
+        is_reliable={"type": ["boolean", "null"]},
     ),
     "show": _row(
         image=_TEXT,
