@@ -22,16 +22,14 @@ if TYPE_CHECKING:
     from mirror.history.ghost import Prediction, Protected
     from mirror.history.queries import AccessTrace
 
-_HOUR_S: Final = 3600.0
-_DAY_S: Final = 86400.0
 _PERIODS: Final = {
-    "hour": _HOUR_S,
-    "day": _DAY_S,
-    "week": 7 * _DAY_S,
-    "1h": _HOUR_S,
-    "1d": _DAY_S,
-    "7d": 7 * _DAY_S,
-    "30d": 30 * _DAY_S,
+    "hour": 3600.0,
+    "day": 86400.0,
+    "week": 7 * 86400.0,
+    "1h": 3600.0,
+    "1d": 86400.0,
+    "7d": 7 * 86400.0,
+    "30d": 30 * 86400.0,
 }
 """``--last`` -> seconds. The counters are kept for 30 days."""
 _DISK_ONLY: Final = ("max_size", "recorded_hit_ratio", "is_reliable")

@@ -150,7 +150,7 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
         first_seen=_TIME_OR_NULL,
         last_seen=_TIME_OR_NULL,
         is_current=_YES_NO,
-        is_here=_YES_NO,
+        here={"enum": ["complete", "partial", "no"]},
     ),
     "in-use": _row(
         source=_TEXT,

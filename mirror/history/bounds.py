@@ -11,9 +11,9 @@ from typing import Final
 _QUOTA_SHARE: Final = 0.02
 """Part of the quota that the history may take beside the content. From a quota of 4 GiB on, it has
 its full size."""
-_MIN_BYTES: Final = 4 * 1024 * 1024
+_FLOOR_BYTES: Final = 4 * 1024 * 1024
 """Bytes of the smallest history: a few hundred requests, the counters of some days, and a trace."""
-_MAX_BYTES: Final = 84 * 1024 * 1024
+_FULL_BYTES: Final = 84 * 1024 * 1024
 """Bytes of a history in which all tables have reached their largest number of rows."""
 _MIN_ACCESSES: Final = 20_000
 """Rows of the smallest trace: a smaller sample of the contents would not represent all."""
@@ -50,10 +50,10 @@ class Bounds:
     @classmethod
     def of_quota(cls, max_size: int) -> Bounds:
         """Return the bounds for a quota. ``max_size``: its bytes (``storage.max_size``)."""
-        size = int(min(_MAX_BYTES, max(_MIN_BYTES, max_size * _QUOTA_SHARE)))
-        full = cls(max_bytes=_MAX_BYTES, step_bytes=0)
-        accesses = max(_MIN_ACCESSES, int(full.accesses * size / _MAX_BYTES))
-        share = (size - accesses * _ACCESS_BYTES) / (_MAX_BYTES - full.accesses * _ACCESS_BYTES)
+        size = int(min(_FULL_BYTES, max(_FLOOR_BYTES, max_size * _QUOTA_SHARE)))
+        full = cls(max_bytes=_FULL_BYTES, step_bytes=0)
+        accesses = max(_MIN_ACCESSES, int(full.accesses * size / _FULL_BYTES))
+        share = (size - accesses * _ACCESS_BYTES) / (_FULL_BYTES - full.accesses * _ACCESS_BYTES)
         return cls(
             max_bytes=size,
             pulls=int(full.pulls * share),

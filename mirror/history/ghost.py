@@ -91,6 +91,14 @@ class _SimulatedCache:
     """
 
     def __init__(self, storage: Storage, factor: float, rate: float, protected: Protected) -> None:
+        """Start empty.
+
+        Args:
+            storage: The present quota, and its water marks.
+            factor: The size as a multiple of the quota.
+            rate: Part of all contents that is in the sample.
+            protected: What the marks keep. It is not in this cache, but takes its space.
+        """
         size = storage.max_size * factor
         # A single content may take what the high water mark allows. All together have less.
         self._largest = size * storage.high_water
@@ -112,9 +120,9 @@ class _SimulatedCache:
         self._second += access.at != self._at
         self._at = access.at
 
-    def has(self, access: Access) -> bool:
+    def has_content(self, content: int) -> bool:
         """Return whether the cache has a content."""
-        return access.content in self._contents
+        return content in self._contents
 
     def mark_used(self, access: Access) -> None:
         """Renew the recency of a content that the cache has."""
@@ -169,7 +177,9 @@ def _simulate(
     for access in trace.accesses:
         content = access.content
         cache.begin(access)
-        is_hit = cache.has(access) or (content in protected.contents and content in requested)
+        is_hit = cache.has_content(access.content) or (
+            content in protected.contents and content in requested
+        )
         if access.requests:
             is_judged = content in requested or content not in old
             requested.add(content)
@@ -179,7 +189,7 @@ def _simulate(
             if is_judged and not is_hit:
                 misses += 1
                 fetched += access.size
-        if cache.has(access):
+        if cache.has_content(access.content):
             if access.is_used:
                 cache.mark_used(access)
         elif content not in protected.contents and (

@@ -29,7 +29,7 @@ _MAX_LOG_BYTES: Final = 4 * 1024 * 1024
 """Bytes of the log at most."""
 _PAGE_BYTES: Final = 4096
 """Bytes of a page: SQLite's default."""
-_VERSION: Final = 2
+_TABLES_VERSION: Final = 2
 """Number of the tables' form. A file of another version is moved aside like a damaged one."""
 _DAMAGE_CODES: Final = frozenset(
     {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_SCHEMA}
@@ -222,7 +222,7 @@ def _prepare(connection: sqlite3.Connection, log_bytes: int) -> None:
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version == 0:
         connection.executescript(
-            f"BEGIN; {CREATE_TABLES} PRAGMA user_version = {_VERSION}; COMMIT;"
+            f"BEGIN; {CREATE_TABLES} PRAGMA user_version = {_TABLES_VERSION}; COMMIT;"
         )
-    elif version != _VERSION:
+    elif version != _TABLES_VERSION:
         raise sqlite3.OperationalError(f"no such table: the file has version {version}")

@@ -211,6 +211,8 @@ def _fetch_key(record: RequestRecord | None, upstream: str) -> tuple[str, str, s
 
 def _insert_move(connection: sqlite3.Connection, moved: TagMoved) -> None:
     name = (moved.upstream, moved.repository, moved.tag)
+    if moved.previous is None and _renew_tag(connection, name, moved):
+        return
     if moved.previous is not None:
         digest, first_seen, last_seen = moved.previous
         updated = connection.execute(
@@ -222,6 +224,16 @@ def _insert_move(connection: sqlite3.Connection, moved: TagMoved) -> None:
             _insert_tag(connection, name, digest, first_seen, last_seen)
     _insert_tag(connection, name, moved.digest, moved.at, moved.at)
     connection.execute(_TRIM_TAG, (*name, *name, _MAX_TAG_DIGESTS))
+
+
+def _renew_tag(connection: sqlite3.Connection, name: tuple[str, str, str], moved: TagMoved) -> bool:
+    """Renew the newest row of a tag that the index had forgotten. False: it has another digest."""
+    renewed = connection.execute(
+        "UPDATE tags SET last_seen = ? WHERE id = (SELECT MAX(id) FROM tags"
+        " WHERE upstream = ? AND repository = ? AND tag = ?) AND digest = ?",
+        (moved.at, *name, moved.digest),
+    )
+    return renewed.rowcount > 0
 
 
 def _insert_tag(
@@ -242,7 +254,7 @@ def _insert_tag(
 
 
 @dataclass(slots=True)
-class _Step:
+class _TraceStep:
     """The step of the trace that is being written: one of the file, for all processes."""
 
     number: int
@@ -251,7 +263,7 @@ class _Step:
     """Size of its contents."""
 
     @classmethod
-    def read(cls, connection: sqlite3.Connection) -> _Step:
+    def read(cls, connection: sqlite3.Connection) -> _TraceStep:
         """Return the step that was written last."""
         row = connection.execute("SELECT number, minute, bytes FROM step").fetchone()
         return cls(*row) if row is not None else cls(0, -1, 0)
@@ -271,7 +283,7 @@ def _insert_accesses(
 ) -> None:
     threshold = _threshold(connection)
     step_bytes *= threshold / (1 << SAMPLE_BITS)
-    step = _Step.read(connection)
+    step = _TraceStep.read(connection)
     for accesses in batch.steps:
         for digest, access in accesses.items():
             if not is_in_sample(digest, threshold):
@@ -286,7 +298,7 @@ def _insert_accesses(
 
 def _insert_access(
     connection: sqlite3.Connection,
-    step: _Step,
+    step: _TraceStep,
     values: tuple[int, int, int],
     access: ContentAccess,
 ) -> None:

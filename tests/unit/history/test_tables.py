@@ -168,6 +168,20 @@ async def test_move_after_a_lost_history_brings_the_previous_digest_back(tmp_pat
             ]
 
 
+async def test_tag_that_the_index_had_forgotten_keeps_its_row(tmp_path: Path) -> None:
+    with recording(tmp_path) as made:
+        made.recorder.observe(moved("sha256:a", 1.0))
+        made.recorder.observe(moved("sha256:b", 10.0, ("sha256:a", 1.0, 9.0)))
+        made.recorder.observe(moved("sha256:b", 20.0))
+        made.write()
+        with open_history(made.layout) as history:
+            found = history.tag_digests(APP, LATEST)
+    assert [(one.digest, one.first_seen, one.last_seen) for one in found] == [
+        ("sha256:b", 10.0, 20.0),
+        ("sha256:a", 1.0, 9.0),
+    ]
+
+
 async def test_digests_of_a_tag_are_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
