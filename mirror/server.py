@@ -27,6 +27,7 @@ from mirror.admin.worker_part import AdminPart, AdminSockets
 from mirror.composition import Mirror, open_mirror
 from mirror.config.reload import merge_settings
 from mirror.config.settings import Settings, Tls
+from mirror.history.bounds import Bounds
 from mirror.history.recorder import HistoryRecorder
 from mirror.observability.events import Event, LogLinesDropped, LogMessage, Observer
 from mirror.observability.library_logs import configure_logging
@@ -139,7 +140,8 @@ async def run_worker(
     lines = configure_logging(settings.log, stream, call_soon, on_lines_dropped)
     log = LogObserver(lines)
     layout = Layout(Path(os.path.abspath(settings.data_dir)))  # noqa: ASYNC240 - reads no disk
-    history = HistoryRecorder(layout, emit, loop.call_later)
+    bounds = Bounds.of_quota(settings.storage.max_size)
+    history = HistoryRecorder(layout, bounds, emit, loop.call_later)
 
     if worker is not None and worker.predecessor is not None:
         pid, code = worker.predecessor

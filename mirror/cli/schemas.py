@@ -150,7 +150,7 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
         first_seen=_TIME_OR_NULL,
         last_seen=_TIME_OR_NULL,
         is_current=_YES_NO,
-        is_here=_YES_NO,
+        here={"enum": ["complete", "partial", "no"]},
     ),
     "in-use": _row(
         source=_TEXT,
@@ -206,6 +206,8 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
         billed=_COUNT_OR_NULL,
         billable_saved={"type": ["integer", "null"]},
         max_size=_COUNT_OR_NULL,
+        recorded_hit_ratio=_RATIO_OR_NULL,
+        is_reliable={"type": ["boolean", "null"]},
     ),
     "show": _row(
         image=_TEXT,

@@ -23,9 +23,13 @@ from typing import Final
 _FILE_NAME: Final = re.compile(r"history\.([0-9]{1,9})\.(db|damaged)")
 _WRITE_TIMEOUT_S: Final = 10.0
 """Seconds to wait for the transaction of another process: each takes some milliseconds."""
-_WAL_BYTES: Final = 4 * 1024 * 1024
-"""Bytes to which the log is truncated after its content is in the file."""
-_VERSION: Final = 1
+_LOG_SHARE: Final = 8
+"""The log has an eighth of the bytes of the file at most. Then its content goes into the file."""
+_MAX_LOG_BYTES: Final = 4 * 1024 * 1024
+"""Bytes of the log at most."""
+_PAGE_BYTES: Final = 4096
+"""Bytes of a page: SQLite's default."""
+_TABLES_VERSION: Final = 2
 """Number of the tables' form. A file of another version is moved aside like a damaged one."""
 _DAMAGE_CODES: Final = frozenset(
     {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_SCHEMA}
@@ -58,9 +62,13 @@ CREATE TABLE tags (
 );
 CREATE INDEX tags_by_name ON tags (upstream, repository, tag);
 CREATE TABLE accesses (
-    id INTEGER PRIMARY KEY, minute INTEGER NOT NULL, at INTEGER NOT NULL, content INTEGER NOT NULL,
-    size INTEGER NOT NULL, requests INTEGER NOT NULL, misses INTEGER NOT NULL,
-    UNIQUE (minute, content)
+    id INTEGER PRIMARY KEY, step INTEGER NOT NULL, at INTEGER NOT NULL, content INTEGER NOT NULL,
+    size INTEGER NOT NULL, is_used INTEGER NOT NULL, requests INTEGER NOT NULL,
+    misses INTEGER NOT NULL, UNIQUE (step, content)
+);
+CREATE TABLE step (
+    id INTEGER PRIMARY KEY CHECK (id = 1), number INTEGER NOT NULL, minute INTEGER NOT NULL,
+    bytes REAL NOT NULL
 );
 CREATE TABLE sampling (id INTEGER PRIMARY KEY CHECK (id = 1), threshold INTEGER NOT NULL);
 """
@@ -103,9 +111,15 @@ def _numbers(directory: Path, suffix: str) -> list[int]:
 class HistoryFile:
     """The connection of one process for writing. All methods block, and belong to one thread."""
 
-    def __init__(self, directory: Path) -> None:
-        """Open nothing yet. ``directory``: it is created once there is something to write."""
+    def __init__(self, directory: Path, max_bytes: int) -> None:
+        """Open nothing yet.
+
+        Args:
+            directory: It is created once there is something to write.
+            max_bytes: Bytes of the file at most. They decide when its log is emptied.
+        """
         self._directory = directory
+        self._max_bytes = max_bytes
         self._connection: sqlite3.Connection | None = None
         self._path: Path | None = None
         self._inode = 0
@@ -145,7 +159,7 @@ class HistoryFile:
                 path, timeout=_WRITE_TIMEOUT_S, isolation_level=None, check_same_thread=False
             )
             try:
-                _prepare(connection)
+                _prepare(connection, min(_MAX_LOG_BYTES, self._max_bytes // _LOG_SHARE))
             except BaseException:
                 connection.close()
                 raise
@@ -196,16 +210,19 @@ class HistoryFile:
             self._connection, self._inode = None, 0
 
 
-def _prepare(connection: sqlite3.Connection) -> None:
+def _prepare(connection: sqlite3.Connection, log_bytes: int) -> None:
     """Create the tables of a new file. Raises ``sqlite3.DatabaseError`` for another version."""
+    # Only a new file takes it: removed rows give their pages back to the disk.
+    connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
     connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute(f"PRAGMA wal_autocheckpoint = {log_bytes // _PAGE_BYTES}")
     # A crash of the machine may lose the latest rows, but does not damage the file.
     connection.execute("PRAGMA synchronous = NORMAL")
-    connection.execute(f"PRAGMA journal_size_limit = {_WAL_BYTES}")
+    connection.execute(f"PRAGMA journal_size_limit = {log_bytes}")
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version == 0:
         connection.executescript(
-            f"BEGIN; {CREATE_TABLES} PRAGMA user_version = {_VERSION}; COMMIT;"
+            f"BEGIN; {CREATE_TABLES} PRAGMA user_version = {_TABLES_VERSION}; COMMIT;"
         )
-    elif version != _VERSION:
+    elif version != _TABLES_VERSION:
         raise sqlite3.OperationalError(f"no such table: the file has version {version}")

@@ -35,7 +35,7 @@ class HistoryUnreadable(MirrorError):
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Accesses of one content within a minute."""
+    """Accesses of one content within a step of the trace: a minute at most."""
 
     at: int
     """Unix time in seconds of the first one. It may be wrong: the order is that of the trace."""
@@ -44,9 +44,12 @@ class Access:
     size: int
     """Bytes of the content."""
     requests: int
-    """Requests of clients for the content. Zero: it was only used as a part of a manifest."""
+    """Requests of clients for the content. Zero: it was only used as a part of a manifest, or
+    fetched for a command."""
     misses: int
-    """Requests among them for which it was fetched."""
+    """Fetches for these requests, or for a command."""
+    is_used: bool = False
+    """Whether the store has recorded it as used, for the order of eviction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +244,7 @@ class HistoryReader:
         row: Any = self._connection.execute("SELECT threshold FROM sampling").fetchone()
         rate = 1.0 if row is None else row[0] / (1 << SAMPLE_BITS)
         rows = self._connection.execute(
-            "SELECT at, content, size, requests, misses FROM accesses ORDER BY id"
+            "SELECT at, content, size, requests, misses, is_used FROM accesses ORDER BY id"
         )
         return AccessTrace(rate, [Access(*values) for values in rows])
 

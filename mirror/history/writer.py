@@ -15,6 +15,7 @@ from typing import Final
 
 from mirror.history import tables
 from mirror.history.batch import Batch
+from mirror.history.bounds import Bounds
 from mirror.history.content_sizes import ContentSizes
 from mirror.history.history_file import HistoryFile, is_file_damaged
 from mirror.observability.events import HistoryRowsDropped, LogMessage, Observer
@@ -26,7 +27,10 @@ _RETRY_S: Final = 30.0
 """Seconds after which a disk that has refused a batch is tried again. Until then, all is dropped,
 so that a full disk gets no further load."""
 _UPKEEP_S: Final = 600.0
-"""Seconds between two removals of old rows: bounds are exceeded by a few minutes' rows at most."""
+"""Seconds between two removals of old rows."""
+_TRIM_SHARE: Final = 0.25
+"""Part of the requests that the history may have. After so many further entries, rows of requests
+are removed earlier: each entry is a row at most."""
 _STEADY_S: Final = 3600.0
 """Seconds for which the clock must have run steadily before rows are removed by their age. So a
 clock that is set ahead for a while removes nothing."""
@@ -41,6 +45,7 @@ class HistoryWriter:
         self,
         file: HistoryFile,
         layout: Layout,
+        bounds: Bounds,
         emit_from_thread: Observer,
         now: Callable[[], float],
     ) -> None:
@@ -49,11 +54,13 @@ class HistoryWriter:
         Args:
             file: Where batches are written.
             layout: The data directory, which has the sizes of contents.
+            bounds: The bounds of the history.
             emit_from_thread: Receives warnings, and the number of lost rows.
             now: Returns the Unix time in seconds.
         """
         self._file = file
         self._sizes = ContentSizes(layout)
+        self._bounds = bounds
         self._emit = emit_from_thread
         self._now = now
         self._lock = threading.Lock()
@@ -64,6 +71,8 @@ class HistoryWriter:
         self._is_refused = False
         self._resume_at = 0.0
         self._upkeep_at = time.monotonic() + _UPKEEP_S
+        self._written = 0
+        """Entries that were written since rows of requests were removed last."""
         self._steady_since = time.monotonic(), now()
         self._thread = threading.Thread(target=self._run, name="history", daemon=True)
         self._thread.start()
@@ -123,11 +132,17 @@ class HistoryWriter:
     def _write_once(self, batches: list[Batch]) -> None:
         with self._file.transaction() as connection:
             for batch in batches:
-                tables.insert(connection, batch, self._sizes)
+                tables.insert(connection, batch, self._sizes, self._bounds)
+                self._written += batch.weight
         if time.monotonic() >= self._upkeep_at:
-            self._upkeep_at = time.monotonic() + _UPKEEP_S
+            self._written, self._upkeep_at = 0, time.monotonic() + _UPKEEP_S
+            is_steady = self._has_steady_clock()
             with self._file.transaction() as connection:
-                tables.trim(connection, self._now(), has_steady_clock=self._has_steady_clock())
+                tables.trim(connection, self._now(), self._bounds, has_steady_clock=is_steady)
+        elif self._written > self._bounds.pulls * _TRIM_SHARE:
+            self._written = 0
+            with self._file.transaction() as connection:
+                tables.trim_requests(connection, self._bounds)
 
     def _has_steady_clock(self) -> bool:
         begun, then = self._steady_since

@@ -24,6 +24,7 @@ from mirror.observability.events import (
     ExchangeEnded,
     Kind,
     Outcome,
+    TagMoved,
 )
 from mirror.observability.traces import FetchProgress, PullTrace
 from mirror.oci.reference import Digest, Repository, Tag
@@ -242,7 +243,10 @@ def test_history_lists_each_digest_with_its_times(
         (str(TWO), "1970-01-01T00:33:20Z", "1970-01-01T00:50:00Z"),
         (str(ONE), "1970-01-01T00:16:40Z", "1970-01-01T00:16:40Z"),
     ]
-    assert [(row["is_current"], row["is_here"]) for row in found] == [(True, True), (False, False)]
+    assert [(row["is_current"], row["here"]) for row in found] == [
+        (True, "complete"),
+        (False, "no"),
+    ]
     assert run("history", "app:v1")[1].splitlines()[1].startswith(f"{str(TWO)[:19]} ")
     assert run("history", f"app@{ONE}")[0] == 2
     assert "has not been pulled" in run("history", "other:v1")[2]
@@ -252,10 +256,48 @@ def test_history_joins_the_index_and_the_history_without_doubles() -> None:
     digests = [TagDigest(str(TWO), 20.0, 20.0), TagDigest(str(ONE), 10.0, 15.0)]
     previous = (PreviousDigest(ONE, 10.0, 15.0), PreviousDigest(THREE, 1.0, 5.0))
     tag = TagRecord(APP, V1, TWO, first_seen=20.0, confirmed=99.0, previous_digests=previous)
-    joined = build_rows("app:v1", digests, tag, lambda digest: False)
+    joined = build_rows("app:v1", digests, tag, lambda digest: "no")
     assert [row["digest"] for row in joined] == [str(TWO), str(ONE), str(THREE)]
     assert joined[0]["last_seen"] == "1970-01-01T00:01:39Z"
-    assert build_rows("app:v1", digests, None, lambda digest: True)[0]["is_current"] is False
+    assert build_rows("app:v1", digests, None, lambda digest: "no")[0]["is_current"] is False
+
+
+def test_history_has_one_row_for_equal_neighbours() -> None:
+    digests = [TagDigest(str(one), at, at + 1) for one, at in ((ONE, 9.0), (ONE, 5.0), (TWO, 3.0))]
+    tag = TagRecord(APP, V1, ONE, first_seen=20.0, confirmed=30.0)
+    found = build_rows("app:v1", [*digests, TagDigest(str(ONE), 1.0, 2.0)], tag, lambda one: "no")
+    assert [(row["digest"], row["first_seen"][-3:], row["last_seen"][-3:]) for row in found] == [
+        (str(ONE), "05Z", "30Z"),
+        (str(TWO), "03Z", "04Z"),
+        (str(ONE), "01Z", "02Z"),
+    ]
+
+
+def test_history_says_what_is_left_of_an_image(
+    tmp_path: Path, rows: Callable[..., list[dict[str, Any]]]
+) -> None:
+    layout = Layout(tmp_path / "data")
+    here, lost = Digest.of(b"layer"), Digest.of(b"lost")
+
+    def manifest(*layers: Digest) -> bytes:
+        blobs = [
+            {"mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": str(one), "size": 5}
+            for one in layers
+        ]
+        kind = "application/vnd.oci.image.manifest.v1+json"
+        document = {"schemaVersion": 2, "mediaType": kind, "config": blobs[0], "layers": blobs}
+        return json.dumps(document).encode()
+
+    def fill_tag(made: Recording) -> None:
+        made.has_blob(b"layer")
+        for at, body in enumerate((manifest(here), manifest(here, lost))):
+            event = TagMoved(
+                *("docker.io", "library/app", "v1", "", made.has_blob(body)), 10.0 + at, None
+            )
+            made.recorder.observe(event)
+
+    record(layout.root, fill_tag)
+    assert [row["here"] for row in rows("history", "app:v1")] == ["partial", "complete"]
 
 
 def test_history_of_a_lost_index_leaves_its_names_to_the_server(
