@@ -23,6 +23,7 @@ from bench import (
     growth,
     index_costs,
     listings,
+    page,
     ranges,
     store_costs,
     table,
@@ -51,6 +52,7 @@ ROWS = (
     | index_costs.ROWS
     | cleaning.ROWS
     | listings.ROWS
+    | page.ROWS
 )
 
 

@@ -9,15 +9,16 @@ import os
 from collections.abc import Callable
 from typing import Final
 
-_STANDARD_STREAMS: Final = (0, 1, 2)
-"""Descriptors of the standard input, output and error (stdin(3))."""
+_STDOUT: Final = 1
+"""Descriptor of the standard output (stdin(3)). A server in the background may still have a
+terminal as its standard input: it goes on, and is told to reload."""
 
 
 def watch_terminal() -> Callable[[], bool]:
-    """Return a function that says whether the terminal that the process has now was closed.
+    """Return a function that says whether the terminal on which the process writes was closed.
 
-    It is False for ever if no standard stream is a terminal. ``isatty`` of a terminal that was
-    closed fails (tty_ioctl(4): EIO).
+    It is False for ever if the standard output is no terminal now. ``isatty`` of a terminal that
+    was closed fails (tty_ioctl(4): EIO).
     """
-    terminals = [fd for fd in _STANDARD_STREAMS if os.isatty(fd)]
-    return lambda: not all(map(os.isatty, terminals))
+    is_on_terminal = os.isatty(_STDOUT)
+    return lambda: is_on_terminal and not os.isatty(_STDOUT)

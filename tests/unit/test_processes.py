@@ -298,16 +298,30 @@ def test_hangup_of_a_closed_terminal_stops_the_server_and_of_an_open_one_does_no
 ) -> None:
     master, slave = os.openpty()
     mirror = Mirror(NOWHERE, workers=workers)
-    mirror.prefix = ("/bin/sh", "-c", f'exec "$@" <{os.ttyname(slave)}', "sh")
+    mirror.prefix = ("/bin/sh", "-c", f'exec "$@" >{os.ttyname(slave)}', "sh")
     with mirror:
         os.close(slave)
-        assert reload(mirror, catalog=True)["changed"] == "catalog"
+        os.kill(mirror.pid, signal.SIGHUP)
+        shown = b""
+        while shown.count(b"the configuration was read again") < workers:
+            shown += os.read(master, 65536)
         assert mirror.ask(TAGS).status == 200
         os.close(master)
         # The kernel sends it to all processes of the terminal. One of them is enough.
         os.kill(mirror.pid, signal.SIGHUP)
         wait_until(lambda: has_ended(mirror.pid), "the server stops", 20)
         assert mirror.stop() == 0
+
+
+@pytest.mark.row("FE2-signals-and-orphans")
+def test_server_in_the_background_reloads_after_the_terminal_of_its_input_is_gone() -> None:
+    master, slave = os.openpty()
+    mirror = Mirror(NOWHERE)
+    mirror.prefix = ("/bin/sh", "-c", f'exec "$@" <{os.ttyname(slave)}', "sh")
+    with mirror:
+        os.close(slave)
+        os.close(master)
+        assert reload(mirror, catalog=True)["changed"] == "catalog"
 
 
 @pytest.mark.row("FE2-signals-and-orphans")

@@ -39,6 +39,8 @@ _CONFIRM_REQUESTS: Final = 64
 knows its own. Of 8 workers, one is missed by all of them in two checks of ten thousand."""
 _MAX_LAST_LINE_CHARS: Final = 300
 """Characters of the last line of a command that failed."""
+_MAX_STOPPED_CHARS: Final = 120
+"""Characters of it if the runtime does not run: the socket is at its beginning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,7 @@ def _stopped(runtime: Runtime, why: str, *, is_needed: bool) -> Finding:
     ``is_needed``: it was asked for, or no other one runs.
     """
     subject = Checked("runtime", runtime.name)
-    message = f"it is installed, but does not run: {why}"
+    message = f"it is installed, but does not run: {printable(why, _MAX_STOPPED_CHARS)}"
     remedy = (
         f"start it ({runtime.start}); or, if this node does not use it, name the one that it "
         "uses: --runtime"
@@ -197,7 +199,7 @@ def _has_arrived(mirror: OwnServer, registry: str, nonce: str) -> bool:
 def _run(command: Command, node: NodeMachine, nonce: str = "") -> _CommandEnd:
     """Run a command with a time limit. Its children are killed, too.
 
-    ``nonce``: left out of the reason, so that equal causes have equal reasons.
+    ``nonce``: is ``TAG`` in the reason, so that equal causes have equal reasons.
     """
     with tempfile.TemporaryFile() as output:
         try:
@@ -221,7 +223,7 @@ def _run(command: Command, node: NodeMachine, nonce: str = "") -> _CommandEnd:
             process.wait()
         output.seek(0)
         text = output.read().decode(errors="replace").strip()
-    lines = (text.replace(nonce, "…") if nonce else text).splitlines()
+    lines = (text.replace(nonce, "TAG") if nonce else text).splitlines()
     if code == 0:
         return _CommandEnd(reason="")
     return _CommandEnd(

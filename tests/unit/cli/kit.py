@@ -25,7 +25,7 @@ Run: TypeAlias = Callable[..., Result]
 
 def make_data_directory(path: Path) -> None:
     """Create what the first start of a server leaves in a data directory."""
-    path.mkdir()
+    path.mkdir(exist_ok=True)
     (path / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
 
 

@@ -10,11 +10,12 @@ from mirror.oci.reference import Digest
 from mirror.threads import run_in_thread
 from tests.fakes.registry import FakeRegistry
 from tests.unit.cli.cleaning_kit import LAYERS, NAME, URL, content, damage, fill, rows
-from tests.unit.cli.kit import Run, make_run
+from tests.unit.cli.kit import Run, make_data_directory, make_run
 
 
 @pytest.fixture
 def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    make_data_directory(tmp_path / "data")
     return make_run(tmp_path, capsys)
 
 

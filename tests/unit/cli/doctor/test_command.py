@@ -20,6 +20,7 @@ from mirror.threads import run_in_thread
 from tests.fakes.registry import FakeRegistry
 from tests.server_kit import running
 from tests.unit.cli.doctor.kit import serve_page
+from tests.waiting import until
 
 
 def write_config(directory: Path, listen: str, endpoint: str, others: str = "") -> str:
@@ -157,6 +158,8 @@ async def test_upstream_without_a_tag_in_the_cache_is_a_warning_if_another_one_h
             argv = ["doctor", "--json", "--config", config]
             assert await run_in_thread(main, argv) == EX_FAILED  # Nothing was pulled yet.
             assert (await server.get(server.manifest("1")))[0] == 200
+            # A stop right now would write index.json before the content is on the disk.
+            await until(lambda: list(tmp_path.glob("data/blobs/sha256/*")) != [])
         capsys.readouterr()
         assert await run_in_thread(main, argv) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
