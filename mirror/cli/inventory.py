@@ -51,8 +51,9 @@ def state_text(row: dict[str, Any]) -> str:
     if row["state"] == ["complete"]:
         return "complete"
     reasons = {
-        "partial": f"lacks {_count(row['missing_parts'], 'part')}, "
+        "partial": f"lacks {count_text(row['missing_parts'], 'part')}, "
         f"{size_text(row['missing_bytes'])}",
+        "absent": row["absent_why"] and f"its manifest is not here: {row['absent_why']}",
         "stale": row["stale_why"],
         "blocked": row["blocked_why"],
     }
@@ -65,7 +66,8 @@ def ago(now: float, seconds: float | None) -> str:
     return "-" if seconds is None else f"{age_text(now - seconds)} ago"
 
 
-def _count(number: int, noun: str) -> str:
+def count_text(number: int, noun: str) -> str:
+    """Return a number with its noun, such as ``1 image`` or ``2 images``."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 

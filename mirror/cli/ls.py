@@ -18,7 +18,7 @@ from mirror.cli import inventory as common
 from mirror.cli.arguments import Commands, add_config, add_json, load_settings
 from mirror.cli.data_directory import load_inventory
 from mirror.cli.listing import print_rows, since_text
-from mirror.cli.output import UsageError
+from mirror.cli.output import UsageError, print_note
 from mirror.cli.table_layout import Column
 from mirror.oci.text import size_text
 
@@ -94,8 +94,12 @@ def list_images(arguments: argparse.Namespace) -> int:
 
     has_parts = arguments.has_all or any(key == "kind" for key, _ in filters)
     images: Iterable[Image] = (one for one in inventory.images if not one.is_referrer)
+    lost = [one for one in inventory.absent if one.keeper is not None or one.is_lost]
     if has_parts:
-        images = sorted((*inventory.images, *inventory.platforms), key=image_order)
+        images = (*inventory.images, *inventory.platforms, *inventory.absent)
+        images = sorted(images, key=image_order)
+    elif lost:
+        images = sorted((*images, *lost), key=image_order)
     if arguments.pattern:
         images = (image for image in images if is_named(image, arguments.pattern))
     rows = (image_row(inventory, image) for image in images)
@@ -113,6 +117,12 @@ def list_images(arguments: argparse.Namespace) -> int:
         is_whole=arguments.is_whole,
     )
     common.note_if_empty(inventory, settings.data_dir)
+    for image in inventory.holding:
+        print_note(
+            f"nothing of {image.repository} is evicted or removed, since the manifest of "
+            f"{image.name} is not here: fetch it with `oci-mirror verify --repair {image.name}`, "
+            "or take its mark away"
+        )
     return 0
 
 

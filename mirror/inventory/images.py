@@ -6,8 +6,9 @@ databases.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import repeat
 from typing import Final
 
@@ -17,6 +18,7 @@ from mirror.inventory.index_platforms import split_off_platforms
 from mirror.inventory.keeping import Keepers, with_referrers_kept, with_unclear_kept
 from mirror.inventory.model import (
     MANIFEST_PART_TYPES,
+    Absence,
     Content,
     ContentType,
     DigestText,
@@ -58,6 +60,8 @@ def build_inventory(
     marks: Marks,
     now: float,
     unclear: frozenset[DigestText] = frozenset(),
+    absent: Sequence[Name] = (),
+    quarantined: frozenset[DigestText] = frozenset(),
 ) -> Inventory:
     """Build an inventory from what was read.
 
@@ -68,10 +72,12 @@ def build_inventory(
         marks: The marks of the data directory.
         now: Seconds since the epoch.
         unclear: Content that may belong to marked manifests which are damaged or missing.
+        absent: The names without a manifest on disk.
+        quarantined: Content in ``quarantine/`` that was not fetched again.
     """
     manifests = on_disk.manifests
     parts = {one: manifest.columns.digests for one, manifest in manifests.items()}
-    keepers = Keepers(marks, names, now)
+    keepers = Keepers(marks, [*names, *absent], now)
     whole, platforms = split_off_platforms(names, manifests, keepers)
     sharing = Sharing.of({name.root for name in whole}, parts)
     sizes = _sizes(on_disk)
@@ -91,11 +97,33 @@ def build_inventory(
         sharing=sharing,
         marked=frozenset(marked),
         unclear=unclear,
+        quarantined=quarantined,
+        find_absent=partial(_find_absent, builder, absent, quarantined),
         scan=on_disk.scan,
     )
     return (
         replace(inventory, images=with_referrers_kept(images, inventory)) if marked else inventory
     )
+
+
+def _find_absent(
+    builder: _Builder, absent: Sequence[Name], quarantined: Set[DigestText]
+) -> tuple[Image, ...]:
+    """Build the images whose manifest is not on disk."""
+    owners, keepers = builder.sharing.owners, builder.keepers
+    # The platform of an index that is here is a part of that.
+    names = (one for one in absent if one.tag or one.root not in owners or keepers.has_mark_of(one))
+    found = [_absent(builder.build(name), name, quarantined) for name in names]
+    return tuple(sorted(found, key=image_order))
+
+
+def _absent(image: Image, name: Name, quarantined: Set[DigestText]) -> Image:
+    absence = Absence.EVICTED
+    if name.root in quarantined:
+        absence = Absence.DAMAGED
+    elif image.keeper is not None:
+        absence = Absence.LOST if name.is_recorded else Absence.NEVER
+    return replace(image, absence=absence, stale=None)
 
 
 def _sizes(on_disk: OnDisk) -> dict[DigestText, int]:

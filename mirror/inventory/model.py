@@ -139,6 +139,15 @@ class StoredManifest(NamedTuple):
         return Digest.parse(self.text)
 
 
+class Absence(StrEnum):
+    """The reason why the manifest of an image is not on disk."""
+
+    DAMAGED = "it was damaged, and is in quarantine/"
+    LOST = "it is lost, although a mark keeps it"
+    NEVER = "it was never here"
+    EVICTED = "it was evicted, or is lost"
+
+
 class Keeper(NamedTuple):
     """The reason why an image is not removed."""
 
@@ -150,7 +159,7 @@ class Keeper(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Image:
-    """A name whose manifest is on disk. Times are seconds since the epoch.
+    """A name, usually with its manifest on disk. Times are seconds since the epoch.
 
     Images are compared by identity: each one of an inventory is there once.
     """
@@ -188,6 +197,8 @@ class Image:
     """Why it is not removed. None: it may be."""
     subject: DigestText | None = None
     """The content that a signature, an SBOM or a list of referrers belongs to."""
+    absence: Absence | None = None
+    """Why its manifest is not on disk. None: it is."""
 
     @property
     def name(self) -> str:
@@ -205,6 +216,11 @@ class Image:
     def current(self) -> Digest:
         """The digest :attr:`current_root`."""
         return Digest.parse(self.current_root)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether its manifest should be on disk, and is not."""
+        return self.absence in (Absence.DAMAGED, Absence.LOST)
 
     @property
     def is_complete(self) -> bool:
@@ -251,6 +267,10 @@ class Inventory:
     """The digests that pins, freezes and leases name, and those that marked tags have now."""
     unclear: frozenset[DigestText]
     """Content that may belong to marked manifests which are damaged or missing."""
+    quarantined: frozenset[DigestText]
+    """Content that was damaged, is in ``quarantine/``, and was not fetched again."""
+    find_absent: Callable[[], tuple[Image, ...]] = field(repr=False)
+    """Builds :attr:`absent`."""
     scan: Callable[[], dict[Digest, Content]] = field(repr=False)
     """Lists the directories with the sizes and the recency of all content. Raises ``OSError``."""
 
@@ -261,6 +281,26 @@ class Inventory:
         The first use takes 0.5 s for 100,000 contents: each file is asked. Raises ``OSError``.
         """
         return self.scan()
+
+    @cached_property
+    def absent(self) -> tuple[Image, ...]:
+        """The names without a manifest on disk, in the same order (see :class:`Absence`).
+
+        All tags in the index, and digests that a mark names or that are quarantined. They are not
+        among :attr:`images`: most of them were evicted.
+        """
+        return self.find_absent()
+
+    @cached_property
+    def holding(self) -> tuple[Image, ...]:
+        """Marked images for whose lost manifest all content of their repository stays."""
+        if not self.unclear:
+            return ()
+        unknown = (
+            *(one for one in self.absent if one.is_lost),
+            *(one for one in self.images if one.root not in self.manifests),
+        )
+        return tuple(one for one in unknown if one.keeper is not None)
 
     @cached_property
     def protected(self) -> frozenset[DigestText]:
@@ -416,7 +456,7 @@ class Inventory:
     def unique_of(self, image: Image) -> int:
         """Return the bytes that go if this name goes, with its referrers (:meth:`freed_by`)."""
         root = image.root
-        if self.is_platform(image) or len(self.names_by_root[root]) > 1:
+        if image.absence or self.is_platform(image) or len(self.names_by_root[root]) > 1:
             return 0
         if self._referrers:
             return self.size_of(self.freed_by([image]))

@@ -130,8 +130,7 @@ def _unclear_content(layout: Layout, inventory: Inventory) -> set[Digest]:
         if manifest is None or manifest.is_opaque:
             repositories.add(image.repository)
     # What verify has moved away is in no inventory, nor is a damaged child of an index.
-    damaged = {digest_of_file(path) for path, _ in quarantined_files(layout)} - {None}
-    moved = [one for one in damaged if one is not None and str(one) not in inventory.present]
+    moved = [Digest.parse(one) for one in inventory.quarantined]
     return read_access_beside(layout, moved, [str(one) for one in repositories])
 
 
