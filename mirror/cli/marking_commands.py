@@ -91,6 +91,8 @@ def _block(arguments: argparse.Namespace) -> int:
 
     one = asyncio.run(block())
     _report([_block_row(one)], [f"blocked {one.target}: {_SERVER_NOTE}"], arguments)
+    if why := marking.why_incomplete(layout, arguments.target, one):
+        print_note(f"{one.target}: {why}")
     return 0
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -37,6 +37,10 @@ class TagName:
     """See :attr:`mirror.inventory.model.Image.variant`."""
     checked: float | None = None
     """When the upstream last confirmed it, in seconds since the epoch. None: never."""
+
+    def served_of(self, frozen: Sequence[DigestText]) -> DigestText:
+        """Return the one of the digests of a frozen tag that the clients of this row get."""
+        return next((one for one in frozen if one in self.digests), frozen[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +90,9 @@ class Names:
     """``repository@digest`` of each manifest that was pulled -> the text of its access record."""
 
     def images(
-        self, present: Container[DigestText], frozen: Mapping[str, Digest] | None = None
+        self,
+        present: Container[DigestText],
+        frozen: Mapping[str, Sequence[DigestText]] | None = None,
     ) -> list[Name]:
         """Return the names whose manifest is on disk, each once.
 
@@ -100,7 +106,7 @@ class Names:
             repository, tag = row.repository, row.tag
             name = f"{repository.upstream}/{repository.path}"
             served = frozen.get(f"{name}:{tag}") if frozen else None
-            digests = row.digests if served is None else (str(served),)
+            digests = row.digests if served is None else (row.served_of(served),)
             text = next((one for one in digests if one in present), None)
             if text is None:
                 continue
@@ -137,7 +143,7 @@ class Names:
     def absent(
         self,
         present: Container[DigestText],
-        frozen: Mapping[str, Digest],
+        frozen: Mapping[str, Sequence[DigestText]],
         marked: Mapping[str, Digest],
         wanted: Container[DigestText],
     ) -> list[Name]:
@@ -155,7 +161,7 @@ class Names:
         for row in sorted(self.tags, key=lambda row: row.variant):
             name = f"{row.repository.upstream}/{row.repository.path}:{row.tag.name}"
             served = frozen.get(name)
-            digests = row.digests if served is None else (str(served),)
+            digests = row.digests if served is None else (row.served_of(served),)
             latest = next(iter(row.digests))
             root = next(iter(digests))
             if is_digest(root) and is_digest(latest) and not any(one in present for one in digests):

@@ -61,7 +61,7 @@ def read_inventory(
                 f"the index is lost, and index.json is damaged ({error}): start the server, which "
                 "restores the index from what is readable"
             ) from None
-    frozen = {freeze.name: freeze.digest for freeze in marks.freezes.values()}
+    frozen = {one.name: tuple(map(str, one.digests)) for one in marks.freezes.values()}
     found = names.images(present, frozen)
     by_root = {name.root: name for name in found}
 
@@ -75,7 +75,8 @@ def read_inventory(
     on_disk = OnDisk(present, manifests, status, partial(scan, layout, now))
     unclear = _read_unclear(layout, marks, now, names, manifests)
     quarantined = frozenset(map(str, quarantined_digests(layout))) - present
-    marked = frozen | {pin.name: pin.digest for pin in marks.pins.values()}
+    marked = {freeze.name: freeze.digest for freeze in marks.freezes.values()}
+    marked |= {pin.name: pin.digest for pin in marks.pins.values()}
     wanted = quarantined.union(map(str, protected_roots(marks, now)))
     absent = names.absent(present, frozen, marked, wanted)
     return build_inventory(found, on_disk, upstreams, marks, now, unclear, absent, quarantined)

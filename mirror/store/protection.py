@@ -236,7 +236,7 @@ def find_holding(layout: Layout, marks: Marks) -> list[str]:
 
 def name_holding(layout: Layout, marks: Marks, unknown: Collection[Digest]) -> list[str]:
     """Return the names of marked images, or digests, of manifests whose parts are not known."""
-    names = {freeze.digest: freeze.name for freeze in marks.freezes.values()}
+    names = {one: freeze.name for freeze in marks.freezes.values() for one in freeze.digests}
     names |= {pin.digest: pin.name for pin in marks.pins.values()}
     kept = {one for one in unknown if one in names or is_damaged(layout, one)}
     return sorted(names.get(one, str(one)) for one in kept)

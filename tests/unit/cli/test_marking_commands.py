@@ -16,9 +16,9 @@ import pytest
 
 from mirror.cli.main import main
 from mirror.cli.schemas import SCHEMAS
-from mirror.oci.reference import Digest, Tag
+from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store.layout import Layout
-from mirror.store.marks import Marks, read_marks
+from mirror.store.marks import Marks, protected_roots, read_marks
 from tests.unit.store.kit import fill_up, image, index_of, opened, pulled, small_disk
 
 LAYERS = (b"layer of v1", b"layer of v2")
@@ -134,6 +134,33 @@ def test_block_has_the_digests_of_the_image_and_its_platforms(filled: Filled) ->
     filled.run("unblock", "app", "app:latest", "other")
     assert filled.notes == "oci-mirror: docker.io/library/other was not blocked\n"
     assert set(filled.marks.blocks) == {str(Digest.of(LAYERS[0]))}
+
+
+@pytest.mark.parametrize("target", [f"{NAME}@{{}}", "{}", f"{NAME}:missing"])
+def test_block_says_what_it_does_not_refuse_of_an_image_that_is_not_here(
+    filled: Filled, target: str
+) -> None:
+    filled.run("block", target.format(Digest.of(INDEX)))
+    filled.layout.blob(Digest.of(INDEX)).unlink()
+    filled.run("block", target.format(Digest.of(INDEX)))
+    what = "its digest is not refused" if "missing" in target else "if it is an index, also block"
+    assert what in filled.notes
+
+
+def test_freeze_keeps_the_manifest_of_clients_that_get_another_one(filled: Filled) -> None:
+    async def pull() -> None:
+        async with opened(filled.layout.root) as store:
+            app = Repository("docker.io", "library/app")
+            await store.index.confirm_tag(app, Tag("latest"), Digest.of(NEW), " old clients")
+
+    asyncio.run(pull())
+    filled.run("freeze", "app")
+    (freeze,) = filled.marks.freezes.values()
+    assert freeze.digests == (Digest.of(INDEX), Digest.of(NEW))
+    assert Digest.of(NEW) in protected_roots(filled.marks, 0.0)
+    rows = filled.rows("ls", "app:latest")
+    assert {row["digest"] for row in rows} == {str(Digest.of(INDEX)), str(Digest.of(NEW))}
+    assert all("frozen" in row["state"] for row in rows)
 
 
 def test_second_block_of_a_target_replaces_the_reason_and_keeps_its_digests(
