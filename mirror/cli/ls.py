@@ -38,6 +38,11 @@ FILTER_KEYS: Final = (
 )
 """Keys of ``--filter``."""
 
+_FILTER_VALUES: Final = {
+    "state": ("complete", "partial", "stale", "pinned", "frozen", "leased", "blocked"),
+    "kind": ("image", "platform", "referrer"),
+}
+"""Key of ``--filter`` -> all values that it can have. Other keys may have any."""
 _FEW_PLATFORMS: Final = 2
 """Platforms of a row that a terminal shows by name."""
 
@@ -130,12 +135,14 @@ def _layouts(now: float, arguments: argparse.Namespace) -> list[list[Column]]:
     used, checked = Column("LAST USED", "last_used", since), Column("CHECKED", "checked", since)
     state = Column("STATE", "state_text", min_chars=16, is_sentence=True)
     sizes = [digest, size, unique]
+    narrow_name = [replace(whole_repository, min_chars=10), replace(tag, min_chars=8)]
     return [
         [upstream, repository, tag, platforms, *sizes, used, checked, state],
         [upstream, repository, tag, platforms, *sizes, used, state],
         [whole_repository, tag, platforms, *sizes, used, state],
         [whole_repository, tag, *sizes, used, state],
-        [replace(whole_repository, min_chars=10), replace(tag, min_chars=8), *sizes, state],
+        [*narrow_name, *sizes, replace(state, min_chars=11)],
+        [*narrow_name, digest, size],
     ]
 
 
@@ -154,6 +161,8 @@ def _parse_filter(text: str) -> tuple[str, str]:
     key, separator, value = text.partition("=")
     if not separator or key not in FILTER_KEYS:
         raise UsageError(f"--filter '{text}': write KEY=VALUE, KEY one of {', '.join(FILTER_KEYS)}")
+    if key in _FILTER_VALUES and not any(fnmatchcase(one, value) for one in _FILTER_VALUES[key]):
+        raise UsageError(f"--filter '{text}': {key} is one of {', '.join(_FILTER_VALUES[key])}")
     return key, value
 
 

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mirror.cli.arguments import Commands, add_config, add_json, image_name, load_settings
+from mirror.cli.data_directory import opened_mirror
 from mirror.cli.exit_codes import EX_FAILED
 from mirror.cli.listing import print_text
 from mirror.cli.messages import print_warnings
-from mirror.cli.output import UsageError, flush, print_line, print_note
+from mirror.cli.output import UsageError, flush, print_failure, print_line, print_note
 from mirror.cli.progress import Bars, label_of, open_bars
 from mirror.cli.table_layout import short_digests
 from mirror.oci.image_name import ImageName
@@ -172,7 +173,6 @@ def _read_stdin() -> bytes:
 async def _warm(
     settings: Settings, images: list[ImageName], options: WarmOptions, *, is_json: bool
 ) -> list[ImageReport]:
-    from mirror.operations.own_requests import open_recorded_mirror
     from mirror.operations.upkeep import start_upkeep
     from mirror.operations.warm import ImageReport, warm
 
@@ -185,7 +185,7 @@ async def _warm(
             else:
                 _move_bar(bars, event)
 
-        async with open_recorded_mirror(settings, print_warnings) as mirror:
+        async with opened_mirror(settings) as mirror:
             await start_upkeep(mirror.store, mirror.single_flight, print_warnings)
             return await warm(mirror, images, options, report)
 
@@ -210,7 +210,7 @@ def print_report(report: ImageReport, *, is_json: bool) -> None:
         took = age_text(report.seconds)
         print_text(f"{report.image}  complete  {digest}  {whole} ({added})  {took}", indent=4)
     else:
-        print_note(f"{report.image}: {report.error}")
+        print_failure(report.image, report.error)
     if report.is_complete and report.missing_platforms:
         names = ", ".join(map(str, report.missing_platforms))
         print_note(f"warning: {report.image} has no {names}")
