@@ -23,7 +23,7 @@ _DIGEST_CHARS: Final = 12
 _WHOLE_DIGEST: Final = re.compile(r"\b(sha256|sha512):([0-9a-f]{64,128})\b")
 _BLANK: Final = re.compile(r" (?!(?:s|ms|min|h|d|%|ago)(?:[^\w]|$))")
 """Where a line may be broken: not between a number and its unit."""
-_DOCKER_HUB: Final = re.compile(r"(?:^|(?<= ))docker\.io/(?:library/)?(?=[a-z0-9])")
+_HUB_PREFIX: Final = re.compile(r"(?:^|(?<= ))docker\.io/(?:library/)?(?=[a-z0-9])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def short_digests(text: str) -> str:
 
 def familiar_names(text: str) -> str:
     """Return a text whose names of Docker Hub are as users write them: ``nginx:1.27``."""
-    return _DOCKER_HUB.sub("", text)
+    return _HUB_PREFIX.sub("", text)
 
 
 def shorten(text: str, width: int, ellipsis: str) -> str:

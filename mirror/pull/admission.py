@@ -104,7 +104,7 @@ class Restrictions:
 
 
 BLOCKED: Final = "this image is blocked by the operator of the mirror"
-"""What a client is told of a block, before its reason."""
+"""The message of a block to clients, before its reason."""
 NO_RESTRICTIONS: Final = Restrictions()
 
 
