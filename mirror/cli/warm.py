@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from mirror.cli.arguments import Commands, add_config, add_json, image_name, load_settings
 from mirror.cli.data_directory import opened_mirror
 from mirror.cli.exit_codes import EX_FAILED
-from mirror.cli.listing import print_text
+from mirror.cli.listing import is_terminal, print_text
 from mirror.cli.messages import print_warnings
 from mirror.cli.output import UsageError, flush, print_failure, print_line, print_note
 from mirror.cli.progress import Bars, label_of, open_bars
-from mirror.cli.table_layout import short_digests
+from mirror.cli.table_layout import familiar_names, short_digests
 from mirror.oci.image_name import ImageName
 from mirror.oci.platform import Platform
 from mirror.oci.text import age_text, count_text, size_text
@@ -208,7 +208,8 @@ def print_report(report: ImageReport, *, is_json: bool) -> None:
         whole = f"{count_text(report.contents, 'content')}, {size_text(report.bytes)}"
         digest = short_digests(str(report.digest))
         took = age_text(report.seconds)
-        print_text(f"{report.image}  complete  {digest}  {whole} ({added})  {took}", indent=4)
+        name = familiar_names(str(report.image)) if is_terminal() else str(report.image)
+        print_text(f"{name}  complete  {digest}  {whole} ({added})  {took}", indent=4)
     else:
         print_failure(report.image, report.error)
     if report.is_complete and report.missing_platforms:
