@@ -23,7 +23,7 @@ from mirror.cli.data_directory import layout_of, opened_store
 from mirror.cli.listing import print_rows
 from mirror.cli.output import UsageError, print_line
 from mirror.cli.table_layout import Column
-from mirror.oci.text import size_text
+from mirror.oci.text import age_text, size_text
 
 if TYPE_CHECKING:
     from mirror.config.settings import Settings
@@ -59,7 +59,8 @@ def add_parser(commands: Commands) -> None:
         "--grace",
         metavar="TIME",
         type=duration,
-        help="keep what was used or written within this time, at least 10m (default: 1d)",
+        help="keep what was used or written within this time, at least 10m (default: 1d). Damaged "
+        "layers are removed at any age",
     )
     add_config(parser)
     add_json(parser)
@@ -68,7 +69,7 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command. Raises :class:`mirror.cli.output.UsageError` for too short a grace."""
-    from mirror.operations.gc import DEFAULT_GRACE_S, MIN_GRACE_S, find_garbage
+    from mirror.operations.gc import DEFAULT_GRACE_S, MIN_GRACE_S, YOUNG, find_garbage
 
     grace = DEFAULT_GRACE_S if arguments.grace is None else arguments.grace
     if grace < MIN_GRACE_S:
@@ -88,6 +89,10 @@ def run(arguments: argparse.Namespace) -> int:
         print_rows(_GARBAGE_COLUMNS, _rows(report), is_json=False)
     verb = "would be freed" if arguments.is_dry_run else "freed"
     print_line(f"{size_text(report.freed)} {verb}")
+    young = sum(item.bytes for item in report.items if item.why.startswith(YOUNG))
+    if young:
+        less = "" if grace <= MIN_GRACE_S else " (--grace 10m for less)"
+        print_line(f"{size_text(young)} stay: {YOUNG} {age_text(grace)}{less}")
     return 0
 
 

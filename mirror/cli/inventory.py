@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mirror.cli.output import print_note
 from mirror.cli.table_layout import Column, short_digests
-from mirror.oci.text import age_text, size_text
+from mirror.oci.text import age_text, count_text, size_text
 
 if TYPE_CHECKING:
     from mirror.inventory.model import Inventory
@@ -64,11 +64,6 @@ def state_text(row: dict[str, Any]) -> str:
 def ago(now: float, seconds: float | None) -> str:
     """Return a time in seconds since the epoch as an age, such as ``3 d ago``."""
     return "-" if seconds is None else f"{age_text(now - seconds)} ago"
-
-
-def count_text(number: int, noun: str) -> str:
-    """Return a number with its noun, such as ``1 image`` or ``2 images``."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def note_if_empty(inventory: Inventory, data_dir: str) -> None:

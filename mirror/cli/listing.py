@@ -14,6 +14,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Any, Final, TypeAlias
 
@@ -93,7 +94,7 @@ def print_text(text: str, *, indent: int = 0, is_whole: bool = False) -> None:
     # A longer word is printed as it is: it may be a command to copy.
     lines = wrap(words, max(width, *map(len, words.split(" "))), "")
     for number, line in enumerate(lines):
-        print_line(f"{margin}{' ' * indent if number else ''}{line}")
+        print_line(f"{margin}{' ' * indent if number else ''}{line}".rstrip())
 
 
 def is_terminal() -> bool:
@@ -132,7 +133,7 @@ def _print_table(
 def _with_texts(
     layouts: Sequence[Sequence[Column]], rows: Sequence[Values], *, is_whole: bool
 ) -> Iterator[tuple[Sequence[Column], list[list[str]]]]:
-    """Return the columns of each layout with their texts, the first one with whole names, too."""
+    """Return the columns of each layout with their texts. The first one is not cut to fit."""
     known: dict[tuple[str, object], list[str]] = {}
 
     def texts_of(column: Column) -> list[str]:
@@ -142,7 +143,7 @@ def _with_texts(
             known[column.key, render] = texts if is_whole else [*map(short_digests, texts)]
         return known[column.key, render]
 
-    yield layouts[0], [texts_of(column) for column in layouts[0]]
+    yield [replace(column, min_chars=0) for column in layouts[0]], [*map(texts_of, layouts[0])]
     for columns in layouts:
         texts = map(texts_of, columns)
         yield (

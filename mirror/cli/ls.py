@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from mirror.cli import inventory as common
 from mirror.cli.arguments import Commands, add_config, add_json, load_settings
 from mirror.cli.data_directory import load_inventory
-from mirror.cli.listing import print_rows, since_text
+from mirror.cli.listing import is_terminal, print_rows, since_text
 from mirror.cli.output import UsageError, print_note
 from mirror.cli.table_layout import Column
 from mirror.oci.text import size_text
@@ -38,6 +38,11 @@ FILTER_KEYS: Final = (
 )
 """Keys of ``--filter``."""
 
+_FILTER_VALUES: Final = {
+    "state": ("complete", "partial", "stale", "pinned", "frozen", "leased", "blocked"),
+    "kind": ("image", "platform", "referrer"),
+}
+"""Key of ``--filter`` -> all values that it can have. Other keys may have any."""
 _FEW_PLATFORMS: Final = 2
 """Platforms of a row that a terminal shows by name."""
 
@@ -92,6 +97,7 @@ def list_images(arguments: argparse.Namespace) -> int:
     from mirror.inventory.json_rows import image_row
     from mirror.inventory.model import is_named
 
+    has_terminal = is_terminal()
     has_parts = arguments.has_all or any(key == "kind" for key, _ in filters)
     images: Iterable[Image] = (one for one in inventory.images if not one.is_referrer)
     lost = [one for one in inventory.absent if one.keeper is not None or one.is_lost]
@@ -108,7 +114,8 @@ def list_images(arguments: argparse.Namespace) -> int:
     if not arguments.is_json:
         for row in chosen:
             row["state_text"] = common.state_text(row)
-            row["whole_repository"] = f"{row['upstream']}/{row['repository']}"
+            if has_terminal:
+                row["whole_repository"] = f"{row['upstream']}/{row['repository']}"
     columns, *narrower = _layouts(inventory.now, arguments)
     print_rows(
         *(columns, chosen),
@@ -140,12 +147,14 @@ def _layouts(now: float, arguments: argparse.Namespace) -> list[list[Column]]:
     used, checked = Column("LAST USED", "last_used", since), Column("CHECKED", "checked", since)
     state = Column("STATE", "state_text", min_chars=16, is_sentence=True)
     sizes = [digest, size, unique]
+    narrow_name = [replace(whole_repository, min_chars=10), replace(tag, min_chars=8)]
     return [
         [upstream, repository, tag, platforms, *sizes, used, checked, state],
         [upstream, repository, tag, platforms, *sizes, used, state],
         [whole_repository, tag, platforms, *sizes, used, state],
         [whole_repository, tag, *sizes, used, state],
-        [replace(whole_repository, min_chars=10), replace(tag, min_chars=8), *sizes, state],
+        [*narrow_name, *sizes, replace(state, min_chars=11)],
+        [*narrow_name, digest, size],
     ]
 
 
@@ -164,6 +173,8 @@ def _parse_filter(text: str) -> tuple[str, str]:
     key, separator, value = text.partition("=")
     if not separator or key not in FILTER_KEYS:
         raise UsageError(f"--filter '{text}': write KEY=VALUE, KEY one of {', '.join(FILTER_KEYS)}")
+    if key in _FILTER_VALUES and not any(fnmatchcase(one, value) for one in _FILTER_VALUES[key]):
+        raise UsageError(f"--filter '{text}': {key} is one of {', '.join(_FILTER_VALUES[key])}")
     return key, value
 
 

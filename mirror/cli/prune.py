@@ -23,7 +23,7 @@ from mirror.cli.listing import print_rows
 from mirror.cli.output import UsageError, print_line
 from mirror.cli.table_layout import Column
 from mirror.oci.tag_selection import TagSelection
-from mirror.oci.text import size_text
+from mirror.oci.text import count_text, size_text
 
 if TYPE_CHECKING:
     from mirror.config.settings import Settings
@@ -155,4 +155,4 @@ def _kept(report: CleaningReport) -> list[str]:
             word = item.why.partition(":")[0]
             key = word if word in ("pinned", "frozen", "leased") else "in use, or among the latest"
             counts[key] = counts.get(key, 0) + 1
-    return [f"kept {count} images: {why}" for why, count in sorted(counts.items())]
+    return [f"kept {count_text(count, 'image')}: {why}" for why, count in sorted(counts.items())]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mirror.cli.arguments import Commands, add_config, add_json, load_settings
 from mirror.cli.data_directory import layout_of
-from mirror.cli.listing import print_rows
+from mirror.cli.listing import print_rows, print_text
 from mirror.cli.output import print_line
 from mirror.cli.table_layout import Column
 from mirror.oci.text import size_text, time_text
@@ -64,11 +64,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.is_json:
         print_rows((), [*rows, *disks], is_json=True)
         return 0
-    print_rows(_columns(arguments.by), rows, is_json=False)
+    columns = _columns(arguments.by)
+    narrower = [one for one in columns if one.key != "bytes_sent"]
+    print_rows(columns, rows, is_json=False, narrower=[narrower])
     if begin is not None:
-        print_line(
-            f"\nCounted since {begin}. BILLABLE: manifests that clients got; BILLED: that "
-            "the upstreams were asked for."
+        print_line("")
+        print_text(
+            f"Counted since {begin}. BILLABLE: manifests that clients got; BILLED: that the "
+            "upstreams were asked for."
         )
     if disks:
         print_line("\nWhat another disk size (storage.max_size) would change:\n")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mirror.cli import inventory as common
 from mirror.cli.arguments import Commands, add_config, add_json, image_name, load_settings
 from mirror.cli.data_directory import load_inventory
-from mirror.cli.listing import print_rows
+from mirror.cli.listing import print_rows, print_text
 from mirror.cli.output import CommandFailed, print_line
 from mirror.cli.table_layout import Column
 from mirror.oci.text import size_text
@@ -86,19 +86,20 @@ def _print_summary(inventory: Inventory, image: Image) -> None:
     from mirror.inventory.json_rows import image_row
 
     row = image_row(inventory, image)
-    print_line(f"{image.name}")
-    print_line(f"  digest     {image.digest}")
-    if image.current_root != image.root:
-        print_line(f"  upstream   {image.current_root} (not here)")
-    print_line(f"  platforms  {', '.join(image.platforms) or '-'}")
-    if image.missing_platforms:
-        print_line(f"  not here   {', '.join(image.missing_platforms)}")
-    print_line(
-        f"  size       {size_text(image.size)}, of which rm frees {size_text(row['unique'])}"
-    )
-    print_line(f"  last used  {common.ago(inventory.now, image.used or None)}")
-    print_line(f"  checked    {common.ago(inventory.now, image.checked)}")
-    print_line(f"  state      {common.state_text(row)}")
+    lines = [
+        f"digest     {image.root}",
+        f"upstream   {image.current_root} (not here)" if image.current_root != image.root else None,
+        f"platforms  {', '.join(image.platforms) or '-'}",
+        f"not here   {', '.join(image.missing_platforms)}" if image.missing_platforms else None,
+        f"size       {size_text(image.size)}, of which rm frees {size_text(row['unique'])}",
+        f"last used  {common.ago(inventory.now, image.used or None)}",
+        f"checked    {common.ago(inventory.now, image.checked)}",
+        f"state      {common.state_text(row)}",
+    ]
+    print_line(image.name)
+    for line in lines:
+        if line is not None:
+            print_text(f"  {line}", indent=2, is_whole=True)
     print_line("")
 
 

@@ -16,11 +16,10 @@ from mirror.cli.arguments import Commands, add_config, add_json, image_name, loa
 from mirror.cli.cleaning import read_inventory_gently
 from mirror.cli.data_directory import load_inventory, opened_store
 from mirror.cli.exit_codes import EX_FAILED
-from mirror.cli.inventory import count_text
 from mirror.cli.messages import print_warnings
 from mirror.cli.output import print_line, print_note
 from mirror.cli.rm import find_images
-from mirror.oci.text import size_text
+from mirror.oci.text import count_text, size_text
 
 _MAX_ABSENT: Final = 20
 """Tags without content that are named one by one. There may be thousands: eviction leaves them."""

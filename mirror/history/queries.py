@@ -165,6 +165,11 @@ class HistoryReader:
                 found.append(pull)
         return found
 
+    def begin(self) -> float | None:
+        """Return the Unix time in seconds of the oldest request. None: there is none."""
+        row: Any = self._connection.execute("SELECT at FROM pulls ORDER BY id LIMIT 1").fetchone()
+        return None if row is None else row[0]
+
     def refused(self, last: int = 50) -> list[StoredPull]:
         """Return requests that got no content, the newest first. ``last``: their number at most."""
         return self.pulls(last=last, outcomes=REFUSED_OUTCOMES)

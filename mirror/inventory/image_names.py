@@ -15,7 +15,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from mirror.inventory.model import DigestText
 from mirror.oci.errors import InvalidRequest
@@ -24,9 +24,8 @@ from mirror.oci.reference import Digest, Repository, Tag, is_digest
 from mirror.store.records import MALFORMED, NamedManifest, load_access_record, repository_of
 
 
-@dataclass(frozen=True, slots=True)
-class TagName:
-    """A tag in the index."""
+class TagName(NamedTuple):
+    """A tag in the index. A tuple: there are 10,000 of them."""
 
     repository: Repository
     tag: Tag
@@ -43,9 +42,11 @@ class TagName:
         return next((one for one in frozen if one in self.digests), frozen[0])
 
 
-@dataclass(frozen=True, slots=True)
-class Name:
-    """A name, with its manifest on disk unless it is said that it is absent."""
+class Name(NamedTuple):
+    """A name, with its manifest on disk unless it is said that it is absent.
+
+    A tuple: there are 10,000 of them.
+    """
 
     repository: Repository
     tag: Tag | None

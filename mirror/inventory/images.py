@@ -31,7 +31,7 @@ from mirror.inventory.sharing import Sharing
 from mirror.inventory.staleness import why_stale
 from mirror.inventory.subjects import subject_of_tag
 from mirror.oci.reference import Digest
-from mirror.pull.admission import Restrictions
+from mirror.pull.admission import BLOCKED, Restrictions
 from mirror.store.marks import Marks, protected_roots
 
 _FROZEN: Final = "frozen"
@@ -77,12 +77,15 @@ def build_inventory(
     """
     manifests = on_disk.manifests
     parts = {one: manifest.columns.digests for one, manifest in manifests.items()}
+    leaves = {one for one, manifest in manifests.items() if manifest.type is ContentType.MANIFEST}
     keepers = Keepers(marks, [*names, *absent], now)
     whole, platforms = split_off_platforms(names, manifests, keepers)
-    sharing = Sharing.of({name.root for name in whole}, parts)
-    sizes = _sizes(on_disk)
+    sharing = Sharing.of({name.root for name in whole}, parts, leaves)
+    sizes, missing = _sizes(on_disk)
     restrictions = Restrictions.of_marks(marks)
-    builder = _Builder(on_disk, sizes, sharing, upstreams, marks, restrictions, keepers, now)
+    builder = _Builder(
+        on_disk, sizes, missing, sharing, upstreams, marks, restrictions, keepers, now
+    )
     images = tuple(sorted(map(builder.build, whole), key=image_order))
     if unclear:
         images = tuple(with_unclear_kept(images, unclear))
@@ -126,15 +129,17 @@ def _absent(image: Image, name: Name, quarantined: Set[DigestText]) -> Image:
     return replace(image, absence=absence, stale=None)
 
 
-def _sizes(on_disk: OnDisk) -> dict[DigestText, int]:
+def _sizes(on_disk: OnDisk) -> tuple[dict[DigestText, int], Set[DigestText]]:
+    """Return the bytes of all parts and manifests on disk, and the parts that are not there."""
     present = on_disk.present
     sizes: dict[DigestText, int] = {}
     for manifest in on_disk.manifests.values():
         sizes.update(zip(manifest.columns.digests, manifest.columns.sizes, strict=True))
-    for missing in sizes.keys() - present:
-        del sizes[missing]
+    missing = sizes.keys() - present
+    for one in missing:
+        del sizes[one]
     sizes.update({one: size for one, (size, _) in on_disk.status.items()})
-    return sizes
+    return sizes, missing
 
 
 def image_order(image: Image) -> tuple[str, str, str, str, str]:
@@ -150,6 +155,8 @@ class _Builder:
 
     on_disk: OnDisk
     sizes: Mapping[DigestText, int]
+    missing: Set[DigestText]
+    """The parts of all manifests that are not on disk."""
     sharing: Sharing
     upstreams: Mapping[str, Upstream]
     marks: Marks
@@ -161,7 +168,11 @@ class _Builder:
         """Build the image of a name."""
         root = name.root
         manifest = self.on_disk.manifests.get(root)
-        parts = _damaged(root) if manifest is None else _find_parts(manifest, self.on_disk)
+        parts = (
+            _damaged(root)
+            if manifest is None
+            else _find_parts(manifest, self.on_disk, self.missing)
+        )
         subject = manifest.subject if manifest is not None else None
         if name.tag is not None and subject is None:
             subject = subject_of_tag(name.tag, self.on_disk.present)
@@ -178,9 +189,7 @@ class _Builder:
             variant=name.variant,
             checked=name.checked,
             first_seen=name.first_seen,
-            used=max(
-                [status[one][1] for one in (root, *parts.children) if one in status], default=0
-            ),
+            used=max([status[one][1] for one in (root, *parts.children) if one in status] or [0]),
             platforms=parts.platforms,
             missing_platforms=parts.missing_platforms,
             size=sum(map(sizes.get, reached, repeat(0))),
@@ -197,10 +206,10 @@ class _Builder:
             return None
         upstream = self.upstreams.get(name.repository.upstream)
         is_current = name.current_root == name.root
-        return why_stale(name.checked, upstream, self.now, is_current=is_current)
+        return why_stale(name.checked, upstream, is_current=is_current)
 
     def _block_reason_of(self, name: Name, reached: Collection[DigestText]) -> str | None:
-        """Return why an image is blocked. None: it is not."""
+        """Return the operator's reason for a block. Empty: none was given. None: no block."""
         if not self.marks.blocks:
             return None
         reason = self.restrictions.reason_for(name.repository, name.tag or name.digest)
@@ -209,7 +218,7 @@ class _Builder:
             blocked = self.restrictions.digests
             digests = map(Digest.parse, reached)
             reason = next((blocked[one] for one in digests if one in blocked), None)
-        return reason
+        return None if reason is None else reason.removeprefix(BLOCKED).removeprefix(": ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,9 +237,12 @@ def _damaged(root: DigestText) -> _Parts:
     return _Parts(missing=(ManifestPart(root, media_type="", size=0, type=ContentType.MANIFEST),))
 
 
-def _find_parts(root: StoredManifest, on_disk: OnDisk) -> _Parts:
-    """Find the parts of an image. Those of platforms that were never pulled do not lack."""
-    manifests, present = on_disk.manifests, on_disk.present
+def _find_parts(root: StoredManifest, on_disk: OnDisk, absent: Set[DigestText]) -> _Parts:
+    """Find the parts of an image. Those of platforms that were never pulled do not lack.
+
+    ``absent``: the parts of all manifests that are not on disk.
+    """
+    manifests = on_disk.manifests
     children: dict[DigestText, None] = {}
     platforms = {root.platform} if root.platform else set()
     missing_platforms: set[str] = set()
@@ -238,7 +250,7 @@ def _find_parts(root: StoredManifest, on_disk: OnDisk) -> _Parts:
     queue = [root]
     for manifest in queue:  # It grows while it is read.
         is_image = manifest.type is ContentType.MANIFEST
-        if is_image and present.issuperset(manifest.columns.digests):
+        if is_image and absent.isdisjoint(manifest.columns.digests):
             continue  # It lacks nothing, as most images do.
         columns = manifest.columns
         platforms_of = columns.platforms or [None] * len(columns.digests)
@@ -246,7 +258,7 @@ def _find_parts(root: StoredManifest, on_disk: OnDisk) -> _Parts:
         entries = zip(columns.digests, columns.types, platforms_of, strict=True)
         for number, (text, kind, stated) in enumerate(entries):
             if is_image or kind not in MANIFEST_PART_TYPES:
-                if text not in present and not (columns.elsewhere and columns.elsewhere[number]):
+                if text in absent and not (columns.elsewhere and columns.elsewhere[number]):
                     lacking.append(number)
             elif text not in manifests:
                 if kind != ContentType.REFERRER:

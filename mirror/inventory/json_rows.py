@@ -33,7 +33,7 @@ def image_row(inventory: Inventory, image: Image) -> dict[str, Any]:
         "missing_bytes": sum([part.size for part in image.missing]),
         "absent_why": image.absence and image.absence.value,
         "stale_why": image.stale,
-        "blocked_why": image.block_reason,
+        "blocked_why": image.block_reason or None,
         "subject": image.subject,
         "accept": image.variant.strip() or None,
     }

@@ -157,11 +157,12 @@ class Keeper(NamedTuple):
     """The way to end the mark, for people."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Image:
     """A name, usually with its manifest on disk. Times are seconds since the epoch.
 
-    Images are compared by identity: each one of an inventory is there once.
+    Images are compared by identity: each one of an inventory is there once. They never change, but
+    are not frozen: to make 10,000 frozen ones takes three times as long.
     """
 
     repository: Repository
@@ -189,10 +190,11 @@ class Image:
     missing: tuple[ManifestPart, ...] = ()
     """Content that a client would have to wait for: parts of platforms that are here."""
     stale: str | None = None
-    """Why the upstream is asked before the tag is served again. None: it is fresh, or a digest."""
+    """Why the upstream has not confirmed the digest of the tag. None: it has, or it is no tag."""
     marks: tuple[str, ...] = ()
     """``pinned``, ``frozen``, ``leased``, ``blocked``."""
     block_reason: str | None = None
+    """The operator's reason for a block. Empty: none was given. None: it is not blocked."""
     keeper: Keeper | None = None
     """Why it is not removed. None: it may be."""
     subject: DigestText | None = None
@@ -384,7 +386,7 @@ class Inventory:
 
     def is_platform(self, image: Image) -> bool:
         """Return whether an image is one of :attr:`platforms`."""
-        return image in self._platforms
+        return bool(self.platforms) and image in self._platforms
 
     @cached_property
     def _platforms(self) -> Set[Image]:

@@ -46,6 +46,11 @@ def size_text(size: int) -> str:
     return f"{size / 1024**exponent:.{1 if exponent else 0}f}{_SIZE_UNITS[exponent]}"
 
 
+def count_text(count: int, noun: str) -> str:
+    """Return a number of things for people: ``1 image``, ``2 images``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 @overload
 def time_text(seconds: float) -> str: ...
 @overload

@@ -344,7 +344,7 @@ def choose_digest(name: ImageName, had: Sequence[Digest], prefix: str) -> Digest
         known = ", ".join(f"{one.algorithm}:{one.hex[:12]}" for one in had)
         raise ManifestUnknown(f"{name} has not had the digest {prefix}: it has had {known}")
     if len(found) > 1:
-        raise DigestInvalid(f"{prefix} is the begin of {len(found)} digests of {name}: give more")
+        raise DigestInvalid(f"several digests of {name} begin with {prefix}: give more digits")
     return found[0]
 
 

@@ -31,6 +31,7 @@ from mirror.oci.errors import (
 from mirror.oci.image_name import DEFAULT_TAG, ImageName
 from mirror.oci.platform import Choice, Platform, choose_entries
 from mirror.oci.reference import Digest, Reference
+from mirror.oci.text import count_text, size_text
 from mirror.operations.limited import Work, run_limited
 from mirror.operations.own_requests import OwnRequests
 from mirror.operations.referring import find_referring
@@ -357,7 +358,7 @@ class _ImageRun:
             del self._sizes[digest]
         reason = store.unwritable_reason or "it was evicted: raise storage.max_size"
         raise StorageUnavailable(
-            f"{len(missing)} contents of {size} bytes are not on disk: {reason}"
+            f"{count_text(len(missing), 'content')}, {size_text(size)}, not on the disk: {reason}"
         )
 
 

@@ -111,12 +111,13 @@ class Restrictions:
         return None
 
 
+BLOCKED: Final = "this image is blocked by the operator of the mirror"
+"""The message of a block to clients, before its reason."""
 NO_RESTRICTIONS: Final = Restrictions()
 
 
 def _reason_of(block: Block) -> str:
-    said = "this image is blocked by the operator of the mirror"
-    return f"{said}: {block.reason}" if block.reason else said
+    return f"{BLOCKED}: {block.reason}" if block.reason else BLOCKED
 
 
 def _target_of(block: Block) -> Target | None:

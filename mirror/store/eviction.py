@@ -24,7 +24,7 @@ from typing import Final
 
 from mirror.config.settings import Storage
 from mirror.observability.events import Evicted, LogMessage, Observer
-from mirror.oci.errors import DigestInvalid
+from mirror.oci.errors import DigestInvalid, error_text
 from mirror.oci.reference import Digest
 from mirror.store import disk
 from mirror.store.layout import Layout
@@ -302,7 +302,7 @@ class Evictor:
                 work()
             except Exception as error:
                 self._held_off_until = time.monotonic() + _LOCK_HOLD_OFF_S
-                why = (("why", f"{type(error).__name__}: {error}"),)
+                why = (("why", error_text(error)),)
                 self._emit(LogMessage("warning", failed, why))
 
         return self._loop.run_in_executor(self._thread, run)

@@ -24,7 +24,7 @@ from mirror.cli.own_server import OwnServer
 from mirror.config.load import load_with_origins
 from mirror.config.settings import Settings
 from mirror.oci.errors import ConfigError
-from mirror.oci.text import printable
+from mirror.oci.text import count_text, printable
 
 _MAX_FINDING_CHARS: Final = 2000
 """Characters of a finding: one line that a terminal can show."""
@@ -89,7 +89,8 @@ def run_doctor(arguments: argparse.Namespace) -> int:
         flush()
     if not arguments.is_json:
         problems, warnings = counts[Status.PROBLEM], counts[Status.WARNING]
-        print_line(f"{problems} problems, {warnings} warnings, {counts[Status.OK]} ok")
+        found = f"{count_text(problems, 'problem')}, {count_text(warnings, 'warning')}"
+        print_line(f"{found}, {counts[Status.OK]} ok")
     return EX_FAILED if counts[Status.PROBLEM] else 0
 
 

@@ -105,7 +105,12 @@ def test_explain_tells_of_the_last_pulls(
     record(tmp_path / "data", fill)
     code, out, err = run("explain", "app:v1")
     assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert any(line.endswith("3 requests (2 miss, 1 hit)") for line in lines)
+    assert sum("  manifest v1" in line for line in lines) == 2
+    assert "  Slowest: manifest v1 (id " in out, "the first of the slowest"
     assert "Miss: the tag was not known" in out
+    code, out, _ = run("explain", "app:v1", "--requests")
     assert "The upstream sent 40 MB/s." in out
     assert "the upstream is the bottleneck" in out
     code, out, _ = run("explain", "layer")
@@ -132,10 +137,21 @@ def test_explain_filters_by_image_digest_outcome_and_number(
 def test_explain_without_a_history_says_so(run: Callable[..., tuple[int, str, str]]) -> None:
     code, out, err = run("explain")
     assert (code, out) == (0, "")
-    assert "no such request is in the history" in err
+    assert "the history is empty" in err
 
 
-@pytest.mark.parametrize("arguments", [["NO IMAGE"], ["--last", "0"], ["--outcome", "x"]])
+def test_explain_of_an_image_without_requests_names_it_and_the_begin_of_the_history(
+    tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    record(tmp_path / "data", fill)
+    code, out, err = run("explain", "zzz")
+    assert (code, out) == (0, "")
+    assert "no such request for docker.io/library/zzz in the history, which begins at 20" in err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["NO IMAGE"], ["--last", "0"], ["--outcome", "x"], ["--client", "x"]]
+)
 def test_explain_refuses_wrong_arguments(
     run: Callable[..., tuple[int, str, str]], arguments: list[str]
 ) -> None:

@@ -185,7 +185,7 @@ def test_target_that_cannot_be_blocked_is_wrong_usage(
 
 
 def test_reason_of_several_lines_is_refused(filled: Filled) -> None:
-    filled.run("block", "app", "--reason", "a\nb", code=1)
+    filled.run("block", "app", "--reason", "a\nb", code=2)
     assert filled.notes == "oci-mirror: a reason is one line of at most 500 characters\n"
 
 
@@ -203,7 +203,7 @@ def test_frozen_tag_stays_frozen_until_it_is_let_go(filled: Filled) -> None:
 
 
 def test_digest_cannot_be_frozen(filled: Filled) -> None:
-    filled.run("freeze", f"app@{Digest.of(OLD)}", code=1)
+    filled.run("freeze", f"app@{Digest.of(OLD)}", code=2)
     assert "which never changes: give a tag" in filled.notes
 
 
@@ -223,7 +223,7 @@ def test_rollback_freezes_an_earlier_digest_that_is_complete(filled: Filled) -> 
 def test_rollback_to_another_digest_says_which_the_tag_has_had(
     filled: Filled, to: str, said: str
 ) -> None:
-    filled.run("rollback", "app", "--to", to, code=1)
+    filled.run("rollback", "app", "--to", to, code=1 if said == "has not had" else 2)
     assert said in filled.notes
     if said == "has not had":
         assert Digest.of(OLD).hex[:12] in filled.notes
@@ -246,7 +246,7 @@ def test_rollback_to_an_incomplete_image_of_the_upstream_says_what_is_missing(
     filled.layout.blob(Digest.of(LAYERS[0])).unlink()
     [row] = filled.rows("rollback", "app", "--to", str(Digest.of(OLD)))
     assert row["missing"] == 1
-    assert "1 parts of it are not here" in filled.notes
+    assert "1 part missing here" in filled.notes
 
 
 def test_directory_without_a_mirror_is_not_created(
@@ -302,3 +302,18 @@ def test_damaged_marks_are_named_with_the_remedy_and_stay(filled: Filled, damage
         assert "marks.json is damaged" in filled.notes
         assert "delete it" in filled.notes
     assert filled.layout.marks.exists()
+
+
+def test_block_of_a_registry_that_is_not_configured_warns(filled: Filled) -> None:
+    filled.run("block", "nope.io/x/*")
+    assert (
+        "warning: nope.io is not one of upstreams, so nothing matches nope.io/x/*" in filled.notes
+    )
+    filled.run("block", "*/x")
+    assert filled.notes == ""
+
+
+def test_block_of_the_bare_name_of_a_registry_says_how_to_block_all_of_it(filled: Filled) -> None:
+    filled.run("block", "docker.io", code=2)
+    assert "docker.io is a registry: block 'docker.io/*' for all of it" in filled.notes
+    assert not filled.marks.blocks

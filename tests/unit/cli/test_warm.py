@@ -144,7 +144,7 @@ async def test_warm_is_explained_and_counted_by_its_name(
         by = ("--by", "network")
         savings = await run_in_thread(run_command, registry.url, "savings", *by)
 
-    assert "for `oci-mirror warm`: miss" in explained.out
+    assert " `oci-mirror warm` docker.io/library/app:v1: " in explained.out
     assert {json.loads(line)["command"] for line in rows.out.splitlines()} == {"warm"}
     for line in rows.out.splitlines():
         jsonschema.validate(json.loads(line), SCHEMAS["explain"])

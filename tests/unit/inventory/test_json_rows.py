@@ -53,7 +53,8 @@ def test_state_names_all_that_is_wrong(data: DataDirectory) -> None:
 
     row = image_row(inventory, image)
 
-    assert state_words(image) == row["state"] == ["partial", "stale", "blocked"]
+    assert state_words(image) == row["state"] == ["partial", "blocked"]
+    assert row["blocked_why"] == "CVE-1"
     assert (row["missing_parts"], row["missing_bytes"]) == (1, 300)
 
 

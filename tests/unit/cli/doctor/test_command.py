@@ -54,7 +54,7 @@ def test_problem_ends_with_1_and_has_its_remedy_on_a_line_of_its_own(
     lines = capsys.readouterr().out.splitlines()
     (place,) = (n for n, line in enumerate(lines) if line.startswith("problem  endpoint: "))
     assert lines[place + 1].startswith("         remedy: ")
-    assert lines[-1].startswith("1 problems, ")
+    assert lines[-1].startswith("1 problem, ")
 
 
 def test_configuration_that_cannot_be_used_is_a_finding(
