@@ -100,12 +100,11 @@ def list_images(arguments: argparse.Namespace) -> int:
     has_terminal = is_terminal()
     has_parts = arguments.has_all or any(key == "kind" for key, _ in filters)
     images: Iterable[Image] = (one for one in inventory.images if not one.is_referrer)
-    lost = [one for one in inventory.absent if one.keeper is not None or one.is_lost]
     if has_parts:
         images = (*inventory.images, *inventory.platforms, *inventory.absent)
         images = sorted(images, key=image_order)
-    elif lost:
-        images = sorted((*images, *lost), key=image_order)
+    elif inventory.lost:
+        images = sorted((*images, *inventory.lost), key=image_order)
     if arguments.pattern:
         images = (image for image in images if is_named(image, arguments.pattern))
     rows = (image_row(inventory, image) for image in images)

@@ -110,12 +110,14 @@ def build_inventory(
 
 
 def _find_absent(
-    builder: _Builder, absent: Sequence[Name], quarantined: Set[DigestText]
+    builder: _Builder, absent: Sequence[Name], quarantined: Set[DigestText], is_lost_only: bool
 ) -> tuple[Image, ...]:
-    """Build the images whose manifest is not on disk."""
+    """Build the images whose manifest is not on disk, or those that a mark or damage makes lost."""
     owners, keepers = builder.sharing.owners, builder.keepers
     # The platform of an index that is here is a part of that.
     names = (one for one in absent if one.tag or one.root not in owners or keepers.has_mark_of(one))
+    if is_lost_only:
+        names = (one for one in names if one.root in quarantined or keepers.of(one, (one.root,)))
     found = [_absent(builder.build(name), name, quarantined) for name in names]
     return tuple(sorted(found, key=image_order))
 

@@ -271,8 +271,8 @@ class Inventory:
     """Content that may belong to marked manifests which are damaged or missing."""
     quarantined: frozenset[DigestText]
     """Content that was damaged, is in ``quarantine/``, and was not fetched again."""
-    find_absent: Callable[[], tuple[Image, ...]] = field(repr=False)
-    """Builds :attr:`absent`."""
+    find_absent: Callable[[bool], tuple[Image, ...]] = field(repr=False)
+    """Builds :attr:`absent`. True: only those of :attr:`lost`."""
     scan: Callable[[], dict[Digest, Content]] = field(repr=False)
     """Lists the directories with the sizes and the recency of all content. Raises ``OSError``."""
 
@@ -286,23 +286,24 @@ class Inventory:
 
     @cached_property
     def absent(self) -> tuple[Image, ...]:
-        """The names without a manifest on disk, in the same order (see :class:`Absence`).
+        """The names without a manifest on disk, in the same order. Most of them were evicted.
 
-        All tags in the index, and digests that a mark names or that are quarantined. They are not
-        among :attr:`images`: most of them were evicted.
+        All tags in the index, and digests that a mark names or that are quarantined.
         """
-        return self.find_absent()
+        return self.find_absent(False)
+
+    @cached_property
+    def lost(self) -> tuple[Image, ...]:
+        """Those of :attr:`absent` that a mark names, or that are quarantined."""
+        return self.find_absent(True)
 
     @cached_property
     def holding(self) -> tuple[Image, ...]:
         """Marked images for whose lost manifest all content of their repository stays."""
         if not self.unclear:
             return ()
-        unknown = (
-            *(one for one in self.absent if one.is_lost),
-            *(one for one in self.images if one.root not in self.manifests),
-        )
-        return tuple(one for one in unknown if one.keeper is not None)
+        damaged = (one for one in self.images if one.root not in self.manifests and one.keeper)
+        return (*(one for one in self.lost if one.is_lost and one.keeper), *damaged)
 
     @cached_property
     def protected(self) -> frozenset[DigestText]:
