@@ -31,6 +31,7 @@ from mirror.admin.worker_channel import open_channel
 from mirror.admin.worker_part import AdminSockets
 from mirror.config.reload import merge_settings
 from mirror.config.settings import Settings
+from mirror.oci.errors import error_text
 from mirror.server import LISTEN_BACKLOG, STOP_SIGNALS, Worker, run_worker
 from mirror.terminal import watch_terminal
 
@@ -300,7 +301,7 @@ class _Supervisor:
             run = run_worker(self._settings, self._sockets[index], self._load, worker, self._admin)
             code = asyncio.run(run)
         except Exception as error:
-            print(f"worker: {type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201 - its log may not be set up
+            print(f"worker: {error_text(error)}", file=sys.stderr)  # noqa: T201 - its log may not be set up
         finally:
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 sys.stdout.flush()

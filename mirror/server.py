@@ -33,6 +33,7 @@ from mirror.observability.events import Event, LogLinesDropped, LogMessage, Obse
 from mirror.observability.library_logs import configure_logging
 from mirror.observability.log_stream import LogStream
 from mirror.observability.logs import LogObserver, LogWriter
+from mirror.oci.errors import error_text
 from mirror.operations.prefetch import PrefetchJob
 from mirror.operations.retention_job import RetentionJob
 from mirror.pull.marks_watch import WATCH_INTERVAL_S
@@ -131,7 +132,7 @@ async def run_worker(
     def on_lines_dropped(count: int, error: Exception | None = None) -> None:
         metrics.observe(LogLinesDropped(count))
         if error is not None:
-            why = (("why", f"{type(error).__name__}: {error}"),)
+            why = (("why", error_text(error)),)
             emit_from_thread(LogMessage("error", "log lines could not be written", why))
 
     stream = LogStream(_stdout(), on_lines_dropped, is_shared=worker is not None)
@@ -259,7 +260,7 @@ def _reload_at_requests(
             try:
                 await reload()
             except Exception as error:
-                why = (("why", str(error) or type(error).__name__),)
+                why = (("why", error_text(error)),)
                 emit(LogMessage("error", "the configuration was not applied", why))
 
     running.mirror.single_flight.run(("reload",), reload_at_requests)
@@ -388,7 +389,7 @@ async def _run_every(name: str, interval: float, job: Callable[[], object], emit
                 await result
         except Exception as error:
             level = "warning" if isinstance(error, OSError) else "error"
-            why = (("job", name), ("why", f"{type(error).__name__}: {error}"))
+            why = (("job", name), ("why", error_text(error)))
             emit(LogMessage(level, "housekeeping failed", why))
         await asyncio.sleep(interval)
 

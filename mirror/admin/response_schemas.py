@@ -69,6 +69,7 @@ RESPONSE_SCHEMAS: Final[dict[str, ResponseSchema]] = {
         state=list_of(A_TEXT),
         missing_parts=A_COUNT,
         missing_bytes=A_COUNT,
+        absent_why=A_TEXT_OR_NULL,
         stale_why=A_TEXT_OR_NULL,
         blocked_why=A_TEXT_OR_NULL,
     ),

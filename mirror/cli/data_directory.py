@@ -20,6 +20,7 @@ from mirror.cli.output import CommandFailed
 from mirror.config.settings import Settings
 
 if TYPE_CHECKING:
+    from mirror.composition import Mirror
     from mirror.inventory.model import Inventory
     from mirror.store.index import Index
     from mirror.store.layout import Layout
@@ -68,6 +69,25 @@ def load_inventory(settings: Settings) -> Inventory:
 
     layout = find_layout(settings)
     return read_inventory(layout, settings.upstreams, read_marks(layout), time.time())
+
+
+@asynccontextmanager
+async def opened_mirror(settings: Settings) -> AsyncIterator[Mirror]:
+    """Open the parts of a mirror, with a history. Its warnings go to standard error.
+
+    It imports aiohttp, which commands that ask no upstream do not need.
+
+    Raises :class:`CommandFailed` like :func:`find_layout`: a command makes no data directory.
+    """
+    import asyncio
+
+    from mirror.cli.messages import print_fault, print_warnings
+    from mirror.operations.own_requests import open_recorded_mirror
+
+    find_layout(settings)
+    asyncio.get_running_loop().set_exception_handler(print_fault)
+    async with open_recorded_mirror(settings, print_warnings) as mirror:
+        yield mirror
 
 
 @asynccontextmanager

@@ -53,6 +53,7 @@ def state_text(row: dict[str, Any]) -> str:
     reasons = {
         "partial": f"lacks {count_text(row['missing_parts'], 'part')}, "
         f"{size_text(row['missing_bytes'])}",
+        "absent": row["absent_why"] and f"its manifest is not here: {row['absent_why']}",
         "stale": row["stale_why"],
         "blocked": row["blocked_why"],
     }

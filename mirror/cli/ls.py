@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Final
 from mirror.cli import inventory as common
 from mirror.cli.arguments import Commands, add_config, add_json, load_settings
 from mirror.cli.data_directory import load_inventory
-from mirror.cli.listing import print_rows, since_text
-from mirror.cli.output import UsageError
+from mirror.cli.listing import is_terminal, print_rows, since_text
+from mirror.cli.output import UsageError, print_note
 from mirror.cli.table_layout import Column
 from mirror.oci.text import size_text
 
@@ -38,6 +38,11 @@ FILTER_KEYS: Final = (
 )
 """Keys of ``--filter``."""
 
+_FILTER_VALUES: Final = {
+    "state": ("complete", "partial", "stale", "pinned", "frozen", "leased", "blocked"),
+    "kind": ("image", "platform", "referrer"),
+}
+"""Key of ``--filter`` -> all values that it can have. Other keys may have any."""
 _FEW_PLATFORMS: Final = 2
 """Platforms of a row that a terminal shows by name."""
 
@@ -92,10 +97,14 @@ def list_images(arguments: argparse.Namespace) -> int:
     from mirror.inventory.json_rows import image_row
     from mirror.inventory.model import is_named
 
+    has_terminal = is_terminal()
     has_parts = arguments.has_all or any(key == "kind" for key, _ in filters)
     images: Iterable[Image] = (one for one in inventory.images if not one.is_referrer)
     if has_parts:
-        images = sorted((*inventory.images, *inventory.platforms), key=image_order)
+        images = (*inventory.images, *inventory.platforms, *inventory.absent)
+        images = sorted(images, key=image_order)
+    elif inventory.lost:
+        images = sorted((*images, *inventory.lost), key=image_order)
     if arguments.pattern:
         images = (image for image in images if is_named(image, arguments.pattern))
     rows = (image_row(inventory, image) for image in images)
@@ -104,7 +113,8 @@ def list_images(arguments: argparse.Namespace) -> int:
     if not arguments.is_json:
         for row in chosen:
             row["state_text"] = common.state_text(row)
-            row["whole_repository"] = f"{row['upstream']}/{row['repository']}"
+            if has_terminal:
+                row["whole_repository"] = f"{row['upstream']}/{row['repository']}"
     columns, *narrower = _layouts(inventory.now, arguments)
     print_rows(
         *(columns, chosen),
@@ -113,6 +123,12 @@ def list_images(arguments: argparse.Namespace) -> int:
         is_whole=arguments.is_whole,
     )
     common.note_if_empty(inventory, settings.data_dir)
+    for image in inventory.holding:
+        print_note(
+            f"nothing of {image.repository} is evicted or removed, since the manifest of "
+            f"{image.name} is not here: fetch it with `oci-mirror verify --repair {image.name}`, "
+            "or take its mark away"
+        )
     return 0
 
 
@@ -130,12 +146,14 @@ def _layouts(now: float, arguments: argparse.Namespace) -> list[list[Column]]:
     used, checked = Column("LAST USED", "last_used", since), Column("CHECKED", "checked", since)
     state = Column("STATE", "state_text", min_chars=16, is_sentence=True)
     sizes = [digest, size, unique]
+    narrow_name = [replace(whole_repository, min_chars=10), replace(tag, min_chars=8)]
     return [
         [upstream, repository, tag, platforms, *sizes, used, checked, state],
         [upstream, repository, tag, platforms, *sizes, used, state],
         [whole_repository, tag, platforms, *sizes, used, state],
         [whole_repository, tag, *sizes, used, state],
-        [replace(whole_repository, min_chars=10), replace(tag, min_chars=8), *sizes, state],
+        [*narrow_name, *sizes, replace(state, min_chars=11)],
+        [*narrow_name, digest, size],
     ]
 
 
@@ -154,6 +172,8 @@ def _parse_filter(text: str) -> tuple[str, str]:
     key, separator, value = text.partition("=")
     if not separator or key not in FILTER_KEYS:
         raise UsageError(f"--filter '{text}': write KEY=VALUE, KEY one of {', '.join(FILTER_KEYS)}")
+    if key in _FILTER_VALUES and not any(fnmatchcase(one, value) for one in _FILTER_VALUES[key]):
+        raise UsageError(f"--filter '{text}': {key} is one of {', '.join(_FILTER_VALUES[key])}")
     return key, value
 
 

@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from mirror.cli.arguments import load_settings
-from mirror.cli.data_directory import find_layout, opened_index
+from mirror.cli.data_directory import find_layout, opened_index, opened_mirror
 from mirror.cli.listing import print_rows, since_text
-from mirror.cli.messages import print_warnings
-from mirror.cli.output import print_line, print_note
+from mirror.cli.output import UsageError, print_line, print_note
 from mirror.cli.table_layout import Column, short_digests
 from mirror.config.settings import Settings
+from mirror.oci.block_target import Target
 from mirror.oci.image_name import ImageName
-from mirror.oci.reference import Digest, Repository
+from mirror.oci.reference import UPSTREAM_ALIASES, Digest, Repository
 from mirror.oci.text import count_text, time_text
 from mirror.operations import marking
 from mirror.store.layout import Layout
@@ -78,10 +78,13 @@ _BLOCK_COLUMNS: Final = (
 
 
 def _block(arguments: argparse.Namespace) -> int:
-    layout = find_layout(load_settings(arguments))
+    settings = load_settings(arguments)
+    layout = find_layout(settings)
     if arguments.target is None:
         _print_table(_BLOCK_COLUMNS, map(_block_row, read_marks(layout).blocks.values()), arguments)
         return 0
+
+    _check_registry(arguments.target, settings)
 
     async def block() -> Block:
         async with opened_index(layout) as index:
@@ -91,7 +94,28 @@ def _block(arguments: argparse.Namespace) -> int:
 
     one = asyncio.run(block())
     _report([_block_row(one)], [f"blocked {one.target}: {_SERVER_NOTE}"], arguments)
+    if why := marking.why_incomplete(layout, arguments.target, one):
+        print_note(f"{one.target}: {why}")
     return 0
+
+
+def _check_registry(target: Target, settings: Settings) -> None:
+    """Refuse the bare name of a registry: it would be a repository of docker.io.
+
+    Warns of a registry that is not configured.
+    """
+    if isinstance(target, Digest):
+        return
+    for name in (*settings.upstreams, *UPSTREAM_ALIASES):
+        if str(target) == f"docker.io/library/{name}":
+            raise UsageError(f"{name} is a registry: block '{name}/*' for all of it")
+    registry = str(target).partition("/")[0]
+    if not _has_wildcard(registry) and registry not in settings.upstreams:
+        print_note(f"warning: {registry} is not one of upstreams, so nothing matches {target}")
+
+
+def _has_wildcard(text: str) -> bool:
+    return not {"*", "?", "["}.isdisjoint(text)
 
 
 def _unblock(arguments: argparse.Namespace) -> int:
@@ -175,9 +199,8 @@ async def _roll_back(
     async def check_upstream(repository: Repository, digest: Digest) -> None:
         # Imported here: only an image that is not complete needs it.
         from mirror.operations.asking import fetch_manifest
-        from mirror.operations.own_requests import open_recorded_mirror
 
-        async with open_recorded_mirror(settings, print_warnings) as mirror:
+        async with opened_mirror(settings) as mirror:
             await fetch_manifest(mirror, repository, digest, "rollback")
 
     async with opened_index(layout) as index:

@@ -53,6 +53,12 @@ def print_note(text: str) -> None:
         print(f"oci-mirror: {text}", file=sys.stderr, flush=True)
 
 
+def print_failure(subject: object, why: str) -> None:
+    """Print why something failed, on standard error. The subject is named once."""
+    name = str(subject)
+    print_note(why if why.startswith(name) else f"{name}: {why}")
+
+
 def flush() -> None:
     """Write what is buffered for standard output. Raises :class:`OutputError`."""
     if sys.stdout is not None:

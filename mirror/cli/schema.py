@@ -19,8 +19,7 @@ from collections.abc import Iterator, Mapping
 from textwrap import dedent
 from typing import Any, Final, TypeAlias
 
-from mirror.config.section import Section
-from mirror.config.settings import Settings
+from mirror.config.settings import Section, Settings
 
 Schema: TypeAlias = dict[str, Any]
 

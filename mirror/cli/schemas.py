@@ -44,7 +44,9 @@ _CONTENT_TYPE: Final = {"enum": ["index", "manifest", "config", "layer", "referr
 _FILE_TYPE: Final = {
     "enum": [*_CONTENT_TYPE["enum"], "fetching", "unfinished", "damaged"],
 }
-_STATE: Final = {"enum": ["complete", "partial", "stale", "pinned", "frozen", "leased", "blocked"]}
+_STATE: Final = {
+    "enum": ["complete", "partial", "absent", "stale", "pinned", "frozen", "leased", "blocked"]
+}
 
 _GROUP_USAGE: Final = _row(
     kind={"enum": ["upstream", "repository"]},
@@ -176,6 +178,7 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
         state={"type": "array", "items": _STATE, "minItems": 1},
         missing_parts=_NUMBER_OF,
         missing_bytes=_NUMBER_OF,
+        absent_why=_TEXT_OR_NULL,
         stale_why=_TEXT_OR_NULL,
         blocked_why=_TEXT_OR_NULL,
         subject=_DIGEST_OR_NULL,
@@ -227,7 +230,7 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
     "unfreeze": _MARK,
     "unpin": _MARK,
     "verify": _row(
-        problem={"enum": ["damaged", "unreadable", "incomplete"]},
+        problem={"enum": ["damaged", "unreadable", "lost", "incomplete", "absent"]},
         image=_TEXT_OR_NULL,
         digest=_DIGEST_TEXT,
         bytes=_NUMBER_OF,

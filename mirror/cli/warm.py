@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mirror.cli.arguments import Commands, add_config, add_json, image_name, load_settings
-from mirror.cli.data_directory import find_layout
+from mirror.cli.data_directory import opened_mirror
 from mirror.cli.exit_codes import EX_FAILED
-from mirror.cli.listing import print_text
+from mirror.cli.listing import is_terminal, print_text
 from mirror.cli.messages import print_warnings
-from mirror.cli.output import UsageError, flush, print_line, print_note
+from mirror.cli.output import UsageError, flush, print_failure, print_line, print_note
 from mirror.cli.progress import Bars, label_of, open_bars
-from mirror.cli.table_layout import short_digests
+from mirror.cli.table_layout import familiar_names, short_digests
 from mirror.oci.image_name import ImageName
 from mirror.oci.platform import Platform
 from mirror.oci.text import age_text, count_text, size_text
@@ -108,7 +108,6 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.images and not arguments.file and not arguments.from_manifests:
         raise UsageError("name an image, or give --file or --from-manifests")
     settings = load_settings(arguments)
-    find_layout(settings)
     found = read_lists(arguments.images, arguments.file, arguments.from_manifests)
     for problem in found.problems:
         print_note(problem)
@@ -174,7 +173,6 @@ def _read_stdin() -> bytes:
 async def _warm(
     settings: Settings, images: list[ImageName], options: WarmOptions, *, is_json: bool
 ) -> list[ImageReport]:
-    from mirror.operations.own_requests import open_recorded_mirror
     from mirror.operations.upkeep import start_upkeep
     from mirror.operations.warm import ImageReport, warm
 
@@ -187,7 +185,7 @@ async def _warm(
             else:
                 _move_bar(bars, event)
 
-        async with open_recorded_mirror(settings, print_warnings) as mirror:
+        async with opened_mirror(settings) as mirror:
             await start_upkeep(mirror.store, mirror.single_flight, print_warnings)
             return await warm(mirror, images, options, report)
 
@@ -210,9 +208,10 @@ def print_report(report: ImageReport, *, is_json: bool) -> None:
         whole = f"{count_text(report.contents, 'content')}, {size_text(report.bytes)}"
         digest = short_digests(str(report.digest))
         took = age_text(report.seconds)
-        print_text(f"{report.image}  complete  {digest}  {whole} ({added})  {took}", indent=4)
+        name = familiar_names(str(report.image)) if is_terminal() else str(report.image)
+        print_text(f"{name}  complete  {digest}  {whole} ({added})  {took}", indent=4)
     else:
-        print_note(f"{report.image}: {report.error}")
+        print_failure(report.image, report.error)
     if report.is_complete and report.missing_platforms:
         names = ", ".join(map(str, report.missing_platforms))
         print_note(f"warning: {report.image} has no {names}")

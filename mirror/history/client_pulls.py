@@ -15,7 +15,7 @@ from typing import Final
 
 from mirror.history.stored_pull import StoredPull
 
-_MAX_PAUSE_S: Final = 5.0
+_MAX_REQUEST_GAP_S: Final = 5.0
 """Seconds between two requests of one pull, at most: a client unpacks the layers that it has."""
 
 
@@ -58,7 +58,7 @@ class ClientPull:
     def may_have(self, request: StoredPull) -> bool:
         """Return whether a later request of the same client and repository may belong to it."""
         is_same_tag = not _has_tag(request) or self.tag in ("", request.reference)
-        return is_same_tag and request.at <= self.end + _MAX_PAUSE_S
+        return is_same_tag and request.at <= self.end + _MAX_REQUEST_GAP_S
 
 
 def group_requests(requests: Iterable[StoredPull]) -> list[ClientPull]:

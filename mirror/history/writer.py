@@ -19,6 +19,7 @@ from mirror.history.bounds import Bounds
 from mirror.history.content_sizes import ContentSizes
 from mirror.history.history_file import HistoryFile, is_file_damaged
 from mirror.observability.events import HistoryRowsDropped, LogMessage, Observer
+from mirror.oci.errors import error_text
 from mirror.store.layout import Layout
 
 _MAX_QUEUED: Final = 50_000
@@ -105,7 +106,7 @@ class HistoryWriter:
             try:
                 self._write(batches)
             except Exception as error:  # Of any kind: the next batches need the thread.
-                self._on_refusal(batches, f"{type(error).__name__}: {error}")
+                self._on_refusal(batches, error_text(error))
             with self._lock:
                 self._queued -= sum(batch.weight for batch in batches)
                 has_ended = self._is_closing and not self._queue

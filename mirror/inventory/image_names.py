@@ -11,20 +11,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from mirror.inventory.model import DigestText
+from mirror.oci.errors import InvalidRequest
+from mirror.oci.image_name import parse_with_reference
 from mirror.oci.reference import Digest, Repository, Tag, is_digest
 from mirror.store.records import MALFORMED, NamedManifest, load_access_record, repository_of
 
 
-@dataclass(frozen=True, slots=True)
-class TagName:
-    """A tag in the index."""
+class TagName(NamedTuple):
+    """A tag in the index. A tuple: there are 10,000 of them."""
 
     repository: Repository
     tag: Tag
@@ -36,10 +37,16 @@ class TagName:
     checked: float | None = None
     """When the upstream last confirmed it, in seconds since the epoch. None: never."""
 
+    def served_of(self, frozen: Sequence[DigestText]) -> DigestText:
+        """Return the one of the digests of a frozen tag that the clients of this row get."""
+        return next((one for one in frozen if one in self.digests), frozen[0])
 
-@dataclass(frozen=True, slots=True)
-class Name:
-    """A name whose manifest is on disk."""
+
+class Name(NamedTuple):
+    """A name, with its manifest on disk unless it is said that it is absent.
+
+    A tuple: there are 10,000 of them.
+    """
 
     repository: Repository
     tag: Tag | None
@@ -54,6 +61,8 @@ class Name:
     """When the upstream last confirmed it, in seconds since the epoch. None: never."""
     first_seen: float = 0.0
     """When the digest was first seen under a tag, in seconds since the epoch. Zero: not known."""
+    is_recorded: bool = True
+    """Whether the index has it. False: only a mark names it."""
 
     @property
     def text(self) -> str:
@@ -82,7 +91,9 @@ class Names:
     """``repository@digest`` of each manifest that was pulled -> the text of its access record."""
 
     def images(
-        self, present: Container[DigestText], frozen: Mapping[str, Digest] | None = None
+        self,
+        present: Container[DigestText],
+        frozen: Mapping[str, Sequence[DigestText]] | None = None,
     ) -> list[Name]:
         """Return the names whose manifest is on disk, each once.
 
@@ -96,7 +107,7 @@ class Names:
             repository, tag = row.repository, row.tag
             name = f"{repository.upstream}/{repository.path}"
             served = frozen.get(f"{name}:{tag}") if frozen else None
-            digests = row.digests if served is None else (str(served),)
+            digests = row.digests if served is None else (row.served_of(served),)
             text = next((one for one in digests if one in present), None)
             if text is None:
                 continue
@@ -128,6 +139,52 @@ class Names:
                         current_root=text,
                         first_seen=_time(first_seen.get(key)),
                     )
+        return list(found.values())
+
+    def absent(
+        self,
+        present: Container[DigestText],
+        frozen: Mapping[str, Sequence[DigestText]],
+        marked: Mapping[str, Digest],
+        wanted: Container[DigestText],
+    ) -> list[Name]:
+        """Return the names none of whose manifests is on disk.
+
+        Args:
+            present: The content on disk.
+            frozen: As for :meth:`images`.
+            marked: Names of pins and freezes -> their digests. They are returned also if the index
+                does not have them.
+            wanted: Digests that are returned although no tag has them. Others that are gone are
+                as many as were ever evicted.
+        """
+        found: dict[str, Name] = {}
+        for row in sorted(self.tags, key=lambda row: row.variant):
+            name = f"{row.repository.upstream}/{row.repository.path}:{row.tag.name}"
+            served = frozen.get(name)
+            digests = row.digests if served is None else (row.served_of(served),)
+            latest = next(iter(row.digests))
+            root = next(iter(digests))
+            if is_digest(root) and is_digest(latest) and not any(one in present for one in digests):
+                new = Name(row.repository, row.tag, root, latest, row.variant, row.checked)
+                found.setdefault(f"{name}@{root}", new)
+        tagged = {f"{one.repository}@{one.root}" for one in found.values()}
+        names = {one.text for one in found.values()} | {
+            f"{row.repository}:{row.tag}" for row in self.tags if marked
+        }
+        for key in self.manifests:
+            name, _, text = key.partition("@")
+            if text in wanted and text not in present and key not in tagged:
+                repository = repository_of(name)
+                if repository is not None:
+                    found[key] = Name(repository, None, text, text)
+        for name, digest in marked.items():
+            root = str(digest)
+            if root not in present and name not in names and name not in found:
+                with suppress(InvalidRequest):
+                    repository, reference = parse_with_reference(name)
+                    tag = reference if isinstance(reference, Tag) else None
+                    found[name] = Name(repository, tag, root, root, is_recorded=False)
         return list(found.values())
 
     def _first_seen(self) -> dict[str, object]:

@@ -6,8 +6,9 @@ databases.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import repeat
 from typing import Final
 
@@ -17,6 +18,7 @@ from mirror.inventory.index_platforms import split_off_platforms
 from mirror.inventory.keeping import Keepers, with_referrers_kept, with_unclear_kept
 from mirror.inventory.model import (
     MANIFEST_PART_TYPES,
+    Absence,
     Content,
     ContentType,
     DigestText,
@@ -58,6 +60,8 @@ def build_inventory(
     marks: Marks,
     now: float,
     unclear: frozenset[DigestText] = frozenset(),
+    absent: Sequence[Name] = (),
+    quarantined: frozenset[DigestText] = frozenset(),
 ) -> Inventory:
     """Build an inventory from what was read.
 
@@ -68,15 +72,20 @@ def build_inventory(
         marks: The marks of the data directory.
         now: Seconds since the epoch.
         unclear: Content that may belong to marked manifests which are damaged or missing.
+        absent: The names without a manifest on disk.
+        quarantined: Content in ``quarantine/`` that was not fetched again.
     """
     manifests = on_disk.manifests
     parts = {one: manifest.columns.digests for one, manifest in manifests.items()}
-    keepers = Keepers(marks, names, now)
+    leaves = {one for one, manifest in manifests.items() if manifest.type is ContentType.MANIFEST}
+    keepers = Keepers(marks, [*names, *absent], now)
     whole, platforms = split_off_platforms(names, manifests, keepers)
-    sharing = Sharing.of({name.root for name in whole}, parts)
-    sizes = _sizes(on_disk)
+    sharing = Sharing.of({name.root for name in whole}, parts, leaves)
+    sizes, missing = _sizes(on_disk)
     restrictions = Restrictions.of_marks(marks)
-    builder = _Builder(on_disk, sizes, sharing, upstreams, marks, restrictions, keepers, now)
+    builder = _Builder(
+        on_disk, sizes, missing, sharing, upstreams, marks, restrictions, keepers, now
+    )
     images = tuple(sorted(map(builder.build, whole), key=image_order))
     if unclear:
         images = tuple(with_unclear_kept(images, unclear))
@@ -91,6 +100,8 @@ def build_inventory(
         sharing=sharing,
         marked=frozenset(marked),
         unclear=unclear,
+        quarantined=quarantined,
+        find_absent=partial(_find_absent, builder, absent, quarantined),
         scan=on_disk.scan,
     )
     return (
@@ -98,15 +109,39 @@ def build_inventory(
     )
 
 
-def _sizes(on_disk: OnDisk) -> dict[DigestText, int]:
+def _find_absent(
+    builder: _Builder, absent: Sequence[Name], quarantined: Set[DigestText], is_lost_only: bool
+) -> tuple[Image, ...]:
+    """Build the images whose manifest is not on disk, or those that a mark or damage makes lost."""
+    owners, keepers = builder.sharing.owners, builder.keepers
+    # The platform of an index that is here is a part of that.
+    names = (one for one in absent if one.tag or one.root not in owners or keepers.has_mark_of(one))
+    if is_lost_only:
+        names = (one for one in names if one.root in quarantined or keepers.of(one, (one.root,)))
+    found = [_absent(builder.build(name), name, quarantined) for name in names]
+    return tuple(sorted(found, key=image_order))
+
+
+def _absent(image: Image, name: Name, quarantined: Set[DigestText]) -> Image:
+    absence = Absence.EVICTED
+    if name.root in quarantined:
+        absence = Absence.DAMAGED
+    elif image.keeper is not None:
+        absence = Absence.LOST if name.is_recorded else Absence.NEVER
+    return replace(image, absence=absence, stale=None)
+
+
+def _sizes(on_disk: OnDisk) -> tuple[dict[DigestText, int], Set[DigestText]]:
+    """Return the bytes of all parts and manifests on disk, and the parts that are not there."""
     present = on_disk.present
     sizes: dict[DigestText, int] = {}
     for manifest in on_disk.manifests.values():
         sizes.update(zip(manifest.columns.digests, manifest.columns.sizes, strict=True))
-    for missing in sizes.keys() - present:
-        del sizes[missing]
+    missing = sizes.keys() - present
+    for one in missing:
+        del sizes[one]
     sizes.update({one: size for one, (size, _) in on_disk.status.items()})
-    return sizes
+    return sizes, missing
 
 
 def image_order(image: Image) -> tuple[str, str, str, str, str]:
@@ -122,6 +157,8 @@ class _Builder:
 
     on_disk: OnDisk
     sizes: Mapping[DigestText, int]
+    missing: Set[DigestText]
+    """The parts of all manifests that are not on disk."""
     sharing: Sharing
     upstreams: Mapping[str, Upstream]
     marks: Marks
@@ -133,7 +170,11 @@ class _Builder:
         """Build the image of a name."""
         root = name.root
         manifest = self.on_disk.manifests.get(root)
-        parts = _damaged(root) if manifest is None else _find_parts(manifest, self.on_disk)
+        parts = (
+            _damaged(root)
+            if manifest is None
+            else _find_parts(manifest, self.on_disk, self.missing)
+        )
         subject = manifest.subject if manifest is not None else None
         if name.tag is not None and subject is None:
             subject = subject_of_tag(name.tag, self.on_disk.present)
@@ -150,9 +191,7 @@ class _Builder:
             variant=name.variant,
             checked=name.checked,
             first_seen=name.first_seen,
-            used=max(
-                [status[one][1] for one in (root, *parts.children) if one in status], default=0
-            ),
+            used=max([status[one][1] for one in (root, *parts.children) if one in status] or [0]),
             platforms=parts.platforms,
             missing_platforms=parts.missing_platforms,
             size=sum(map(sizes.get, reached, repeat(0))),
@@ -200,9 +239,12 @@ def _damaged(root: DigestText) -> _Parts:
     return _Parts(missing=(ManifestPart(root, media_type="", size=0, type=ContentType.MANIFEST),))
 
 
-def _find_parts(root: StoredManifest, on_disk: OnDisk) -> _Parts:
-    """Find the parts of an image. Those of platforms that were never pulled do not lack."""
-    manifests, present = on_disk.manifests, on_disk.present
+def _find_parts(root: StoredManifest, on_disk: OnDisk, absent: Set[DigestText]) -> _Parts:
+    """Find the parts of an image. Those of platforms that were never pulled do not lack.
+
+    ``absent``: the parts of all manifests that are not on disk.
+    """
+    manifests = on_disk.manifests
     children: dict[DigestText, None] = {}
     platforms = {root.platform} if root.platform else set()
     missing_platforms: set[str] = set()
@@ -210,7 +252,7 @@ def _find_parts(root: StoredManifest, on_disk: OnDisk) -> _Parts:
     queue = [root]
     for manifest in queue:  # It grows while it is read.
         is_image = manifest.type is ContentType.MANIFEST
-        if is_image and present.issuperset(manifest.columns.digests):
+        if is_image and absent.isdisjoint(manifest.columns.digests):
             continue  # It lacks nothing, as most images do.
         columns = manifest.columns
         platforms_of = columns.platforms or [None] * len(columns.digests)
@@ -218,7 +260,7 @@ def _find_parts(root: StoredManifest, on_disk: OnDisk) -> _Parts:
         entries = zip(columns.digests, columns.types, platforms_of, strict=True)
         for number, (text, kind, stated) in enumerate(entries):
             if is_image or kind not in MANIFEST_PART_TYPES:
-                if text not in present and not (columns.elsewhere and columns.elsewhere[number]):
+                if text in absent and not (columns.elsewhere and columns.elsewhere[number]):
                     lacking.append(number)
             elif text not in manifests:
                 if kind != ContentType.REFERRER:

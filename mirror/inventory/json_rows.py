@@ -31,6 +31,7 @@ def image_row(inventory: Inventory, image: Image) -> dict[str, Any]:
         "state": state_words(image),
         "missing_parts": len(image.missing),
         "missing_bytes": sum([part.size for part in image.missing]),
+        "absent_why": image.absence and image.absence.value,
         "stale_why": image.stale,
         "blocked_why": image.block_reason or None,
         "subject": image.subject,
@@ -45,8 +46,9 @@ def _kind_of(inventory: Inventory, image: Image) -> str:
 
 
 def state_words(image: Image) -> list[str]:
-    """Return the state of an image: ``complete`` or ``partial``, ``stale``, and its marks."""
-    words = ["complete" if image.is_complete else "partial"]
+    """Return the state: ``complete``, ``partial`` or ``absent``; ``stale``; and its marks."""
+    whole = "absent" if image.absence is not None else "partial"
+    words = ["complete" if image.is_complete else whole]
     if image.stale is not None:
         words.append("stale")
     return [*words, *image.marks]

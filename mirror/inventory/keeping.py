@@ -39,7 +39,8 @@ class Keepers:
         for pin in marks.pins.values():
             self._add("pinned", pin, pin.digest)
         for freeze in marks.freezes.values():
-            self._add("frozen", freeze, freeze.digest)
+            for digest in freeze.digests:
+                self._add("frozen", freeze, digest)
         self.tags: set[DigestText] = set()
         """The digests that pinned and frozen tags have now."""
         for name in names if self._keepers else ():

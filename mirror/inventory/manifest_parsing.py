@@ -210,7 +210,7 @@ def load_manifest(text: DigestText, row: str) -> StoredManifest:
     digests, sizes = digests_text.split(), list(map(int, sizes_text.split()))
     if not len(digests) == len(sizes) == len(types):
         raise ValueError("columns of different lengths")
-    columns = PartColumns(digests, media_types, sizes, types, platforms, elsewhere)
+    columns = PartColumns._make((digests, media_types, sizes, types, platforms, elsewhere))
     return StoredManifest(text, known.media_type, known.type, columns, *known[4:])
 
 

@@ -139,6 +139,15 @@ class StoredManifest(NamedTuple):
         return Digest.parse(self.text)
 
 
+class Absence(StrEnum):
+    """The reason why the manifest of an image is not on disk."""
+
+    DAMAGED = "it was damaged, and is in quarantine/"
+    LOST = "it is lost, although a mark keeps it"
+    NEVER = "it was never here"
+    EVICTED = "it was evicted, or is lost"
+
+
 class Keeper(NamedTuple):
     """The reason why an image is not removed."""
 
@@ -148,11 +157,12 @@ class Keeper(NamedTuple):
     """The way to end the mark, for people."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Image:
-    """A name whose manifest is on disk. Times are seconds since the epoch.
+    """A name, usually with its manifest on disk. Times are seconds since the epoch.
 
-    Images are compared by identity: each one of an inventory is there once.
+    Images are compared by identity: each one of an inventory is there once. They never change, but
+    are not frozen: to make 10,000 frozen ones takes three times as long.
     """
 
     repository: Repository
@@ -189,6 +199,8 @@ class Image:
     """Why it is not removed. None: it may be."""
     subject: DigestText | None = None
     """The content that a signature, an SBOM or a list of referrers belongs to."""
+    absence: Absence | None = None
+    """Why its manifest is not on disk. None: it is."""
 
     @property
     def name(self) -> str:
@@ -206,6 +218,11 @@ class Image:
     def current(self) -> Digest:
         """The digest :attr:`current_root`."""
         return Digest.parse(self.current_root)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether its manifest should be on disk, and is not."""
+        return self.absence in (Absence.DAMAGED, Absence.LOST)
 
     @property
     def is_complete(self) -> bool:
@@ -252,6 +269,10 @@ class Inventory:
     """The digests that pins, freezes and leases name, and those that marked tags have now."""
     unclear: frozenset[DigestText]
     """Content that may belong to marked manifests which are damaged or missing."""
+    quarantined: frozenset[DigestText]
+    """Content that was damaged, is in ``quarantine/``, and was not fetched again."""
+    find_absent: Callable[[bool], tuple[Image, ...]] = field(repr=False)
+    """Builds :attr:`absent`. True: only those of :attr:`lost`."""
     scan: Callable[[], dict[Digest, Content]] = field(repr=False)
     """Lists the directories with the sizes and the recency of all content. Raises ``OSError``."""
 
@@ -262,6 +283,27 @@ class Inventory:
         The first use takes 0.5 s for 100,000 contents: each file is asked. Raises ``OSError``.
         """
         return self.scan()
+
+    @cached_property
+    def absent(self) -> tuple[Image, ...]:
+        """The names without a manifest on disk, in the same order. Most of them were evicted.
+
+        All tags in the index, and digests that a mark names or that are quarantined.
+        """
+        return self.find_absent(False)
+
+    @cached_property
+    def lost(self) -> tuple[Image, ...]:
+        """Those of :attr:`absent` that a mark names, or that are quarantined."""
+        return self.find_absent(True)
+
+    @cached_property
+    def holding(self) -> tuple[Image, ...]:
+        """Marked images for whose lost manifest all content of their repository stays."""
+        if not self.unclear:
+            return ()
+        damaged = (one for one in self.images if one.root not in self.manifests and one.keeper)
+        return (*(one for one in self.lost if one.is_lost and one.keeper), *damaged)
 
     @cached_property
     def protected(self) -> frozenset[DigestText]:
@@ -345,7 +387,7 @@ class Inventory:
 
     def is_platform(self, image: Image) -> bool:
         """Return whether an image is one of :attr:`platforms`."""
-        return image in self._platforms
+        return bool(self.platforms) and image in self._platforms
 
     @cached_property
     def _platforms(self) -> Set[Image]:
@@ -417,7 +459,7 @@ class Inventory:
     def unique_of(self, image: Image) -> int:
         """Return the bytes that go if this name goes, with its referrers (:meth:`freed_by`)."""
         root = image.root
-        if self.is_platform(image) or len(self.names_by_root[root]) > 1:
+        if image.absence or self.is_platform(image) or len(self.names_by_root[root]) > 1:
             return 0
         if self._referrers:
             return self.size_of(self.freed_by([image]))

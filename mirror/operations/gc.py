@@ -38,7 +38,7 @@ YOUNG: Final = "used or written within"
 """Why young content stays. The time follows."""
 _BLOB_TYPES: Final = (ContentType.LAYER, ContentType.CONFIG)
 _NO_NAME: Final = "no name reaches it"
-_UNCLEAR: Final = "an image may need it, whose manifest is damaged or not understood"
+_NOT_UNDERSTOOD: Final = "an image may need it, whose manifest is damaged or not understood"
 _LOST: Final = "a marked image has lost it: fetch that image with oci-mirror warm"
 
 
@@ -141,7 +141,7 @@ def _old_orphans(
     unclear = _unclear_content(layout, inventory) if old else set()
     kept = [
         *_kept("content", young, _young(grace)),
-        *_kept("content", [blob.size for blob in old if blob.digest in unclear], _UNCLEAR),
+        *_kept("content", [blob.size for blob in old if blob.digest in unclear], _NOT_UNDERSTOOD),
     ]
     old = [blob for blob in old if blob.digest not in unclear]
     return sorted(old, key=lambda blob: blob.used), kept
@@ -159,8 +159,7 @@ def _unclear_content(layout: Layout, inventory: Inventory) -> set[Digest]:
         if manifest is None or manifest.is_opaque:
             repositories.add(image.repository)
     # What verify has moved away is in no inventory, nor is a damaged child of an index.
-    damaged = {digest_of_file(path) for path, _ in quarantined_files(layout)} - {None}
-    moved = [one for one in damaged if one is not None and str(one) not in inventory.present]
+    moved = [Digest.parse(one) for one in inventory.quarantined]
     return read_access_beside(layout, moved, [str(one) for one in repositories])
 
 

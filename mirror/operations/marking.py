@@ -27,6 +27,7 @@ from mirror.store.index import Index
 from mirror.store.layout import Layout
 from mirror.store.marks import Block, Freeze, Marks, Pin, change_marks
 from mirror.store.protection import read_parts
+from mirror.store.records import TagRecord
 from mirror.threads import HangingCalls, run_in_thread
 
 MAX_REASON_CHARS: Final = 500
@@ -152,6 +153,23 @@ async def block(layout: Layout, index: Index, target: Target, reason: str, now: 
     return (await change(layout, add)).blocks[str(target)]
 
 
+def why_incomplete(layout: Layout, target: Target, block: Block) -> str | None:
+    """Return what a block does not refuse because the image is not here. None: nothing. Blocks."""
+    match target:
+        case ImageName(_, Tag()) if not block.digests:
+            return "the tag is not in the cache: its digest is not refused under other names"
+        case Digest() as digest if not disk.has_whole(layout, digest):
+            pass
+        case ImageName(_, Digest() as digest) if not disk.has_whole(layout, digest):
+            pass
+        case _:
+            return None
+    return (
+        "the content is not here: if it is an index, also block the digests of the images that it "
+        "lists, or pull it first"
+    )
+
+
 async def unblock(layout: Layout, target: Target) -> Block | None:
     """Serve a blocked target again. Returns its block, or None if there was none."""
     removed: list[Block] = []
@@ -197,6 +215,8 @@ def _digest_of(name: ImageName) -> Digest:
 async def freeze(layout: Layout, index: Index, name: ImageName, now: float) -> Freeze:
     """Serve a tag from the digest that it has here, whatever the upstream says of it.
 
+    Clients that do not accept its media type get the manifest that the upstream has for them.
+
     A tag that is frozen already stays at its digest.
 
     Args:
@@ -212,7 +232,8 @@ async def freeze(layout: Layout, index: Index, name: ImageName, now: float) -> F
         OSError: The marks cannot be written.
     """
     name = _with_tag(name)
-    new = Freeze(str(name), (await find_digests(index, name))[0], now)
+    digest, *variants = await find_current(index, name)
+    new = Freeze(str(name), digest, now, tuple(variants))
 
     def add(marks: Marks) -> Marks:
         return replace(marks, freezes={new.name: new, **marks.freezes})
@@ -287,13 +308,27 @@ async def find_digests(index: Index, name: ImageName) -> list[Digest]:
     Raises ``ManifestUnknown`` if the tag is not in the cache, and ``StorageUnavailable`` if the
     index cannot be read.
     """
+    records = await _find_records(index, name)
+    return list(dict.fromkeys(digest for record in records for digest in record.digests))
+
+
+async def find_current(index: Index, name: ImageName) -> list[Digest]:
+    """Return the digest that a tag has now, and those that it has for other clients, each once.
+
+    Raises as :func:`find_digests`.
+    """
+    records = await _find_records(index, name)
+    return list(dict.fromkeys(record.digest for record in records))
+
+
+async def _find_records(index: Index, name: ImageName) -> list[TagRecord]:
     assert isinstance(name.reference, Tag)
     records = await index.tag_records(name.repository, name.reference)
     if records is None:
         raise StorageUnavailable("the index cannot be read, so it is not known what the tag has")
     if not records:
         raise ManifestUnknown(f"{name} is not in the cache: pull it through the mirror first")
-    return list(dict.fromkeys(digest for record in records for digest in record.digests))
+    return records
 
 
 def choose_digest(name: ImageName, had: Sequence[Digest], prefix: str) -> Digest:

@@ -58,8 +58,9 @@ class Restrictions:
     repositories: Mapping[Repository, str] = field(default_factory=dict)
     patterns: tuple[tuple[str, str], ...] = ()
     """(pattern of whole repository names, reason)."""
-    frozen: Mapping[tuple[Repository, Tag], Digest] = field(default_factory=dict)
-    """Tags that are served as one digest."""
+    frozen: Mapping[tuple[Repository, Tag], tuple[Digest, ...]] = field(default_factory=dict)
+    """Tags that are served as one digest, or as another one to clients that do not accept its media
+    type."""
     unknown_why: str = ""
     """Why the marks are not known. Nothing is admitted then: anything may be blocked. Empty: they
     are known."""
@@ -85,12 +86,12 @@ class Restrictions:
                     repositories[repository] = reason
                 case str() as pattern:
                     patterns.append((pattern, reason))
-        frozen: dict[tuple[Repository, Tag], Digest] = {}
+        frozen: dict[tuple[Repository, Tag], tuple[Digest, ...]] = {}
         for freeze in marks.freezes.values():
             with suppress(InvalidRequest):
                 repository, reference = parse_with_reference(freeze.name)
                 if isinstance(reference, Tag):
-                    frozen[repository, reference] = freeze.digest
+                    frozen[repository, reference] = freeze.digests
         return cls(digests, images, repositories, tuple(patterns), frozen)
 
     def reason_for(self, repository: Repository, reference: Reference | None) -> str | None:
@@ -111,7 +112,7 @@ class Restrictions:
 
 
 BLOCKED: Final = "this image is blocked by the operator of the mirror"
-"""What a client is told of a block, before its reason."""
+"""The message of a block to clients, before its reason."""
 NO_RESTRICTIONS: Final = Restrictions()
 
 

@@ -15,6 +15,7 @@ from typing import Final, assert_never
 from cachetools import TTLCache
 
 from mirror.observability.events import Kind, Outcome, RequestRecord
+from mirror.oci.accept import is_acceptable
 from mirror.oci.errors import BlobUnknown, Denied, StorageUnavailable
 from mirror.oci.reference import Digest, Reference, Repository, Tag
 from mirror.pull import admission
@@ -124,10 +125,28 @@ class PullService:
                         is_refresh=is_refresh,
                     )
                 )
-            reference = frozen
-            self._admit_digest(reference, pull)
+            return await self._frozen(repository, frozen, accept, pull, is_head=is_head)
         request = ContentRequest(repository, reference, Kind.MANIFEST, pull, accept)
         return await self._manifests.by_digest(request, is_head=is_head)
+
+    async def _frozen(
+        self,
+        repository: Repository,
+        digests: tuple[Digest, ...],
+        accept: tuple[str, ...],
+        pull: RequestRecord,
+        *,
+        is_head: bool,
+    ) -> ManifestResult:
+        """Serve the first manifest of a frozen tag that the client accepts, else the first one."""
+        results: list[ManifestResult] = []
+        for digest in digests:
+            self._admit_digest(digest, pull)
+            request = ContentRequest(repository, digest, Kind.MANIFEST, pull, accept)
+            results.append(await self._manifests.by_digest(request, is_head=is_head))
+            if is_acceptable(accept, results[-1].media_type):
+                return results[-1]
+        return results[0]
 
     async def _by_tag(self, request: TagRequest) -> ManifestResult:
         result = await self._manifests.by_tag(request)

@@ -69,6 +69,14 @@ class Freeze:
     digest: Digest
     since: float
     """Seconds since the epoch."""
+    variants: tuple[Digest, ...] = ()
+    """Manifests for clients that do not accept the type of ``digest``: a registry sends old clients
+    another one. The first one that a client accepts is served."""
+
+    @property
+    def digests(self) -> tuple[Digest, ...]:
+        """All digests as which the tag is served, that for most clients first."""
+        return self.digest, *self.variants
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +142,7 @@ def protected_roots(marks: Marks, now: float) -> set[Digest]:
     ``now``: seconds since the epoch. A lease that has ended protects nothing.
     """
     roots = {pin.digest for pin in marks.pins.values()}
-    roots |= {freeze.digest for freeze in marks.freezes.values()}
+    roots.update(*(freeze.digests for freeze in marks.freezes.values()))
     roots |= {lease.digest for lease in marks.leases.values() if lease.until > now}
     return roots
 
@@ -142,9 +150,10 @@ def protected_roots(marks: Marks, now: float) -> set[Digest]:
 def kept_manifests(marks: Marks) -> dict[str, set[Digest]]:
     """Return the digests that pins and freezes name, by the whole name of the repository."""
     found: dict[str, set[Digest]] = {}
-    kept: tuple[Pin | Freeze, ...] = (*marks.pins.values(), *marks.freezes.values())
-    for mark in kept:
-        found.setdefault(repository_part(mark.name), set()).add(mark.digest)
+    for pin in marks.pins.values():
+        found.setdefault(repository_part(pin.name), set()).add(pin.digest)
+    for freeze in marks.freezes.values():
+        found.setdefault(repository_part(freeze.name), set()).update(freeze.digests)
     return found
 
 
@@ -230,7 +239,9 @@ def _entries(marks: Marks) -> Iterator[Entry]:
     for pin in marks.pins.values():
         yield {"pin": pin.name, "digest": str(pin.digest), "since": pin.since}
     for freeze in marks.freezes.values():
-        yield {"freeze": freeze.name, "digest": str(freeze.digest), "since": freeze.since}
+        variants = {"variants": list(map(str, freeze.variants))} if freeze.variants else {}
+        entry = {"freeze": freeze.name, "digest": str(freeze.digest), "since": freeze.since}
+        yield entry | variants
     for block in marks.blocks.values():
         digests = [str(digest) for digest in sorted(block.digests)]
         yield {
@@ -261,7 +272,9 @@ def _load(entries: Iterable[Entry]) -> Marks:
                 case {"pin": name, **rest}:
                     pins[_text(name)] = Pin(name, _digest(rest), _time(rest["since"]))
                 case {"freeze": name, **rest}:
-                    freezes[_text(name)] = Freeze(name, _digest(rest), _time(rest["since"]))
+                    variants = tuple(map(Digest.parse, rest.get("variants", ())))
+                    since = _time(rest["since"])
+                    freezes[_text(name)] = Freeze(name, _digest(rest), since, variants)
                 case {"block": target, **rest}:
                     digests = frozenset(map(Digest.parse, rest["digests"]))
                     reason, since = str(rest["reason"]), _time(rest["since"])

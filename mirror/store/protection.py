@@ -78,6 +78,8 @@ class Protection:
         """Manifests that are protected, and whose parts are not known."""
         self.digests: set[Digest] = set()
         """All content that must stay, as of the last :meth:`update`."""
+        self.holding: list[str] = []
+        """Marked images for which all of their repositories stays (:func:`find_holding`)."""
 
     def update(self) -> None:
         """Find what is protected now. Does nothing unless the marks have changed.
@@ -123,7 +125,10 @@ class Protection:
         """
         if self._unclear:
             try:
-                self.digests |= read_unclear(self._layout, marks, self._unclear)
+                unclear = read_unclear(self._layout, marks, self._unclear)
+                self.digests |= unclear
+                if unclear:
+                    self.holding = name_holding(self._layout, marks, self._unclear)
             except StorageUnavailable as error:
                 raise ProtectionUnknown(error.message) from None
 
@@ -202,6 +207,39 @@ def read_unclear(layout: Layout, marks: Marks, unknown: Collection[Digest]) -> s
     repositories = [name for name, some in kept.items() if not some.isdisjoint(damaged)]
     unclear = damaged.union(*kept.values())
     return read_access_beside(layout, unclear, repositories) if unclear else set()
+
+
+def find_holding(layout: Layout, marks: Marks) -> list[str]:
+    """Return the marked images for which all of their repositories stays.
+
+    Their manifests, or those of their platforms, are damaged or missing, so it is not known which
+    content they need. Blocks: it reads each manifest of a pin or a freeze.
+
+    Raises:
+        StorageUnavailable: The index cannot be read.
+        OSError: The disk does not answer.
+    """
+    unknown: set[Digest] = set()
+    seen = set[Digest]().union(*kept_manifests(marks).values())
+    queue = list(seen)
+    for digest in queue:  # It grows while it is read.
+        parts = read_known_parts(layout, digest)
+        if parts is None:
+            unknown.add(digest)
+            continue
+        queue += set(parts[0]) - seen
+        seen.update(parts[0])
+    if not unknown or not read_unclear(layout, marks, unknown):
+        return []
+    return name_holding(layout, marks, unknown)
+
+
+def name_holding(layout: Layout, marks: Marks, unknown: Collection[Digest]) -> list[str]:
+    """Return the names of marked images, or digests, of manifests whose parts are not known."""
+    names = {one: freeze.name for freeze in marks.freezes.values() for one in freeze.digests}
+    names |= {pin.digest: pin.name for pin in marks.pins.values()}
+    kept = {one for one in unknown if one in names or is_damaged(layout, one)}
+    return sorted(names.get(one, str(one)) for one in kept)
 
 
 def is_damaged(layout: Layout, digest: Digest) -> bool:

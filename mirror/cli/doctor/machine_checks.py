@@ -26,6 +26,9 @@ from mirror.config.settings import Settings, Storage
 from mirror.config.values import is_loopback_only, split_host
 from mirror.oci.errors import MirrorError
 from mirror.oci.text import size_text
+from mirror.store.layout import Layout
+from mirror.store.marks import Marks
+from mirror.store.protection import find_holding
 
 _MOUNTS: Final = Path("/proc/self/mountinfo")
 # proc_pid_mountinfo(5): "36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw"
@@ -235,17 +238,27 @@ def _damage_of(database: Path, clock: Callable[[], float]) -> str | None:
     return None if result == "ok" else ", ".join(found)
 
 
-def check_marks(path: Path, read: Callable[[], object]) -> Finding:
-    """Check that pins, freezes, blocks and leases can be read. ``read`` raises if they cannot."""
+def check_marks(path: Path, read: Callable[[], Marks]) -> Finding:
+    """Check that pins, freezes, blocks and leases can be read. ``read`` raises if they cannot.
+
+    Also names the images for whose damaged or missing manifest a whole repository stays.
+    """
     subject = Checked("marks", str(path))
     try:
-        read()
+        marks = read()
+        holding = find_holding(Layout(path.parent), marks)
     except (OSError, MirrorError) as error:
         reason = error.message if isinstance(error, MirrorError) else str(error.strerror or error)
         return subject.problem(
             f"{reason}: nothing is evicted or removed until this is mended",
             f"make {path} readable for the server, restore it from a backup, or delete it and "
             "pin, freeze and block again",
+        )
+    if holding:
+        return subject.problem(
+            f"the manifest of {', '.join(holding[:3])} is damaged or missing, so nothing of its "
+            "repository is evicted or removed",
+            f"fetch it: oci-mirror verify --repair {holding[0]}; or take its mark away",
         )
     return subject.ok("readable" if path.exists() else "there are none")
 

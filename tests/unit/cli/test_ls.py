@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from mirror.oci.reference import Digest
+from mirror.oci.text import size_text
 from mirror.store.marks import Block, Pin
 from tests.unit.cli.inventory_kit import Site
 from tests.unit.inventory.kit import content, text
@@ -147,3 +148,23 @@ def test_command_imports_neither_aiohttp_nor_rich(filled: Site) -> None:
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
 
     assert (ran.returncode, ran.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 160, 200])
+def test_terminal_of_any_width_has_whole_digests_and_sizes_on_one_line(
+    filled: Site, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"ghcr.io/{'organisation/' * 4}service:2026.11.27-build-{'ab' * 20}"
+    body = filled.data.image(name, "long")
+    for module in ("listing", "ls"):
+        monkeypatch.setattr(f"mirror.cli.{module}.is_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(width))
+    rows = filled.rows("ls")
+    lines = filled.lines("ls")
+    assert max(map(len, lines)) <= width
+    for row in rows:
+        short = row["digest"][:19]
+        (line,) = [line for line in lines if short in line]
+        assert size_text(row["size"]) in line.split()
+    assert any(str(Digest.of(body))[:19] in line for line in lines)
+    assert ("PLATFORMS" in lines[0]) is (width >= 120)

@@ -16,9 +16,9 @@ import pytest
 
 from mirror.cli.main import main
 from mirror.cli.schemas import SCHEMAS
-from mirror.oci.reference import Digest, Tag
+from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store.layout import Layout
-from mirror.store.marks import Marks, read_marks
+from mirror.store.marks import Marks, protected_roots, read_marks
 from tests.unit.store.kit import fill_up, image, index_of, opened, pulled, small_disk
 
 LAYERS = (b"layer of v1", b"layer of v2")
@@ -136,6 +136,33 @@ def test_block_has_the_digests_of_the_image_and_its_platforms(filled: Filled) ->
     assert set(filled.marks.blocks) == {str(Digest.of(LAYERS[0]))}
 
 
+@pytest.mark.parametrize("target", [f"{NAME}@{{}}", "{}", f"{NAME}:missing"])
+def test_block_says_what_it_does_not_refuse_of_an_image_that_is_not_here(
+    filled: Filled, target: str
+) -> None:
+    filled.run("block", target.format(Digest.of(INDEX)))
+    filled.layout.blob(Digest.of(INDEX)).unlink()
+    filled.run("block", target.format(Digest.of(INDEX)))
+    what = "its digest is not refused" if "missing" in target else "if it is an index, also block"
+    assert what in filled.notes
+
+
+def test_freeze_keeps_the_manifest_of_clients_that_get_another_one(filled: Filled) -> None:
+    async def pull() -> None:
+        async with opened(filled.layout.root) as store:
+            app = Repository("docker.io", "library/app")
+            await store.index.confirm_tag(app, Tag("latest"), Digest.of(NEW), " old clients")
+
+    asyncio.run(pull())
+    filled.run("freeze", "app")
+    (freeze,) = filled.marks.freezes.values()
+    assert freeze.digests == (Digest.of(INDEX), Digest.of(NEW))
+    assert Digest.of(NEW) in protected_roots(filled.marks, 0.0)
+    rows = filled.rows("ls", "app:latest")
+    assert {row["digest"] for row in rows} == {str(Digest.of(INDEX)), str(Digest.of(NEW))}
+    assert all("frozen" in row["state"] for row in rows)
+
+
 def test_second_block_of_a_target_replaces_the_reason_and_keeps_its_digests(
     filled: Filled,
 ) -> None:
@@ -158,7 +185,7 @@ def test_target_that_cannot_be_blocked_is_wrong_usage(
 
 
 def test_reason_of_several_lines_is_refused(filled: Filled) -> None:
-    filled.run("block", "app", "--reason", "a\nb", code=1)
+    filled.run("block", "app", "--reason", "a\nb", code=2)
     assert filled.notes == "oci-mirror: a reason is one line of at most 500 characters\n"
 
 
@@ -176,7 +203,7 @@ def test_frozen_tag_stays_frozen_until_it_is_let_go(filled: Filled) -> None:
 
 
 def test_digest_cannot_be_frozen(filled: Filled) -> None:
-    filled.run("freeze", f"app@{Digest.of(OLD)}", code=1)
+    filled.run("freeze", f"app@{Digest.of(OLD)}", code=2)
     assert "which never changes: give a tag" in filled.notes
 
 
@@ -196,7 +223,7 @@ def test_rollback_freezes_an_earlier_digest_that_is_complete(filled: Filled) -> 
 def test_rollback_to_another_digest_says_which_the_tag_has_had(
     filled: Filled, to: str, said: str
 ) -> None:
-    filled.run("rollback", "app", "--to", to, code=1)
+    filled.run("rollback", "app", "--to", to, code=1 if said == "has not had" else 2)
     assert said in filled.notes
     if said == "has not had":
         assert Digest.of(OLD).hex[:12] in filled.notes
@@ -275,3 +302,18 @@ def test_damaged_marks_are_named_with_the_remedy_and_stay(filled: Filled, damage
         assert "marks.json is damaged" in filled.notes
         assert "delete it" in filled.notes
     assert filled.layout.marks.exists()
+
+
+def test_block_of_a_registry_that_is_not_configured_warns(filled: Filled) -> None:
+    filled.run("block", "nope.io/x/*")
+    assert (
+        "warning: nope.io is not one of upstreams, so nothing matches nope.io/x/*" in filled.notes
+    )
+    filled.run("block", "*/x")
+    assert filled.notes == ""
+
+
+def test_block_of_the_bare_name_of_a_registry_says_how_to_block_all_of_it(filled: Filled) -> None:
+    filled.run("block", "docker.io", code=2)
+    assert "docker.io is a registry: block 'docker.io/*' for all of it" in filled.notes
+    assert not filled.marks.blocks

@@ -9,7 +9,6 @@ import jsonschema
 import pytest
 
 from mirror.cli.schemas import SCHEMAS
-from mirror.oci.reference import Digest
 from mirror.threads import run_in_thread
 from tests.fakes.registry import FakeRegistry
 from tests.unit.cli.kit import Run, make_data_directory, make_run
@@ -39,14 +38,12 @@ async def test_new_unchanged_and_moved_tags_are_one_line_each(run: Run) -> None:
 
 
 async def test_failure_is_one_line_and_the_others_are_asked(run: Run) -> None:
-    digest = Digest.of(b"x")
     async with FakeRegistry() as registry:
         registry.add_image(b"one", tag="v1")
-        result = await run_in_thread(run, registry.url, "app:v2", f"app@{digest}", "app:v1")
+        result = await run_in_thread(run, registry.url, "app:v2", "app:v1")
 
     assert result.code == 1
-    assert len(result.err.splitlines()) == 2
-    assert "never changes: give a tag" in result.err
+    assert len(result.err.splitlines()) == 1
     assert result.out.startswith(NAME)
 
 

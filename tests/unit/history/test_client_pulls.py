@@ -11,7 +11,7 @@ def request(at: float, reference: str, client: str = "10.0.0.1", **more: object)
     fields = {"duration": 1.0, "repository": "app", "upstream": "docker.io", "kind": kind} | more
     return StoredPull(
         at=at, request_id="", method="GET", client=client, reference=reference, **fields
-    )  # type: ignore[arg-type]
+    )  # type: ignore[arg-type]  # fields are any
 
 
 def shown(*requests: StoredPull) -> list[list[str]]:

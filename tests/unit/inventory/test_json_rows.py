@@ -35,6 +35,7 @@ def test_row_has_sizes_in_bytes_and_times_in_utc(data: DataDirectory) -> None:
         "state": ["complete"],
         "missing_parts": 0,
         "missing_bytes": 0,
+        "absent_why": None,
         "stale_why": None,
         "blocked_why": None,
         "subject": None,

@@ -89,4 +89,4 @@ def test_digests_of_a_blocked_image_are_refused_in_every_repository() -> None:
 def test_freezes_are_found_by_repository_and_tag() -> None:
     names = (f"{REPO}:v1", f"{REPO}@{DIGEST}", "malformed")
     marks = Marks(freezes={name: Freeze(name, DIGEST, 0.0) for name in names})
-    assert Restrictions.of_marks(marks).frozen == {(REPO, Tag("v1")): DIGEST}
+    assert Restrictions.of_marks(marks).frozen == {(REPO, Tag("v1")): (DIGEST,)}

@@ -158,6 +158,27 @@ async def test_catalog_leaves_blocked_repositories_out(tmp_path: Path) -> None:
         assert await names() == []
 
 
+async def test_frozen_tag_is_served_to_each_client_by_a_type_that_it_accepts(
+    tmp_path: Path,
+) -> None:
+    async with served(tmp_path) as (server, fake):
+        child = image(LAYER)
+        for data in (LAYER, b"{}"):
+            fake.add_blob(data)
+        single = fake.add_manifest(child)
+        both = fake.add_manifest(index_of(child), tag="latest", media_type=OCI_INDEX)
+        for digest in (single, both):
+            await server.get(server.manifest(digest), ACCEPT)
+        await mark(server, lambda _: Marks(freezes={NAME: Freeze(NAME, both, 0.0, (single,))}))
+        for accept, digest in (
+            (f"{OCI_MANIFEST}, {OCI_INDEX}", both),
+            (OCI_MANIFEST, single),
+            ("application/vnd.other", both),
+        ):
+            _, headers, _ = await server.get(server.manifest("latest"), {"Accept": accept})
+            assert headers["Docker-Content-Digest"] == str(digest)
+
+
 # --- freezes --------------------------------------------------------------------------------------
 
 

@@ -11,9 +11,9 @@ import pytest
 from mirror.oci.reference import Digest
 from mirror.store.image_links import Links
 from mirror.store.layout import Layout
-from mirror.store.marks import Freeze, Marks, Pin, change_marks, replace_leases
+from mirror.store.marks import Freeze, Marks, Pin, change_marks, read_marks, replace_leases
 from mirror.store.names import ACCESS
-from mirror.store.protection import Protection, ProtectionUnknown, read_parts
+from mirror.store.protection import Protection, ProtectionUnknown, find_holding, read_parts
 from mirror.store.rows import Tables
 from tests.unit.store.kit import image, index_of, pin
 
@@ -63,6 +63,10 @@ class Fixture:
         protection = self.protection(now)
         protection.update()
         return protection.digests
+
+    @property
+    def marks(self) -> Marks:
+        return read_marks(self.layout)
 
     def mark(self, change: Callable[[Marks], Marks]) -> None:
         change_marks(self.layout, change)
@@ -195,6 +199,11 @@ def test_missing_or_damaged_manifest_of_a_pin_keeps_all_of_its_repository(
     assert fixture.protected() == expected
     path.unlink()
     assert fixture.protected() == expected
+    protection = fixture.protection()
+    protection.update()
+    assert protection.holding == find_holding(fixture.layout, fixture.marks) == [NAME]
+    put(fixture.layout, IMAGES[0])
+    assert find_holding(fixture.layout, fixture.marks) == []
 
 
 def test_manifest_of_a_lease_counts_as_damaged_only_if_it_was_here(fixture: Fixture) -> None:
