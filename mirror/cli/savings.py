@@ -6,6 +6,7 @@ Lives here: the arguments and the columns. Must not know: how the numbers come a
 from __future__ import annotations
 
 import argparse
+import textwrap
 import time
 from typing import TYPE_CHECKING, Any, Final
 
@@ -34,6 +35,8 @@ _PERIODS: Final = {
 """``--last`` -> seconds. The counters are kept for 30 days."""
 _DISK_ONLY: Final = ("max_size", "recorded_hit_ratio", "is_reliable")
 """Fields of the rows of predictions."""
+_LINE_CHARS: Final = 80
+"""Characters of a line of text."""
 _GROUPINGS: Final = ("upstream", "repository", "network")
 """Values of ``--by``."""
 
@@ -77,7 +80,10 @@ def run(arguments: argparse.Namespace) -> int:
     predictions = predict(trace, settings.storage, protected=_find_protected(settings))
     predictions = [one for one in predictions if one.requests]
     is_matched = is_present_matched(predictions)
-    disks = [_disk_row(one, is_reliable=is_matched and is_slow_enough(one)) for one in predictions]
+    disks = [
+        _disk_row(one, is_reliable=is_matched and is_slow_enough(one) and not one.is_crowded)
+        for one in predictions
+    ]
     if arguments.is_json:
         print_rows((), [*rows, *disks], is_json=True)
         return 0
@@ -92,7 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
         print_rows(_DISK_COLUMNS, disks, is_json=False)
         print_line("")
         for sentence in explain_predictions(predictions, trace):
-            print_line(sentence)
+            print_line(textwrap.fill(sentence, _LINE_CHARS))
     return 0
 
 
@@ -111,7 +117,7 @@ def _find_protected(settings: Settings) -> Protected:
 
 
 def explain_predictions(predictions: Sequence[Prediction], trace: AccessTrace) -> Iterator[str]:
-    """Yield lines: what the predictions are drawn from, and how far they may be trusted.
+    """Yield sentences: what the predictions are drawn from, and how far they may be trusted.
 
     Args:
         predictions: Those of all sizes. There are requests.
@@ -123,29 +129,32 @@ def explain_predictions(predictions: Sequence[Prediction], trace: AccessTrace) -
     begin = time_text(min(access.at for access in trace.accesses))
     sample = "" if trace.rate == 1 else f", for a sample of {_percent(trace.rate)} of all content"
     yield (
-        f"Simulated with {first.requests:,} recorded requests (GET of content) since "
-        f"{begin}{sample}."
+        f"Simulated with {first.requests:,} recorded requests (GET of content) since {begin}"
+        f"{sample}. HEAD requests and lists are not among them, nor is the first request for "
+        "content that was on the disk before. So the hit ratio is not that of the first table."
     )
-    yield "HEAD requests and lists are not among them, so the hit ratio is not that of the first"
-    yield "table. The first request for content that was on the disk before is left out."
-    if len({one.misses for one in predictions}) == 1:
-        if any(one.evictions for one in predictions):
-            yield "All sizes are equal: content is not requested again before each would evict it."
-        else:
-            yield "All sizes are equal: each holds all that was pulled, so a larger disk changes"
-            yield "nothing."
     present = next((one for one in predictions if one.factor == 1.0), first)
     recorded = present.recorded_hit_ratio
     if recorded is not None:
-        yield f"These requests had a hit ratio of {_percent(recorded)} (compare with 1x)."
+        yield f"These requests had a hit ratio of {_percent(recorded)}: compare with 1x."
+    if len({one.misses for one in predictions}) == 1:
+        reason = "each holds all that was pulled, so a larger disk changes nothing."
+        if any(one.evictions for one in predictions):
+            reason = "what is evicted is not requested again, or much later."
+        yield f"All sizes are equal: {reason}"
     if not is_present_matched(predictions):
-        yield "Do not rely on this prediction: for 1x it differs by more than 3 points from what"
-        yield "has happened. In that time the disk size or the marks may have been others, or"
-        yield "content was removed (rm, prune, gc)."
-    fast = [f"{one.factor:g}x" for one in predictions if not is_slow_enough(one)]
-    if fast:
-        yield f"Do not rely on the prediction for {', '.join(fast)}: content would be evicted"
-        yield "within seconds of its use."
+        yield (
+            "Do not rely on this prediction: for 1x it differs by more than 3 points from what has "
+            "happened. In that time the disk size or the marks may have been others, or content "
+            "was removed (rm, prune, gc)."
+        )
+    for is_doubtful, why in (
+        (lambda one: not is_slow_enough(one), "content would be evicted within seconds of its use"),
+        (lambda one: one.is_crowded, "pins, freezes and leases take all of it"),
+    ):
+        names = [f"{one.factor:g}x" for one in predictions if is_doubtful(one)]
+        if names:
+            yield f"Do not rely on the prediction for {', '.join(names)}: {why}."
 
 
 def _disk_row(one: Prediction, *, is_reliable: bool) -> dict[str, Any]:

@@ -168,6 +168,34 @@ def test_savings_shows_bytes_billable_requests_and_other_disk_sizes(
     assert [row["name"] for row in by_kind["disk"]] == ["0.5x", "1x", "2x", "4x"]
 
 
+def test_savings_says_what_the_prediction_is_drawn_from(
+    tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    record(tmp_path / "data", fill)
+    out = " ".join(run("savings", "--last", "7d")[1].split())
+    assert "Simulated with 3 recorded requests (GET of content) since 2" in out
+    assert "These requests had a hit ratio of 33.3 %: compare with 1x." in out
+    assert "All sizes are equal: each holds all that was pulled" in out
+    assert "Do not rely" not in out
+
+
+def test_savings_does_not_predict_what_marks_and_a_fast_disk_hide(
+    tmp_path: Path, run: Callable[..., tuple[int, str, str]], rows: Callable[..., Any]
+) -> None:
+    def fill_fast(made: Recording) -> None:
+        for number in [*range(20), *range(20)]:
+            digest = str(Digest.of(str(number).encode()))
+            size = 1 << 20
+            made.end(a_pull(digest=digest, outcome=Outcome.MISS, bytes_sent=size))
+
+    config = tmp_path / "mirror.yaml"
+    config.write_text(config.read_text() + "storage: {max_size: 4MiB}\n")
+    record(tmp_path / "data", fill_fast)
+    out = " ".join(run("savings")[1].split())
+    assert "Do not rely on the prediction for 0.5x, 1x, 2x, 4x: content would be evicted" in out
+    assert [row["is_reliable"] for row in rows("savings") if row["kind"] == "disk"] == [False] * 4
+
+
 def test_savings_of_an_empty_history_has_a_total_only(
     rows: Callable[..., list[dict[str, Any]]], run: Callable[..., tuple[int, str, str]]
 ) -> None:
