@@ -30,7 +30,9 @@ from mirror.store.image_layout import Draft
 from mirror.store.index import Index
 from mirror.store.layout import Layout
 from mirror.store.records import NamedManifest, PreviousDigest, TagRecord
+from tests.unit.cli.inventory_kit import Site
 from tests.unit.history.kit import Recording, a_pull, recording
+from tests.unit.inventory.kit import content
 
 APP, V1 = Repository("docker.io", "library/app"), Tag("v1")
 ONE, TWO, THREE = (Digest.of(text.encode()) for text in ("one", "two", "three"))
@@ -194,6 +196,24 @@ def test_savings_does_not_predict_what_marks_and_a_fast_disk_hide(
     out = " ".join(run("savings")[1].split())
     assert "Do not rely on the prediction for 0.5x, 1x, 2x, 4x: content would be evicted" in out
     assert [row["is_reliable"] for row in rows("savings") if row["kind"] == "disk"] == [False] * 4
+
+
+def test_savings_takes_what_a_pin_protects_off_the_disk(site: Site) -> None:
+    pinned, other = content("pinned", 600_000), content("other", 300_000)
+    site.data.image("app:v1", "one", pinned)
+
+    def fill_twice(made: Recording) -> None:
+        for body in (pinned, other) * 2:
+            digest, size = str(Digest.of(body)), len(body)
+            made.end(a_pull(digest=digest, outcome=Outcome.MISS, bytes_sent=size))
+
+    record(site.data.layout.root, fill_twice)
+    fetched = {row["name"]: row["bytes_fetched"] for row in site.rows("savings")}
+    assert (fetched["0.5x"], fetched["1x"]) == (1_500_000, 900_000)
+    assert site.run("pin", "app:v1")[0] == 0
+    fetched = {row["name"]: row["bytes_fetched"] for row in site.rows("savings")}
+    assert (fetched["0.5x"], fetched["1x"]) == (1_200_000, 900_000)
+    assert "0.5x: pins, freezes and leases take all of it" in " ".join(site.lines("savings"))
 
 
 def test_savings_of_an_empty_history_has_a_total_only(
