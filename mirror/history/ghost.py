@@ -30,7 +30,7 @@ FACTORS: Final = (0.5, 1.0, 2.0, 4.0)
 _MAX_ERROR: Final = 0.03
 """Difference of hit ratios. If the simulation of the present size is further from what has
 happened, that of other sizes is not reliable either."""
-_MIN_IDLE_S: Final = 5.0
+_MIN_IDLE_S: Final = 3.0
 """Seconds. If content is evicted earlier than that after its last use, the prediction is not
 reliable: small content is served from memory for a second, and the trace has whole seconds."""
 
