@@ -29,7 +29,14 @@ from mirror.config.reload import merge_settings
 from mirror.config.settings import Settings, Tls
 from mirror.history.bounds import Bounds
 from mirror.history.recorder import HistoryRecorder
-from mirror.observability.events import Event, LogLinesDropped, LogMessage, Observer
+from mirror.observability.events import (
+    BytesSent,
+    Event,
+    LogLinesDropped,
+    LogMessage,
+    Observer,
+    RequestStarted,
+)
 from mirror.observability.library_logs import configure_logging
 from mirror.observability.log_stream import LogStream
 from mirror.observability.logs import LogObserver, LogWriter
@@ -93,6 +100,10 @@ class Worker:
     """(pid, exit code) of the dead worker that it replaces. None: it is the first."""
 
 
+_ONLY_COUNTED: Final = frozenset({RequestStarted, BytesSent})
+"""Events that are frequent, and have neither a log line nor a row in the history."""
+
+
 async def run_worker(
     settings: Settings,
     listener: socket.socket,
@@ -122,8 +133,9 @@ async def run_worker(
 
     def emit(event: Event) -> None:
         metrics.observe(event)
-        log.observe(event)
-        history.observe(event)
+        if type(event) not in _ONLY_COUNTED:
+            log.observe(event)
+            history.observe(event)
         if admin is not None:
             admin.observe(event)
 

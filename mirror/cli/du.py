@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from mirror.cli import inventory as common
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from mirror.config.settings import Storage
     from mirror.inventory.leftovers import OtherFile
     from mirror.inventory.model import Inventory
+    from mirror.store.layout import Layout
 
 _NEXT: Final = 20
 """Rows of ``--verbose``: more do not fit on a screen."""
@@ -86,6 +89,7 @@ def show_usage(arguments: argparse.Namespace) -> int:
     if not arguments.is_json:
         print_line("")
         print_line(_quota_text(usage.total_size(types), settings.storage))
+        print_line(_beside_text(layout_of(settings)))
     if arguments.is_verbose and arguments.is_json:
         print_rows((), _eviction_rows(inventory, leftovers, settings.storage, _NEXT), is_json=True)
     elif arguments.is_verbose:
@@ -156,6 +160,21 @@ def _quota_text(size: int, storage: Storage) -> str:
         f"{size_text(size)} of {size_text(storage.max_size)} ({share}); "
         f"evictions begin at {size_text(begins)}"
     )
+
+
+def _beside_text(layout: Layout) -> str:
+    """Return the sizes of what is no content, so that it does not count for the quota."""
+    history, index = _size_below(layout.history), _size_below(layout.index)
+    return f"beside the quota: history {size_text(history)}, index {size_text(index)}"
+
+
+def _size_below(directory: Path) -> int:
+    """Return the bytes of all files below a directory. Another process may remove some of them."""
+    size = 0
+    for path in directory.rglob("*"):
+        with suppress(OSError):
+            size += path.stat().st_size if path.is_file() else 0
+    return size
 
 
 def _eviction_columns(now: float) -> tuple[Column, ...]:

@@ -129,8 +129,7 @@ class Batch:
 
     def add_requests(self, ended: Sequence[RequestRecord]) -> None:
         """Add requests that have ended."""
-        for part in _split(ended, self._step_bytes):
-            sent = sum(map(_BYTES_SENT, part))
+        for part, sent in _split(ended, self._step_bytes):
             if self._sent_in_step + sent > self._step_bytes:
                 self._begin_step()
             self._sent_in_step += sent
@@ -138,11 +137,11 @@ class Batch:
 
     def _add_part(self, part: Sequence[RequestRecord]) -> None:
         """Add requests of one step."""
-        begin = 0
+        begin, hit = 0, Outcome.HIT  # A member of an enum is looked up by a call.
         others = [
             index
             for index, pull in enumerate(part)
-            if pull.outcome is not Outcome.HIT or pull.error or pull.duration >= SLOW_S
+            if pull.outcome is not hit or pull.error or pull.duration >= SLOW_S
         ]
         for index in others:
             self._add_fast_hits(part[begin:index])
@@ -267,14 +266,20 @@ def _size_of(pull: RequestRecord) -> int:
     return pull.bytes_sent if pull.is_complete and pull.status == 200 else 0
 
 
-def _split(ended: Sequence[RequestRecord], step_bytes: float) -> Iterator[Sequence[RequestRecord]]:
-    """Split requests, so that each part but that of a single request has sent less than a step."""
-    if len(ended) > 1 and sum(map(_BYTES_SENT, ended)) > step_bytes:
+def _split(
+    ended: Sequence[RequestRecord], step_bytes: float
+) -> Iterator[tuple[Sequence[RequestRecord], int]]:
+    """Split requests, and yield each part with the bytes that it has sent.
+
+    That is less than a step, but for a part of a single request.
+    """
+    sent = sum(map(_BYTES_SENT, ended))
+    if len(ended) > 1 and sent > step_bytes:
         middle = len(ended) // 2
         yield from _split(ended[:middle], step_bytes)
         yield from _split(ended[middle:], step_bytes)
     elif ended:
-        yield ended
+        yield ended, sent
 
 
 def _latest_but_pings(pulls: Sequence[RequestRecord]) -> list[RequestRecord]:

@@ -30,7 +30,7 @@ FACTORS: Final = (0.5, 1.0, 2.0, 4.0)
 _MAX_ERROR: Final = 0.03
 """Difference of hit ratios. If the simulation of the present size is further from what has
 happened, that of other sizes is not reliable either."""
-_MIN_IDLE_S: Final = 5.0
+_MIN_IDLE_S: Final = 3.0
 """Seconds. If content is evicted earlier than that after its last use, the prediction is not
 reliable: small content is served from memory for a second, and the trace has whole seconds."""
 
@@ -72,6 +72,9 @@ class Prediction:
     """Contents of the sample that would have been evicted."""
     idle: float | None
     """Mean time in seconds from the last use of content to its eviction. None: nothing was."""
+    is_crowded: bool
+    """Whether marks protect as much as an eviction leaves. Then evictions do not free enough, and
+    are held off, so what is stored depends on their duration."""
 
     @property
     def hit_ratio(self) -> float | None:
@@ -206,6 +209,7 @@ def _simulate(
         bytes_fetched=int(fetched / trace.rate),
         evictions=cache.evictions,
         idle=cache.idle / cache.evictions if cache.evictions else None,
+        is_crowded=protected.size >= storage.max_size * factor * storage.low_water,
     )
 
 
@@ -234,5 +238,5 @@ def is_present_matched(predictions: Iterable[Prediction]) -> bool:
 
 
 def is_slow_enough(prediction: Prediction) -> bool:
-    """Return whether content stays in the simulated cache for seconds, so that hits are known."""
+    """Return whether content stays in the simulated cache for seconds."""
     return prediction.idle is None or prediction.idle >= _MIN_IDLE_S

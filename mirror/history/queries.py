@@ -88,10 +88,18 @@ def open_history(layout: Layout) -> Iterator[HistoryReader]:
 
 
 def _connect(path: Path | None) -> sqlite3.Connection:
-    if path is None:
-        connection = sqlite3.connect(":memory:")
-        connection.executescript(CREATE_TABLES)
-        return connection
+    if path is not None:
+        connection = _connect_file(path)
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if version:
+            return connection
+        connection.close()  # A server is creating the tables at this moment.
+    connection = sqlite3.connect(":memory:")
+    connection.executescript(CREATE_TABLES)
+    return connection
+
+
+def _connect_file(path: Path) -> sqlite3.Connection:
     # Without a log beside it, nothing writes. Then the file can be read without permission to
     # create one.
     has_log = path.with_name(f"{path.name}-wal").exists()

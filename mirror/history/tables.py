@@ -211,7 +211,7 @@ def _fetch_key(record: RequestRecord | None, upstream: str) -> tuple[str, str, s
 
 def _insert_move(connection: sqlite3.Connection, moved: TagMoved) -> None:
     name = (moved.upstream, moved.repository, moved.tag)
-    if moved.previous is None and _renew_tag(connection, name, moved):
+    if moved.previous is None and _has_renewed_tag(connection, name, moved):
         return
     if moved.previous is not None:
         digest, first_seen, last_seen = moved.previous
@@ -226,7 +226,9 @@ def _insert_move(connection: sqlite3.Connection, moved: TagMoved) -> None:
     connection.execute(_TRIM_TAG, (*name, *name, _MAX_TAG_DIGESTS))
 
 
-def _renew_tag(connection: sqlite3.Connection, name: tuple[str, str, str], moved: TagMoved) -> bool:
+def _has_renewed_tag(
+    connection: sqlite3.Connection, name: tuple[str, str, str], moved: TagMoved
+) -> bool:
     """Renew the newest row of a tag that the index had forgotten. False: it has another digest."""
     renewed = connection.execute(
         "UPDATE tags SET last_seen = ? WHERE id = (SELECT MAX(id) FROM tags"

@@ -27,7 +27,15 @@ def test_table_has_each_type_and_the_quota(filled: Site) -> None:
     assert cells["other"] == ["1", "0", "512B", "512B"]
     assert "referrer" not in cells, "it is empty"
     assert "total" in cells
-    assert lines[-1].endswith("of 976.6KiB (<1%); evictions begin at 927.7KiB")
+    assert lines[-2].endswith("of 976.6KiB (<1%); evictions begin at 927.7KiB")
+
+
+def test_history_and_index_are_shown_beside_the_quota(filled: Site) -> None:
+    assert filled.lines("du")[-1].startswith("beside the quota: history 0B, index ")
+    history = filled.data.layout.history
+    history.mkdir()
+    (history / "history.1.db").write_bytes(bytes(2048))
+    assert filled.lines("du")[-1].startswith("beside the quota: history 2.0KiB, index ")
 
 
 def test_json_has_a_row_for_each_type(filled: Site) -> None:

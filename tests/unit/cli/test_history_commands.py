@@ -32,8 +32,10 @@ from mirror.store.image_layout import Draft
 from mirror.store.index import Index
 from mirror.store.layout import Layout
 from mirror.store.records import NamedManifest, PreviousDigest, TagRecord
+from tests.unit.cli.inventory_kit import Site
 from tests.unit.cli.kit import make_data_directory
 from tests.unit.history.kit import Recording, a_pull, recording
+from tests.unit.inventory.kit import content
 
 APP, V1 = Repository("docker.io", "library/app"), Tag("v1")
 ONE, TWO, THREE = (Digest.of(text.encode()) for text in ("one", "two", "three"))
@@ -211,6 +213,52 @@ def test_savings_shows_bytes_billable_requests_and_other_disk_sizes(
     assert (total["billable"], total["billed"], total["billable_saved"]) == (2, 1, 1)
     assert total["hit_ratio"] == round(1 / 3, 4)
     assert [row["name"] for row in by_kind["disk"]] == ["0.5x", "1x", "2x", "4x"]
+
+
+def test_savings_says_what_the_prediction_is_drawn_from(
+    tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    record(tmp_path / "data", fill)
+    out = " ".join(run("savings", "--last", "7d")[1].split())
+    assert "Simulated with 3 recorded requests (GET of content) since 2" in out
+    assert "These requests had a hit ratio of 33.3 %: compare with 1x." in out
+    assert "All sizes are equal: each holds all that was pulled" in out
+    assert "Do not rely" not in out
+
+
+def test_savings_does_not_predict_what_marks_and_a_fast_disk_hide(
+    tmp_path: Path, run: Callable[..., tuple[int, str, str]], rows: Callable[..., Any]
+) -> None:
+    def fill_fast(made: Recording) -> None:
+        for number in [*range(20), *range(20)]:
+            digest = str(Digest.of(str(number).encode()))
+            size = 1 << 20
+            made.end(a_pull(digest=digest, outcome=Outcome.MISS, bytes_sent=size))
+
+    config = tmp_path / "mirror.yaml"
+    config.write_text(config.read_text() + "storage: {max_size: 4MiB}\n")
+    record(tmp_path / "data", fill_fast)
+    out = " ".join(run("savings")[1].split())
+    assert "Do not rely on the prediction for 0.5x, 1x, 2x, 4x: content would be evicted" in out
+    assert [row["is_reliable"] for row in rows("savings") if row["kind"] == "disk"] == [False] * 4
+
+
+def test_savings_takes_what_a_pin_protects_off_the_disk(site: Site) -> None:
+    pinned, other = content("pinned", 600_000), content("other", 300_000)
+    site.data.image("app:v1", "one", pinned)
+
+    def fill_twice(made: Recording) -> None:
+        for body in (pinned, other) * 2:
+            digest, size = str(Digest.of(body)), len(body)
+            made.end(a_pull(digest=digest, outcome=Outcome.MISS, bytes_sent=size))
+
+    record(site.data.layout.root, fill_twice)
+    fetched = {row["name"]: row["bytes_fetched"] for row in site.rows("savings")}
+    assert (fetched["0.5x"], fetched["1x"]) == (1_500_000, 900_000)
+    assert site.run("pin", "app:v1")[0] == 0
+    fetched = {row["name"]: row["bytes_fetched"] for row in site.rows("savings")}
+    assert (fetched["0.5x"], fetched["1x"]) == (1_200_000, 900_000)
+    assert "0.5x: pins, freezes and leases take all of it" in " ".join(site.lines("savings"))
 
 
 def test_savings_of_an_empty_history_has_a_total_only(

@@ -338,6 +338,21 @@ def test_prediction_says_whether_it_is_reliable() -> None:
     slow = [replace(one, at=60 * one.at) for one in once]
     assert is_slow_enough(predict_one(*slow))
     assert is_slow_enough(predict_one(access(1)))
+    assert not slow_one(protected=849).is_crowded
+    assert slow_one(protected=850).is_crowded
+
+
+def slow_one(protected: int) -> Prediction:
+    """A prediction for a disk of 1,000 bytes."""
+    kept, trace = Protected(frozenset({9}), protected), AccessTrace(1.0, [access(1)])
+    return predict(trace, Storage(max_size=1000), (1.0,), kept)[0]
+
+
+def test_protected_content_is_fetched_once_and_takes_space_from_the_rest() -> None:
+    kept, trace = Protected(frozenset({1}), 800), [access(1, misses=1, size=800)]
+    trace += [access(n, misses=1, size=100, at=n) for n in (2, 3, 2, 3, 1)]
+    one = predict(AccessTrace(1.0, trace), Storage(max_size=1000), (1.0,), kept)[0]
+    assert (one.requests, one.misses) == (6, 5)
 
 
 def test_clock_that_was_ahead_does_not_protect_content() -> None:
