@@ -361,12 +361,13 @@ def _broken_contents(
     """Return the content that was damaged, through one repository each, manifests first."""
     found: dict[DigestText, tuple[Repository, Digest, Kind]] = {}
     for image in images:
-        for text in inventory.sharing.reached(image.root):
-            is_manifest = (
-                text in inventory.manifests
-                or text == image.root
-                or inventory.type_of(text) in MANIFEST_PART_TYPES
-            )
+        reached = inventory.sharing.reached(image.root)
+        listed = {image.root}  # A damaged manifest is known as such by the index that lists it.
+        for manifest in filter(None, map(inventory.manifests.get, reached)):
+            columns = zip(manifest.columns.digests, manifest.columns.types, strict=True)
+            listed.update(text for text, kind in columns if kind in MANIFEST_PART_TYPES)
+        for text in reached:
+            is_manifest = text in inventory.manifests or text in listed
             if text in due and text not in found:
                 found[text] = (image.repository, Digest.parse(text), _kind(is_manifest))
     return sorted(found.values(), key=lambda one: one[2] is not Kind.MANIFEST)

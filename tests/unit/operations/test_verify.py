@@ -263,6 +263,16 @@ async def test_repair_of_a_damaged_index_also_fetches_what_it_then_lacks(tmp_pat
         assert all(problem.is_mended for problem in report.problems)
 
 
+async def test_layer_of_a_signature_is_fetched_as_a_blob(tmp_path: Path) -> None:
+    async with opened(tmp_path, [NOW]) as store:
+        root = await pull(store, image(LAYERS[0]), "v1", [CONFIG, LAYERS[0]])
+        await pull(store, image(LAYERS[1]), f"sha256-{root.hex}.sig", [LAYERS[1]])
+        digest = damage(store, LAYERS[1])
+        upstream = Upstream(store, LAYERS[1])
+        assert not (await repaired(store, tmp_path, upstream)).has_damage
+        assert upstream.requests == [(APP, digest, Kind.BLOB)]
+
+
 async def test_content_that_the_upstream_lacks_stays_damaged_with_the_reason(
     tmp_path: Path,
 ) -> None:
