@@ -255,7 +255,7 @@ def test_worker_that_fails_at_start_is_restarted_once_a_second_at_most(tmp_path:
         # The killed worker, and then one a second at most.
         assert len(codes) <= 2 + time.monotonic() - started
         assert codes == [-signal.SIGKILL, *[70] * (len(codes) - 1)]
-        assert mirror.output_text().count("worker: FileNotFoundError: ") >= 2
+        assert mirror.output_text().count("worker: ") >= 2
         assert "Traceback" not in mirror.output_text()
         made.key_file.write_bytes(key)
         wait_until(lambda: all(is_ready(mirror) for _ in range(10)), "all is served", 30)

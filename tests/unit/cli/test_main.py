@@ -20,6 +20,7 @@ from mirror.cli.main import main
 from mirror.config.settings import Settings
 from mirror.oci.errors import StorageUnavailable
 from tests.real.process import need
+from tests.unit.cli.kit import make_data_directory
 
 ROOT = Path(__file__).parents[3]
 SHIPPED = str(ROOT / "config" / "mirror.yaml")
@@ -327,6 +328,7 @@ def test_values_that_can_never_be_right_are_wrong_usage(
 
 
 def test_background_error_of_a_full_output_is_one_line(config: Path, tmp_path: Path) -> None:
+    make_data_directory(tmp_path / "data")
     with Path("/dev/full").open("w") as full:
         environ = {**os.environ, "OCI_MIRROR_DATA_DIR": str(tmp_path / "data")}
         result = run(

@@ -178,7 +178,7 @@ async def test_content_that_does_not_fit_on_the_disk_is_a_failure(tmp_path: Path
         more = {"storage": {"max_size": "100KB"}}
         (report,) = await warm_once(tmp_path, registry, "app:v1", **more)
 
-    assert "not on disk" in report.error
+    assert "not on the disk" in report.error
 
 
 async def test_running_fetches_are_bounded_over_all_images(tmp_path: Path) -> None:
