@@ -166,7 +166,14 @@ class Names:
             latest = next(iter(row.digests))
             root = next(iter(digests))
             if is_digest(root) and is_digest(latest) and not any(one in present for one in digests):
-                new = Name(row.repository, row.tag, root, latest, row.variant, row.checked)
+                new = Name(
+                    row.repository,
+                    row.tag,
+                    root,
+                    latest,
+                    variant=row.variant,
+                    checked=row.checked,
+                )
                 found.setdefault(f"{name}@{root}", new)
         tagged = {f"{one.repository}@{one.root}" for one in found.values()}
         names = {one.text for one in found.values()} | {
@@ -177,7 +184,7 @@ class Names:
             if text in wanted and text not in present and key not in tagged:
                 repository = repository_of(name)
                 if repository is not None:
-                    found[key] = Name(repository, None, text, text)
+                    found[key] = Name(repository, tag=None, root=text, current_root=text)
         for name, digest in marked.items():
             root = str(digest)
             if root not in present and name not in names and name not in found:

@@ -294,7 +294,7 @@ class Inventory:
 
     @cached_property
     def lost(self) -> tuple[Image, ...]:
-        """Those of :attr:`absent` that a mark names, or that are quarantined."""
+        """The :attr:`absent` names that a mark has, or whose manifest is quarantined."""
         return self.find_absent(True)
 
     @cached_property

@@ -154,7 +154,13 @@ async def block(layout: Layout, index: Index, target: Target, reason: str, now: 
 
 
 def why_incomplete(layout: Layout, target: Target, block: Block) -> str | None:
-    """Return what a block does not refuse because the image is not here. None: nothing. Blocks."""
+    """Return what a block does not refuse because the image is not here. None: nothing. Blocks.
+
+    Args:
+        layout: Where content is.
+        target: What the operator has blocked.
+        block: The block, as it is in force.
+    """
     match target:
         case ImageName(_, Tag()) if not block.digests:
             return "the tag is not in the cache: its digest is not refused under other names"

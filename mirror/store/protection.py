@@ -235,7 +235,15 @@ def find_holding(layout: Layout, marks: Marks) -> list[str]:
 
 
 def name_holding(layout: Layout, marks: Marks, unknown: Collection[Digest]) -> list[str]:
-    """Return the names of marked images, or digests, of manifests whose parts are not known."""
+    """Return the names of the marked images that keep the content of a whole repository.
+
+    Without a name, it is the digest.
+
+    Args:
+        layout: Where content is.
+        marks: The operator's marks.
+        unknown: Protected manifests whose parts are not known.
+    """
     names = {one: freeze.name for freeze in marks.freezes.values() for one in freeze.digests}
     names |= {pin.digest: pin.name for pin in marks.pins.values()}
     kept = {one for one in unknown if one in names or is_damaged(layout, one)}
