@@ -21,9 +21,11 @@ RUN groupadd --gid 10001 oci-mirror \
     && install -d -o 10001 -g 10001 -m 0750 /data
 COPY --from=build /opt/oci-mirror /opt/oci-mirror
 COPY config/mirror.yaml /etc/oci-mirror/mirror.yaml
-# The environment wins over the file. So the address and the directory hold for any mounted file.
+# The environment wins over the file. So the address and the directory hold for any mounted file, and
+# commands in the container need no --config.
 ENV PATH=/opt/oci-mirror/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
+    OCI_MIRROR_CONFIG=/etc/oci-mirror/mirror.yaml \
     OCI_MIRROR_LISTEN=0.0.0.0:5100 \
     OCI_MIRROR_DATA_DIR=/data
 USER 10001:10001

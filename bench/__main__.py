@@ -23,6 +23,7 @@ from bench import (
     growth,
     index_costs,
     listings,
+    page,
     pushes,
     ranges,
     store_costs,
@@ -52,6 +53,7 @@ ROWS = (
     | index_costs.ROWS
     | cleaning.ROWS
     | listings.ROWS
+    | page.ROWS
     | pushes.ROWS
 )
 

@@ -49,6 +49,7 @@ class ImageMaker:
         """Start with an empty directory. ``now``: last use of the newest image."""
         self._directory = data_dir / "blobs" / "sha256"
         self._directory.mkdir(parents=True, exist_ok=True)
+        (data_dir / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
         self._index = data_dir / "index"
         self._now = now
         self._rows: list[tuple[str, str]] = []

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -32,8 +33,10 @@ from mirror.admin.worker_part import AdminSockets
 from mirror.config.reload import merge_settings
 from mirror.config.settings import Settings
 from mirror.hosted.database import open_checked
+from mirror.oci.errors import error_text
 from mirror.server import LISTEN_BACKLOG, STOP_SIGNALS, Worker, WorkerSockets, run_worker
 from mirror.store.layout import Layout
+from mirror.terminal import watch_terminal
 
 _RESTART_INTERVAL_S: Final = 1.0
 """Minimum number of seconds between two starts of the same worker, so that a worker that ends at
@@ -44,7 +47,9 @@ _OWNER_FILE: Final = "owner.lock"
 
 
 def run(settings: Settings, load: Callable[[], Settings]) -> int:
-    """Serve until a signal of ``STOP_SIGNALS``. Returns the exit code: 1 if it cannot listen.
+    """Serve until a signal of ``STOP_SIGNALS``. Returns the exit code.
+
+    Raises ``CannotListen``.
 
     Args:
         settings: The configuration.
@@ -70,9 +75,6 @@ def run(settings: Settings, load: Callable[[], Settings]) -> int:
         with _metrics_directory() as directory:
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
             return _Supervisor(settings, sockets, load, admin).run()
-    except _CannotListen as error:
-        print(error, file=sys.stderr)  # noqa: T201 - before logging
-        return 1
     finally:
         for of_worker in sockets:
             of_worker.close()
@@ -81,7 +83,7 @@ def run(settings: Settings, load: Callable[[], Settings]) -> int:
 
 
 def _open_worker(settings: Settings, index: int) -> WorkerSockets:
-    """Open the listening sockets of one worker. Raises ``_CannotListen``."""
+    """Open the listening sockets of one worker. Raises ``CannotListen``."""
     is_shared = settings.workers > 1
     mirror = _listen(settings.listen, index, is_shared=is_shared)
     if settings.hosted is None or settings.hosted.listen is None:
@@ -95,8 +97,21 @@ def _open_worker(settings: Settings, index: int) -> WorkerSockets:
     return WorkerSockets(mirror, push)
 
 
-class _CannotListen(Exception):
-    """A socket cannot be bound. The message names the key of the configuration."""
+class CannotListen(Exception):
+    """A socket cannot be bound."""
+
+    def __init__(self, key: str, address: str, error: OSError) -> None:
+        """State why the address cannot be used.
+
+        Args:
+            key: The key of the configuration.
+            address: Its value.
+            error: What the system answered.
+        """
+        super().__init__(f"{key}: {address}: {error.strerror}")
+        self.key = key
+        self.address = address
+        self.is_in_use = error.errno == errno.EADDRINUSE
 
 
 def _open_admin(settings: Settings) -> AdminSockets | None:
@@ -114,11 +129,11 @@ def _open_admin(settings: Settings) -> AdminSockets | None:
 
 
 def _listen(address: str, index: int, *, is_shared: bool, key: str = "listen") -> socket.socket:
-    """Return a listening socket. Raises ``_CannotListen``. ``is_shared``: with other workers."""
+    """Return a listening socket. Raises ``CannotListen``. ``is_shared``: with other workers."""
     try:
         return _bind(address, index, is_shared=is_shared)
     except OSError as error:
-        raise _CannotListen(f"{key}: {address}: {error.strerror}") from None
+        raise CannotListen(key, address, error) from None
 
 
 def _bind(address: str, index: int, *, is_shared: bool) -> socket.socket:
@@ -206,6 +221,7 @@ class _Supervisor:
         self._has_hangup = False
         """Whether the configuration has to be read again."""
         self._is_loading = False
+        self._is_terminal_closed = watch_terminal()
         self._alive_pipe = os.pipe()
 
     def run(self) -> int:
@@ -241,9 +257,14 @@ class _Supervisor:
     def _reload(self, number: int, frame: object) -> None:
         """Use the changed configuration for later workers. The running ones read it themselves.
 
+        A closed terminal, which sends the same signal, stops the server.
+
         The file's disk may hang. So a stop interrupts the read by an exception, and a further
         hangup does not begin a second read inside of the first one.
         """
+        if self._is_terminal_closed():
+            self._stop(number, frame)
+            return
         self._signal_workers(signal.SIGHUP)
         self._has_hangup = True
         if self._is_loading:
@@ -302,7 +323,7 @@ class _Supervisor:
             run = run_worker(self._settings, self._sockets[index], self._load, worker, self._admin)
             code = asyncio.run(run)
         except Exception as error:
-            print(f"worker: {type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201 - its log may not be set up
+            print(f"worker: {error_text(error)}", file=sys.stderr)  # noqa: T201 - its log may not be set up
         finally:
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 sys.stdout.flush()

@@ -28,19 +28,25 @@ from mirror.admin.worker_part import AdminPart, AdminSockets
 from mirror.composition import Mirror, open_mirror
 from mirror.config.reload import merge_settings
 from mirror.config.settings import Settings
+from mirror.history.bounds import Bounds
 from mirror.history.recorder import HistoryRecorder
 from mirror.history.user_uses import SAVE_USERS_INTERVAL_S, UserUses
+from mirror.housekeeping import CERTIFICATE_INTERVAL_S, start_housekeeping, start_job
 from mirror.notifications.notification_service import POLL_INTERVAL_S, NotificationService
-from mirror.observability.events import Event, LogLinesDropped, LogMessage, Observer
+from mirror.observability.events import (
+    BytesSent,
+    Event,
+    LogLinesDropped,
+    LogMessage,
+    Observer,
+    RequestStarted,
+)
 from mirror.observability.library_logs import configure_logging
 from mirror.observability.log_stream import LogStream
 from mirror.observability.logs import LogObserver
-from mirror.operations.hosted_job import HostedJob
-from mirror.operations.prefetch import PrefetchJob
-from mirror.operations.retention_job import RetentionJob
-from mirror.pull.marks_watch import WATCH_INTERVAL_S
-from mirror.single_flight import SingleFlight
+from mirror.oci.errors import error_text
 from mirror.store.layout import Layout
+from mirror.terminal import watch_terminal
 from mirror.threads import (
     HangingCalls,
     call_soon_from_any_thread,
@@ -65,25 +71,6 @@ _MAX_FIELD_BYTES: Final = 32 * 1024
 _REQUEST_BUFFER_BYTES: Final = 32 * 1024
 """Bytes of a request's body after which the socket of a client that pushes is not read until they
 are taken. One read of a socket adds 256 KiB; with twice as many, 50 pushes take 40 MiB more."""
-_MEASURE_INTERVAL_S: Final = 5.0
-"""Seconds between two measurements of the storage, for its metrics."""
-_INDEX_INTERVAL_S: Final = 5.0
-"""Seconds between two steps of the upkeep of the index. A crash loses the verification times of
-this time."""
-_SAVE_INTERVAL_S: Final = 10.0
-"""Seconds between two writes of the OCI image layout's ``index.json``, if tags have changed."""
-_PREFETCH_CHECK_S: Final = 30.0
-"""Seconds between two looks whether an entry of prefetch is to run: half of the shortest interval
-that it may have."""
-_RETENTION_CHECK_S: Final = 60.0
-"""Seconds between two looks whether the retention rules are to run."""
-_CERTIFICATE_INTERVAL_S: Final = 5.0
-"""Seconds between two looks at the files of certificates and of tokens."""
-_ACCESS_INTERVAL_S: Final = 1.0
-"""Seconds between two looks at the files of users, tokens and keys: a user who is removed can do
-nothing after that."""
-_UPLOADS_INTERVAL_S: Final = 600.0
-"""Seconds between two searches for abandoned uploads. They end after a day."""
 _LAST_LINES_TIMEOUT_S: Final = 1.0
 """Seconds that the last log lines may take at a stop, if the standard output is slow."""
 _LAST_ROWS_TIMEOUT_S: Final = 1.0
@@ -122,6 +109,10 @@ class WorkerSockets:
             self.push.close()
 
 
+_ONLY_COUNTED: Final = frozenset({RequestStarted, BytesSent})
+"""Events that are frequent, and have neither a log line nor a row in the history."""
+
+
 async def run_worker(
     settings: Settings,
     sockets: WorkerSockets,
@@ -152,10 +143,11 @@ async def run_worker(
 
     def emit(event: Event) -> None:
         metrics.observe(event)
-        log.observe(event)
-        history.observe(event)
-        users.observe(event)
-        notifications.observe(event)
+        if type(event) not in _ONLY_COUNTED:
+            log.observe(event)
+            history.observe(event)
+            users.observe(event)
+            notifications.observe(event)
         if admin is not None:
             admin.observe(event)
 
@@ -164,7 +156,7 @@ async def run_worker(
     def on_lines_dropped(count: int, error: Exception | None = None) -> None:
         metrics.observe(LogLinesDropped(count))
         if error is not None:
-            why = (("why", f"{type(error).__name__}: {error}"),)
+            why = (("why", error_text(error)),)
             emit_from_thread(LogMessage("error", "log lines could not be written", why))
 
     stream = LogStream(_stdout(), on_lines_dropped, is_shared=worker is not None)
@@ -173,7 +165,8 @@ async def run_worker(
     lines = configure_logging(settings.log, stream, call_soon, on_lines_dropped)
     log = LogObserver(lines)
     layout = Layout(Path(os.path.abspath(settings.data_dir)))  # noqa: ASYNC240 - reads no disk
-    history = HistoryRecorder(layout, emit, loop.call_later)
+    bounds = Bounds.of_quota(settings.storage.max_size)
+    history = HistoryRecorder(layout, bounds, emit, loop.call_later)
     users = UserUses(layout)
     notifications = NotificationService(layout, emit, loop.call_later)
     notifications.prepare(settings)()
@@ -191,6 +184,7 @@ async def run_worker(
     if worker is not None and worker.predecessor is not None:
         pid, code = worker.predecessor
         emit(LogMessage("error", "a worker ended", (("pid", pid), ("code", code))))
+    is_terminal_closed = watch_terminal()
     stop = asyncio.Event()
     for number in STOP_SIGNALS:
         loop.add_signal_handler(number, stop.set)
@@ -204,11 +198,22 @@ async def run_worker(
         ):
             if worker is not None:
                 _watch_supervisor(worker, running, stop, emit)
-            _reload_at_hangup(running, load, prepare_reload, emit)
+            requested = _reload_at_requests(running, load, prepare_reload, emit)
+
+            def on_hangup() -> None:
+                if is_terminal_closed():
+                    emit(LogMessage("info", "the terminal was closed: the server stops"))
+                    stop.set()
+                else:
+                    requested.set()
+
+            loop.add_signal_handler(signal.SIGHUP, on_hangup)
+            # It is blocked until now (mirror.processes.run), so none is lost.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGHUP,))
             jobs = running.mirror.single_flight
-            _start_job(jobs, "notifications", POLL_INTERVAL_S, notifications.poll, emit)
+            start_job(jobs, "notifications", POLL_INTERVAL_S, notifications.poll, emit)
             save_users = partial(run_in_thread, users.save)
-            _start_job(jobs, "users", SAVE_USERS_INTERVAL_S, save_users, emit)
+            start_job(jobs, "users", SAVE_USERS_INTERVAL_S, save_users, emit)
             fields = (
                 ("version", __version__),
                 ("listen", settings.listen),
@@ -245,7 +250,7 @@ async def _serve_admin(
             emit(LogMessage("info", "serving the admin API", (("listen", settings.listen),)))
             jobs.append(("admin-tokens", running.tokens.refresh))
         for name, job in jobs:
-            _start_job(mirror.single_flight, name, _CERTIFICATE_INTERVAL_S, job, emit)
+            start_job(mirror.single_flight, name, CERTIFICATE_INTERVAL_S, job, emit)
         yield
 
 
@@ -270,17 +275,14 @@ def _watch_supervisor(
     loop.add_reader(worker.supervisor_alive, on_supervisor_ended)
 
 
-def _reload_at_hangup(
+def _reload_at_requests(
     running: RunningServer,
     load: Callable[[], Settings],
     prepare_reload: Callable[[Settings], Callable[[], None]],
     emit: Observer,
-) -> None:
-    """Read the configuration again at each ``SIGHUP``, in the background.
-
-    The signal is blocked until now (:func:`mirror.processes.run`), so none is lost.
-    """
-    loop, requested = asyncio.get_running_loop(), asyncio.Event()
+) -> asyncio.Event:
+    """Read the configuration again, in the background, each time the returned event is set."""
+    requested = asyncio.Event()
 
     # The file's disk may hang. The end of the process does not wait for such a call.
     loading = HangingCalls("reload", limit=1)
@@ -305,12 +307,11 @@ def _reload_at_hangup(
             try:
                 await reload()
             except Exception as error:
-                why = (("why", str(error) or type(error).__name__),)
+                why = (("why", error_text(error)),)
                 emit(LogMessage("error", "the configuration was not applied", why))
 
     running.mirror.single_flight.run(("reload",), reload_at_requests)
-    loop.add_signal_handler(signal.SIGHUP, requested.set)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGHUP,))
+    return requested
 
 
 @dataclass(slots=True)
@@ -394,7 +395,7 @@ async def start_server(
         certificate = Certificate(settings.tls) if settings.tls is not None else None
         access = _open_access(mirror, settings, emit, now)
         authorize = authorize or authorize_by(access)
-        _start_housekeeping(mirror, certificate, access, emit, now)
+        start_housekeeping(mirror, certificate, access, emit, now)
         listening = partial(
             listen,
             is_limited=settings.max_client_connections > 0,
@@ -425,71 +426,6 @@ def _open_access(
         return await fetch_named_document(url, ca, listen)
 
     return AccessControl(settings, fetch, mirror.single_flight, emit, now)
-
-
-def _start_housekeeping(
-    mirror: Mirror,
-    certificate: Certificate | None,
-    access: AccessControl,
-    emit: Observer,
-    now: Callable[[], float],
-) -> None:
-    """Start the periodic jobs. ``certificate``: None without TLS. The rest as of the caller."""
-    store = mirror.store
-    retention = RetentionJob(store.layout, emit)
-    prefetch = PrefetchJob(mirror, emit)
-
-    def start(name: str, interval: float, job: Callable[[], object]) -> None:
-        _start_job(mirror.single_flight, name, interval, job, emit)
-
-    start("measure", _MEASURE_INTERVAL_S, store.measure)
-    start("index", _INDEX_INTERVAL_S, store.keep_up_index)
-    start("save", _SAVE_INTERVAL_S, store.save_image_layout)
-    start("marks", WATCH_INTERVAL_S, mirror.marks.check)
-    start("access", _ACCESS_INTERVAL_S, access.refresh)
-    start("prefetch", _PREFETCH_CHECK_S, lambda: prefetch.run_if_due(now()))
-    start(
-        "retention",
-        _RETENTION_CHECK_S,
-        lambda: retention.run_if_due(mirror.settings, now()),
-    )
-    if certificate is not None:
-        start("certificate", _CERTIFICATE_INTERVAL_S, certificate.refresh)
-    if mirror.hosted is not None:
-        upkeep = HostedJob(store.layout, emit)
-        start("uploads", _UPLOADS_INTERVAL_S, mirror.hosted.uploads.end_abandoned)
-        start(
-            "hosted-upkeep", _RETENTION_CHECK_S, lambda: upkeep.run_if_due(mirror.settings, now())
-        )
-        start("hosted", _MEASURE_INTERVAL_S, mirror.hosted.measure)
-
-
-def _start_job(
-    single_flight: SingleFlight,
-    name: str,
-    interval: float,
-    job: Callable[[], object],
-    emit: Observer,
-) -> None:
-    """Start a periodic job. See :func:`_run_every`."""
-    single_flight.run((name,), lambda: _run_every(name, interval, job, emit))
-
-
-async def _run_every(name: str, interval: float, job: Callable[[], object], emit: Observer) -> None:
-    """Run ``job`` for ever, ``interval`` seconds after it last ended.
-
-    An exception is logged, and the job runs again: what fails once need not fail for ever.
-    """
-    while True:
-        try:
-            result = job()
-            if asyncio.iscoroutine(result):
-                await result
-        except Exception as error:
-            level = "warning" if isinstance(error, OSError) else "error"
-            why = (("job", name), ("why", f"{type(error).__name__}: {error}"))
-            emit(LogMessage(level, "housekeeping failed", why))
-        await asyncio.sleep(interval)
 
 
 async def _drain(running: RunningServer, emit: Observer) -> None:

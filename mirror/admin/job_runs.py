@@ -26,6 +26,7 @@ from mirror.config.settings import Settings
 from mirror.oci.errors import InvalidRequest, StorageUnavailable
 from mirror.oci.image_name import ImageName
 from mirror.oci.platform import Platform
+from mirror.oci.text import count_text
 from mirror.operations.refresh import refresh
 from mirror.operations.verify import Subset
 from mirror.operations.warm import ContentProgress, ImageReport, WarmOptions, warm
@@ -70,7 +71,7 @@ class JobRuns:
 
         def on_report(event: ContentProgress | ImageReport) -> None:
             if isinstance(event, ImageReport):
-                state = event.error or f"complete, {event.added} new contents"
+                state = event.error or f"complete, {count_text(event.added, 'new content')}"
                 report.note(f"{event.image}: {state}")
             else:
                 progress.add(event)

@@ -36,7 +36,8 @@ from mirror.single_flight import SingleFlight
 from mirror.web.client_socket import StallWatch, abort_connection
 
 MAX_ADMIN_CONNECTIONS: Final = 128
-"""Connections at the same time. A browser opens up to six for a page."""
+"""Connections at the same time. A browser opens up to six for a page. One more takes the place of
+the connection that has waited longest for a request: it may be one that never sends it all."""
 KEEPALIVE_TIMEOUT_S: Final = 15.0
 """Seconds until a connection is closed that is idle, or whose TLS handshake or request header is
 incomplete."""
@@ -55,7 +56,7 @@ class AdminServer(web.Server):
     def __init__(self, dispatcher: Dispatcher) -> None:
         """Create the server. ``dispatcher`` answers the requests."""
         super().__init__(
-            dispatcher,
+            self._answer,
             handler_cancellation=True,
             access_log=None,
             keepalive_timeout=KEEPALIVE_TIMEOUT_S,
@@ -63,14 +64,30 @@ class AdminServer(web.Server):
             max_field_size=_MAX_HEADER_LINE_BYTES,
             logger=logging.getLogger("aiohttp.server"),
         )
+        self._dispatcher = dispatcher
         self._watches: dict[web.RequestHandler, StallWatch] = {}
+        self._waiting: dict[web.RequestHandler, asyncio.Transport] = {}
+        """Connections without a whole request header, the one that has waited longest first."""
+
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        transport = self._waiting.pop(request.protocol, None)
+        try:
+            return await self._dispatcher(request)
+        finally:
+            if transport is not None and request.protocol in self._watches:
+                self._waiting[request.protocol] = transport
 
     def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
-        """Watch a new connection, or close it if there are too many."""
+        """Watch a new connection. If there are too many, close one that has no request, or this."""
         super().connection_made(handler, transport)
         if len(self._watches) >= MAX_ADMIN_CONNECTIONS:
-            transport.abort()
-            return
+            if not self._waiting:
+                transport.abort()
+                return
+            longest = next(iter(self._waiting))
+            self._waiting.pop(longest).abort()
+            self._watches.pop(longest).stop()
+        self._waiting[handler] = transport
         self._watches[handler] = StallWatch(
             transport, STALL_TIMEOUT_S, lambda: abort_connection(transport, is_reset=True)
         )
@@ -80,6 +97,7 @@ class AdminServer(web.Server):
     ) -> None:
         """Forget a connection that has ended."""
         super().connection_lost(handler, exc)
+        self._waiting.pop(handler, None)
         if (watch := self._watches.pop(handler, None)) is not None:
             watch.stop()
 

@@ -54,7 +54,7 @@ RESPONSE_SCHEMAS: Final[dict[str, ResponseSchema]] = {
     ),
     "Image": record(
         name=A_TEXT,
-        kind={"type": "string", "enum": ["image", "referrer"]},
+        kind={"type": "string", "enum": ["image", "platform", "referrer"]},
         upstream=A_TEXT,
         repository=A_TEXT,
         tag=A_TEXT_OR_NULL,
@@ -69,6 +69,7 @@ RESPONSE_SCHEMAS: Final[dict[str, ResponseSchema]] = {
         state=list_of(A_TEXT),
         missing_parts=A_COUNT,
         missing_bytes=A_COUNT,
+        absent_why=A_TEXT_OR_NULL,
         stale_why=A_TEXT_OR_NULL,
         blocked_why=A_TEXT_OR_NULL,
         pushed=A_TIME_OR_NULL,

@@ -48,21 +48,36 @@ class Tokens:
     """The tokens in the files of the configuration, as digests."""
 
     def __init__(self, admin: Admin) -> None:
-        """Read the files. Raises ``ConfigError`` if one cannot be used."""
+        """Read the files. Raises ``ConfigError`` if one has no token, or cannot be used."""
         self._admin = admin
         self._stamp = self._find_stamp()
-        self._roles = self._read()
+        self._roles, without = self._read()
+        self._failure = ""
+        if without:
+            raise ConfigError(without[0])
 
     def refresh(self) -> None:
         """Read the files again if they have changed.
 
-        Raises ``ConfigError`` if one cannot be used, or ``OSError``. The tokens in use stay, and
-        the next call tries again.
+        A file that is missing, or has no token any more, revokes all of its tokens. If one cannot
+        be used (it cannot be read, or has a malformed line), all tokens in use stay, and the next
+        call tries again.
+
+        Raises ``ConfigError`` in both cases, once for the same reason.
         """
         stamp = self._find_stamp()
-        if stamp != self._stamp:
-            self._roles = self._read()
-            self._stamp = stamp
+        if stamp == self._stamp:
+            return
+        try:
+            self._roles, without = self._read()
+        except ConfigError as error:
+            if str(error) != self._failure:
+                self._failure = str(error)
+                raise
+            return
+        self._stamp, self._failure = stamp, ""
+        if without:
+            raise ConfigError(f"{without[0]}: all tokens of this file are revoked")
 
     def role_of(self, authorization: str | None) -> CallerRole | None:
         """Return the role of an ``Authorization`` header field. None: it permits nothing."""
@@ -96,19 +111,31 @@ class Tokens:
                 stamp += [0, 0, 0]
         return tuple(stamp)
 
-    def _read(self) -> list[tuple[bytes, CallerRole]]:
-        """Return the digests of all tokens. The read-only ones come first: a full one wins."""
+    def _read(self) -> tuple[list[tuple[bytes, CallerRole]], list[str]]:
+        """Return the digests of all tokens, and why files have none.
+
+        The read-only ones come first: a full one wins.
+        """
         roles: list[tuple[bytes, CallerRole]] = []
+        without: list[str] = []
         for key, path, role in self._files():
-            roles = [(_digest(token), role) for token in _read_tokens(key, path)] + roles
-        return roles
+            tokens = _read_tokens(key, path)
+            roles = [(_digest(token), role) for token in tokens] + roles
+            if not tokens:
+                without.append(f"{key}: {path}: no token: make one with `openssl rand -hex 32`")
+        return roles, without
 
 
 def _read_tokens(key: str, path: str) -> list[str]:
-    """Return the tokens of a file. Raises ``ConfigError``; its message has no part of a token."""
+    """Return the tokens of a file. There are none if it is missing.
+
+    Raises ``ConfigError``; its message has no part of a token.
+    """
     try:
         with Path(path).open("rb") as file:
             raw = file.read(_MAX_TOKEN_FILE_BYTES + 1)
+    except FileNotFoundError:
+        return []
     except OSError as error:
         raise ConfigError(f"{key}: {path}: {error.strerror}") from None
     if len(raw) > _MAX_TOKEN_FILE_BYTES:
@@ -123,8 +150,6 @@ def _read_tokens(key: str, path: str) -> list[str]:
             )
         if not _TOKEN.fullmatch(line):
             raise ConfigError(f"{key}: {path}:{number}: only letters, digits and . _ ~ + / = -")
-    if not numbered:
-        raise ConfigError(f"{key}: {path}: no token: make one with `openssl rand -hex 32`")
     return [line for _, line in numbered]
 
 

@@ -10,20 +10,17 @@ import os
 from typing import Any, Final, TypeAlias
 
 from mirror.cli.output import UsageError
-from mirror.config.load import FILE_VARIABLE, load
+from mirror.config.load import DEFAULT_FILE, FILE_VARIABLE, load
 from mirror.config.settings import Settings
 from mirror.oci.errors import InvalidRequest
 from mirror.oci.image_name import ImageName
-
-DEFAULT_CONFIG: Final = "config/mirror.yaml"
-"""Configuration file without ``--config`` and the variable, if it exists."""
 
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"
 """The object of argparse to which a command adds its parser."""
 
 
 CONFIG_HELP: Final = (
-    f"configuration file (default: ${FILE_VARIABLE}, else {DEFAULT_CONFIG} if it exists, "
+    f"configuration file (default: ${FILE_VARIABLE}, else {DEFAULT_FILE} if it exists, "
     "else only the environment)"
 )
 """Help of ``--config``."""
@@ -56,7 +53,7 @@ def config_file(name: str | None) -> str | None:
 
     ``name``: the file that the arguments name. None: they name none.
     """
-    default = DEFAULT_CONFIG if os.path.exists(DEFAULT_CONFIG) else None
+    default = DEFAULT_FILE if os.path.exists(DEFAULT_FILE) else None
     return name or os.environ.get(FILE_VARIABLE) or default
 
 

@@ -23,7 +23,7 @@ from mirror.oci.errors import ConfigError
 from mirror.oci.text import printable
 from mirror.upstream.connections import tls_context
 from mirror.upstream.credentials import find_entries, host_of
-from mirror.upstream.outbound import Policy, Refused, UrlSource, as_url, check_url
+from mirror.upstream.outbound import TOKEN_HOSTS, Policy, Refused, UrlSource, as_url, check_url
 from mirror.upstream.registries import listener_addresses
 
 HIDDEN: Final = "(not shown)"
@@ -155,18 +155,34 @@ def _read_docker_config(prefix: str, path: str) -> dict[str, Any]:
     return document
 
 
-def effective(settings: Settings) -> str:
-    """Return the whole configuration as YAML, with passwords and queries of URLs hidden."""
-    tree = settings.model_dump(mode="json")
+def effective(settings: Settings, *, has_defaults: bool) -> str:
+    """Return the configuration as YAML, with passwords and queries of URLs hidden.
+
+    ``has_defaults``: with all keys. Otherwise only those that differ from their defaults.
+    """
+    tree = settings.model_dump(mode="json", exclude_defaults=not has_defaults)
     for name, upstream in settings.upstreams.items():
-        credentials: dict[str, Any] = tree["upstreams"][name]["credentials"]
+        section: dict[str, Any] = tree["upstreams"][name]
         password = upstream.credentials.password
-        if password is not None and not password.startswith("file:"):
-            credentials["password"] = HIDDEN
-    for target in tree["events"]:
+        if not upstream.credentials.model_fields_set:
+            section.pop("credentials", None)
+        elif password is not None and not password.startswith("file:"):
+            section["credentials"]["password"] = HIDDEN
+    for target in tree.get("events", ()):
         url, has_query, _ = target["url"].partition("?")
         target["url"] = f"{url}?{HIDDEN}" if has_query else url
-    return str(yaml.safe_dump(_without_none(tree), sort_keys=False, allow_unicode=True))
+    text = str(yaml.safe_dump(_without_none(tree), sort_keys=False, allow_unicode=True))
+    return text + "".join(f"# {line}\n" for line in _built_in_token_hosts(settings))
+
+
+def _built_in_token_hosts(settings: Settings) -> Iterator[str]:
+    """Yield a line for each upstream whose tokens come from a host that no key names."""
+    for name, upstream in settings.upstreams.items():
+        names = (name, *(as_url(endpoint).host or "" for endpoint in upstream.endpoints))
+        built_in = dict.fromkeys(host for key in names for host in TOKEN_HOSTS.get(key, ()))
+        hosts = [host for host in built_in if host not in names]
+        if hosts:
+            yield f"upstreams.{name}.token_hosts, built in: {', '.join(hosts)}"
 
 
 def _without_none(value: Any) -> Any:

@@ -13,8 +13,9 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 from mirror.cli.data_directory import load_inventory
+from mirror.cli.listing import print_text
 from mirror.cli.output import print_line
-from mirror.oci.text import size_text
+from mirror.oci.text import count_text, size_text
 
 if TYPE_CHECKING:
     from mirror.config.settings import Settings
@@ -81,7 +82,10 @@ def read_inventory_gently(settings: Settings) -> Inventory:
 def print_items(report: CleaningReport, *, is_json: bool) -> None:
     """Print the items of a report: one JSON object a line, or sentences."""
     for item in report.items:
-        print_line(json.dumps(item.row()) if is_json else _sentence(item, report))
+        if is_json:
+            print_line(json.dumps(item.row()))
+        else:
+            print_text(_sentence(item, report), indent=4)
 
 
 def _sentence(item: Item, report: CleaningReport) -> str:
@@ -99,5 +103,4 @@ def summary(report: CleaningReport, what: str, removed: Iterable[Item]) -> str:
     """Return the last line of a report, such as ``3 images removed, 1.2 GiB freed``."""
     count = sum(1 for _ in removed)
     verb = "would be removed" if report.is_dry_run else "removed"
-    plural = "" if count == 1 else "s"
-    return f"{count} {what}{plural} {verb}, {size_text(report.freed)} freed"
+    return f"{count_text(count, what)} {verb}, {size_text(report.freed)} freed"

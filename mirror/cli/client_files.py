@@ -117,12 +117,39 @@ def toml_string(text: str) -> str:
 
 
 def registry_url(name: str, upstream: Upstream) -> str:
-    """Return the URL of the registry itself, which clients use when the mirror fails."""
-    first = upstream.endpoints[0].rstrip("/")
-    # An endpoint with a path is another mirror, and hosts.toml means the registry itself.
-    if not urlsplit(first).path:
-        return first
-    return "https://registry-1.docker.io" if name == HUB else f"https://{name}"
+    """Return the URL of the registry itself: the fallback of every client, if the mirror fails.
+
+    The name in the image decides, and not the mirror's endpoint. That may be another cache, or an
+    address that means another machine on a node. An endpoint only tells that the registry of this
+    name speaks plain HTTP.
+    """
+    if name == HUB:
+        return "https://registry-1.docker.io"
+    is_plain = f"http://{name}" in (endpoint.rstrip("/") for endpoint in upstream.endpoints)
+    return f"{'http' if is_plain else 'https'}://{name}"
+
+
+def pull_urls(options: SetupOptions, name: str) -> list[str]:
+    """Return the URLs of a client that asks one after the other, and then ``https://name``.
+
+    A registry that speaks plain HTTP has to be named, because these clients do not try that.
+    """
+    registry = registry_url(name, options.upstreams[name])
+    is_named = registry.startswith("http://") and not options.is_enforced
+    return [options.mirror.url, *([registry] if is_named else [])]
+
+
+def fallback_notes(upstreams: Mapping[str, Upstream]) -> list[str]:
+    """Return a note for each upstream of which the mirror asks another host than clients do."""
+    notes = []
+    for name, upstream in upstreams.items():
+        fallback = registry_url(name, upstream)
+        if fallback not in (endpoint.rstrip("/") for endpoint in upstream.endpoints):
+            notes.append(
+                f"{name}: if the mirror fails, clients pull from {fallback}, and not from its "
+                f"endpoint {upstream.endpoints[0]}, which is for the mirror only"
+            )
+    return notes
 
 
 def write_files(directory: Path, files: Sequence[ClientFile]) -> list[tuple[Path, bool]]:

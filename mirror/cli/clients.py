@@ -230,8 +230,7 @@ def _registries_conf(options: SetupOptions, path: str) -> list[ClientFile]:
         else:
             url = registry_url(name, upstream)
             # The fallback. These clients know the address of Docker Hub themselves.
-            fallback = name if name == HUB else urlsplit(url).netloc
-            lines.append(f"location = {toml_string(fallback)}")
+            lines.append(f"location = {toml_string(name)}")
             if url.startswith("http://"):
                 lines.append("insecure = true")
             lines += ["", "[[registry.mirror]]", *at_mirror]
@@ -279,6 +278,10 @@ def _kaniko(options: SetupOptions) -> ClientSetup:
     ]
     if options.is_enforced:
         arguments.append("--skip-default-registry-fallback")
+    if not options.is_enforced:
+        urls = (registry_url(name, upstream) for name, upstream in options.upstreams.items())
+        plain = [urlsplit(url).netloc for url in urls if url.startswith("http://")]
+        arguments += [f"--insecure-registry={host}" for host in plain]
     if not mirror.is_https:
         arguments.append(f"--insecure-registry={mirror.host}")
     elif mirror.ca is not None:

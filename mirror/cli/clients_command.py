@@ -10,7 +10,13 @@ import os
 from pathlib import Path
 
 from mirror.cli.arguments import Commands, add_config_or_file, config_or_file
-from mirror.cli.client_files import ClientLogin, MirrorAddress, SetupOptions, write_files
+from mirror.cli.client_files import (
+    ClientLogin,
+    MirrorAddress,
+    SetupOptions,
+    fallback_notes,
+    write_files,
+)
 from mirror.cli.clients import ALL, CLIENTS, client_setup
 from mirror.cli.health import WILDCARD_ADDRESSES
 from mirror.cli.output import CommandFailed, UsageError, print_line, print_note
@@ -106,6 +112,8 @@ def print_clients(arguments: argparse.Namespace) -> int:
             if len(files) > 1:
                 print_line(f"# {'/etc/' if file.is_on_node else ''}{file.path}")
             print_line(file.text)
+    for note in () if request.is_enforced else fallback_notes(settings.upstreams):
+        print_note(note)
     for client, setup in setups.items():
         for note in setup.notes:
             print_note(f"{client}: {note}")

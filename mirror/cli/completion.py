@@ -6,14 +6,22 @@ Lives here: which options name files. Must not know: the shells (shtab does), th
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator
 from typing import Final
 
+from mirror import __version__
 from mirror.cli.arguments import Commands
 from mirror.cli.output import print_line
 
-SHELLS: Final = ("bash", "zsh", "fish")
-"""Shells for which a completion is printed."""
+SHELLS: Final = {
+    "bash": "~/.local/share/bash-completion/completions/oci-mirror",
+    "zsh": "~/.zfunc/_oci-mirror",
+    "fish": "~/.config/fish/completions/oci-mirror.fish",
+}
+"""Shell -> where its completion is usually written."""
+_SHTAB_HEADER: Final = re.compile(r"^# AUTOMATICALLY GENERATED .*\n(?:#.*\n)*", re.MULTILINE)
+"""The header of shtab. It names other files than our documents do."""
 _FILE_PLACEHOLDERS: Final = frozenset({"FILE", "LIST"})
 """Placeholders (``metavar``) of arguments that are files."""
 _DIRECTORY_PLACEHOLDERS: Final = frozenset({"DIR", "DIRS"})
@@ -25,12 +33,12 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "completion",
         help="print the completion for bash, zsh or fish",
-        description="Prints a script. bash: write it to "
-        "~/.local/share/bash-completion/completions/oci-mirror. zsh: write it to a file "
-        "_oci-mirror in a directory of $fpath. fish: write it to "
-        "~/.config/fish/completions/oci-mirror.fish.",
+        description="Prints a script that completes commands, options, files, and values of a "
+        "fixed set; names of images are not completed. Write it to "
+        + ", ".join(f"{path} ({shell})" for shell, path in SHELLS.items())
+        + ". zsh also needs fpath=(~/.zfunc $fpath) in ~/.zshrc.",
     )
-    parser.add_argument("shell", metavar="SHELL", choices=SHELLS, help=", ".join(SHELLS))
+    parser.add_argument("shell", metavar="SHELL", choices=list(SHELLS), help=", ".join(SHELLS))
     parser.set_defaults(run=print_completion)
 
 
@@ -48,7 +56,13 @@ def print_completion(arguments: argparse.Namespace) -> int:
         kind = kinds.get(str(action.metavar))
         if kind is not None:
             action.complete = kind  # type: ignore[attr-defined]  # shtab reads it
-    print_line(shtab.complete(parser, shell=arguments.shell).rstrip("\n"))
+    shell: str = arguments.shell
+    header = (
+        f"# Completion of oci-mirror {__version__} for {shell}, made by oci-mirror completion.\n"
+        f"# Write it to {SHELLS[shell]} and start a new shell.\n"
+    )
+    script = shtab.complete(parser, shell=shell).rstrip("\n")
+    print_line(_SHTAB_HEADER.sub(lambda match: header, script, count=1))
     return 0
 
 

@@ -16,11 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from mirror.cli.messages import print_warnings
 from mirror.cli.output import CommandFailed
 from mirror.config.settings import Settings
 
 if TYPE_CHECKING:
+    from mirror.composition import Mirror
     from mirror.inventory.model import Inventory
     from mirror.store.index import Index
     from mirror.store.layout import Layout
@@ -45,9 +45,15 @@ def find_layout(settings: Settings) -> Layout:
     """
     layout = layout_of(settings)
     if not (layout.root / _MARKER).exists():
+        relative = ""
+        if not os.path.isabs(settings.data_dir):
+            relative = (
+                f" (data_dir {settings.data_dir} is relative to the working directory, and the "
+                "server may have another one)"
+            )
         raise CommandFailed(
-            f"{layout.root} is no data directory of a mirror: start the server once, or name its "
-            "configuration by --config"
+            f"{layout.root} is no data directory of a mirror{relative}: start the server once, or "
+            "name its configuration by --config"
         )
     return layout
 
@@ -68,8 +74,28 @@ def load_inventory(settings: Settings) -> Inventory:
 
 
 @asynccontextmanager
+async def opened_mirror(settings: Settings) -> AsyncIterator[Mirror]:
+    """Open the parts of a mirror, with a history. Its warnings go to standard error.
+
+    It imports aiohttp, which commands that ask no upstream do not need.
+
+    Raises :class:`CommandFailed` like :func:`find_layout`: a command makes no data directory.
+    """
+    import asyncio
+
+    from mirror.cli.messages import print_fault, print_warnings
+    from mirror.operations.own_requests import open_recorded_mirror
+
+    find_layout(settings)
+    asyncio.get_running_loop().set_exception_handler(print_fault)
+    async with open_recorded_mirror(settings, print_warnings) as mirror:
+        yield mirror
+
+
+@asynccontextmanager
 async def opened_index(layout: Layout) -> AsyncIterator[Index]:
     """Open the index of a data directory. Its warnings go to standard error."""
+    from mirror.cli.messages import print_warnings
     from mirror.store import image_layout
     from mirror.store.index import Index
 
@@ -87,6 +113,7 @@ async def opened_store(settings: Settings) -> AsyncIterator[Store]:
 
     Raises ``CommandFailed`` if a server could not write to the files that this process creates.
     """
+    from mirror.cli.messages import print_warnings
     from mirror.store.store import Store
 
     owner = os.stat(settings.data_dir).st_uid

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import yaml
 
-from mirror.cli.client_files import ClientFile, ClientSetup, SetupOptions, toml_string
+from mirror.cli.client_files import ClientFile, ClientSetup, SetupOptions, pull_urls, toml_string
 
 _NO_ENFORCE: Final = (
     "--enforce has no effect: this configuration cannot remove the fallback to the registry "
@@ -38,7 +38,7 @@ def _rke2(options: SetupOptions) -> ClientSetup:
 def _registries_yaml(options: SetupOptions, product: str) -> ClientSetup:
     mirror = options.mirror
     tree: dict[str, Any] = {
-        "mirrors": {name: {"endpoint": [mirror.url]} for name in options.upstreams}
+        "mirrors": {name: {"endpoint": pull_urls(options, name)} for name in options.upstreams}
     }
     if mirror.ca is not None:
         tree["configs"] = {mirror.host: {"tls": {"ca_file": mirror.ca}}}
@@ -58,14 +58,20 @@ def _registries_yaml(options: SetupOptions, product: str) -> ClientSetup:
 
 def _gke(options: SetupOptions) -> ClientSetup:
     mirror = options.mirror
-    host: dict[str, Any] = {
-        "host": mirror.url,
-        "capabilities": ["HOST_CAPABILITY_PULL", "HOST_CAPABILITY_RESOLVE"],
-    }
-    if mirror.ca is not None:
-        host["ca"] = [{"gcpSecretManagerSecretUri": "projects/PROJECT/secrets/NAME/versions/1"}]
+    ca = [{"gcpSecretManagerSecretUri": "projects/PROJECT/secrets/NAME/versions/1"}]
+
+    def host(url: str) -> dict[str, Any]:
+        entry = {
+            "host": url,
+            "capabilities": ["HOST_CAPABILITY_PULL", "HOST_CAPABILITY_RESOLVE"],
+        }
+        return entry if url != mirror.url or mirror.ca is None else {**entry, "ca": deepcopy(ca)}
+
     tree = {
-        "registryHosts": [{"server": name, "hosts": [deepcopy(host)]} for name in options.upstreams]
+        "registryHosts": [
+            {"server": name, "hosts": [host(url) for url in pull_urls(options, name)]}
+            for name in options.upstreams
+        ]
     }
     notes = [
         (
@@ -108,7 +114,8 @@ def _bottlerocket(options: SetupOptions) -> ClientSetup:
     mirror = options.mirror
     blocks = [
         "[[settings.container-registry.mirrors]]\n"
-        f"registry = {toml_string(name)}\nendpoint = [{toml_string(mirror.url)}]\n"
+        f"registry = {toml_string(name)}\n"
+        f"endpoint = [{', '.join(map(toml_string, pull_urls(options, name)))}]\n"
         for name in options.upstreams
     ]
     if mirror.ca_text:
@@ -123,10 +130,12 @@ def _bottlerocket(options: SetupOptions) -> ClientSetup:
 
 def _talos(options: SetupOptions) -> ClientSetup:
     mirror = options.mirror
-    entry: dict[str, Any] = {"endpoints": [mirror.url]}
-    if options.is_enforced:
-        entry["skipFallback"] = True
-    registries: dict[str, Any] = {"mirrors": {name: deepcopy(entry) for name in options.upstreams}}
+    skip = {"skipFallback": True} if options.is_enforced else {}
+    registries: dict[str, Any] = {
+        "mirrors": {
+            name: {"endpoints": pull_urls(options, name), **skip} for name in options.upstreams
+        }
+    }
     if mirror.ca_text:
         ca = base64.b64encode(mirror.ca_text.encode()).decode()
         registries["config"] = {mirror.host: {"tls": {"ca": ca}}}

@@ -7,15 +7,18 @@ read, how an eviction chooses.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from mirror.cli import inventory as common
 from mirror.cli.arguments import Commands, add_config, add_json, load_settings
 from mirror.cli.data_directory import layout_of, load_inventory
-from mirror.cli.listing import Column, print_rows, since_text
+from mirror.cli.listing import print_rows, since_text
 from mirror.cli.output import print_line
+from mirror.cli.table_layout import Column
 from mirror.oci.text import size_text
 
 if TYPE_CHECKING:
@@ -23,9 +26,14 @@ if TYPE_CHECKING:
     from mirror.inventory.hosted_names import QuotaUsage
     from mirror.inventory.leftovers import OtherFile
     from mirror.inventory.model import Inventory
+    from mirror.store.layout import Layout
 
 _NEXT: Final = 20
 """Rows of ``--verbose``: more do not fit on a screen."""
+_MAX_SUMMED: Final = 100
+"""Contents that are summed to these rows. To find the images of one takes up to 2 ms."""
+_LEFT_OUT: Final = ("contents", "shared")
+"""Keys of the columns that a narrow terminal does not show."""
 _MAX_IMAGES: Final = 3
 """Names of a cell: a base layer may be in hundreds of images."""
 
@@ -36,7 +44,8 @@ def add_parser(commands: Commands) -> None:
         "du",
         help="show what fills the disk, and what an eviction takes next",
         description="Shows the content of the data directory by type. ACTIVE is content that an "
-        "image or a mark reaches. RECLAIMABLE is all other, which `gc` removes.",
+        "image or a mark reaches. RECLAIMABLE is all other, which `gc` removes once it is older "
+        "than its --grace (a day).",
     )
     add_config(parser)
     add_json(parser)
@@ -51,7 +60,7 @@ def add_parser(commands: Commands) -> None:
         *("-v", "--verbose"),
         dest="is_verbose",
         action="store_true",
-        help=f"also list what an eviction removes next, in its order ({_NEXT} contents at most)",
+        help="also list what an eviction removes next, by the images that lack it then",
     )
     parser.set_defaults(run=show_usage)
 
@@ -74,25 +83,38 @@ def show_usage(arguments: argparse.Namespace) -> int:
     else:
         rows = _group_rows(inventory, arguments.by)
         columns = _group_columns(inventory.now, arguments.by)
-    print_rows(columns, rows, is_json=arguments.is_json)
+    if not arguments.is_json:
+        rows = [row for row in rows if row["size"] or row.get("total") or row.get("images")]
+        if arguments.by == "type" and rows:
+            rows.append({"type": "total"} | _sums(rows))
+    narrower = [[one for one in columns if one.key not in _LEFT_OUT]]
+    print_rows(columns, rows, is_json=arguments.is_json, narrower=narrower)
     if not arguments.is_json:
         print_line("")
         cached = max(0, usage.total_size(types) - hosted.bytes)
         print_line(_quota_text(cached, settings.storage))
         if settings.hosted is not None or hosted.contents:
             print_line(_hosted_text(hosted, settings.hosted))
+        print_line(_beside_text(layout_of(settings)))
     elif settings.hosted is not None:
         quota = settings.hosted.max_size
         print_rows((), [{"kind": "hosted", **asdict(hosted), "quota": quota}], is_json=True)
-    if arguments.is_verbose:
-        evictions = list(_eviction_rows(inventory, leftovers, settings.storage))
-        if not arguments.is_json:
-            print_line("")
-            print_line("Next to be evicted:" if evictions else "Nothing can be evicted.")
-        if evictions or arguments.is_json:
-            columns = _eviction_columns(inventory.now, arguments)
-            print_rows(columns, evictions, is_json=arguments.is_json)
+    if arguments.is_verbose and arguments.is_json:
+        print_rows((), _eviction_rows(inventory, leftovers, settings.storage, _NEXT), is_json=True)
+    elif arguments.is_verbose:
+        contents = _eviction_rows(inventory, leftovers, settings.storage, _MAX_SUMMED)
+        evictions = _by_image(contents)[:_NEXT]
+        print_line("")
+        print_line("Next to be evicted:" if evictions else "Nothing can be evicted.")
+        if evictions:
+            print_rows(_eviction_columns(inventory.now), evictions, is_json=False)
     return 0
+
+
+def _sums(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Return the sums of the numbers of rows, by key."""
+    keys = ("total", "active", "size", "reclaimable")
+    return {key: sum(row[key] for row in rows) for key in keys}
 
 
 _TYPE_COLUMNS: Final = (
@@ -106,7 +128,7 @@ _TYPE_COLUMNS: Final = (
 
 def _group_columns(now: float, by: str) -> tuple[Column, ...]:
     return (
-        Column(by.upper(), "name"),
+        Column(by.upper(), "name", min_chars=16, is_name=True),
         Column("IMAGES", "images", is_number=True),
         Column("CONTENTS", "contents", is_number=True),
         Column("SIZE", "size", size_text, is_number=True),
@@ -142,6 +164,7 @@ def _group_rows(inventory: Inventory, by: str) -> list[dict[str, Any]]:
 def _quota_text(size: int, storage: Storage) -> str:
     begins = int(storage.max_size * storage.high_water)
     share = f"{size / storage.max_size:.0%}" if storage.max_size else "-"
+    share = "<1%" if size and share == "0%" else share
     return (
         f"{size_text(size)} of {size_text(storage.max_size)} ({share}); "
         f"evictions begin at {size_text(begins)}"
@@ -158,15 +181,40 @@ def _hosted_text(hosted: QuotaUsage, settings: Hosted | None) -> str:
     return f"{text}; it is never evicted"
 
 
-def _eviction_columns(now: float, arguments: argparse.Namespace) -> tuple[Column, ...]:
+def _beside_text(layout: Layout) -> str:
+    """Return the sizes of what is no content, so that it does not count for the quota."""
+    history, index = _size_below(layout.history), _size_below(layout.index)
+    return f"beside the quota: history {size_text(history)}, index {size_text(index)}"
+
+
+def _size_below(directory: Path) -> int:
+    """Return the bytes of all files below a directory. Another process may remove some of them."""
+    size = 0
+    for path in directory.rglob("*"):
+        with suppress(OSError):
+            size += path.stat().st_size if path.is_file() else 0
+    return size
+
+
+def _eviction_columns(now: float) -> tuple[Column, ...]:
     return (
-        common.digest_column(arguments),
-        Column("TYPE", "type"),
+        Column(*("IMAGES", "images", _names_text), min_chars=24, is_name=True, is_sentence=True),
+        Column("CONTENTS", "contents", is_number=True),
         Column("SIZE", "size", size_text, is_number=True),
         Column("LAST USED", "last_used", since_text(now)),
-        Column("WHY", "why"),
-        Column("IMAGES", "images", _names_text),
+        Column("WHY", "why", min_chars=16, is_sentence=True),
     )
+
+
+def _by_image(contents: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row for all contents of the same images, in the order of the first of them."""
+    rows: dict[tuple[object, ...], dict[str, Any]] = {}
+    for one in contents:
+        key = (*one["images"], one["why"])
+        row = rows.setdefault(key, one | {"contents": 0, "size": 0})
+        row["contents"] += 1
+        row["size"] += one["size"]
+    return list(rows.values())
 
 
 def _names_text(names: list[str]) -> str:
@@ -175,13 +223,13 @@ def _names_text(names: list[str]) -> str:
 
 
 def _eviction_rows(
-    inventory: Inventory, leftovers: list[OtherFile], storage: Storage
+    inventory: Inventory, leftovers: list[OtherFile], storage: Storage, limit: int
 ) -> Iterable[dict[str, Any]]:
     from mirror.inventory import usage
     from mirror.oci.text import time_text
 
     enough = max(1, int(storage.max_size * (storage.high_water - storage.low_water)))
-    for one in usage.next_evictions(inventory, leftovers, enough, _NEXT):
+    for one in usage.next_evictions(inventory, leftovers, enough, limit):
         yield {
             "kind": "eviction",
             "digest": str(one.digest),

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from mirror.cli.arguments import Commands, add_config, add_json, load_settings
-from mirror.cli.data_directory import layout_of
+from mirror.cli.data_directory import find_layout
+from mirror.cli.inventory import add_no_trunc
+from mirror.cli.listing import print_text
 from mirror.cli.output import UsageError, print_line, print_note
 from mirror.observability.events import Outcome
 from mirror.oci.errors import InvalidRequest
@@ -19,11 +22,14 @@ from mirror.oci.reference import Digest, Tag
 from mirror.oci.text import printable, size_text, time_text
 
 if TYPE_CHECKING:
+    from mirror.history.client_pulls import ClientPull
     from mirror.history.queries import HistoryReader
     from mirror.history.stored_pull import StoredPull
 
 _DEFAULT_LAST: Final = 10
 """Pulls without ``--last``: a few more than a screen has."""
+_REQUESTS_OF_PULL: Final = 20
+"""Requests that are read for each pull: most images have fewer layers."""
 _MAX_SENTENCE_CHARS: Final = 2000
 """Characters of a line: the text of an error may be long."""
 
@@ -33,17 +39,28 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "explain",
         help="say what happened to the last pulls, and why they took their time",
-        description="Explains the last requests for an image, or one request by its id (the "
-        "X-Request-Id of its response, id in the log), newest first. Without SUBJECT: of all "
-        "images. Fast hits are kept as examples only.",
+        description="Explains the last pulls of an image, or one request by its id (the "
+        "X-Request-Id of its response, id in the log), newest first. The requests of one client "
+        "for one image are shown together. Without IMAGE and ID: of all images. Fast hits are "
+        "kept as examples only.",
     )
     add_config(parser)
     add_json(parser)
     parser.add_argument(
         "subject", metavar="IMAGE|ID", nargs="?", default="", help="image, digest, or request id"
     )
+    add_no_trunc(parser)
     parser.add_argument(
-        "--client", metavar="ADDRESS", default="", help="only of this address or network"
+        "--client",
+        metavar="ADDRESS",
+        type=_address,
+        help="only of this address or network",
+    )
+    parser.add_argument(
+        "--requests",
+        dest="by_request",
+        action="store_true",
+        help="explain each request by itself, in place of each pull",
     )
     parser.add_argument(
         "--outcome",
@@ -58,9 +75,19 @@ def add_parser(commands: Commands) -> None:
         metavar="N",
         type=int,
         default=_DEFAULT_LAST,
-        help=f"number of requests (default: {_DEFAULT_LAST})",
+        help=f"number of pulls; of requests with --requests or --json (default: {_DEFAULT_LAST})",
     )
     parser.set_defaults(run=run)
+
+
+def _address(text: str) -> str:
+    import ipaddress
+
+    try:
+        ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is no address and no network") from None
+    return text
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -71,8 +98,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.last < 1:
         raise UsageError("--last must be at least 1")
     settings = load_settings(arguments)
-    with open_history(layout_of(settings)) as history:
-        pulls = _find_pulls(history, arguments)
+    by_request = arguments.is_json or arguments.by_request
+    number = arguments.last * (1 if by_request else _REQUESTS_OF_PULL)
+    with open_history(find_layout(settings)) as history:
+        pulls = _find_pulls(history, arguments, number)
+        begin = None if pulls else history.begin()
     # The rows of several processes are a second apart.
     pulls.sort(key=lambda pull: pull.at, reverse=True)
     if arguments.is_json:
@@ -80,22 +110,68 @@ def run(arguments: argparse.Namespace) -> int:
             row = {"time": time_text(pull.at), "sentences": explain(pull), **pull.to_json()}
             print_line(json.dumps(row))
         return 0
-    for number, pull in enumerate(pulls):
+    from mirror.history.client_pulls import ClientPull, group_requests
+
+    groups = [ClientPull([one]) for one in pulls] if by_request else group_requests(pulls)
+    for number, group in enumerate(groups[: arguments.last]):
         if number:
             print_line("")
-        print_line(printable(_headline(pull), _MAX_SENTENCE_CHARS))
-        for sentence in explain(pull):
-            print_line(f"  {printable(sentence, _MAX_SENTENCE_CHARS)}")
+        _print_pull(group, is_whole=arguments.is_whole)
     if not pulls:
-        print_note("no such request is in the history (it begins with the first start of a server)")
+        print_note(_nothing_found(arguments, begin))
     return 0
 
 
-def _find_pulls(history: HistoryReader, arguments: argparse.Namespace) -> list[StoredPull]:
+def _nothing_found(arguments: argparse.Namespace, begin: float | None) -> str:
+    if begin is None:
+        return "the history is empty: it begins with the first request to a server"
+    name: str = arguments.subject
+    with suppress(InvalidRequest):
+        name = str(ImageName.parse(name))
+    about = f" for {name}" if name else ""
+    return f"no such request{about} in the history, which begins at {time_text(begin)}"
+
+
+def _print_pull(pull: ClientPull, *, is_whole: bool) -> None:
+    """Print a pull: its requests, and why the slowest one took its time."""
+    requests, slowest = pull.requests, pull.slowest
+    if len(requests) == 1:
+        _print(_headline(slowest), is_whole=is_whole)
+        _print_sentences(slowest, margin="  ", is_whole=is_whole)
+        return
+    outcomes = ", ".join(f"{count} {outcome}" for outcome, count in pull.outcomes.items())
+    size = size_text(sum(map(_size, requests)))
+    _print(
+        f"{time_text(pull.begin)} {_asker(slowest)} {pull.name}: {size} in "
+        f"{pull.end - pull.begin:.3f} s, {len(requests)} requests ({outcomes})",
+        is_whole=is_whole,
+    )
+    for one in requests:
+        what = f"{one.kind} {one.reference}"
+        line = f"  {one.duration:9.3f} s  {one.outcome:<11}  {size_text(_size(one)):>8}  {what}"
+        _print(line, is_whole=is_whole)
+    _print(f"  Slowest: {slowest.kind} {slowest.reference} (id {slowest.request_id})", is_whole)
+    _print_sentences(slowest, margin="    ", is_whole=is_whole)
+
+
+def _print_sentences(request: StoredPull, margin: str, *, is_whole: bool) -> None:
+    from mirror.history.sentences import explain
+
+    for sentence in explain(request):
+        _print(f"{margin}{sentence}", is_whole=is_whole)
+
+
+def _print(text: str, is_whole: bool) -> None:
+    print_text(printable(text, _MAX_SENTENCE_CHARS), indent=4, is_whole=is_whole)
+
+
+def _find_pulls(
+    history: HistoryReader, arguments: argparse.Namespace, number: int
+) -> list[StoredPull]:
     subject: str = arguments.subject
     filters: dict[str, Any] = {
-        "last": arguments.last,
-        "client": arguments.client,
+        "last": number,
+        "client": arguments.client or "",
         "outcomes": [Outcome(name) for name in arguments.outcomes],
     }
     if not subject:
@@ -123,13 +199,18 @@ def _find_pulls(history: HistoryReader, arguments: argparse.Namespace) -> list[S
 
 
 def _headline(pull: StoredPull) -> str:
-    sent = pull.fetched_bytes if pull.command else pull.bytes_sent
-    size = f"{size_text(sent)} in " if sent else ""
-    asker = f"`oci-mirror {pull.command}`" if pull.command else pull.client or "-"
-    status: int | str = pull.status or "no response"
-    if pull.command:
-        status = pull.outcome
+    size = f"{size_text(_size(pull))} in " if _size(pull) else ""
+    status = "" if pull.command else f" {pull.status or 'no response'}"
     return (
-        f"{time_text(pull.at)} {pull.method} {pull.kind} {pull.name} for {asker}: "
-        f"{status}, {size}{pull.duration:.3f} s (id {pull.request_id})"
+        f"{time_text(pull.at)} {_asker(pull)} {pull.outcome}{status} {pull.method} {pull.kind} "
+        f"{pull.name}: {size}{pull.duration:.3f} s (id {pull.request_id})"
     )
+
+
+def _asker(pull: StoredPull) -> str:
+    return f"`oci-mirror {pull.command}`" if pull.command else pull.client or "-"
+
+
+def _size(pull: StoredPull) -> int:
+    """Return the bytes that a client got, or that a command has fetched."""
+    return pull.fetched_bytes if pull.command else pull.bytes_sent

@@ -17,6 +17,7 @@ from mirror.cli.exit_codes import EX_FAILED
 from mirror.cli.output import UsageError, print_line, print_note
 from mirror.oci.errors import MirrorError
 from mirror.oci.image_name import ImageName
+from mirror.oci.text import count_text
 
 if TYPE_CHECKING:
     from mirror.config.settings import Settings
@@ -93,7 +94,7 @@ def _text(report: ForgetReport) -> str:
         ("blob", report.blobs),
         ("404 response", report.refusals),
     ]
-    texts = (f"{count} {name}{'' if count == 1 else 's'}" for name, count in parts if count)
+    texts = (count_text(count, name) for name, count in parts if count)
     return f"{report.image}  forgotten  {', '.join(texts)}"
 
 

@@ -22,9 +22,10 @@ from mirror.cli.cleaning import (
     read_inventory_gently,
 )
 from mirror.cli.data_directory import find_layout, layout_of, load_inventory, opened_store
-from mirror.cli.listing import Column, print_rows
+from mirror.cli.listing import print_rows
 from mirror.cli.output import UsageError, print_line
-from mirror.oci.text import size_text
+from mirror.cli.table_layout import Column
+from mirror.oci.text import age_text, size_text
 
 if TYPE_CHECKING:
     from mirror.config.settings import Settings
@@ -40,10 +41,10 @@ _WORDS: Final = {
 }
 """Kind of garbage -> its name for a person."""
 _GARBAGE_COLUMNS: Final = (
-    Column("WHAT", "what"),
+    Column("WHAT", "what", min_chars=16, is_sentence=True),
     Column("COUNT", "count", is_number=True),
     Column("SIZE", "bytes", size_text, is_number=True),
-    Column("RESULT", "result"),
+    Column("RESULT", "result", min_chars=16, is_sentence=True),
 )
 
 
@@ -63,7 +64,7 @@ def add_parser(commands: Commands) -> None:
         metavar="TIME",
         type=duration,
         help="keep what was used or written within this time, at least 10m (default: 1d, and "
-        "hosted.grace)",
+        "hosted.grace). Damaged layers are removed at any age",
     )
     add_config(parser)
     add_json(parser)
@@ -72,7 +73,7 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command. Raises :class:`mirror.cli.output.UsageError` for too short a grace."""
-    from mirror.operations.gc import DEFAULT_GRACE_S, MIN_GRACE_S, find_garbage
+    from mirror.operations.gc import DEFAULT_GRACE_S, MIN_GRACE_S, YOUNG, find_garbage
 
     grace = DEFAULT_GRACE_S if arguments.grace is None else arguments.grace
     if grace < MIN_GRACE_S:
@@ -96,6 +97,10 @@ def run(arguments: argparse.Namespace) -> int:
         print_rows(_GARBAGE_COLUMNS, _rows(report), is_json=False)
     verb = "would be freed" if arguments.is_dry_run else "freed"
     print_line(f"{size_text(report.freed)} {verb}")
+    young = sum(item.bytes for item in report.items if item.why.startswith(YOUNG))
+    if young:
+        less = "" if grace <= MIN_GRACE_S else " (--grace 10m for less)"
+        print_line(f"{size_text(young)} stay: {YOUNG} {age_text(grace)}{less}")
     return 0
 
 

@@ -6,17 +6,14 @@ address.
 
 from __future__ import annotations
 
-import ssl
 from collections.abc import Mapping
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Final
 from urllib.parse import urlsplit
 
+from mirror.cli.own_server import OwnServer, failure_text
 from mirror.config.settings import Settings
 from mirror.config.values import check_listen, split_host
 
-_TIMEOUT_S: Final = 5.0
-"""Seconds; less than the ``--timeout`` of the image's ``HEALTHCHECK``, so that it can say why."""
 WILDCARD_ADDRESSES: Final = {
     "0.0.0.0": "127.0.0.1",  # noqa: S104 - mapped, not listened on
     "::": "::1",
@@ -50,22 +47,7 @@ def check_health(url: str) -> str | None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             return "not an http(s) URL"
-        connection: HTTPConnection
-        if parts.scheme == "https":
-            # The server is on this machine, and its certificate need not name the address.
-            context = ssl.create_default_context()
-            context.check_hostname = False
-            context.verify_mode = ssl.CERT_NONE
-            connection = HTTPSConnection(
-                parts.hostname, parts.port, timeout=_TIMEOUT_S, context=context
-            )
-        else:
-            connection = HTTPConnection(parts.hostname, parts.port, timeout=_TIMEOUT_S)
-        try:
-            connection.request("GET", parts.path or "/healthz")
-            status = connection.getresponse().status
-        finally:
-            connection.close()
-    except (OSError, HTTPException, ValueError) as error:
-        return str(error) or type(error).__name__
+        status = OwnServer(f"{parts.scheme}://{parts.netloc}").get(parts.path or "/healthz").status
+    except (OSError, ValueError) as error:
+        return failure_text(error)
     return None if status == 200 else f"status {status}"

@@ -11,9 +11,10 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from mirror.cli.arguments import Commands, add_config, add_json, image_name, load_settings
-from mirror.cli.data_directory import layout_of, opened_index
-from mirror.cli.listing import Column, print_rows, short_digest
+from mirror.cli.data_directory import find_layout, opened_index
+from mirror.cli.listing import print_rows
 from mirror.cli.output import UsageError, print_note
+from mirror.cli.table_layout import Column, short_digests
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.oci.text import time_text
 
@@ -31,8 +32,7 @@ def add_parser(commands: Commands) -> None:
         "history",
         help="list the digests that a tag has named",
         description="Lists each digest that a tag has named, the newest first, with the times at "
-        "which the upstream has named it first and last, and whether its manifest is still on the "
-        "disk.",
+        "which the upstream has named it first and last, and whether it is still on the disk.",
     )
     add_config(parser)
     add_json(parser)
@@ -50,16 +50,16 @@ def run(arguments: argparse.Namespace) -> int:
     name = arguments.image.with_default_tag()
     if not isinstance(name.reference, Tag):
         raise UsageError(f"{name} is a digest, which never changes: name a tag")
-    layout = layout_of(load_settings(arguments))
+    layout = find_layout(load_settings(arguments))
     with open_history(layout) as history:
         digests = history.tag_digests(name.repository, name.reference)
     record = asyncio.run(_read_record(layout, name.repository, name.reference))
-    rows = build_rows(str(name), digests, record, lambda one: _is_here(layout, one))
+    rows = build_rows(str(name), digests, record, lambda one: _part_on_disk(layout, one))
     columns = (
-        Column("DIGEST", "digest", str if arguments.is_whole else short_digest),
+        Column("DIGEST", "digest", str if arguments.is_whole else short_digests),
         Column("FIRST SEEN", "first_seen"),
         Column("LAST SEEN", "last_seen"),
-        Column("HERE", "is_here", lambda is_here: "yes" if is_here else "no"),
+        Column("HERE", "here"),
     )
     print_rows(columns, rows, is_json=arguments.is_json)
     if not rows:
@@ -75,15 +75,21 @@ async def _read_record(layout: Layout, repository: Repository, tag: Tag) -> TagR
         return await index.tag(repository, tag)
 
 
-def _is_here(layout: Layout, digest: str) -> bool:
-    return layout.blob(Digest.parse(digest)).is_file()
+def _part_on_disk(layout: Layout, digest: str) -> str:
+    """Return ``complete``, ``partial`` or ``no``. A rollback to what is complete needs no fetch."""
+    from mirror.operations.marking import count_missing
+
+    image = Digest.parse(digest)
+    if not layout.blob(image).is_file():
+        return "no"
+    return "partial" if count_missing(layout, image) else "complete"
 
 
 def build_rows(
     name: str,
     digests: Iterable[TagDigest],
     record: TagRecord | None,
-    is_here: Callable[[str], bool],
+    part_on_disk: Callable[[str], str],
 ) -> list[dict[str, Any]]:
     """Return the rows of ``history``, the newest first.
 
@@ -92,7 +98,7 @@ def build_rows(
         digests: From the history, which may be lost.
         record: The tag record of the index, which has the latest confirmation, and some earlier
             digests. None: there is none.
-        is_here: Returns whether a manifest is on the disk.
+        part_on_disk: Returns how much of an image is on the disk.
     """
     seen: dict[tuple[str, int], float] = {}
     """(digest, first seen in whole seconds) -> last seen."""
@@ -107,6 +113,10 @@ def build_rows(
     current = str(record.digest) if record is not None else None
     rows: list[dict[str, Any]] = []
     for (digest, first_seen), last_seen in order:
+        if rows and rows[-1]["digest"] == digest:
+            # The index had forgotten it in between, or only one of both has all times.
+            rows[-1]["first_seen"] = time_text(first_seen or None) or rows[-1]["first_seen"]
+            continue
         is_current = digest == current and not any(row["is_current"] for row in rows)
         rows.append(
             {
@@ -116,7 +126,7 @@ def build_rows(
                 "first_seen": time_text(first_seen or None),
                 "last_seen": time_text(last_seen or None),
                 "is_current": is_current,
-                "is_here": is_here(digest),
+                "here": part_on_disk(digest),
             }
         )
     return rows

@@ -46,7 +46,9 @@ def add_parser(commands: Commands) -> None:
         metavar="NAME",
         help="name of the list (default: the URL of the API server, or the path of LIST)",
     )
-    parser.add_argument("--api-server", metavar="URL", help="API server, outside of its cluster")
+    parser.add_argument(
+        "--api-server", metavar="URL", type=_url, help="API server, outside of its cluster"
+    )
     parser.add_argument(
         "--token-file", metavar="FILE", type=Path, help="bearer token (default: the pod's own)"
     )
@@ -54,6 +56,12 @@ def add_parser(commands: Commands) -> None:
         "--ca-file", metavar="FILE", type=Path, help="certificate authority of the API server (PEM)"
     )
     parser.set_defaults(run=_run)
+
+
+def _url(text: str) -> str:
+    if not text.startswith(("https://", "http://")):
+        raise argparse.ArgumentTypeError(f"'{text}' is no URL such as https://10.0.0.1:6443")
+    return text
 
 
 def _lease(text: str) -> float:

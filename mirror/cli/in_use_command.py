@@ -16,9 +16,10 @@ from typing import Any, Final
 
 from mirror.cli.arguments import load_settings
 from mirror.cli.data_directory import find_layout, opened_index
-from mirror.cli.listing import Column, print_rows
+from mirror.cli.listing import print_rows
 from mirror.cli.output import CommandFailed, print_line, print_note
-from mirror.oci.text import age_text, printable, time_text
+from mirror.cli.table_layout import Column
+from mirror.oci.text import age_text, count_text, printable, time_text
 from mirror.operations import in_use, kubernetes
 from mirror.operations.kubernetes import ApiServer, UsedImage
 from mirror.store.layout import Layout
@@ -30,7 +31,7 @@ _SHOWN_NAMES: Final = 5
 _SHOWN_CHARS: Final = 200
 """Characters of a name in a message: any tenant of a cluster chooses it."""
 _LEASE_COLUMNS: Final = (
-    Column("SOURCE", "source"),
+    Column("SOURCE", "source", min_chars=20),
     Column("DIGESTS", "digests", is_number=True),
     Column("IN CACHE", "cached", is_number=True),
     Column("UNTIL", "until"),
@@ -48,12 +49,12 @@ def run_in_use(arguments: argparse.Namespace) -> int:
     if arguments.from_kubernetes:
         server = _api_server(arguments)
         pods = kubernetes.list_pod_images(server)
-        origin = f"{pods.pods} pods"
+        origin = count_text(pods.pods, "pod")
         return _put(arguments, layout, server.url, _sorted(pods.images), origin)
     if arguments.file is not None:
         source = arguments.file if arguments.file == "-" else str(Path(arguments.file).absolute())
         images = in_use.parse_list(_read_list(arguments.file))
-        return _put(arguments, layout, source, images, f"{len(images)} lines")
+        return _put(arguments, layout, source, images, count_text(len(images), "line"))
     rows = map(_row, in_use.list_leases(layout, time.time()))
     print_rows(_LEASE_COLUMNS, rows, is_json=arguments.is_json)
     return 0
@@ -116,11 +117,12 @@ def _put(
         print_rows((), [_row(leased)], is_json=True)
         return 0
     print_line(
-        f"leased {len(leased.digests)} digests of {origin} for {age_text(arguments.lease)}: "
-        f"{leased.cached} of them are in the cache"
+        f"leased {count_text(len(leased.digests), 'digest')} of {origin} for "
+        f"{age_text(arguments.lease)}: {leased.cached} in the cache"
     )
     if leased.unknown:
         shown = ", ".join(printable(one, _SHOWN_CHARS) for one in leased.unknown[:_SHOWN_NAMES])
         more = "" if len(leased.unknown) <= _SHOWN_NAMES else ", …"
-        print_note(f"{len(leased.unknown)} names mean no image in the cache: {shown}{more}")
+        names = count_text(len(leased.unknown), "name")
+        print_note(f"{names} without an image in the cache, not leased: {shown}{more}")
     return 0

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from mirror.cli.listing import Column, short_digest
 from mirror.cli.output import print_note
-from mirror.oci.text import age_text, size_text
+from mirror.cli.table_layout import Column, short_digests
+from mirror.oci.text import age_text, count_text, size_text
 
 if TYPE_CHECKING:
     from mirror.inventory.model import Inventory
@@ -43,7 +43,7 @@ def add_no_trunc(parser: argparse.ArgumentParser) -> None:
 
 def digest_column(arguments: argparse.Namespace, title: str = "DIGEST") -> Column:
     """Return the column of digests. Those of :func:`add_no_trunc` are printed whole."""
-    return Column(title, "digest", str if arguments.is_whole else short_digest)
+    return Column(title, "digest", str if arguments.is_whole else short_digests)
 
 
 def state_text(row: dict[str, Any]) -> str:
@@ -51,8 +51,9 @@ def state_text(row: dict[str, Any]) -> str:
     if row["state"] == ["complete"]:
         return "complete"
     reasons = {
-        "partial": f"lacks {_count(row['missing_parts'], 'part')}, "
+        "partial": f"lacks {count_text(row['missing_parts'], 'part')}, "
         f"{size_text(row['missing_bytes'])}",
+        "absent": row["absent_why"] and f"its manifest is not here: {row['absent_why']}",
         "stale": row["stale_why"],
         "blocked": row["blocked_why"],
     }
@@ -63,10 +64,6 @@ def state_text(row: dict[str, Any]) -> str:
 def ago(now: float, seconds: float | None) -> str:
     """Return a time in seconds since the epoch as an age, such as ``3 d ago``."""
     return "-" if seconds is None else f"{age_text(now - seconds)} ago"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def note_if_empty(inventory: Inventory, data_dir: str) -> None:

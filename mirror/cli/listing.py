@@ -1,21 +1,32 @@
 """Tables of the listing commands: for a terminal, for other programs, and as JSON.
 
-Lives here: the three forms of the same rows. Must not know: what is listed.
+Lives here: the three forms of the same rows. Must not know: what is listed, how wide a column is
+(:mod:`mirror.cli.table_layout`).
 
 A row is a mapping of JSON values, by key: times are RFC 3339 text in UTC, sizes bytes, durations
-seconds. ``--json`` prints it as it is. A :class:`Column` says how a person reads one value of it.
+seconds. ``--json`` prints it as it is. A
+:class:`~mirror.cli.table_layout.Column` says how a person reads one value of it.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Any, Final, TypeAlias
 
 from mirror.cli.output import print_line
+from mirror.cli.table_layout import (
+    GAP,
+    Column,
+    choose_layout,
+    familiar_names,
+    short_digests,
+    wrap,
+)
 from mirror.oci.text import age_text, printable
 
 Values: TypeAlias = Mapping[str, Any]
@@ -25,19 +36,23 @@ _MAX_CELL_CHARS: Final = 400
 """Characters of a cell: the longest image name has 255, and a tag 128."""
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
-    """One column: its title, the key of its values in a row, and their text."""
-
-    title: str
-    key: str
-    render: Callable[[Any], str] = str
-    is_number: bool = False
-    """Whether the text is aligned at the right."""
-
-
-def print_rows(columns: Sequence[Column], rows: Iterable[Values], *, is_json: bool) -> None:
+def print_rows(
+    columns: Sequence[Column],
+    rows: Iterable[Values],
+    *,
+    is_json: bool,
+    narrower: Sequence[Sequence[Column]] = (),
+    is_whole: bool = False,
+) -> None:
     """Print rows. An empty table has its titles only, and an empty JSON listing no line.
+
+    Args:
+        columns: All columns.
+        rows: The rows.
+        is_json: Print them as JSON.
+        narrower: Columns for terminals on which ``columns`` do not fit, from the widest to the
+            narrowest set.
+        is_whole: Do not shorten the digests in texts on a terminal.
 
     Raises :class:`mirror.cli.output.OutputError`.
     """
@@ -46,18 +61,40 @@ def print_rows(columns: Sequence[Column], rows: Iterable[Values], *, is_json: bo
             print_line(json.dumps(row))
         return
     rows = list(rows)
-    texts = [_texts(column, rows) for column in columns]
     if is_terminal():
-        _print_table(columns, zip(*texts, strict=True))
+        _print_table((columns, *narrower), rows, is_whole=is_whole)
         return
     padded = []
-    for column, cells in zip(columns, texts, strict=True):
-        cells = [column.title, *cells]
+    for column in columns:
+        cells = [column.title, *_texts(column.render, column.key, rows)]
         width = max(map(len, cells))
         pad = str.rjust if column.is_number else str.ljust
         padded.append([pad(cell, width) for cell in cells])
     for line in zip(*padded, strict=True):
-        print_line("  ".join(line).rstrip())
+        print_line(GAP.join(line).rstrip())
+
+
+def print_text(text: str, *, indent: int = 0, is_whole: bool = False) -> None:
+    """Print a line. On a terminal, it is broken at blanks, and its digests have 12 digits.
+
+    Args:
+        text: The line, which may begin with blanks.
+        indent: Blanks before the second line and all others, beside those before the first.
+        is_whole: Do not shorten its digests.
+
+    Raises :class:`mirror.cli.output.OutputError`.
+    """
+    if not is_terminal():
+        print_line(text)
+        return
+    text = text if is_whole else short_digests(text)
+    margin = " " * (len(text) - len(text.lstrip()))
+    width = _terminal_width() - len(margin) - indent
+    words = text.strip()
+    # A longer word is printed as it is: it may be a command to copy.
+    lines = wrap(words, max(width, *map(len, words.split(" "))), "")
+    for number, line in enumerate(lines):
+        print_line(f"{margin}{' ' * indent if number else ''}{line}".rstrip())
 
 
 def is_terminal() -> bool:
@@ -65,9 +102,12 @@ def is_terminal() -> bool:
     return sys.stdout is not None and sys.stdout.isatty()
 
 
-def _texts(column: Column, rows: Iterable[Values]) -> list[str]:
+def _terminal_width() -> int:
+    return shutil.get_terminal_size().columns
+
+
+def _texts(render: Callable[[Any], str], key: str, rows: Iterable[Values]) -> list[str]:
     """Return the texts of a column. A whole column at once: a listing has 100,000 cells."""
-    key, render = column.key, column.render
     texts = ["-" if (value := row.get(key)) is None else render(value) for row in rows]
     joined = "".join(texts)
     if (
@@ -79,24 +119,57 @@ def _texts(column: Column, rows: Iterable[Values]) -> list[str]:
     return [printable(text, _MAX_CELL_CHARS) for text in texts]
 
 
-def _print_table(columns: Sequence[Column], lines: Iterable[Sequence[str]]) -> None:
+def _print_table(
+    layouts: Sequence[Sequence[Column]], rows: Sequence[Values], *, is_whole: bool
+) -> None:
+    width, ellipsis = _terminal_width(), _ellipsis()
+    layout = choose_layout(_with_texts(layouts, rows, is_whole=is_whole), width)
+    titles, *lines = layout.lines(ellipsis)
+    _print_titles(titles)
+    for line in lines:
+        print_line(line)
+
+
+def _with_texts(
+    layouts: Sequence[Sequence[Column]], rows: Sequence[Values], *, is_whole: bool
+) -> Iterator[tuple[Sequence[Column], list[list[str]]]]:
+    """Return the columns of each layout with their texts. The first one is not cut to fit."""
+    known: dict[tuple[str, object], list[str]] = {}
+
+    def texts_of(column: Column) -> list[str]:
+        render = column.short or column.render
+        if (column.key, render) not in known:
+            texts = _texts(render, column.key, rows)
+            known[column.key, render] = texts if is_whole else [*map(short_digests, texts)]
+        return known[column.key, render]
+
+    yield [replace(column, min_chars=0) for column in layouts[0]], [*map(texts_of, layouts[0])]
+    for columns in layouts:
+        texts = map(texts_of, columns)
+        yield (
+            columns,
+            [
+                [*map(familiar_names, cells)] if column.is_name else cells
+                for column, cells in zip(columns, texts, strict=True)
+            ],
+        )
+
+
+def _ellipsis() -> str:
+    try:
+        "…".encode(sys.stdout.encoding or "ascii")
+    except UnicodeError:
+        return "..."
+    return "…"
+
+
+def _print_titles(line: str) -> None:
+    """Print the titles in bold, if the terminal has that."""
     # Imported here: a table on a terminal is the only thing that needs it.
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for column in columns:
-        table.add_column(
-            column.title,
-            justify="right" if column.is_number else "left",
-            no_wrap=column.is_number,
-            overflow="fold",
-        )
-    for line in lines:
-        table.add_row(*(Text(text) for text in line))  # Text: a cell is no markup.
-    Console().print(table)
+    Console(soft_wrap=True).print(Text(line, style="bold"))
 
 
 # --- values ---------------------------------------------------------------------------------------
@@ -109,9 +182,3 @@ def since_text(now: float) -> Callable[[str], str]:
         return f"{age_text(now - datetime.fromisoformat(text).timestamp())} ago"
 
     return render
-
-
-def short_digest(text: str) -> str:
-    """Return the algorithm and the first 12 hexadecimal digits, as Docker prints a digest."""
-    algorithm, _, digits = text.partition(":")
-    return f"{algorithm}:{digits[:12]}"

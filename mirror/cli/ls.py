@@ -9,17 +9,22 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from operator import itemgetter
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from mirror.cli import inventory as common
 from mirror.cli.arguments import Commands, add_config, add_json, load_settings
 from mirror.cli.data_directory import find_layout, load_inventory
-from mirror.cli.listing import Column, print_rows, since_text
-from mirror.cli.output import CommandFailed, UsageError
+from mirror.cli.listing import is_terminal, print_rows, since_text
+from mirror.cli.output import CommandFailed, UsageError, print_note
+from mirror.cli.table_layout import Column
 from mirror.oci.text import size_text
+
+if TYPE_CHECKING:
+    from mirror.inventory.model import Image
 
 SORT_KEYS: Final[Mapping[str, tuple[str, bool]]] = {
     "name": ("name", False),
@@ -33,6 +38,14 @@ FILTER_KEYS: Final = (
     *("upstream", "repository", "tag", "digest", "platform", "state", "kind", "accept"),
 )
 """Keys of ``--filter``."""
+
+_FILTER_VALUES: Final = {
+    "state": ("complete", "partial", "stale", "pinned", "frozen", "leased", "blocked"),
+    "kind": ("image", "platform", "referrer"),
+}
+"""Key of ``--filter`` -> all values that it can have. Other keys may have any."""
+_FEW_PLATFORMS: Final = 2
+"""Platforms of a row that a terminal shows by name."""
 
 
 def add_parser(commands: Commands) -> None:
@@ -69,7 +82,8 @@ def add_parser(commands: Commands) -> None:
         "--all",
         dest="has_all",
         action="store_true",
-        help="list signatures and other referrers, too (as --filter kind=referrer does)",
+        help="also list signatures and other referrers, and the platforms of indexes that were "
+        "pulled by digest (as --filter kind=referrer and kind=platform do)",
     )
     parser.add_argument(
         "--uploads",
@@ -143,41 +157,87 @@ def list_images(arguments: argparse.Namespace) -> int:
     filters = [_parse_filter(text) for text in arguments.filters]
     settings = load_settings(arguments)
     inventory = load_inventory(settings)
+    from mirror.inventory.images import image_order
     from mirror.inventory.json_rows import image_row
+    from mirror.inventory.model import is_named
 
-    images = inventory.match(arguments.pattern) if arguments.pattern else inventory.images
-    has_referrers = arguments.has_all or any(key == "kind" for key, _ in filters)
-    rows = (image_row(inventory, one) for one in images if has_referrers or not one.is_referrer)
+    has_terminal = is_terminal()
+    has_parts = arguments.has_all or any(key == "kind" for key, _ in filters)
+    images: Iterable[Image] = (one for one in inventory.images if not one.is_referrer)
+    if has_parts:
+        images = (*inventory.images, *inventory.platforms, *inventory.absent)
+        images = sorted(images, key=image_order)
+    elif inventory.lost:
+        images = sorted((*images, *inventory.lost), key=image_order)
+    if arguments.pattern:
+        images = (image for image in images if is_named(image, arguments.pattern))
+    rows = (image_row(inventory, image) for image in images)
     chosen = [row for row in rows if all(_is_match(row, *one) for one in filters)]
     chosen = _sorted(chosen, arguments.sort, is_reversed=arguments.reverse)
     if not arguments.is_json:
         for row in chosen:
             row["state_text"] = common.state_text(row)
-    print_rows(_columns(inventory.now, arguments), chosen, is_json=arguments.is_json)
+            if has_terminal:
+                row["whole_repository"] = f"{row['upstream']}/{row['repository']}"
+    columns, *narrower = _layouts(inventory.now, arguments)
+    print_rows(
+        *(columns, chosen),
+        is_json=arguments.is_json,
+        narrower=narrower,
+        is_whole=arguments.is_whole,
+    )
     common.note_if_empty(inventory, settings.data_dir)
+    for image in inventory.holding:
+        print_note(
+            f"nothing of {image.repository} is evicted or removed, since the manifest of "
+            f"{image.name} is not here: fetch it with `oci-mirror verify --repair {image.name}`, "
+            "or take its mark away"
+        )
     return 0
 
 
-def _columns(now: float, arguments: argparse.Namespace) -> list[Column]:
+def _layouts(now: float, arguments: argparse.Namespace) -> list[list[Column]]:
+    """Return all columns, then those of narrower terminals."""
     since = lru_cache(10_000)(since_text(now))  # Many images were checked at the same time.
+    upstream = Column("UPSTREAM", "upstream")
+    repository = Column("REPOSITORY", "repository", min_chars=24)
+    whole_repository = Column("REPOSITORY", "whole_repository", min_chars=16, is_name=True)
+    tag = Column("TAG", "tag", min_chars=16)
+    platforms = Column("PLATFORMS", "platforms", _platforms_text, short=_few_platforms_text)
+    digest = common.digest_column(arguments)
+    size = Column("SIZE", "size", size_text, is_number=True)
+    unique = Column("UNIQUE", "unique", size_text, is_number=True)
+    used, checked = Column("LAST USED", "last_used", since), Column("CHECKED", "checked", since)
+    state = Column("STATE", "state_text", min_chars=16, is_sentence=True)
+    sizes = [digest, size, unique]
+    narrow_name = [replace(whole_repository, min_chars=10), replace(tag, min_chars=8)]
     return [
-        Column("UPSTREAM", "upstream"),
-        Column("REPOSITORY", "repository"),
-        Column("TAG", "tag"),
-        Column("PLATFORMS", "platforms", lambda names: ", ".join(names) or "-"),
-        common.digest_column(arguments),
-        Column("SIZE", "size", size_text, is_number=True),
-        Column("UNIQUE", "unique", size_text, is_number=True),
-        Column("LAST USED", "last_used", since),
-        Column("CHECKED", "checked", since),
-        Column("STATE", "state_text"),
+        [upstream, repository, tag, platforms, *sizes, used, checked, state],
+        [upstream, repository, tag, platforms, *sizes, used, state],
+        [whole_repository, tag, platforms, *sizes, used, state],
+        [whole_repository, tag, *sizes, used, state],
+        [*narrow_name, *sizes, replace(state, min_chars=11)],
+        [*narrow_name, digest, size],
     ]
+
+
+def _platforms_text(names: list[str]) -> str:
+    return ", ".join(names) or "-"
+
+
+def _few_platforms_text(names: list[str]) -> str:
+    """Return one or two platforms, and the number of the others: some images have ten."""
+    if len(names) <= _FEW_PLATFORMS:
+        return _platforms_text(names)
+    return f"{names[0]} and {len(names) - 1} more"
 
 
 def _parse_filter(text: str) -> tuple[str, str]:
     key, separator, value = text.partition("=")
     if not separator or key not in FILTER_KEYS:
         raise UsageError(f"--filter '{text}': write KEY=VALUE, KEY one of {', '.join(FILTER_KEYS)}")
+    if key in _FILTER_VALUES and not any(fnmatchcase(one, value) for one in _FILTER_VALUES[key]):
+        raise UsageError(f"--filter '{text}': {key} is one of {', '.join(_FILTER_VALUES[key])}")
     return key, value
 
 

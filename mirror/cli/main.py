@@ -9,10 +9,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import traceback
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Final
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from mirror import __version__
 from mirror.cli.arguments import add_config_or_file, config_or_file
@@ -29,6 +28,7 @@ from mirror.cli.output import (
     CommandFailed,
     OutputError,
     UsageError,
+    describe_fault,
     discard_output,
     flush,
     print_line,
@@ -36,13 +36,15 @@ from mirror.cli.output import (
 )
 from mirror.config.load import ValueOrigins, load, load_with_origins
 from mirror.config.settings import Settings
-from mirror.oci.errors import ConfigError, MirrorError
+from mirror.oci.errors import ConfigError, InvalidRequest, MirrorError
 from mirror.oci.text import printable
 
+if TYPE_CHECKING:
+    from mirror.processes import CannotListen
+
 _EPILOG: Final = (
-    "exit codes: 0 success, 1 failure (address in use, not healthy, a file exists and differs), "
-    "2 wrong usage, 70 internal fault, 74 the output could not be written, "
-    "78 configuration cannot be used, 130 interrupted"
+    "exit codes: 0 success, 1 failure (also: a problem was found), 2 wrong usage, 70 internal "
+    "fault, 74 the output could not be written, 78 configuration cannot be used, 130 interrupted"
 )
 _MAX_MESSAGE_CHARS: Final = 2000
 """Characters of a message on standard error: one line that a terminal can show."""
@@ -61,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _fail(str(error), error.code)
     except ConfigError as error:
         code = _fail(str(error), EX_CONFIG)
+    except InvalidRequest as error:  # A name or a digest of the arguments.
+        code = _fail(error.message, EX_USAGE)
     except MirrorError as error:
         code = _fail(error.message, EX_FAILED)
     except OSError as error:
@@ -69,26 +73,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         code = EX_INTERRUPTED
     except Exception as error:
-        code = _fail(_describe_fault(error), EX_SOFTWARE)
+        code = _fail(describe_fault(error), EX_SOFTWARE)
     discard_output()
     return code
 
 
 def _run(argv: Sequence[str] | None) -> int:
     words = sys.argv[1:] if argv is None else argv
+    parser = _parser(words[0] if words else None)
+    if words and not words[0].startswith("-") and words[0] not in parser.commands:
+        raise UsageError(_describe_unknown(words[0], parser.commands))
     try:
-        arguments = _parser(words[0] if words else None).parse_args(words)
+        arguments = parser.parse_args(words)
     except SystemExit as stop:  # argparse: --help and --version (0), usage (2)
         return stop.code if isinstance(stop.code, int) else EX_USAGE
     code: int = arguments.run(arguments)
     return code
 
 
-def _describe_fault(error: Exception) -> str:
-    """Return the place and the text of an exception that is a fault in our code."""
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
-    return f"internal fault{where}: {type(error).__name__}: {error}"
+def _describe_unknown(word: str, commands: Collection[str]) -> str:
+    import difflib  # Imported here: no other command line needs it.
+
+    near = difflib.get_close_matches(word, commands, n=1)
+    hint = f": did you mean {near[0]}?" if near else ""
+    return f"'{word}' is no command{hint} (oci-mirror --help lists all)"
 
 
 def _fail(text: str, code: int) -> int:
@@ -101,11 +109,21 @@ def _fail(text: str, code: int) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose help fails if standard output cannot be written. argparse ignores that."""
+    """A parser whose help fails if standard output cannot be written. argparse ignores that.
+
+    Its errors have no control characters: they repeat what was given.
+    """
+
+    commands: Sequence[str] = ()
+    """The commands that it knows."""
 
     def print_help(self, file: object = None) -> None:
         """Print the help. Raises :class:`mirror.cli.output.OutputError`."""
         print_line(self.format_help().rstrip("\n"))
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and the message, and exit with 2."""
+        super().error(printable(message, _MAX_MESSAGE_CHARS))
 
 
 class _PrintVersion(argparse.Action):
@@ -116,8 +134,8 @@ class _PrintVersion(argparse.Action):
         parser.exit()
 
 
-def _parser(name: str | None = None) -> argparse.ArgumentParser:
-    """Return the parser. ``name``: the command to parse, if it is one. None: all are needed."""
+def _parser(name: str | None = None) -> _Parser:
+    """Return the parser. ``name``: the command to parse, if it is one. Otherwise it has all."""
     parser = _Parser(
         prog="oci-mirror",
         description="A pull-through mirror for container registries.",
@@ -128,7 +146,12 @@ def _parser(name: str | None = None) -> argparse.ArgumentParser:
     parser.set_defaults(whole_parser=_parser)  # For `completion`.
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    serve = commands.add_parser("serve", help="run the server until SIGTERM or SIGINT")
+    serve = commands.add_parser(
+        "serve",
+        help="run the server",
+        description="Runs the server until SIGTERM, SIGINT or SIGQUIT. SIGHUP reads the "
+        "configuration again.",
+    )
     add_config_or_file(serve)
     serve.set_defaults(run=_serve)
 
@@ -136,13 +159,16 @@ def _parser(name: str | None = None) -> argparse.ArgumentParser:
         "check-config",
         help="validate a configuration and print the effective settings",
         description="Reads FILE and the environment as `serve` does, checks the files that "
-        "they name, and prints the whole configuration without secrets.",
+        "they name, and prints what differs from the defaults, without secrets.",
     )
     add_config_or_file(checking)
     checking.add_argument(
         "--online",
         action="store_true",
         help="ask each endpoint once, and print the results in place of the configuration",
+    )
+    checking.add_argument(
+        "--all", dest="is_all", action="store_true", help="print the keys with their defaults, too"
     )
     checking.set_defaults(run=_check_config)
 
@@ -164,6 +190,9 @@ def _parser(name: str | None = None) -> argparse.ArgumentParser:
     version.set_defaults(run=_version)
     if name not in commands.choices:
         add_parsers(commands, name)
+    # argparse lists them as they were added: here by module.
+    commands._choices_actions.sort(key=lambda action: action.dest)
+    parser.commands = sorted(commands.choices)
     return parser
 
 
@@ -186,9 +215,31 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     settings = load_checked()
     # Imported here: no other command needs it, and its prometheus_client reads the environment.
-    from mirror.processes import run
+    from mirror import processes
 
-    return run(settings, load_checked)
+    try:
+        return processes.run(settings, load_checked)
+    except processes.CannotListen as error:
+        raise CommandFailed(_describe_listen_failure(settings, error)) from None
+
+
+def _describe_listen_failure(settings: Settings, error: CannotListen) -> str:
+    """Return why the server cannot listen, and what to do."""
+    if not error.is_in_use:
+        return str(error)
+    # Imported here: its HTTP client is slow to import.
+    from mirror.cli.health import own_url
+    from mirror.cli.own_server import OwnServer
+
+    program = "another program"
+    with suppress(OSError, ValueError):
+        url = own_url(error.address, has_tls=settings.tls is not None)
+        if OwnServer(url.removesuffix("/healthz")).get("/healthz").is_ours:
+            program = "an oci-mirror"
+    return (
+        f"{error.key}: {error.address}: {program} listens there already (ss -ltnp shows its "
+        f"process): stop it, or change {error.key}"
+    )
 
 
 def _check_config(arguments: argparse.Namespace) -> int:
@@ -205,7 +256,9 @@ def _check_config(arguments: argparse.Namespace) -> int:
     # Imported here, as in `_check`.
     from mirror.cli.check import effective
 
-    print_line(effective(settings).rstrip("\n"))
+    if not arguments.is_all:
+        print_line("# Without the keys that have their defaults. All keys: --all")
+    print_line(effective(settings, has_defaults=arguments.is_all).rstrip("\n"))
     return 0
 
 

@@ -12,14 +12,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from mirror.cli.arguments import load_settings
-from mirror.cli.data_directory import find_layout, opened_index
-from mirror.cli.listing import Column, print_rows, short_digest, since_text
-from mirror.cli.messages import print_warnings
-from mirror.cli.output import print_line, print_note
+from mirror.cli.data_directory import find_layout, opened_index, opened_mirror
+from mirror.cli.listing import print_rows, since_text
+from mirror.cli.output import UsageError, print_line, print_note
+from mirror.cli.table_layout import Column, short_digests
 from mirror.config.settings import Settings
+from mirror.oci.block_target import Target
 from mirror.oci.image_name import ImageName
-from mirror.oci.reference import Digest, Repository
-from mirror.oci.text import time_text
+from mirror.oci.reference import UPSTREAM_ALIASES, Digest, Repository
+from mirror.oci.text import count_text, time_text
 from mirror.operations import marking
 from mirror.store.layout import Layout
 from mirror.store.marks import Block, Freeze, Pin, read_marks
@@ -29,8 +30,8 @@ _SERVER_NOTE: Final = "a running server applies it within a second"
 # --- pins -----------------------------------------------------------------------------------------
 
 _PIN_COLUMNS: Final = (
-    Column("IMAGE", "image"),
-    Column("DIGEST", "digest", short_digest),
+    Column("IMAGE", "image", min_chars=24, is_name=True),
+    Column("DIGEST", "digest", short_digests),
 )
 
 
@@ -70,14 +71,20 @@ def _pin_row(pin: Pin) -> dict[str, Any]:
 
 # --- blocks ---------------------------------------------------------------------------------------
 
-_BLOCK_COLUMNS: Final = (Column("TARGET", "target"), Column("REASON", "reason"))
+_BLOCK_COLUMNS: Final = (
+    Column("TARGET", "target", min_chars=24),
+    Column("REASON", "reason", min_chars=16, is_sentence=True),
+)
 
 
 def _block(arguments: argparse.Namespace) -> int:
-    layout = find_layout(load_settings(arguments))
+    settings = load_settings(arguments)
+    layout = find_layout(settings)
     if arguments.target is None:
         _print_table(_BLOCK_COLUMNS, map(_block_row, read_marks(layout).blocks.values()), arguments)
         return 0
+
+    _check_registry(arguments.target, settings)
 
     async def block() -> Block:
         async with opened_index(layout) as index:
@@ -87,7 +94,28 @@ def _block(arguments: argparse.Namespace) -> int:
 
     one = asyncio.run(block())
     _report([_block_row(one)], [f"blocked {one.target}: {_SERVER_NOTE}"], arguments)
+    if why := marking.why_incomplete(layout, arguments.target, one):
+        print_note(f"{one.target}: {why}")
     return 0
+
+
+def _check_registry(target: Target, settings: Settings) -> None:
+    """Refuse the bare name of a registry: it would be a repository of docker.io.
+
+    Warns of a registry that is not configured.
+    """
+    if isinstance(target, Digest):
+        return
+    for name in (*settings.upstreams, *UPSTREAM_ALIASES):
+        if str(target) == f"docker.io/library/{name}":
+            raise UsageError(f"{name} is a registry: block '{name}/*' for all of it")
+    registry = str(target).partition("/")[0]
+    if not _has_wildcard(registry) and registry not in settings.upstreams:
+        print_note(f"warning: {registry} is not one of upstreams, so nothing matches {target}")
+
+
+def _has_wildcard(text: str) -> bool:
+    return not {"*", "?", "["}.isdisjoint(text)
 
 
 def _unblock(arguments: argparse.Namespace) -> int:
@@ -159,8 +187,8 @@ def _rollback(arguments: argparse.Namespace) -> int:
     _report([row], [f"frozen {one.name} at {one.digest}: {_SERVER_NOTE}"], arguments)
     if done.missing:
         print_note(
-            f"{done.missing} parts of it are not here. The upstream has the image, so they are "
-            "fetched when a client asks for them"
+            f"{count_text(done.missing, 'part')} missing here. The upstream has the image, and a "
+            "client that asks for it gets them"
         )
     return 0
 
@@ -171,9 +199,8 @@ async def _roll_back(
     async def check_upstream(repository: Repository, digest: Digest) -> None:
         # Imported here: only an image that is not complete needs it.
         from mirror.operations.asking import fetch_manifest
-        from mirror.operations.own_requests import open_recorded_mirror
 
-        async with open_recorded_mirror(settings, print_warnings) as mirror:
+        async with opened_mirror(settings) as mirror:
             await fetch_manifest(mirror, repository, digest, "rollback")
 
     async with opened_index(layout) as index:

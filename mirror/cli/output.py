@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import traceback
+from pathlib import Path
 
 from mirror.cli.exit_codes import EX_FAILED
 
@@ -51,6 +53,12 @@ def print_note(text: str) -> None:
         print(f"oci-mirror: {text}", file=sys.stderr, flush=True)
 
 
+def print_failure(subject: object, why: str) -> None:
+    """Print why something failed, on standard error. The subject is named once."""
+    name = str(subject)
+    print_note(why if why.startswith(name) else f"{name}: {why}")
+
+
 def flush() -> None:
     """Write what is buffered for standard output. Raises :class:`OutputError`."""
     if sys.stdout is not None:
@@ -71,3 +79,10 @@ def discard_output() -> None:
                 null = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(null, stream.fileno())
                 os.close(null)
+
+
+def describe_fault(error: Exception) -> str:
+    """Return the place and the text of an exception that is a fault in our code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return f"internal fault{where}: {type(error).__name__}: {error}"

@@ -12,11 +12,24 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from mirror.config.values import check_http_url
+from mirror.oci.text import printable
 
 _STEP_TIMEOUT_S: Final = 5.0
-"""Seconds of each step of a request: the server answers these from memory."""
+"""Seconds of each step of a request: the server answers these from memory. Less than the
+``--timeout`` of the image's ``HEALTHCHECK``, so that ``healthcheck`` can say why."""
 _MAX_BODY_BYTES: Final = 256 * 1024
 """Bytes of a body that are read: ours are smaller, and another program may send anything."""
+
+
+def failure_text(error: Exception) -> str:
+    """Return why a request failed, without names of Python and numbers of the system."""
+    if isinstance(error, TimeoutError):
+        return f"no response within {_STEP_TIMEOUT_S:.0f} s"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS failed ({error.reason or 'no reason'}): check http or https"
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return printable(str(error), 200) or "it is no HTTP"
 
 
 @dataclass(frozen=True, slots=True)

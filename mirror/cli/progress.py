@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from mirror.cli.listing import is_terminal, short_digest
-from mirror.oci.text import printable
+from mirror.cli.listing import is_terminal
+from mirror.cli.table_layout import short_digests
+from mirror.oci.text import printable, size_text
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -22,6 +23,8 @@ _MAX_BARS: Final = 20
 """Bars at the same time: a terminal has about 24 lines. Further contents have none."""
 _MAX_LABEL_CHARS: Final = 60
 """Characters in front of a bar."""
+_FIRST_RATE_S: Final = 1.0
+"""Seconds until a bar has a rate: what was on the disk would make an earlier one too high."""
 _REFRESHES_PER_S: Final = 8
 """Drawings of the bars in a second."""
 
@@ -84,7 +87,7 @@ class TerminalBars:
 
 def label_of(image: str, digest: str) -> str:
     """Return what stands in front of a bar: the last part of an image's name, and a digest."""
-    return f"{image.rpartition('/')[2][: _MAX_LABEL_CHARS - 24]} {short_digest(digest)}"
+    return f"{image.rpartition('/')[2][: _MAX_LABEL_CHARS - 24]} {short_digests(digest)}"
 
 
 @contextmanager
@@ -131,8 +134,11 @@ def _make_progress(console: Any, *, may_redirect: bool) -> Progress:
         """The rate of a bar of bytes."""
 
         def render(self, task: Any) -> Text:
-            """Return the rate. Nothing for the bar of the whole."""
-            return super().render(task) if task.fields["is_bytes"] else Text("")
+            """Return the rate. Nothing for the bar of the whole, and before there is one."""
+            speed = task.finished_speed or task.speed
+            if not task.fields["is_bytes"] or not speed or (task.elapsed or 0.0) < _FIRST_RATE_S:
+                return Text("")
+            return Text(f"{size_text(int(speed))}/s", style="progress.data.speed")
 
     columns: tuple[Any, ...] = (
         TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),

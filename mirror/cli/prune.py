@@ -20,10 +20,11 @@ from mirror.cli.cleaning import (
     summary,
 )
 from mirror.cli.data_directory import find_layout, opened_store
-from mirror.cli.listing import Column, print_rows
+from mirror.cli.listing import print_rows
 from mirror.cli.output import UsageError, print_line
+from mirror.cli.table_layout import Column
 from mirror.oci.tag_selection import TagSelection
-from mirror.oci.text import size_text
+from mirror.oci.text import count_text, size_text
 
 if TYPE_CHECKING:
     from mirror.config.settings import Settings
@@ -32,9 +33,9 @@ if TYPE_CHECKING:
     from mirror.operations.retention import PruneRule
 
 _PRUNED_COLUMNS: Final = (
-    Column("IMAGE", "name"),
+    Column("IMAGE", "name", min_chars=24, is_name=True),
     Column("FREES", "bytes", size_text, is_number=True),
-    Column("WHY", "why"),
+    Column("WHY", "why", min_chars=20, is_sentence=True),
 )
 _MAX_KEEP_LAST: Final = 1_000_000_000
 """Most images that ``--keep-last`` can name."""
@@ -176,4 +177,4 @@ def _kept(report: CleaningReport) -> list[str]:
             word = item.why.partition(":")[0]
             key = word if word in ("pinned", "frozen", "leased") else "in use, or among the latest"
             counts[key] = counts.get(key, 0) + 1
-    return [f"kept {count} images: {why}" for why, count in sorted(counts.items())]
+    return [f"kept {count_text(count, 'image')}: {why}" for why, count in sorted(counts.items())]

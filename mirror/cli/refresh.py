@@ -12,11 +12,12 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from mirror.cli.arguments import Commands, add_config, add_json, image_name, load_settings
+from mirror.cli.data_directory import opened_mirror
 from mirror.cli.exit_codes import EX_FAILED
-from mirror.cli.messages import print_warnings
-from mirror.cli.output import print_line, print_note
+from mirror.cli.output import UsageError, print_failure, print_line
 from mirror.oci.errors import MirrorError
 from mirror.oci.image_name import ImageName
+from mirror.oci.reference import Tag
 from mirror.oci.text import time_text
 
 if TYPE_CHECKING:
@@ -45,17 +46,19 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     settings = load_settings(arguments)
     images = [image.with_default_tag() for image in arguments.images]
+    for image in images:
+        if not isinstance(image.reference, Tag):
+            raise UsageError(f"{image} has a digest, which never changes: name a tag")
     is_good = asyncio.run(_refresh_all(settings, images, is_json=arguments.is_json))
     return 0 if is_good else EX_FAILED
 
 
 async def _refresh_all(settings: Settings, images: list[ImageName], *, is_json: bool) -> bool:
     # Imported here: it imports aiohttp, which other commands do not need.
-    from mirror.operations.own_requests import open_recorded_mirror
     from mirror.operations.refresh import refresh
 
     is_good = True
-    async with open_recorded_mirror(settings, print_warnings) as mirror:
+    async with opened_mirror(settings) as mirror:
         for image in images:
             try:
                 report = await refresh(mirror, image)
@@ -71,7 +74,7 @@ def _print_failure(image: ImageName, why: str, *, is_json: bool) -> None:
     if is_json:
         print_line(json.dumps(_row(image, "failed", error=why)))
     else:
-        print_note(f"{image}: {why}")
+        print_failure(image, why)
 
 
 def _text(report: RefreshReport) -> str:

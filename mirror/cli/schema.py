@@ -12,11 +12,14 @@ test compares the two.
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from textwrap import dedent
 from typing import Any, Final, TypeAlias
 
-from mirror.config.settings import Settings
+from mirror.config.settings import Section, Settings
 
 Schema: TypeAlias = dict[str, Any]
 
@@ -36,8 +39,39 @@ def json_schema() -> Schema:
     # In this mode pydantic gives defaults as text, such as "5m" and "50GiB".
     generated = Settings.model_json_schema(mode="serialization")
     sections = generated.pop("$defs")
+    for name, section in ((Settings.__name__, generated), *sections.items()):
+        for key, text in _descriptions()[name].items():
+            section["properties"][key]["description"] = text
     title = "Configuration of oci-mirror"
     return {"$schema": DIALECT, "$id": IDENTIFIER, "title": title, **_inline(generated, sections)}
+
+
+def _descriptions() -> dict[str, dict[str, str]]:
+    """Return the texts below the keys of each section, by the name of its type.
+
+    They are read here and not by pydantic, which would do it at the start of every command.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for model in _sections(Section):
+        texts: dict[str, str] = {}
+        for base in reversed(model.__mro__[: model.__mro__.index(Section)]):
+            (definition,) = ast.parse(dedent(inspect.getsource(base))).body
+            assert isinstance(definition, ast.ClassDef)
+            for one, following in zip(definition.body, definition.body[1:], strict=False):
+                match one, following:
+                    case (
+                        ast.AnnAssign(target=ast.Name(id=key)),
+                        ast.Expr(value=ast.Constant(value=str(text))),
+                    ) if key in model.model_fields:
+                        texts[key] = inspect.cleandoc(text)
+        found[model.__name__] = texts
+    return found
+
+
+def _sections(model: type[Section]) -> Iterator[type[Section]]:
+    for one in model.__subclasses__():
+        yield one
+        yield from _sections(one)
 
 
 def _inline(

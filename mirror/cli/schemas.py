@@ -46,7 +46,8 @@ _FILE_TYPE: Final = {
 }
 _STATE: Final = {
     "enum": [
-        *("complete", "partial", "stale", "hosted", "pinned", "frozen", "leased", "blocked"),
+        *("complete", "partial", "absent", "stale", "hosted", "pinned", "frozen", "leased"),
+        "blocked",
     ]
 }
 
@@ -95,7 +96,7 @@ _NEXT_EVICTION: Final = _row(
 
 _IMAGE_ROW: Final = _row(
     name=_TEXT,
-    kind={"enum": ["image", "referrer"]},
+    kind={"enum": ["image", "platform", "referrer"]},
     upstream=_TEXT,
     repository=_TEXT,
     tag=_TEXT_OR_NULL,
@@ -110,6 +111,7 @@ _IMAGE_ROW: Final = _row(
     state={"type": "array", "items": _STATE, "minItems": 1},
     missing_parts=_NUMBER_OF,
     missing_bytes=_NUMBER_OF,
+    absent_why=_TEXT_OR_NULL,
     stale_why=_TEXT_OR_NULL,
     blocked_why=_TEXT_OR_NULL,
     subject=_DIGEST_OR_NULL,
@@ -215,7 +217,7 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
         first_seen=_TIME_OR_NULL,
         last_seen=_TIME_OR_NULL,
         is_current=_YES_NO,
-        is_here=_YES_NO,
+        here={"enum": ["complete", "partial", "no"]},
     ),
     "in-use": _row(
         source=_TEXT,
@@ -251,6 +253,8 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
         billed=_COUNT_OR_NULL,
         billable_saved={"type": ["integer", "null"]},
         max_size=_COUNT_OR_NULL,
+        recorded_hit_ratio=_RATIO_OR_NULL,
+        is_reliable={"type": ["boolean", "null"]},
     ),
     "show": _row(
         image=_TEXT,
@@ -270,7 +274,7 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
     "unfreeze": _MARK,
     "unpin": _MARK,
     "verify": _row(
-        problem={"enum": ["damaged", "unreadable", "incomplete"]},
+        problem={"enum": ["damaged", "unreadable", "lost", "incomplete", "absent"]},
         image=_TEXT_OR_NULL,
         digest=_DIGEST_TEXT,
         bytes=_NUMBER_OF,

@@ -7,13 +7,15 @@ read.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mirror.cli import inventory as common
 from mirror.cli.arguments import Commands, add_config, add_json, image_name, load_settings
 from mirror.cli.data_directory import load_inventory
-from mirror.cli.listing import Column, print_rows
+from mirror.cli.listing import print_rows, print_text
 from mirror.cli.output import CommandFailed, print_line
+from mirror.cli.table_layout import Column
 from mirror.oci.text import size_text
 
 if TYPE_CHECKING:
@@ -62,7 +64,13 @@ def show_image(arguments: argparse.Namespace) -> int:
                 print_line("")
             _print_summary(inventory, image)
             rows = [row | _texts(row) for row in rows]
-        print_rows(_columns(arguments), rows, is_json=arguments.is_json)
+        columns, *narrower = _layouts(arguments)
+        print_rows(
+            *(columns, rows),
+            is_json=arguments.is_json,
+            narrower=narrower,
+            is_whole=arguments.is_whole,
+        )
     return 0
 
 
@@ -78,29 +86,33 @@ def _print_summary(inventory: Inventory, image: Image) -> None:
     from mirror.inventory.json_rows import image_row
 
     row = image_row(inventory, image)
-    print_line(f"{image.name}")
-    print_line(f"  digest     {image.digest}")
-    if image.current != image.digest:
-        print_line(f"  upstream   {image.current} (not here)")
-    print_line(f"  platforms  {', '.join(image.platforms) or '-'}")
-    if image.missing_platforms:
-        print_line(f"  not here   {', '.join(image.missing_platforms)}")
-    print_line(
-        f"  size       {size_text(image.size)}, of which rm frees {size_text(row['unique'])}"
-    )
-    print_line(f"  last used  {common.ago(inventory.now, image.used or None)}")
-    print_line(f"  checked    {common.ago(inventory.now, image.checked)}")
-    print_line(f"  state      {common.state_text(row)}")
+    lines = [
+        f"digest     {image.root}",
+        f"upstream   {image.current_root} (not here)" if image.current_root != image.root else None,
+        f"platforms  {', '.join(image.platforms) or '-'}",
+        f"not here   {', '.join(image.missing_platforms)}" if image.missing_platforms else None,
+        f"size       {size_text(image.size)}, of which rm frees {size_text(row['unique'])}",
+        f"last used  {common.ago(inventory.now, image.used or None)}",
+        f"checked    {common.ago(inventory.now, image.checked)}",
+        f"state      {common.state_text(row)}",
+    ]
+    print_line(image.name)
+    for line in lines:
+        if line is not None:
+            print_text(f"  {line}", indent=2, is_whole=True)
     print_line("")
 
 
-def _columns(arguments: argparse.Namespace) -> list[Column]:
+def _layouts(arguments: argparse.Namespace) -> list[list[Column]]:
+    """Return all columns, then those of narrower terminals."""
+    content = Column("CONTENT", "content")
+    digest = common.digest_column(arguments)
+    size = Column("SIZE", "size", size_text, is_number=True)
+    here = Column("HERE", "is_here", lambda is_here: "yes" if is_here else "no")
+    shared = Column("SHARED WITH", "shared", min_chars=20, is_name=True, is_sentence=True)
     return [
-        Column("CONTENT", "content"),
-        common.digest_column(arguments),
-        Column("SIZE", "size", size_text, is_number=True),
-        Column("HERE", "is_here", lambda is_here: "yes" if is_here else "no"),
-        Column("SHARED WITH", "shared"),
+        [content, digest, size, here, shared],
+        [replace(content, min_chars=16), digest, size, here, replace(shared, min_chars=12)],
     ]
 
 

@@ -10,7 +10,7 @@ import argparse
 import asyncio
 import json
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from mirror.cli.arguments import Commands, add_config, add_json, image_name, load_settings
 from mirror.cli.cleaning import read_inventory_gently
@@ -19,11 +19,15 @@ from mirror.cli.exit_codes import EX_FAILED
 from mirror.cli.messages import print_warnings
 from mirror.cli.output import print_line, print_note
 from mirror.cli.rm import find_images
-from mirror.oci.text import size_text
+from mirror.oci.text import count_text, size_text
+
+_MAX_ABSENT: Final = 20
+"""Tags without content that are named one by one. There may be thousands: eviction leaves them."""
 
 if TYPE_CHECKING:
     from mirror.config.settings import Settings
     from mirror.inventory.model import Image, Inventory
+    from mirror.oci.image_name import ImageName
     from mirror.operations.verify import Subset, VerifyReport
 
 
@@ -34,8 +38,8 @@ def add_parser(commands: Commands) -> None:
         help="hash content, and check that images are complete",
         description="Hashes content, moves damaged content to quarantine/, and checks that no "
         "image lacks content. Each finding names the command that mends it. It runs with the "
-        "lowest priority, so that a running server does not notice it. Exit code 1 if damage "
-        "remains.",
+        "lowest priority, so that a running server does not notice it. Exit code 1 if an image "
+        "has damage that was not mended.",
     )
     parser.add_argument(
         "images",
@@ -71,11 +75,23 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command. Raises ``CommandFailed`` if an image is not known."""
     settings = load_settings(arguments)
     inventory = read_inventory_gently(settings)
-    images = find_images(inventory, arguments.images) if arguments.images else None
+    images = _find(inventory, arguments.images) if arguments.images else None
     work = _verify_and_repair if arguments.is_repairing else _verify
     report = asyncio.run(work(settings, inventory, images, arguments.subset))
     _print(report, is_json=arguments.is_json)
     return EX_FAILED if report.has_damage else 0
+
+
+def _find(inventory: Inventory, names: list[ImageName]) -> list[Image]:
+    """Return the images of names, also of those whose manifest is not on disk.
+
+    Raises ``CommandFailed`` if a name is not known.
+    """
+    wanted = {str(name.with_default_tag()) for name in names}
+    absent = [image for image in inventory.absent if image.name in wanted]
+    known = {image.name for image in absent}
+    others = [name for name in names if str(name.with_default_tag()) not in known]
+    return [*absent, *find_images(inventory, others)]
 
 
 async def _verify(
@@ -130,21 +146,39 @@ def _progress() -> _Progress:
 
 
 def _print(report: VerifyReport, *, is_json: bool) -> None:
+    told = 0
     for problem in report.problems:
         if is_json:
             print_line(json.dumps(problem.row()))
+            continue
+        told += problem.problem == "absent"
+        if problem.problem == "absent" and told > _MAX_ABSENT:
             continue
         image = f" {problem.image}" if problem.image else ""
         print_line(f"{problem.problem}{image} {problem.digest}: {problem.what}")
         if problem.is_mended:
             print_line("  fetched again")
         elif problem.command is not None:
-            print_line(f"  mend it with: {problem.command}")
+            verb = "mend" if problem.is_damage else "fetch"
+            print_line(f"  {verb} it with: {problem.command}")
     for error in report.errors:
         print_note(f"not fetched: {error}")
     if not is_json:
-        mended = sum(problem.is_mended for problem in report.problems)
-        print_line(
-            f"{report.contents} contents ({size_text(report.bytes)}) hashed, "
-            f"{report.images} images checked: {len(report.problems)} problems, {mended} mended"
-        )
+        if told > _MAX_ABSENT:
+            print_line(
+                f"absent: {told - _MAX_ABSENT} more: oci-mirror ls --all --filter state=absent"
+            )
+        print_line(_summary(report))
+
+
+def _summary(report: VerifyReport) -> str:
+    damaged = [problem for problem in report.problems if problem.is_damage]
+    mended = sum(problem.is_mended for problem in damaged)
+    parts = [count_text(len(damaged), "problem") + (f", {mended} mended" if mended else "")]
+    for kind, words in (("incomplete", "lack content"), ("absent", "are not here")):
+        found = [one for one in report.problems if one.problem == kind and not one.is_mended]
+        if found:
+            verb = words if len(found) > 1 else words.replace("lack", "lacks").replace("are", "is")
+            parts.append(f"{count_text(len(found), 'image')} {verb}")
+    contents, images = count_text(report.contents, "content"), count_text(report.images, "image")
+    return f"{contents} ({size_text(report.bytes)}) hashed, {images} checked: {'; '.join(parts)}"

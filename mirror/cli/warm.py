@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mirror.cli.arguments import Commands, add_config, add_json, image_name, load_settings
+from mirror.cli.data_directory import opened_mirror
 from mirror.cli.exit_codes import EX_FAILED
-from mirror.cli.listing import short_digest
+from mirror.cli.listing import is_terminal, print_text
 from mirror.cli.messages import print_warnings
-from mirror.cli.output import UsageError, flush, print_line, print_note
+from mirror.cli.output import UsageError, flush, print_failure, print_line, print_note
 from mirror.cli.progress import Bars, label_of, open_bars
+from mirror.cli.table_layout import familiar_names, short_digests
 from mirror.oci.image_name import ImageName
 from mirror.oci.platform import Platform
-from mirror.oci.text import age_text, size_text
+from mirror.oci.text import age_text, count_text, size_text
 
 if TYPE_CHECKING:
     from mirror.config.settings import Settings
@@ -171,7 +173,6 @@ def _read_stdin() -> bytes:
 async def _warm(
     settings: Settings, images: list[ImageName], options: WarmOptions, *, is_json: bool
 ) -> list[ImageReport]:
-    from mirror.operations.own_requests import open_recorded_mirror
     from mirror.operations.upkeep import start_upkeep
     from mirror.operations.warm import ImageReport, warm
 
@@ -184,7 +185,7 @@ async def _warm(
             else:
                 _move_bar(bars, event)
 
-        async with open_recorded_mirror(settings, print_warnings) as mirror:
+        async with opened_mirror(settings) as mirror:
             await start_upkeep(mirror.store, mirror.single_flight, print_warnings)
             return await warm(mirror, images, options, report)
 
@@ -204,12 +205,13 @@ def print_report(report: ImageReport, *, is_json: bool) -> None:
         print_line(json.dumps(warm_row(report)))
     elif report.is_complete:
         added = f"{report.added} new, {size_text(report.added_bytes)}" if report.added else "no new"
-        whole = f"{report.contents} contents, {size_text(report.bytes)}"
-        digest = short_digest(str(report.digest))
+        whole = f"{count_text(report.contents, 'content')}, {size_text(report.bytes)}"
+        digest = short_digests(str(report.digest))
         took = age_text(report.seconds)
-        print_line(f"{report.image}  complete  {digest}  {whole} ({added})  {took}")
+        name = familiar_names(str(report.image)) if is_terminal() else str(report.image)
+        print_text(f"{name}  complete  {digest}  {whole} ({added})  {took}", indent=4)
     else:
-        print_note(f"{report.image}: {report.error}")
+        print_failure(report.image, report.error)
     if report.is_complete and report.missing_platforms:
         names = ", ".join(map(str, report.missing_platforms))
         print_note(f"warning: {report.image} has no {names}")

@@ -35,7 +35,8 @@ class Admin(Section):
     token_file: FilePath | None = None
     """
     File with the tokens that permit everything, one on each line, of at least 16 characters. Read
-    again when it changes. Without it and read_only_token_file, no token is needed.
+    again when it changes: once it is empty or deleted, it permits nothing. Without this key and
+    read_only_token_file, no token is needed.
     """
     read_only_token_file: FilePath | None = None
     """

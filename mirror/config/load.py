@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ from mirror.oci.text import printable
 
 FILE_VARIABLE: Final = "OCI_MIRROR_CONFIG"
 """Environment variable that names the configuration file. It is no key of the configuration."""
+DEFAULT_FILE: Final = "config/mirror.yaml"
+"""Configuration file of a command that names none, below the working directory, if it exists."""
 PREFIX: Final = "OCI_MIRROR_"
 """Begins the name of each environment variable."""
 _MAX_FILE_BYTES: Final = 1 << 20
@@ -62,8 +65,12 @@ def load_with_origins(
     _apply_environment(tree, environ, origins)
     _check_keys(tree, Settings, (), origins)
     if not tree.get("upstreams"):
-        where = path or "environment (no --config FILE was given)"
-        raise ConfigError(f"{where}: upstreams: at least one is needed")
+        if path is None and not origins.places:
+            raise ConfigError(
+                f"no configuration: there is no {DEFAULT_FILE} in {os.getcwd()}, and neither "
+                f"--config FILE nor {FILE_VARIABLE} was given"
+            )
+        raise ConfigError(f"{path or origins.default}: upstreams: at least one is needed")
     try:
         return build(tree), origins
     except InvalidSetting as error:

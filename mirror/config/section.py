@@ -65,4 +65,4 @@ def key_error(below: KeyPath, reason: str) -> PydanticCustomError:
 class Section(BaseModel):
     """The base of every section. Unknown keys are errors, and values never change."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")

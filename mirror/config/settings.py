@@ -67,7 +67,10 @@ class Storage(Section):
     """The quota of the content on disk, the memory for it, and the lifetime of its verification."""
 
     max_size: Size = 50 * 2**30
-    """The quota: most bytes that content may take on disk."""
+    """
+    The quota: most bytes that content may take on disk. The history of pulls may take 2 % of it
+    beside the content, but 4 MiB at least and 84 MiB at most.
+    """
     high_water: Ratio = 0.95
     """Ratio of max_size at which eviction starts, such as 0.95 or 95%."""
     low_water: Ratio = 0.85

@@ -26,17 +26,20 @@ class ContentSizes:
         self._layout = layout
         self._sizes: dict[str, int] = {}
 
-    def find(self, digest: str) -> int | None:
-        """Return the bytes of a content. None: it is not on the disk, and was not before."""
-        size = self._sizes.get(digest)
+    def find(self, digest: str, known: int = 0) -> int | None:
+        """Return the bytes of a content. None: it is not on the disk, and was not before.
+
+        ``known``: its bytes, if a request has told them. It may be evicted already.
+        """
+        size = known or self._sizes.get(digest)
         if size is None:
             try:
                 size = os.stat(self._layout.blob(Digest.parse(digest))).st_size
             except (OSError, DigestInvalid):
                 return None
-            if len(self._sizes) >= _MAX_REMEMBERED:
-                self._sizes.clear()
-            self._sizes[digest] = size
+        if digest not in self._sizes and len(self._sizes) >= _MAX_REMEMBERED:
+            self._sizes.clear()
+        self._sizes[digest] = size
         return size
 
 

@@ -35,12 +35,16 @@ CREATE TABLE tags (
 );
 CREATE INDEX tags_by_name ON tags (upstream, repository, tag);
 CREATE TABLE accesses (
-    id INTEGER PRIMARY KEY, minute INTEGER NOT NULL, at INTEGER NOT NULL, content INTEGER NOT NULL,
-    size INTEGER NOT NULL, requests INTEGER NOT NULL, misses INTEGER NOT NULL,
-    UNIQUE (minute, content)
+    id INTEGER PRIMARY KEY, step INTEGER NOT NULL, at INTEGER NOT NULL, content INTEGER NOT NULL,
+    size INTEGER NOT NULL, is_used INTEGER NOT NULL, requests INTEGER NOT NULL,
+    misses INTEGER NOT NULL, UNIQUE (step, content)
+);
+CREATE TABLE step (
+    id INTEGER PRIMARY KEY CHECK (id = 1), number INTEGER NOT NULL, minute INTEGER NOT NULL,
+    bytes REAL NOT NULL
 );
 CREATE TABLE sampling (id INTEGER PRIMARY KEY CHECK (id = 1), threshold INTEGER NOT NULL);
 """
 """SQL that creates the tables."""
-HISTORY_FORM: Final = DatabaseForm("history", CREATE_TABLES, version=1)
+HISTORY_FORM: Final = DatabaseForm("history", CREATE_TABLES, version=2)
 """The database of the history. It is a cache."""

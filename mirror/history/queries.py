@@ -35,7 +35,7 @@ class HistoryUnreadable(MirrorError):
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Accesses of one content within a minute."""
+    """Accesses of one content within a step of the trace: a minute at most."""
 
     at: int
     """Unix time in seconds of the first one. It may be wrong: the order is that of the trace."""
@@ -44,9 +44,12 @@ class Access:
     size: int
     """Bytes of the content."""
     requests: int
-    """Requests of clients for the content. Zero: it was only used as a part of a manifest."""
+    """Requests of clients for the content. Zero: it was only used as a part of a manifest, or
+    fetched for a command."""
     misses: int
-    """Requests among them for which it was fetched."""
+    """Fetches for these requests, or for a command."""
+    is_used: bool = False
+    """Whether the store has recorded it as used, for the order of eviction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,16 +88,34 @@ def open_history(layout: Layout) -> Iterator[HistoryReader]:
 
 
 def _connect(path: Path | None) -> sqlite3.Connection:
-    if path is None:
-        connection = sqlite3.connect(":memory:")
-        connection.executescript(CREATE_TABLES)
-        return connection
+    if path is not None:
+        connection = _connect_file(path)
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if version:
+            return connection
+        connection.close()  # A server is creating the tables at this moment.
+    connection = sqlite3.connect(":memory:")
+    connection.executescript(CREATE_TABLES)
+    return connection
+
+
+def _connect_file(path: Path) -> sqlite3.Connection:
     # Without a log beside it, nothing writes. Then the file can be read without permission to
     # create one.
     has_log = path.with_name(f"{path.name}-wal").exists()
     mode = "mode=ro" if has_log else "mode=ro&immutable=1"
     uri = f"{path.absolute().as_uri()}?{mode}"
-    return sqlite3.connect(uri, uri=True, timeout=_READ_TIMEOUT_S, check_same_thread=False)
+    connection = sqlite3.connect(uri, uri=True, timeout=_READ_TIMEOUT_S, check_same_thread=False)
+    try:
+        (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+    except BaseException:
+        connection.close()
+        raise
+    if tables:
+        return connection
+    # Another process creates the file at this moment, and will write its tables at once.
+    connection.close()
+    return _connect(None)
 
 
 class HistoryReader:
@@ -165,6 +186,11 @@ class HistoryReader:
                 found.append(pull)
         return found
 
+    def begin(self) -> float | None:
+        """Return the Unix time in seconds of the oldest request. None: there is none."""
+        row: Any = self._connection.execute("SELECT at FROM pulls ORDER BY id LIMIT 1").fetchone()
+        return None if row is None else row[0]
+
     def refused(self, last: int = 50) -> list[StoredPull]:
         """Return requests that got no content, the newest first. ``last``: their number at most."""
         return self.pulls(last=last, outcomes=REFUSED_OUTCOMES)
@@ -226,7 +252,7 @@ class HistoryReader:
         row: Any = self._connection.execute("SELECT threshold FROM sampling").fetchone()
         rate = 1.0 if row is None else row[0] / (1 << SAMPLE_BITS)
         rows = self._connection.execute(
-            "SELECT at, content, size, requests, misses FROM accesses ORDER BY id"
+            "SELECT at, content, size, requests, misses, is_used FROM accesses ORDER BY id"
         )
         return AccessTrace(rate, [Access(*values) for values in rows])
 

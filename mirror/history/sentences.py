@@ -11,7 +11,7 @@ from typing import Final
 
 from mirror.history.stored_pull import StoredPull
 from mirror.observability.events import Kind, Outcome
-from mirror.oci.text import size_text
+from mirror.oci.text import count_text, size_text
 
 _SHOWN_S: Final = 0.05
 """Seconds. A shorter stage is not why a request took long."""
@@ -49,9 +49,7 @@ def _reasons(pull: StoredPull) -> Iterator[str]:
         case Outcome.REVALIDATED:
             yield f"Revalidated: {_revalidation_reason(pull)}"
         case Outcome.STALE:
-            age = (
-                "" if pull.tag_age is None else f" It was last confirmed {_time(pull.tag_age)} ago."
-            )
+            age = "" if pull.tag_age is None else f" It was last confirmed {_ago(pull.tag_age)}."
             yield f"Stale: the cached copy was served (serve_stale), because {pull.warning}.{age}"
         case Outcome.NEGATIVE:
             yield f"Not found: {_error(pull)}"
@@ -84,22 +82,22 @@ def _join_reason(pull: StoredPull) -> str:
 def _miss_reason(pull: StoredPull) -> str:
     is_tag = pull.kind == Kind.MANIFEST.value and ":" not in pull.reference
     if is_tag and not pull.previous_digest:
-        return "the tag was not known: it had not been pulled through this mirror."
+        return "the tag was not known: it was not pulled here before, or was removed (rm, prune)."
     if is_tag and pull.digest and pull.digest != pull.previous_digest:
         return (
             f"the tag had moved from {_short(pull.previous_digest)} to {_short(pull.digest)}, "
             "which was not on the disk."
         )
     if is_tag:
-        return "the tag was known, but its manifest was not on the disk: it had been evicted."
+        return "the tag was known, but its manifest was not on the disk: evicted, or removed (rm)."
     if pull.is_fetched_elsewhere:
         return "it was not on the disk, and another process of the mirror fetched it."
     if pull.is_known:
         return (
-            "an image of this repository refers to it, but it was not on the disk: it had not been "
-            "pulled, or had been evicted."
+            "an image of this repository refers to it, but it was not on the disk: it was not "
+            "pulled yet, or was evicted or removed (rm, prune)."
         )
-    return "it had not been pulled through this repository."
+    return "this repository had not pulled it, or was told to forget it (rm, prune, forget)."
 
 
 def _revalidation_reason(pull: StoredPull) -> str:
@@ -113,7 +111,7 @@ def _revalidation_reason(pull: StoredPull) -> str:
         was, now = _short(pull.previous_digest), _short(pull.digest)
         result = f"named another digest ({now} in place of {was}), which was on the disk"
     return (
-        f"the tag was last confirmed {_time(pull.tag_age)} ago, and {why}. "
+        f"the tag was last confirmed {_ago(pull.tag_age)}, and {why}. "
         f"The upstream was asked, and {result}."
     )
 
@@ -147,7 +145,9 @@ def _rates(pull: StoredPull) -> Iterator[str]:
         rate = _rate(pull.fetched_bytes, pull.fetched_seconds)
         yield f"The upstream sent {rate}{by}."
     if pull.late_parts:
-        yield f"{pull.late_parts} parts arrived too slowly, and were requested again."
+        parts = count_text(pull.late_parts, "part")
+        verb = "was" if pull.late_parts == 1 else "were"
+        yield f"{parts} arrived too slowly, and {verb} requested again."
     sending = pull.stages.get("send", 0.0)
     if pull.bytes_sent < _RATED_BYTES or sending < _RATED_S:
         return
@@ -177,6 +177,12 @@ def _short(digest: str) -> str:
 def _rate(size: int, seconds: float) -> str:
     rate = size / max(seconds, 1e-3) / _MEGABYTE
     return f"{rate:.0f} MB/s" if rate >= 10 else f"{rate:.1f} MB/s"
+
+
+def _ago(seconds: float) -> str:
+    if seconds < 0:
+        return "at a time that is still to come (the clock was set back)"
+    return f"{_time(seconds)} ago"
 
 
 def _time(seconds: float) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 from mirror.observability.events import Kind, Outcome, RequestRecord
@@ -148,10 +148,9 @@ class StoredPull:
 
     def dump(self) -> str:
         """Return the JSON of the row, without the fields that have their default."""
-        default = StoredPull(at=0.0, request_id="", method="")
-        values = asdict(self)
-        kept = {key: value for key, value in values.items() if value != getattr(default, key)}
-        return json.dumps(kept, separators=(",", ":"))
+        values = ((name, getattr(self, name)) for name in _DEFAULTS)
+        kept = {name: value for name, value in values if value != _DEFAULTS[name]}
+        return _ROW_TO_TEXT(kept)
 
     @classmethod
     def load(cls, row_id: int, text: str) -> StoredPull | None:
@@ -167,7 +166,10 @@ class StoredPull:
             return None
 
 
-_PULL_FIELDS: Final = frozenset(one.name for one in fields(StoredPull))
+_DEFAULTS: Final = asdict(StoredPull(at=0.0, request_id="", method=""))
+"""Field -> the value that is not written."""
+_PULL_FIELDS: Final = frozenset(_DEFAULTS)
+_ROW_TO_TEXT: Final = json.JSONEncoder(separators=(",", ":")).encode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

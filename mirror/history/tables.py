@@ -12,10 +12,12 @@ from __future__ import annotations
 import ipaddress
 import sqlite3
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
 
-from mirror.history.batch import Batch
+from mirror.history.batch import Batch, ContentAccess
+from mirror.history.bounds import Bounds
 from mirror.history.content_sizes import ContentSizes, content_number
 from mirror.history.stored_pull import SERVED_OUTCOMES, StoredPull
 from mirror.observability.events import Kind, Outcome, RequestRecord, TagMoved
@@ -29,21 +31,8 @@ PERIOD_S: Final = 600
 ten minutes early."""
 _HOUR_S: Final = 3600
 """Seconds of a period after :data:`KEEP_MINUTES_S`: fewer rows."""
-_MAX_PULLS: Final = 20_000
-"""Rows of requests that are no fast hits: 15 MB."""
-_MAX_HIT_PULLS: Final = 5_000
-"""Rows of fast hits: 3 MB."""
-_MAX_COUNTS: Final = 200_000
-"""Rows of counters by repository and network: 30 MB, such as 250 pairs in each hour of 30 days."""
-_MAX_MINUTES: Final = 50_000
-"""Rows of counters by the minute: 5 MB, such as 33 pairs of upstream and outcome."""
 _MAX_TAG_DIGESTS: Final = 1_000
 """Digests of one tag. A tag that moves once an hour needs six weeks for it."""
-_MAX_TAG_ROWS: Final = 100_000
-"""Digests of all tags: 25 MB."""
-MAX_ACCESSES: Final = 100_000
-"""Rows of the trace of accesses: 6 MB, and a second to evaluate. With more, it has a smaller sample
-of the contents."""
 SAMPLE_BITS: Final = 24
 """Bits of the number of a content that decide whether it is in the sample."""
 _MIN_THRESHOLD: Final = 1 << (SAMPLE_BITS - 10)
@@ -78,9 +67,20 @@ SELECT start / 3600 * 3600, upstream, repository, network, outcome, SUM(requests
 FROM counts WHERE start < ? AND start % 3600 != 0 GROUP BY 1, 2, 3, 4, 5
 """
 _ADD_ACCESS: Final = """
-INSERT INTO accesses (minute, at, content, size, requests, misses) VALUES (?, ?, ?, ?, ?, ?)
-ON CONFLICT (minute, content) DO UPDATE SET
-    requests = requests + excluded.requests, misses = misses + excluded.misses
+INSERT INTO accesses (step, at, content, size, is_used, requests, misses)
+VALUES (?, ?, ?, ?, ?, ?, ?)
+"""
+_ADD_TO_ACCESS: Final = """
+UPDATE accesses SET is_used = is_used OR ?, requests = requests + ?, misses = misses + ?
+WHERE step = ? AND content = ?
+"""
+_FIND_REQUESTED: Final = """
+SELECT 1 FROM accesses WHERE step = ? AND content = ? AND requests > 0
+"""
+_SET_STEP: Final = """
+INSERT INTO step (id, number, minute, bytes) VALUES (1, ?, ?, ?)
+ON CONFLICT (id) DO UPDATE SET number = excluded.number, minute = excluded.minute,
+    bytes = excluded.bytes
 """
 _ADD_PULL: Final = """
 INSERT INTO pulls (is_hit, at, request_id, client, upstream, repository, reference, digest, outcome,
@@ -98,17 +98,20 @@ ON CONFLICT (id) DO UPDATE SET threshold = excluded.threshold
 """
 
 
-def insert(connection: sqlite3.Connection, batch: Batch, sizes: ContentSizes) -> None:
+def insert(
+    connection: sqlite3.Connection, batch: Batch, sizes: ContentSizes, bounds: Bounds
+) -> None:
     """Write a batch, in the transaction of the caller. Raises ``sqlite3.Error``.
 
     Args:
         connection: The open file.
         batch: What was observed.
         sizes: Looks up the sizes of contents.
+        bounds: The bounds of the history.
     """
     _insert_pulls(connection, batch)
     _insert_counts(connection, batch)
-    _insert_accesses(connection, batch, sizes)
+    _insert_accesses(connection, batch, sizes, bounds.step_bytes)
     for moved in batch.moves:
         _insert_move(connection, moved)
 
@@ -120,8 +123,7 @@ def _insert_pulls(connection: sqlite3.Connection, batch: Batch) -> None:
     rows = [(0, pull) for pull in batch.rows] + [(1, pull) for pull in batch.hits]
     rows.sort(key=lambda row: row[1].started + row[1].duration)
     stored = (
-        (is_hit, StoredPull.of_record(pull, batch.at - (batch.ended_at - pull.started)))
-        for is_hit, pull in rows
+        (is_hit, StoredPull.of_record(pull, batch.wall_time(pull.started))) for is_hit, pull in rows
     )
     connection.executemany(
         _ADD_PULL,
@@ -168,7 +170,7 @@ class _Counts:
 def _insert_counts(connection: sqlite3.Connection, batch: Batch) -> None:
     counts = _Counts()
     for request, (number, size) in batch.requests.items():
-        upstream, repository, client, outcome, kind, method, _ = request
+        upstream, repository, client, outcome, kind, method = request
         is_served = outcome in SERVED_OUTCOMES
         is_billable = is_served and kind is Kind.MANIFEST and method == "GET"
         # A client makes up names that are refused. They are not counted by name.
@@ -209,6 +211,8 @@ def _fetch_key(record: RequestRecord | None, upstream: str) -> tuple[str, str, s
 
 def _insert_move(connection: sqlite3.Connection, moved: TagMoved) -> None:
     name = (moved.upstream, moved.repository, moved.tag)
+    if moved.previous is None and _has_renewed_tag(connection, name, moved):
+        return
     if moved.previous is not None:
         digest, first_seen, last_seen = moved.previous
         updated = connection.execute(
@@ -220,6 +224,18 @@ def _insert_move(connection: sqlite3.Connection, moved: TagMoved) -> None:
             _insert_tag(connection, name, digest, first_seen, last_seen)
     _insert_tag(connection, name, moved.digest, moved.at, moved.at)
     connection.execute(_TRIM_TAG, (*name, *name, _MAX_TAG_DIGESTS))
+
+
+def _has_renewed_tag(
+    connection: sqlite3.Connection, name: tuple[str, str, str], moved: TagMoved
+) -> bool:
+    """Renew the newest row of a tag that the index had forgotten. False: it has another digest."""
+    renewed = connection.execute(
+        "UPDATE tags SET last_seen = ? WHERE id = (SELECT MAX(id) FROM tags"
+        " WHERE upstream = ? AND repository = ? AND tag = ?) AND digest = ?",
+        (moved.at, *name, moved.digest),
+    )
+    return renewed.rowcount > 0
 
 
 def _insert_tag(
@@ -239,30 +255,67 @@ def _insert_tag(
 # --- the trace of accesses ------------------------------------------------------------------------
 
 
-def _insert_accesses(connection: sqlite3.Connection, batch: Batch, sizes: ContentSizes) -> None:
+@dataclass(slots=True)
+class _TraceStep:
+    """The step of the trace that is being written: one of the file, for all processes."""
+
+    number: int
+    minute: int
+    bytes: float
+    """Size of its contents."""
+
+    @classmethod
+    def read(cls, connection: sqlite3.Connection) -> _TraceStep:
+        """Return the step that was written last."""
+        row = connection.execute("SELECT number, minute, bytes FROM step").fetchone()
+        return cls(*row) if row is not None else cls(0, -1, 0)
+
+    def write(self, connection: sqlite3.Connection) -> None:
+        """Let the next batch continue this step, of whichever process it is."""
+        connection.execute(_SET_STEP, (self.number, self.minute, self.bytes))
+
+    def end_if(self, is_over: bool, minute: int) -> None:
+        """Begin the next step, if this one is over or of another minute."""
+        if is_over or minute != self.minute:
+            self.number, self.minute, self.bytes = self.number + 1, minute, 0
+
+
+def _insert_accesses(
+    connection: sqlite3.Connection, batch: Batch, sizes: ContentSizes, step_bytes: float
+) -> None:
     threshold = _threshold(connection)
-    rows: dict[str, list[int]] = {}
-    for at, digests in batch.uses:
-        for digest in digests:
-            if is_in_sample(digest, threshold):
-                rows.setdefault(digest, [int(at), 0, 0])
-    for request, (number, _) in batch.requests.items():
-        _, _, _, outcome, kind, method, digest = request
-        is_content = kind in (Kind.MANIFEST, Kind.BLOB) and method == "GET" and bool(digest)
-        is_counted = outcome in SERVED_OUTCOMES and outcome is not Outcome.ASIDE
-        if is_content and is_counted and is_in_sample(digest, threshold):
-            row = rows.setdefault(digest, [int(batch.at), 0, 0])
-            row[1] += number
-            row[2] += number if outcome is Outcome.MISS else 0
-    found = ((row, digest, sizes.find(digest)) for digest, row in rows.items())
-    connection.executemany(
-        _ADD_ACCESS,
-        (
-            (at // 60, at, content_number(digest), size, requests, misses)
-            for (at, requests, misses), digest, size in found
-            if size is not None
-        ),
-    )
+    step_bytes *= threshold / (1 << SAMPLE_BITS)
+    step = _TraceStep.read(connection)
+    for accesses in batch.steps:
+        for digest, access in accesses.items():
+            if not is_in_sample(digest, threshold):
+                continue
+            size = sizes.find(digest, access.size)
+            if size is not None:
+                at = int(batch.wall_time(access.at))
+                step.end_if(step.bytes > step_bytes, at // 60)
+                _insert_access(connection, step, (at, content_number(digest), size), access)
+    step.write(connection)
+
+
+def _insert_access(
+    connection: sqlite3.Connection,
+    step: _TraceStep,
+    values: tuple[int, int, int],
+    access: ContentAccess,
+) -> None:
+    """Write an entry of the trace. ``values``: its time, content and size."""
+    at, content, size = values
+    sums = (access.is_use_recorded, access.requests, access.misses)
+    key = step.number, content
+    if access.requests and access.misses:
+        row = connection.execute(_FIND_REQUESTED, key).fetchone()
+        # It was requested in this step, and is fetched again: it was evicted in between.
+        step.end_if(row is not None, at // 60)
+        key = step.number, content
+    if not connection.execute(_ADD_TO_ACCESS, (*sums, *key)).rowcount:
+        connection.execute(_ADD_ACCESS, (step.number, *values, *sums))
+        step.bytes += size
 
 
 def is_in_sample(digest: str, threshold: int) -> bool:
@@ -275,10 +328,10 @@ def _threshold(connection: sqlite3.Connection) -> int:
     return int(row[0]) if row is not None else 1 << SAMPLE_BITS
 
 
-def _shrink_sample(connection: sqlite3.Connection) -> None:
+def _shrink_sample(connection: sqlite3.Connection, limit: int) -> None:
     """Halve the sample until the trace has room. All that is left is a sample of half the size."""
     threshold = _threshold(connection)
-    while _count(connection, "accesses") > MAX_ACCESSES and threshold > _MIN_THRESHOLD:
+    while _count(connection, "accesses") > limit and threshold > _MIN_THRESHOLD:
         threshold //= 2
         connection.execute(
             "DELETE FROM accesses WHERE content % ? >= ?", (1 << SAMPLE_BITS, threshold)
@@ -289,12 +342,15 @@ def _shrink_sample(connection: sqlite3.Connection) -> None:
 # --- upkeep ---------------------------------------------------------------------------------------
 
 
-def trim(connection: sqlite3.Connection, now: float, *, has_steady_clock: bool) -> None:
+def trim(
+    connection: sqlite3.Connection, now: float, bounds: Bounds, *, has_steady_clock: bool
+) -> None:
     """Remove rows that are too many, or too old. Raises ``sqlite3.Error``.
 
     Args:
         connection: The open file, in a transaction.
         now: Unix time in seconds.
+        bounds: The bounds of the history.
         has_steady_clock: Whether rows may be removed by their age.
     """
     if has_steady_clock:
@@ -304,13 +360,23 @@ def trim(connection: sqlite3.Connection, now: float, *, has_steady_clock: bool) 
         connection.execute("DELETE FROM accesses WHERE at < ?", (oldest,))
         connection.execute("DELETE FROM minutes WHERE start < ?", (now - KEEP_MINUTES_S,))
         _join_hours(connection, int(now - KEEP_MINUTES_S) // _HOUR_S * _HOUR_S)
-    _trim_rows(connection, "pulls", _MAX_PULLS, "AND is_hit = 0")
-    _trim_rows(connection, "pulls", _MAX_HIT_PULLS, "AND is_hit = 1")
-    _trim_rows(connection, "counts", _MAX_COUNTS)
-    _trim_rows(connection, "minutes", _MAX_MINUTES)
-    _trim_rows(connection, "tags", _MAX_TAG_ROWS)
-    _shrink_sample(connection)
-    _trim_rows(connection, "accesses", MAX_ACCESSES)
+    _trim_rows(connection, "counts", bounds.counts)
+    _trim_rows(connection, "minutes", bounds.minutes)
+    _trim_rows(connection, "tags", bounds.tags)
+    trim_requests(connection, bounds)
+
+
+def trim_requests(connection: sqlite3.Connection, bounds: Bounds) -> None:
+    """Remove rows that are too many, in the tables that may grow within seconds.
+
+    In the transaction of the caller. Takes some milliseconds. Raises ``sqlite3.Error``.
+    """
+    _trim_rows(connection, "pulls", bounds.pulls, "AND is_hit = 0")
+    _trim_rows(connection, "pulls", bounds.hit_pulls, "AND is_hit = 1")
+    _shrink_sample(connection, bounds.accesses)
+    _trim_rows(connection, "accesses", bounds.accesses)
+    # The pages of removed rows go back to the disk: the file would keep them for later rows.
+    connection.execute("PRAGMA incremental_vacuum").fetchall()
 
 
 def _join_hours(connection: sqlite3.Connection, until: int) -> None:

@@ -14,6 +14,7 @@ Reading order:
    :mod:`~mirror.inventory.manifest_cache` keeps them between runs.
 3. :mod:`~mirror.inventory.sharing`: what each name reaches, and what only one name reaches.
    :mod:`~mirror.inventory.keeping`: which names the marks keep from removal.
+   :mod:`~mirror.inventory.index_platforms`: which digests are only a part of an image index.
 4. :mod:`~mirror.inventory.read`: from the data directory to an inventory.
 5. :mod:`~mirror.inventory.usage` (``du``), :mod:`~mirror.inventory.tree` (``show``) and
    :mod:`~mirror.inventory.json_rows` (JSON).

@@ -17,7 +17,7 @@ from typing import Any, Final
 from mirror.inventory.image_names import Name
 from mirror.inventory.model import DigestText
 from mirror.oci.errors import StorageUnavailable
-from mirror.oci.reference import Digest, Repository, Tag
+from mirror.oci.reference import Repository, Tag
 from mirror.oci.text import time_text
 from mirror.store.layout import Layout
 from mirror.store.saved_rows import connect_to_read
@@ -131,13 +131,12 @@ def read_hosted_names(layout: Layout, name: str | None) -> HostedNames:
             for path, tag, text, pushed_at, user in (*query(_TAGS), *query(_UNTAGGED)):
                 if path not in repositories:
                     repositories[path] = Repository.parse(name, path)
-                digest = Digest.parse(text)
                 names.append(
                     Name(
                         repositories[path],
                         tag=Tag(tag) if tag else None,
-                        digest=digest,
-                        current=digest,
+                        root=text,
+                        current_root=text,
                         first_seen=pushed_at,
                         is_hosted=True,
                         pushed_by=user,

@@ -11,21 +11,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from mirror.inventory.model import DigestText
 from mirror.oci.errors import InvalidRequest
-from mirror.oci.reference import Digest, Repository, Tag
+from mirror.oci.image_name import parse_with_reference
+from mirror.oci.reference import Digest, Repository, Tag, is_digest
 from mirror.store.records import MALFORMED, NamedManifest, load_access_record, repository_of
 
 
-@dataclass(frozen=True, slots=True)
-class TagName:
-    """A tag in the index."""
+class TagName(NamedTuple):
+    """A tag in the index. A tuple: there are 10,000 of them."""
 
     repository: Repository
     tag: Tag
@@ -37,17 +37,23 @@ class TagName:
     checked: float | None = None
     """When the upstream last confirmed it, in seconds since the epoch. None: never."""
 
+    def served_of(self, frozen: Sequence[DigestText]) -> DigestText:
+        """Return the one of the digests of a frozen tag that the clients of this row get."""
+        return next((one for one in frozen if one in self.digests), frozen[0])
 
-@dataclass(frozen=True, slots=True)
-class Name:
-    """A name whose manifest is on disk."""
+
+class Name(NamedTuple):
+    """A name, with its manifest on disk unless it is said that it is absent.
+
+    A tuple: there are 10,000 of them.
+    """
 
     repository: Repository
     tag: Tag | None
     """None: a digest that was pulled, and that no tag of the repository has now."""
-    digest: Digest
+    root: DigestText
     """The newest manifest of it on disk."""
-    current: Digest
+    current_root: DigestText
     """The manifest that the upstream has named last."""
     variant: str = ""
     """See :attr:`mirror.inventory.model.Image.variant`."""
@@ -59,13 +65,25 @@ class Name:
     """Whether a client has pushed it to a repository of this server (:mod:`mirror.hosted`)."""
     pushed_by: str = ""
     """The user who pushed it. Empty: anonymous, or not hosted."""
+    is_recorded: bool = True
+    """Whether the index has it. False: only a mark names it."""
 
     @property
     def text(self) -> str:
         """The image reference, as in :attr:`mirror.inventory.model.Image.name`."""
         if self.tag is None:
-            return f"{self.repository}@{self.digest}"
+            return f"{self.repository}@{self.root}"
         return f"{self.repository}:{self.tag}"
+
+    @property
+    def digest(self) -> Digest:
+        """The newest manifest of it on disk."""
+        return Digest.parse(self.root)
+
+    @property
+    def current(self) -> Digest:
+        """The manifest that the upstream has named last."""
+        return Digest.parse(self.current_root)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +95,9 @@ class Names:
     """``repository@digest`` of each manifest that was pulled -> the text of its access record."""
 
     def images(
-        self, present: Container[DigestText], frozen: Mapping[str, Digest] | None = None
+        self,
+        present: Container[DigestText],
+        frozen: Mapping[str, Sequence[DigestText]] | None = None,
     ) -> list[Name]:
         """Return the names whose manifest is on disk, each once.
 
@@ -89,42 +109,93 @@ class Names:
         tagged: set[str] = set()
         for row in sorted(self.tags, key=lambda row: row.variant):  # Variants come last.
             repository, tag = row.repository, row.tag
-            served = frozen.get(f"{repository}:{tag}") if frozen else None
-            digests = row.digests if served is None else (str(served),)
+            name = f"{repository.upstream}/{repository.path}"
+            served = frozen.get(f"{name}:{tag}") if frozen else None
+            digests = row.digests if served is None else (row.served_of(served),)
             text = next((one for one in digests if one in present), None)
             if text is None:
                 continue
-            key = f"{repository}:{tag}@{text}"
+            key = f"{name}:{tag.name}@{text}"
             if key not in found:
-                digest = Digest.parse(text)
                 latest = next(iter(row.digests))
-                try:
-                    current = digest if text == latest else Digest.parse(latest)
-                except InvalidRequest:
+                if latest != text and not is_digest(latest):
                     continue
                 found[key] = Name(
                     repository=repository,
                     tag=tag,
-                    digest=digest,
-                    current=current,
+                    root=text,
+                    current_root=latest,
                     variant=row.variant,
                     checked=row.checked,
                     first_seen=_time(row.digests.get(text)),
                 )
-                tagged.add(f"{repository}@{text}")
+                tagged.add(f"{name}@{text}")
         first_seen = self._first_seen()
         for key in self.manifests:
             name, _, text = key.partition("@")
             if text in present and key not in tagged:
-                digest, untagged = Digest.parse(text), repository_of(name)
+                untagged = repository_of(name)
                 if untagged is not None:
                     found[key] = Name(
                         untagged,
                         tag=None,
-                        digest=digest,
-                        current=digest,
+                        root=text,
+                        current_root=text,
                         first_seen=_time(first_seen.get(key)),
                     )
+        return list(found.values())
+
+    def absent(
+        self,
+        present: Container[DigestText],
+        frozen: Mapping[str, Sequence[DigestText]],
+        marked: Mapping[str, Digest],
+        wanted: Container[DigestText],
+    ) -> list[Name]:
+        """Return the names none of whose manifests is on disk.
+
+        Args:
+            present: The content on disk.
+            frozen: As for :meth:`images`.
+            marked: Names of pins and freezes -> their digests. They are returned also if the index
+                does not have them.
+            wanted: Digests that are returned although no tag has them. Others that are gone are
+                as many as were ever evicted.
+        """
+        found: dict[str, Name] = {}
+        for row in sorted(self.tags, key=lambda row: row.variant):
+            name = f"{row.repository.upstream}/{row.repository.path}:{row.tag.name}"
+            served = frozen.get(name)
+            digests = row.digests if served is None else (row.served_of(served),)
+            latest = next(iter(row.digests))
+            root = next(iter(digests))
+            if is_digest(root) and is_digest(latest) and not any(one in present for one in digests):
+                new = Name(
+                    row.repository,
+                    row.tag,
+                    root,
+                    latest,
+                    variant=row.variant,
+                    checked=row.checked,
+                )
+                found.setdefault(f"{name}@{root}", new)
+        tagged = {f"{one.repository}@{one.root}" for one in found.values()}
+        names = {one.text for one in found.values()} | {
+            f"{row.repository}:{row.tag}" for row in self.tags if marked
+        }
+        for key in self.manifests:
+            name, _, text = key.partition("@")
+            if text in wanted and text not in present and key not in tagged:
+                repository = repository_of(name)
+                if repository is not None:
+                    found[key] = Name(repository, tag=None, root=text, current_root=text)
+        for name, digest in marked.items():
+            root = str(digest)
+            if root not in present and name not in names and name not in found:
+                with suppress(InvalidRequest):
+                    repository, reference = parse_with_reference(name)
+                    tag = reference if isinstance(reference, Tag) else None
+                    found[name] = Name(repository, tag, root, root, is_recorded=False)
         return list(found.values())
 
     def _first_seen(self) -> dict[str, object]:
@@ -137,7 +208,7 @@ class Names:
 
     def media_type(self, name: Name) -> str:
         """Return the media type that a source has stated for a manifest. Empty: none has."""
-        record = load_access_record(self.manifests.get(f"{name.repository}@{name.digest}"))
+        record = load_access_record(self.manifests.get(f"{name.repository}@{name.root}"))
         return "" if record is None else record.media_type
 
     def add_saved(self, saved: Iterable[NamedManifest]) -> None:

@@ -6,16 +6,19 @@ databases.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import repeat
 from typing import Final
 
 from mirror.config.settings import Upstream
 from mirror.inventory.image_names import Name
+from mirror.inventory.index_platforms import split_off_platforms
 from mirror.inventory.keeping import Keepers, with_referrers_kept, with_unclear_kept
 from mirror.inventory.model import (
     MANIFEST_PART_TYPES,
+    Absence,
     Content,
     ContentType,
     DigestText,
@@ -28,7 +31,7 @@ from mirror.inventory.sharing import Sharing
 from mirror.inventory.staleness import why_stale
 from mirror.inventory.subjects import subject_of_tag
 from mirror.oci.reference import Digest
-from mirror.pull.admission import Restrictions
+from mirror.pull.admission import BLOCKED, Restrictions
 from mirror.store.marks import Marks, protected_roots
 
 _FROZEN: Final = "frozen"
@@ -57,6 +60,8 @@ def build_inventory(
     marks: Marks,
     now: float,
     unclear: frozenset[DigestText] = frozenset(),
+    absent: Sequence[Name] = (),
+    quarantined: frozenset[DigestText] = frozenset(),
     hosted: frozenset[DigestText] = frozenset(),
 ) -> Inventory:
     """Build an inventory from what was read.
@@ -68,28 +73,37 @@ def build_inventory(
         marks: The marks of the data directory.
         now: Seconds since the epoch.
         unclear: Content that may belong to marked manifests which are damaged or missing.
+        absent: The names without a manifest on disk.
+        quarantined: Content in ``quarantine/`` that was not fetched again.
         hosted: Content that a hosted repository has.
     """
     manifests = on_disk.manifests
     parts = {one: manifest.columns.digests for one, manifest in manifests.items()}
-    sharing = Sharing.of({str(name.digest) for name in names}, parts)
-    sizes = _sizes(on_disk)
+    leaves = {one for one, manifest in manifests.items() if manifest.type is ContentType.MANIFEST}
+    keepers = Keepers(marks, [*names, *absent], now)
+    whole, platforms = split_off_platforms(names, manifests, keepers)
+    sharing = Sharing.of({name.root for name in whole}, parts, leaves)
+    sizes, missing = _sizes(on_disk)
     restrictions = Restrictions.of_marks(marks)
-    keepers = Keepers(marks, names, now)
-    builder = _Builder(on_disk, sizes, sharing, upstreams, marks, restrictions, keepers, now)
-    images = tuple(sorted(map(builder.build, names), key=_order))
+    builder = _Builder(
+        on_disk, sizes, missing, sharing, upstreams, marks, restrictions, keepers, now
+    )
+    images = tuple(sorted(map(builder.build, whole), key=image_order))
     if unclear:
         images = tuple(with_unclear_kept(images, unclear))
     marked = {*map(str, protected_roots(marks, now)), *keepers.tags}
     inventory = Inventory(
         now=now,
         images=images,
+        platforms=tuple(sorted(map(builder.build, platforms), key=image_order)),
         present=on_disk.present,
         manifests=manifests,
         sizes=sizes,
         sharing=sharing,
         marked=frozenset(marked),
         unclear=unclear,
+        quarantined=quarantined,
+        find_absent=partial(_find_absent, builder, absent, quarantined),
         hosted=hosted,
         scan=on_disk.scan,
     )
@@ -98,21 +112,46 @@ def build_inventory(
     )
 
 
-def _sizes(on_disk: OnDisk) -> dict[DigestText, int]:
+def _find_absent(
+    builder: _Builder, absent: Sequence[Name], quarantined: Set[DigestText], is_lost_only: bool
+) -> tuple[Image, ...]:
+    """Build the images whose manifest is not on disk, or those that a mark or damage makes lost."""
+    owners, keepers = builder.sharing.owners, builder.keepers
+    # The platform of an index that is here is a part of that.
+    names = (one for one in absent if one.tag or one.root not in owners or keepers.has_mark_of(one))
+    if is_lost_only:
+        names = (one for one in names if one.root in quarantined or keepers.of(one, (one.root,)))
+    found = [_absent(builder.build(name), name, quarantined) for name in names]
+    return tuple(sorted(found, key=image_order))
+
+
+def _absent(image: Image, name: Name, quarantined: Set[DigestText]) -> Image:
+    absence = Absence.EVICTED
+    if name.root in quarantined:
+        absence = Absence.DAMAGED
+    elif image.keeper is not None:
+        absence = Absence.LOST if name.is_recorded else Absence.NEVER
+    return replace(image, absence=absence, stale=None)
+
+
+def _sizes(on_disk: OnDisk) -> tuple[dict[DigestText, int], Set[DigestText]]:
+    """Return the bytes of all parts and manifests on disk, and the parts that are not there."""
     present = on_disk.present
     sizes: dict[DigestText, int] = {}
     for manifest in on_disk.manifests.values():
         sizes.update(zip(manifest.columns.digests, manifest.columns.sizes, strict=True))
-    for missing in sizes.keys() - present:
-        del sizes[missing]
+    missing = sizes.keys() - present
+    for one in missing:
+        del sizes[one]
     sizes.update({one: size for one, (size, _) in on_disk.status.items()})
-    return sizes
+    return sizes, missing
 
 
-def _order(image: Image) -> tuple[str, str, str, str, str]:
+def image_order(image: Image) -> tuple[str, str, str, str, str]:
+    """Return the key by which images are sorted: repository, tag and digest."""
     tag = "" if image.tag is None else image.tag.name
     repository = image.repository
-    return repository.upstream, repository.path, tag, image.digest.hex, image.variant
+    return repository.upstream, repository.path, tag, image.root, image.variant
 
 
 @dataclass(frozen=True)
@@ -121,6 +160,8 @@ class _Builder:
 
     on_disk: OnDisk
     sizes: Mapping[DigestText, int]
+    missing: Set[DigestText]
+    """The parts of all manifests that are not on disk."""
     sharing: Sharing
     upstreams: Mapping[str, Upstream]
     marks: Marks
@@ -130,9 +171,13 @@ class _Builder:
 
     def build(self, name: Name) -> Image:
         """Build the image of a name."""
-        root = str(name.digest)
+        root = name.root
         manifest = self.on_disk.manifests.get(root)
-        parts = _damaged(root) if manifest is None else _find_parts(manifest, self.on_disk)
+        parts = (
+            _damaged(root)
+            if manifest is None
+            else _find_parts(manifest, self.on_disk, self.missing)
+        )
         subject = manifest.subject if manifest is not None else None
         if name.tag is not None and subject is None:
             subject = subject_of_tag(name.tag, self.on_disk.present)
@@ -144,14 +189,12 @@ class _Builder:
         return Image(
             repository=name.repository,
             tag=name.tag,
-            digest=name.digest,
-            current=name.current,
+            root=root,
+            current_root=name.current_root,
             variant=name.variant,
             checked=name.checked,
             first_seen=name.first_seen,
-            used=max(
-                [status[one][1] for one in (root, *parts.children) if one in status], default=0
-            ),
+            used=max([status[one][1] for one in (root, *parts.children) if one in status] or [0]),
             platforms=parts.platforms,
             missing_platforms=parts.missing_platforms,
             size=sum(map(sizes.get, reached, repeat(0))),
@@ -169,11 +212,11 @@ class _Builder:
         if name.tag is None or is_frozen or name.is_hosted:
             return None
         upstream = self.upstreams.get(name.repository.upstream)
-        is_current = name.current == name.digest
-        return why_stale(name.checked, upstream, self.now, is_current=is_current)
+        is_current = name.current_root == name.root
+        return why_stale(name.checked, upstream, is_current=is_current)
 
     def _block_reason_of(self, name: Name, reached: Collection[DigestText]) -> str | None:
-        """Return why an image is blocked. None: it is not."""
+        """Return the operator's reason for a block. Empty: none was given. None: no block."""
         if not self.marks.blocks:
             return None
         reason = self.restrictions.reason_for(name.repository, name.tag or name.digest)
@@ -182,7 +225,7 @@ class _Builder:
             blocked = self.restrictions.digests
             digests = map(Digest.parse, reached)
             reason = next((blocked[one] for one in digests if one in blocked), None)
-        return reason
+        return None if reason is None else reason.removeprefix(BLOCKED).removeprefix(": ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,9 +244,12 @@ def _damaged(root: DigestText) -> _Parts:
     return _Parts(missing=(ManifestPart(root, media_type="", size=0, type=ContentType.MANIFEST),))
 
 
-def _find_parts(root: StoredManifest, on_disk: OnDisk) -> _Parts:
-    """Find the parts of an image. Those of platforms that were never pulled do not lack."""
-    manifests, present = on_disk.manifests, on_disk.present
+def _find_parts(root: StoredManifest, on_disk: OnDisk, absent: Set[DigestText]) -> _Parts:
+    """Find the parts of an image. Those of platforms that were never pulled do not lack.
+
+    ``absent``: the parts of all manifests that are not on disk.
+    """
+    manifests = on_disk.manifests
     children: dict[DigestText, None] = {}
     platforms = {root.platform} if root.platform else set()
     missing_platforms: set[str] = set()
@@ -211,7 +257,7 @@ def _find_parts(root: StoredManifest, on_disk: OnDisk) -> _Parts:
     queue = [root]
     for manifest in queue:  # It grows while it is read.
         is_image = manifest.type is ContentType.MANIFEST
-        if is_image and present.issuperset(manifest.columns.digests):
+        if is_image and absent.isdisjoint(manifest.columns.digests):
             continue  # It lacks nothing, as most images do.
         columns = manifest.columns
         platforms_of = columns.platforms or [None] * len(columns.digests)
@@ -219,7 +265,7 @@ def _find_parts(root: StoredManifest, on_disk: OnDisk) -> _Parts:
         entries = zip(columns.digests, columns.types, platforms_of, strict=True)
         for number, (text, kind, stated) in enumerate(entries):
             if is_image or kind not in MANIFEST_PART_TYPES:
-                if text not in present and not (columns.elsewhere and columns.elsewhere[number]):
+                if text in absent and not (columns.elsewhere and columns.elsewhere[number]):
                     lacking.append(number)
             elif text not in manifests:
                 if kind != ContentType.REFERRER:

@@ -16,12 +16,12 @@ def image_row(inventory: Inventory, image: Image) -> dict[str, Any]:
     """Return the row of an image."""
     return {
         "name": image.name,
-        "kind": "referrer" if image.is_referrer else "image",
+        "kind": _kind_of(inventory, image),
         "upstream": image.repository.upstream,
         "repository": image.repository.path,
         "tag": image.tag.name if image.tag is not None else None,
         "digest": image.root,
-        "current_digest": str(image.current),
+        "current_digest": image.current_root,
         "platforms": list(image.platforms),
         "missing_platforms": list(image.missing_platforms),
         "size": image.size,
@@ -31,8 +31,9 @@ def image_row(inventory: Inventory, image: Image) -> dict[str, Any]:
         "state": state_words(image),
         "missing_parts": len(image.missing),
         "missing_bytes": sum([part.size for part in image.missing]),
+        "absent_why": image.absence and image.absence.value,
         "stale_why": image.stale,
-        "blocked_why": image.block_reason,
+        "blocked_why": image.block_reason or None,
         "subject": image.subject,
         "accept": image.variant.strip() or None,
         "pushed": time_text(image.first_seen or None) if image.is_hosted else None,
@@ -40,9 +41,16 @@ def image_row(inventory: Inventory, image: Image) -> dict[str, Any]:
     }
 
 
+def _kind_of(inventory: Inventory, image: Image) -> str:
+    if image.is_referrer:
+        return "referrer"
+    return "platform" if inventory.is_platform(image) else "image"
+
+
 def state_words(image: Image) -> list[str]:
-    """Return the state of an image: ``complete`` or ``partial``, ``stale``, and its marks."""
-    words = ["complete" if image.is_complete else "partial"]
+    """Return the state: ``complete``, ``partial`` or ``absent``; ``stale``; and its marks."""
+    whole = "absent" if image.absence is not None else "partial"
+    words = ["complete" if image.is_complete else whole]
     if image.stale is not None:
         words.append("stale")
     return [*words, *image.marks]

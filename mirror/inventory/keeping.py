@@ -42,7 +42,8 @@ class Keepers:
         for pin in marks.pins.values():
             self._add("pinned", pin, pin.digest)
         for freeze in marks.freezes.values():
-            self._add("frozen", freeze, freeze.digest)
+            for digest in freeze.digests:
+                self._add("frozen", freeze, digest)
         self.tags: set[DigestText] = set()
         """The digests that pinned and frozen tags have now."""
         for name in names if self._keepers else ():
@@ -51,16 +52,22 @@ class Keepers:
                 if one is not None:
                     self._add(mark, one, name.digest)
                     self._add(mark, one, name.current)
-                    self.tags |= {str(name.digest), str(name.current)}
+                    self.tags |= {name.root, name.current_root}
 
     def _add(self, mark: str, named: Pin | Freeze, digest: Digest) -> None:
         keeper = Keeper(mark, f"{_REMEDIES[mark]} {named.name}")
         key = repository_part(named.name), str(digest)
         self._keepers.setdefault(key, {}).setdefault(mark, keeper)
 
+    def has_mark_of(self, name: Name) -> bool:
+        """Return whether a pin or a freeze names the digest of a name, in its repository."""
+        return (str(name.repository), name.root) in self._keepers
+
     def of(self, name: Name, reached: Collection[DigestText]) -> list[Keeper]:
         """Return what keeps a name. ``reached``: all content of its image."""
-        found = list(self._keepers.get((str(name.repository), str(name.digest)), {}).values())
+        if not self._keepers and not self._leases:
+            return []
+        found = list(self._keepers.get((str(name.repository), name.root), {}).values())
         if not self._leases.isdisjoint(reached):
             found.append(LEASED)
         if name.is_hosted:

@@ -17,7 +17,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-_FORMAT: Final = 3
+_FORMAT: Final = 4
 """``user_version`` of the database. A file of another format is made anew."""
 _CACHE_TIMEOUT_S: Final = 1.0
 """Seconds to wait for another command that writes. Then the rows are not written."""
@@ -26,13 +26,9 @@ _CREATE: Final = (
 )
 
 
-def _decode(text: bytes) -> str:
-    return text.decode(errors="replace")  # The checksum finds it.
-
-
-def _sum(digest: str, text: str) -> int:
-    """Return the checksum of a row: SQLite has none. 20,000 rows take 20 ms."""
-    return zlib.crc32(f"{digest} {text}".encode(errors="replace"))
+def _sum(digest: bytes, text: bytes) -> int:
+    """Return the checksum of a row: SQLite has none."""
+    return zlib.crc32(text, zlib.crc32(digest))
 
 
 class ManifestCache:
@@ -51,9 +47,13 @@ class ManifestCache:
             return {}
         try:
             with self._open() as database:
-                database.text_factory = _decode
+                database.text_factory = bytes
                 rows = database.execute("SELECT digest, facts, sum FROM manifests").fetchall()
-                return {key: text for key, text, found in rows if _sum(key, text) == found}
+                return {
+                    key.decode(): text.decode()
+                    for key, text, found in rows
+                    if _sum(key, text) == found
+                }
         except sqlite3.DatabaseError as error:
             if not isinstance(error, sqlite3.OperationalError):
                 self._delete()
@@ -65,7 +65,7 @@ class ManifestCache:
             with self._open() as database, database:
                 database.executemany(
                     "INSERT OR REPLACE INTO manifests VALUES (?, ?, ?)",
-                    ((key, text, _sum(key, text)) for key, text in rows),
+                    ((key, text, _sum(key.encode(), text.encode())) for key, text in rows),
                 )
                 database.executemany(
                     "DELETE FROM manifests WHERE digest = ?", ((digest,) for digest in gone)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from functools import lru_cache
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 from mirror.inventory.model import (
     ContentType,
@@ -205,25 +205,18 @@ def load_manifest(text: DigestText, row: str) -> StoredManifest:
     ``text``: its digest.
     """
     facts, digests_text, sizes_text = row.split("\n")
-    media_type, content_type, columns, artifact_type, subject, platform, is_opaque = _load(facts)
+    known = _load(facts)
+    _, media_types, _, types, platforms, elsewhere = known.columns
     digests, sizes = digests_text.split(), list(map(int, sizes_text.split()))
-    if not len(digests) == len(sizes) == len(columns.types):
+    if not len(digests) == len(sizes) == len(types):
         raise ValueError("columns of different lengths")
-    columns = columns._replace(digests=digests, sizes=sizes)
-    return StoredManifest(
-        *(text, media_type, content_type, columns),
-        *(artifact_type, subject, platform, is_opaque),
-    )
-
-
-_Facts: TypeAlias = tuple[
-    str, ContentType, PartColumns, str | None, DigestText | None, str | None, bool
-]
-"""The fields of a :class:`StoredManifest` but its digest. The columns lack digests and sizes."""
+    columns = PartColumns._make((digests, media_types, sizes, types, platforms, elsewhere))
+    return StoredManifest(text, known.media_type, known.type, columns, *known[4:])
 
 
 @lru_cache(_KNOWN_FACTS)
-def _load(text: str) -> _Facts:
+def _load(text: str) -> StoredManifest:
+    """Return a manifest without its digest, and without the digests and sizes of its parts."""
     facts = json.loads(text)
     media_type, content_type, artifact_type, subject, platform, is_opaque, *columns = facts
     media_types, types, platforms, elsewhere = (column.split() for column in columns)
@@ -236,4 +229,7 @@ def _load(text: str) -> _Facts:
         platforms=tuple(None if word == _NONE else word for word in platforms),
         elsewhere=tuple(word == "1" for word in elsewhere),
     )
-    return media_type, _TYPES[content_type], parts, artifact_type, subject, platform, is_opaque
+    return StoredManifest(
+        *("", media_type, _TYPES[content_type], parts),
+        *(artifact_type, subject, platform, is_opaque),
+    )

@@ -43,20 +43,23 @@ def read_manifests(
     queue: list[tuple[DigestText, str]] = []
     for root in roots:
         if root not in found and root in present:
-            _add_children(reader.read(root), queue)
+            manifest = reader.read(root)
+            if manifest is not None and manifest.type is not ContentType.MANIFEST:
+                queue += _children(manifest)
     for text, media_type in queue:  # It grows while it is read.
         if text not in found and text in present:
-            _add_children(reader.read(text, media_type), queue)
+            manifest = reader.read(text, media_type)
+            if manifest is not None and manifest.type is not ContentType.MANIFEST:
+                queue += _children(manifest)
     reader.save()
     return found
 
 
-def _add_children(manifest: StoredManifest | None, queue: list[tuple[DigestText, str]]) -> None:
-    """Add (digest, stated media type) of the manifests that a manifest refers to."""
-    if manifest is not None and manifest.type is not ContentType.MANIFEST:
-        columns = manifest.columns
-        entries = zip(columns.digests, columns.media_types, columns.types, strict=True)
-        queue += [(text, stated) for text, stated, kind in entries if kind in MANIFEST_PART_TYPES]
+def _children(manifest: StoredManifest) -> list[tuple[DigestText, str]]:
+    """Return (digest, stated media type) of the manifests that a manifest refers to."""
+    columns = manifest.columns
+    entries = zip(columns.digests, columns.media_types, columns.types, strict=True)
+    return [(text, stated) for text, stated, kind in entries if kind in MANIFEST_PART_TYPES]
 
 
 class _ManifestReader:
@@ -132,6 +135,8 @@ class _ManifestReader:
 
     def save(self) -> None:
         """Write what was read, and delete the rows of many manifests that have left the disk."""
+        if not self._new and len(self._rows) - len(self.found) <= _MAX_GONE_ROWS:
+            return  # Most rows are those of manifests on disk.
         gone = [one for one in self._rows if one not in self._present]
         is_many = len(gone) > _MAX_GONE_ROWS + (len(self._rows) - len(gone)) // 4
         if self._new or is_many:

@@ -139,6 +139,15 @@ class StoredManifest(NamedTuple):
         return Digest.parse(self.text)
 
 
+class Absence(StrEnum):
+    """The reason why the manifest of an image is not on disk."""
+
+    DAMAGED = "it was damaged, and is in quarantine/"
+    LOST = "it is lost, although a mark keeps it"
+    NEVER = "it was never here"
+    EVICTED = "it was evicted, or is lost"
+
+
 class Keeper(NamedTuple):
     """The reason why an image is not removed."""
 
@@ -148,20 +157,22 @@ class Keeper(NamedTuple):
     """The way to end the mark, for people."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Image:
-    """A name whose manifest is on disk. Times are seconds since the epoch.
+    """A name, usually with its manifest on disk. Times are seconds since the epoch.
 
-    Images are compared by identity: each one of an inventory is there once.
+    Images are compared by identity: each one of an inventory is there once. They never change, but
+    are not frozen: to make 10,000 frozen ones takes three times as long.
     """
 
     repository: Repository
     tag: Tag | None
     """None: the name is the digest."""
-    digest: Digest
-    """The manifest that the mirror has for the name."""
-    current: Digest
-    """The digest that the upstream has named last. Another one than ``digest``: it is not here."""
+    root: DigestText
+    """The digest of the manifest that the mirror has for the name."""
+    current_root: DigestText
+    """The digest that the upstream has named last. Another one than ``root``: it is not here, or
+    the tag is frozen."""
     variant: str = ""
     """Media types of the clients that get this manifest. Empty: clients that accept all."""
     checked: float | None = None
@@ -179,10 +190,11 @@ class Image:
     missing: tuple[ManifestPart, ...] = ()
     """Content that a client would have to wait for: parts of platforms that are here."""
     stale: str | None = None
-    """Why the upstream is asked before the tag is served again. None: it is fresh, or a digest."""
+    """Why the upstream has not confirmed the digest of the tag. None: it has, or it is no tag."""
     marks: tuple[str, ...] = ()
     """``hosted``, ``pinned``, ``frozen``, ``leased``, ``blocked``."""
     block_reason: str | None = None
+    """The operator's reason for a block. Empty: none was given. None: it is not blocked."""
     keeper: Keeper | None = None
     """Why it is not removed. None: it may be."""
     subject: DigestText | None = None
@@ -191,18 +203,30 @@ class Image:
     """Whether a client has pushed it here: no upstream has it."""
     pushed_by: str = ""
     """The user who pushed it. Empty: anonymous, or not hosted."""
+    absence: Absence | None = None
+    """Why its manifest is not on disk. None: it is."""
 
     @property
     def name(self) -> str:
         """The image reference: ``host/path:tag`` or ``host/path@digest``."""
         if self.tag is None:
-            return f"{self.repository}@{self.digest}"
+            return f"{self.repository}@{self.root}"
         return f"{self.repository}:{self.tag}"
 
     @property
-    def root(self) -> DigestText:
-        """The digest of its manifest, as text."""
-        return str(self.digest)
+    def digest(self) -> Digest:
+        """The digest :attr:`root`."""
+        return Digest.parse(self.root)
+
+    @property
+    def current(self) -> Digest:
+        """The digest :attr:`current_root`."""
+        return Digest.parse(self.current_root)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether its manifest should be on disk, and is not."""
+        return self.absence in (Absence.DAMAGED, Absence.LOST)
 
     @property
     def is_complete(self) -> bool:
@@ -232,7 +256,10 @@ class Inventory:
     now: float
     """When it was read, in seconds since the epoch."""
     images: tuple[Image, ...]
-    """All names whose manifest is on disk, by repository, tag and digest."""
+    """All names whose manifest is on disk, by repository, tag and digest, without `platforms`."""
+    platforms: tuple[Image, ...]
+    """Digests that are only a part of an image index of their repository, in the same order (see
+    :mod:`mirror.inventory.index_platforms`)."""
     present: Set[DigestText]
     """All whole content on disk."""
     manifests: Mapping[DigestText, StoredManifest] = field(repr=False)
@@ -248,6 +275,10 @@ class Inventory:
     """Content that may belong to marked manifests which are damaged or missing."""
     hosted: frozenset[DigestText] = field(repr=False)
     """Content that a hosted repository has, also if no name reaches it."""
+    quarantined: frozenset[DigestText]
+    """Content that was damaged, is in ``quarantine/``, and was not fetched again."""
+    find_absent: Callable[[bool], tuple[Image, ...]] = field(repr=False)
+    """Builds :attr:`absent`. True: only those of :attr:`lost`."""
     scan: Callable[[], dict[Digest, Content]] = field(repr=False)
     """Lists the directories with the sizes and the recency of all content. Raises ``OSError``."""
 
@@ -260,9 +291,39 @@ class Inventory:
         return self.scan()
 
     @cached_property
+    def absent(self) -> tuple[Image, ...]:
+        """The names without a manifest on disk, in the same order. Most of them were evicted.
+
+        All tags in the index, and digests that a mark names or that are quarantined.
+        """
+        return self.find_absent(False)
+
+    @cached_property
+    def lost(self) -> tuple[Image, ...]:
+        """The :attr:`absent` names that a mark has, or whose manifest is quarantined."""
+        return self.find_absent(True)
+
+    @cached_property
+    def holding(self) -> tuple[Image, ...]:
+        """Marked images for whose lost manifest all content of their repository stays."""
+        if not self.unclear:
+            return ()
+        damaged = (one for one in self.images if one.root not in self.manifests and one.keeper)
+        return (*(one for one in self.lost if one.is_lost and one.keeper), *damaged)
+
+    @cached_property
     def protected(self) -> frozenset[DigestText]:
-        """Content that must stay: that of marked manifests, and their referrers, and hosted one."""
+        """Content that must stay: that of marked manifests, their referrers, and their indexes,
+        and hosted content.
+
+        Of an index that lists a marked image, no other image is protected.
+        """
         protected = {*self.unclear, *self.hosted}
+        protected.update(
+            one.text
+            for one in (self.manifests.values() if self.marked else ())
+            if one.type is ContentType.INDEX and not self.marked.isdisjoint(one.columns.digests)
+        )
         queue = list(self.marked)
         seen: set[DigestText] = set()
         for root in queue:  # It grows while it is read.
@@ -315,24 +376,39 @@ class Inventory:
     def find(self, name: ImageName) -> list[Image]:
         """Return the images of a name: of its tag, of its digest, or of the whole repository.
 
-        A digest also finds the tags that have it.
+        A digest also finds the tags that have it, or the platform of an index that it is.
         """
         images = [image for image in self.images if image.repository == name.repository]
         match name.reference:
             case None:
                 return images
             case Digest() as digest:
-                return [image for image in images if image.digest == digest]
+                text = str(digest)
+                return [image for image in images if image.root == text] or [
+                    image
+                    for image in self.platforms
+                    if image.repository == name.repository and image.root == text
+                ]
             case Tag() as tag:
                 return [image for image in images if image.tag == tag]
 
-    def match(self, pattern: str) -> list[Image]:
-        """Return the images whose name a shell-style pattern matches.
+    def is_platform(self, image: Image) -> bool:
+        """Return whether an image is one of :attr:`platforms`."""
+        return bool(self.platforms) and image in self._platforms
 
-        The pattern may leave out the tag, the upstream, and ``docker.io/library/``. Its ``*`` also
-        stands for ``/``.
-        """
-        return [image for image in self.images if is_named(image, pattern)]
+    @cached_property
+    def _platforms(self) -> Set[Image]:
+        return frozenset(self.platforms)
+
+    def wholes_of(self, platform: Image) -> list[Image]:
+        """Return the indexes that one of :attr:`platforms` is a part of."""
+        return [
+            image
+            for image in self.images
+            if image.repository == platform.repository
+            and not image.is_referrer
+            and platform.root in self.sharing.reached(image.root)
+        ]
 
     # --- who shares -------------------------------------------------------------------------------
 
@@ -390,7 +466,7 @@ class Inventory:
     def unique_of(self, image: Image) -> int:
         """Return the bytes that go if this name goes, with its referrers (:meth:`freed_by`)."""
         root = image.root
-        if len(self.names_by_root[root]) > 1:
+        if image.absence or self.is_platform(image) or len(self.names_by_root[root]) > 1:
             return 0
         if self._referrers:
             return self.size_of(self.freed_by([image]))

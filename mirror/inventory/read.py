@@ -22,6 +22,7 @@ from mirror.oci.reference import Digest
 from mirror.store.image_layout import read_index_json
 from mirror.store.layout import Layout
 from mirror.store.marks import Marks, protected_roots
+from mirror.store.quarantine import quarantined_digests
 from mirror.store.saved_rows import IndexUnreadable, read_names
 
 CACHE_NAME: Final = "manifests.db"
@@ -66,10 +67,10 @@ def read_inventory(
                 f"the index is lost, and index.json is damaged ({error}): start the server, which "
                 "restores the index from what is readable"
             ) from None
-    frozen = {freeze.name: freeze.digest for freeze in marks.freezes.values()}
+    frozen = {one.name: tuple(map(str, one.digests)) for one in marks.freezes.values()}
     pushed = read_hosted_names(layout, None if hosted is None else hosted.name)
     found = [*names.images(present, frozen), *pushed.names]
-    by_root = {str(name.digest): name for name in found}
+    by_root = {name.root: name for name in found}
 
     def stated_type(root: DigestText) -> str:
         if root in pushed.media_types:
@@ -82,7 +83,22 @@ def read_inventory(
     status = stat_contents(layout, {*manifests, *by_root}, now)
     on_disk = OnDisk(present, manifests, status, partial(scan, layout, now))
     unclear = _read_unclear(layout, marks, now, names, manifests)
-    return build_inventory(found, on_disk, upstreams, marks, now, unclear, pushed.contents)
+    quarantined = frozenset(map(str, quarantined_digests(layout))) - present
+    marked = {freeze.name: freeze.digest for freeze in marks.freezes.values()}
+    marked |= {pin.name: pin.digest for pin in marks.pins.values()}
+    wanted = quarantined.union(map(str, protected_roots(marks, now)))
+    absent = names.absent(present, frozen, marked, wanted)
+    return build_inventory(
+        found,
+        on_disk,
+        upstreams,
+        marks,
+        now,
+        unclear,
+        absent=absent,
+        quarantined=quarantined,
+        hosted=pushed.contents,
+    )
 
 
 def _read_unclear(

@@ -29,14 +29,19 @@ _IS_HEX: Final = re.compile("[0-9a-f]+").fullmatch
 def list_contents(layout: Layout) -> frozenset[DigestText]:
     """Return the digests of all whole content. It takes 0.1 s for 100,000 contents.
 
-    Names that are no digests are passed over. Raises ``OSError`` if a directory cannot be listed:
-    its content must not count as gone.
+    Foreign entries are passed over, as by :func:`scan`. The listing says which entries are regular
+    files, so no file is asked. Raises ``OSError`` if a directory cannot be listed: its content must
+    not count as gone.
     """
     found: list[DigestText] = []
     for directory in layout.content_directories():
         length, prefix = _HEX_LENGTHS[directory.name], f"{directory.name}:"
-        with suppress(FileNotFoundError):
-            names = [name for name in os.listdir(directory) if len(name) == length]
+        with suppress(FileNotFoundError), os.scandir(directory) as entries:
+            names = [
+                entry.name
+                for entry in entries
+                if len(entry.name) == length and entry.is_file(follow_symlinks=False)
+            ]
             if os.fsencode("".join(names)).translate(None, _HEX):
                 names = list(filter(_IS_HEX, names))  # Some are foreign: look at each one.
             found += [prefix + name for name in names]

@@ -7,7 +7,7 @@ are text (see :mod:`mirror.inventory.model`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Set
+from collections.abc import Collection, Container, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -25,15 +25,21 @@ class Sharing:
     """Content -> the number of roots that reach it."""
 
     @classmethod
-    def of(cls, roots: Iterable[str], parts: Mapping[str, Collection[str]]) -> Sharing:
+    def of(
+        cls,
+        roots: Iterable[str],
+        parts: Mapping[str, Collection[str]],
+        leaves: Container[str] = frozenset(),
+    ) -> Sharing:
         """Compute all closures. It takes 0.2 s for a million references.
 
         Args:
             roots: Manifests, each once.
             parts: Manifest -> the content that it refers to. Blobs, and manifests that are not on
                 disk, are missing.
+            leaves: Manifests known to refer to no other manifest: most of them, so it is faster.
         """
-        closures = {root: reached(root, parts) for root in roots}
+        closures = {root: reached(root, parts, leaves) for root in roots}
         return cls(parts, closures, Counter(chain.from_iterable(closures.values())))
 
     def reached(self, digest: str) -> Set[str]:
@@ -60,12 +66,15 @@ class Sharing:
         return {digest for digest, count in tally.items() if count == self.owners[digest]}
 
 
-def reached(root: str, parts: Mapping[str, Collection[str]]) -> Set[str]:
-    """Return ``root`` and all that it refers to, each once."""
+def reached(
+    root: str, parts: Mapping[str, Collection[str]], leaves: Container[str] = frozenset()
+) -> Set[str]:
+    """Return ``root`` and all that it refers to, each once. The arguments are those of `of`."""
     found = {root}
     queue = [root]
     for digest in queue:  # It grows while it is read.
         below = parts.get(digest, ())
-        queue += [one for one in below if one in parts and one not in found]
+        if digest not in leaves:
+            queue += [one for one in below if one in parts and one not in found]
         found.update(below)
     return found

@@ -9,29 +9,25 @@ from __future__ import annotations
 from typing import Final
 
 from mirror.config.settings import Upstream
-from mirror.pull.freshness import is_fresh
 
 MOVED: Final = "the tag has moved to content that is not here"
 NOT_CONFIGURED: Final = "its upstream is not configured"
 NOT_CONFIRMED: Final = "not confirmed since the index was lost"
-TOO_OLD: Final = "older than tag_ttl"
 
 
-def why_stale(
-    checked: float | None, upstream: Upstream | None, now: float, *, is_current: bool
-) -> str | None:
-    """Return why a cached tag is stale. None: it is fresh, or it is asked for each time anyway.
+def why_stale(checked: float | None, upstream: Upstream | None, *, is_current: bool) -> str | None:
+    """Return why a cached tag is stale. None: the upstream has confirmed it.
+
+    A tag that is older than ``tag_ttl`` is not stale: its next pull asks the upstream, as usual.
 
     Args:
         checked: When the upstream last confirmed the tag, in seconds since the epoch.
         upstream: Settings of the upstream. None: it is not configured.
-        now: Seconds since the epoch.
         is_current: Whether the digest that the upstream has named last is on disk.
     """
     if not is_current:
         return MOVED
     if upstream is None:
         return NOT_CONFIGURED
-    if upstream.pull_policy != "IfNotPresent" or is_fresh(checked, upstream, now):
-        return None
-    return NOT_CONFIRMED if checked is None else TOO_OLD
+    is_asked_always = upstream.pull_policy != "IfNotPresent"
+    return NOT_CONFIRMED if checked is None and not is_asked_always else None

@@ -12,6 +12,7 @@ from typing import Final
 
 from mirror.config.settings import Log
 from mirror.observability.logs import BurstLimit, LineStream, LogWriter
+from mirror.oci.errors import error_text
 from mirror.threads import Schedule
 
 _MALFORMED_HTTP: Final = "aiohttp.http_exceptions"
@@ -52,7 +53,7 @@ class _LibraryLogHandler(logging.Handler):
         fields: dict[str, object] = {"logger": record.name, **getattr(record, "fields", {})}
         if record.exc_info and record.exc_info[1] is not None:
             error = record.exc_info[1]
-            fields["error"] = f"{type(error).__name__}: {error}"
+            fields["error"] = error_text(error)
         self._writer.write(record.levelno, record.getMessage(), fields)
 
 

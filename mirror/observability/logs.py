@@ -284,9 +284,7 @@ class LogObserver:
     def observe(self, event: Event) -> None:
         """Write the line of an event, if it has one."""
         match event:
-            case events.RequestStarted() | events.BytesSent():
-                pass
-            case events.RequestEnded(pull):
+            case events.RequestEnded(pull):  # First: it is the most frequent one.
                 level = request_level(pull)
                 if self._writer.is_enabled(level):
                     self._writer.write_request(level, pull)
@@ -361,15 +359,20 @@ def _change_fields(change: HostedChange) -> dict[str, object]:
 # --- the line of a request ------------------------------------------------------------------------
 
 
+# Looking up a member of an enum is a call: it takes a quarter of the time of `request_level`.
+_ERROR: Final = Outcome.ERROR
+_PING: Final = Kind.PING
+
+
 def request_level(pull: RequestRecord) -> int:
     """Return the level of a request's line.
 
     A warning: the upstream's or our own fault, before or after the header was sent. Debug: a probe
     (``/healthz``, ``/metrics``). All else is info: also a 404, and a client's own fault.
     """
-    if pull.outcome is Outcome.ERROR and (pull.status == 429 or not 400 <= pull.status < 500):
+    if pull.outcome is _ERROR and (pull.status == 429 or not 400 <= pull.status < 500):
         return logging.WARNING
-    is_probe = pull.kind is Kind.PING and not pull.error
+    is_probe = pull.kind is _PING and not pull.error
     return logging.DEBUG if is_probe else logging.INFO
 
 

@@ -24,6 +24,7 @@ from prometheus_client import (
     Counter,
     Gauge,
     Histogram,
+    disable_created_metrics,
     generate_latest,
     multiprocess,
     values,
@@ -35,6 +36,8 @@ from mirror.observability.events import Event, Kind, Outcome, RequestRecord
 from mirror.observability.hosted_metrics import HostedMetrics
 from mirror.observability.notification_metrics import NotificationMetrics
 from mirror.threads import Schedule, run_in_thread
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # theirs: doubles the counters' series
 
 _Mode: TypeAlias = Literal["mostrecent", "livesum", "livemax"]
 
@@ -262,13 +265,7 @@ class MetricsObserver:
         self._requests_by: dict[tuple[str, Kind, Outcome], Counter] = {}
         self._sent_by: dict[str, Counter] = {}
         self._fetched_by: dict[str, Counter] = {}
-        self._durations_by = {
-            (kind, outcome): (
-                self._first_byte.labels(kind.value, outcome.value),
-                self._duration.labels(kind.value, outcome.value),
-            )
-            for kind, outcome in product(Kind, Outcome)
-        }
+        self._durations_by: dict[tuple[Kind, Outcome], tuple[Histogram, Histogram]] = {}
         self._start_at_zero()
         self._add_upstream(NO_UPSTREAM)
         self.add_upstreams(upstreams)
@@ -434,7 +431,7 @@ class MetricsObserver:
             upstream = self._upstream(name)
             self._requests_by[upstream, kind, outcome].inc(len(pulls))
             self._pushed.inc(sum(pull.bytes_received for pull in pulls))
-            first_byte, duration = self._durations_by[kind, outcome]
+            first_byte, duration = self._durations_of(kind, outcome)
             _observe_all(
                 first_byte, [p.duration if p.first_byte is None else p.first_byte for p in pulls]
             )
@@ -445,6 +442,15 @@ class MetricsObserver:
             incomplete = sum(pull.bytes_sent > 0 and not pull.is_complete for pull in pulls)
             if incomplete:
                 self._incomplete.labels(upstream).inc(incomplete)
+
+    def _durations_of(self, kind: Kind, outcome: Outcome) -> tuple[Histogram, Histogram]:
+        """Return the histograms of such requests. They have too many series to create them all."""
+        found = self._durations_by.get((kind, outcome))
+        if found is None:
+            labels = kind.value, outcome.value
+            found = self._first_byte.labels(*labels), self._duration.labels(*labels)
+            self._durations_by[kind, outcome] = found
+        return found
 
     def _exchange_ended(self, event: events.ExchangeEnded) -> None:
         name = self._upstream(event.upstream)

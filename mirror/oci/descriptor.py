@@ -55,9 +55,8 @@ for itself."""
 MAX_DESCRIPTOR_SIZE: Final = 2**63 - 1
 """Bytes; the largest size in a descriptor (descriptor.md: "int64")."""
 
-_ATTACHED_TAG: Final = re.compile(r"sha(?:256|512)-[a-f0-9]{64}(?:\.(?:sig|att|sbom))?", re.ASCII)
-
 # An escape that may be half of a surrogate pair. Only such a body is checked for lone halves.
+_REFERRERS_TAG: Final = re.compile(r"(sha(?:256|512)-[0-9a-f]{64})(?:\..*)?", re.ASCII)
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 
 # Go's decoder ignores the case of a key, so it could read ``Layers`` in place of ``layers``.
@@ -207,13 +206,14 @@ def referrers_tag(digest: Digest) -> str:
     return f"{digest.algorithm[:32]}-{digest.hex[:64]}"
 
 
-def is_attached_tag(tag: str) -> bool:
-    """Return whether a tag names what belongs to a digest: referrers, a signature, an SBOM.
+def parse_referrers_tag(name: str) -> str | None:
+    """Return the :func:`referrers_tag` of the content to which an image with this tag belongs.
 
-    Of ``sha256-<hex>`` (Distribution, "Referrers Tag Schema"), and the tags of cosign, which add
-    ``.sig``, ``.att`` or ``.sbom``.
+    It is the tag itself, or its beginning: cosign appends ``.sig``, ``.att`` or ``.sbom``, and
+    other tools append other words. None: it is a usual tag.
     """
-    return _ATTACHED_TAG.fullmatch(tag) is not None
+    match = _REFERRERS_TAG.fullmatch(name)
+    return match[1] if match is not None else None
 
 
 def referrers_index(entries: Sequence[Any] = ()) -> bytes:

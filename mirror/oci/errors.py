@@ -451,3 +451,25 @@ class ConfigError(Exception):
 
     Raised by ``config`` and ``cli``, before a server runs, so no client sees it.
     """
+
+
+# --- the text of any error ------------------------------------------------------------------------
+
+
+def error_text(error: BaseException) -> str:
+    """Return what an error says, for people.
+
+    The class of an error of the program itself is named: the text alone, such as ``'tag'``, would
+    say nothing.
+    """
+    import sqlite3  # Imported here: most modules that import this one need no database.
+
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, MirrorError):
+        return error.message
+    if isinstance(error, ConfigError):
+        return str(error)
+    text = str(error)
+    is_plain = isinstance(error, OSError | sqlite3.Error) and text
+    return text if is_plain else f"{type(error).__name__}: {text}".removesuffix(": ")

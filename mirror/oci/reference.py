@@ -36,10 +36,13 @@ class Digest:
     def parse(cls, raw: str) -> Digest:
         """Read ``algorithm:hex``. Raises :class:`DigestInvalid`."""
         match = _DIGEST.fullmatch(raw)
-        if match is None or len(match["hex"]) != _HEX_LENGTH[match["algorithm"]]:
+        if match is None:
             raise DigestInvalid(
                 "not a sha256 or sha512 digest: this mirror cannot verify any other algorithm"
             )
+        length = _HEX_LENGTH[match["algorithm"]]
+        if len(match["hex"]) != length:
+            raise DigestInvalid(f"a {match['algorithm']} digest has {length} hexadecimal digits")
         return cls(match["algorithm"], match["hex"])
 
     @classmethod
@@ -137,6 +140,12 @@ class Tag:
 
     def __str__(self) -> str:
         return self.name
+
+
+def is_digest(raw: str) -> bool:
+    """Return whether :meth:`Digest.parse` reads ``raw``."""
+    match = _DIGEST.fullmatch(raw)
+    return match is not None and len(match["hex"]) == _HEX_LENGTH[match["algorithm"]]
 
 
 Reference: TypeAlias = Tag | Digest

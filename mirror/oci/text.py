@@ -46,6 +46,11 @@ def size_text(size: int) -> str:
     return f"{size / 1024**exponent:.{1 if exponent else 0}f}{_SIZE_UNITS[exponent]}"
 
 
+def count_text(count: int, noun: str) -> str:
+    """Return a number of things for people: ``1 image``, ``2 images``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 @overload
 def time_text(seconds: float) -> str: ...
 @overload
@@ -57,7 +62,7 @@ def time_text(seconds: float | None) -> str | None:
 
 @lru_cache(10_000)  # The images of a pull were used in the same second, and a listing has 100,000.
 def _whole_time_text(seconds: int) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return f"{datetime.fromtimestamp(seconds, UTC).isoformat()[:19]}Z"
 
 
 def age_text(seconds: float) -> str:

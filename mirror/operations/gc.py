@@ -10,16 +10,16 @@ part of that.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from mirror.inventory.model import Content, Inventory
+from mirror.inventory.model import Content, ContentType, Inventory
 from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest
 from mirror.oci.text import age_text
-from mirror.operations.cleaning_report import CleaningReport, Item
+from mirror.operations.cleaning_report import CleaningReport, Item, ItemKind
 from mirror.store import disk
 from mirror.store.garbage_rows import count_expired, drop_expired, read_access_beside
 from mirror.store.hosted_contents import HostedContents
@@ -35,7 +35,12 @@ DEFAULT_GRACE_S: Final = 86400.0
 """Seconds for which unused content is kept: a fetch that broke is usually repeated within them."""
 MIN_GRACE_S: Final = 600.0
 """Shortest time, in seconds: the blobs of an image come before its manifest is named."""
+YOUNG: Final = "used or written within"
+"""Why young content stays. The time follows."""
+_BLOB_TYPES: Final = (ContentType.LAYER, ContentType.CONFIG)
 _NO_NAME: Final = "no name reaches it"
+_NOT_UNDERSTOOD: Final = "an image may need it, whose manifest is damaged or not understood"
+_LOST: Final = "a marked image has lost it: fetch that image with oci-mirror warm"
 
 
 class NothingNamed(StorageUnavailable):
@@ -62,20 +67,24 @@ def find_garbage(layout: Layout, inventory: Inventory, grace: float) -> Cleaning
         OSError: A directory cannot be listed.
     """
     report = CleaningReport(is_dry_run=True)
-    for blob in _old_orphans(layout, inventory, grace):
+    orphans, kept = _old_orphans(layout, inventory, grace)
+    for blob in orphans:
         report.items.append(_content_item(blob, blob.size, inventory.now))
-    for leftover in _old_leftovers(layout, inventory.now, grace):
+    leftovers, kept_leftovers = _old_leftovers(layout, inventory.now, grace)
+    for leftover in leftovers:
         report.items.append(_leftover_item(leftover, leftover.bytes, inventory.now))
-    for path, size, age in _old_quarantine(layout, inventory, grace):
+    quarantined, kept_quarantined = _quarantined(layout, inventory, grace)
+    for path, size, age in quarantined:
         report.items.append(_quarantine_item(path, size, age))
     expired = count_expired(layout, inventory.now)
     if expired:
         report.items.append(_expired_item(expired))
+    report.items += [*kept, *kept_leftovers, *kept_quarantined]
     return report
 
 
 async def collect_garbage(store: Store, inventory: Inventory, grace: float) -> CleaningReport:
-    """Remove the garbage of a data directory. Says what went, and what was used meanwhile.
+    """Remove the garbage of a data directory. Says what went, what stays, and why.
 
     Args:
         store: The open data directory.
@@ -86,17 +95,17 @@ async def collect_garbage(store: Store, inventory: Inventory, grace: float) -> C
     """
     layout, now = store.layout, inventory.now
     report = CleaningReport()
-    orphans = await run_in_thread(_old_orphans, layout, inventory, grace)
+    orphans, kept = await run_in_thread(_old_orphans, layout, inventory, grace)
     try:
         removal = await store.evictor.remove(orphans)
     except ProtectionUnknown as error:
         raise StorageUnavailable(f"nothing more was removed: {error}") from None
     report.items += _content_items(orphans, removal, now)
-    leftovers = await run_in_thread(_old_leftovers, layout, now, grace)
+    leftovers, kept_leftovers = await run_in_thread(_old_leftovers, layout, now, grace)
     dropped = await run_in_thread(_drop_leftovers, layout, leftovers)
     for leftover, size in dropped.items():
         report.items.append(_leftover_item(leftover, size, now))
-    quarantined = await run_in_thread(_drop_quarantined, layout, inventory, grace)
+    quarantined, kept_quarantined = await run_in_thread(_drop_quarantined, layout, inventory, grace)
     report.items += quarantined
     store.count_dropped(sum(dropped.values()) + sum(item.bytes for item in quarantined))
     expired = 0
@@ -104,14 +113,26 @@ async def collect_garbage(store: Store, inventory: Inventory, grace: float) -> C
         expired = await run_in_thread(drop_expired, layout, now)
     if expired:
         report.items.append(_expired_item(expired))
+    report.items += [*kept, *kept_leftovers, *kept_quarantined]
     return report
+
+
+def _kept(kind: ItemKind, sizes: Sequence[int], why: str) -> list[Item]:
+    """Return one item for all that stays for one reason. None, if there is nothing."""
+    item = Item(action="kept", kind=kind, bytes=sum(sizes), count=len(sizes), why=why)
+    return [item] if sizes else []
 
 
 # --- content --------------------------------------------------------------------------------------
 
 
-def _old_orphans(layout: Layout, inventory: Inventory, grace: float) -> list[Content]:
-    """Return content that no name reaches and nobody has used, the oldest first."""
+def _old_orphans(
+    layout: Layout, inventory: Inventory, grace: float
+) -> tuple[list[Content], list[Item]]:
+    """Return content that no name reaches and nobody has used, the oldest first.
+
+    And the items of that which stays.
+    """
     orphans = inventory.orphans
     found = [content for content in inventory.contents.values() if str(content.digest) in orphans]
     # Hosted content is named elsewhere.
@@ -119,10 +140,18 @@ def _old_orphans(layout: Layout, inventory: Inventory, grace: float) -> list[Con
     if found and not inventory.images:
         raise NothingNamed
     old = [blob for blob in found if inventory.now - blob.used > grace]
-    if old:
-        unclear = _unclear_content(layout, inventory)
-        old = [blob for blob in old if blob.digest not in unclear]
-    return sorted(old, key=lambda blob: blob.used)
+    young = [blob.size for blob in found if inventory.now - blob.used <= grace]
+    unclear = _unclear_content(layout, inventory) if old else set()
+    kept = [
+        *_kept("content", young, _young(grace)),
+        *_kept("content", [blob.size for blob in old if blob.digest in unclear], _NOT_UNDERSTOOD),
+    ]
+    old = [blob for blob in old if blob.digest not in unclear]
+    return sorted(old, key=lambda blob: blob.used), kept
+
+
+def _young(grace: float) -> str:
+    return f"{YOUNG} {age_text(grace)}"
 
 
 def _unclear_content(layout: Layout, inventory: Inventory) -> set[Digest]:
@@ -133,8 +162,7 @@ def _unclear_content(layout: Layout, inventory: Inventory) -> set[Digest]:
         if manifest is None or manifest.is_opaque:
             repositories.add(image.repository)
     # What verify has moved away is in no inventory, nor is a damaged child of an index.
-    damaged = {digest_of_file(path) for path, _ in quarantined_files(layout)} - {None}
-    moved = [one for one in damaged if one is not None and str(one) not in inventory.present]
+    moved = [Digest.parse(one) for one in inventory.quarantined]
     return read_access_beside(layout, moved, [str(one) for one in repositories])
 
 
@@ -160,15 +188,19 @@ def _content_item(blob: Content, size: int, now: float) -> Item:
 # --- leftovers, quarantine, rows ------------------------------------------------------------------
 
 
-def _old_leftovers(layout: Layout, now: float, grace: float) -> list[Leftover]:
-    """Return the leftovers that cannot be resumed, or that nobody has resumed for long."""
-    boot = disk.boot_id()
-    return [
-        leftover
-        for leftover in find_leftovers(layout)
-        if now - leftover.modified > grace
-        or not is_resumable(layout, leftover.digest, leftover.length, now, boot)
-    ]
+def _old_leftovers(layout: Layout, now: float, grace: float) -> tuple[list[Leftover], list[Item]]:
+    """Return the leftovers that cannot be resumed, or that nobody has resumed for long.
+
+    And the items of those that stay.
+    """
+    boot, old, young = disk.boot_id(), [], []
+    for leftover in find_leftovers(layout):
+        is_young = now - leftover.modified <= grace
+        if is_young and is_resumable(layout, leftover.digest, leftover.length, now, boot):
+            young.append(leftover.bytes)
+        else:
+            old.append(leftover)
+    return old, _kept("leftover", young, _young(grace))
 
 
 def _drop_leftovers(layout: Layout, leftovers: Iterable[Leftover]) -> Mapping[Leftover, int]:
@@ -191,25 +223,39 @@ def _leftover_item(leftover: Leftover, size: int, now: float) -> Item:
     )
 
 
-def _old_quarantine(
+def _quarantined(
     layout: Layout, inventory: Inventory, grace: float
-) -> Iterator[tuple[Path, int, float]]:
+) -> tuple[list[tuple[Path, int, float]], list[Item]]:
+    """Return damaged content (path, bytes, seconds since it was found), and what of it stays.
+
+    Layers, configs and what is here again need no grace. Anything else may be a manifest: as long
+    as that is there, content that may belong to it stays.
+    """
+    found, needed, young = [], [], []
     for path, status in quarantined_files(layout):
-        digest = digest_of_file(path)
-        if str(digest) in inventory.protected and str(digest) not in inventory.present:
-            continue  # As long as it is there, what may belong to it stays.
-        age = inventory.now - status.st_ctime
-        if age > grace:
-            yield path, status.st_size, age
+        text, age = str(digest_of_file(path)), inventory.now - status.st_ctime
+        is_here = text in inventory.present
+        if text in inventory.protected and not is_here:
+            needed.append(status.st_size)
+        elif age > grace or is_here or inventory.type_of(text) in _BLOB_TYPES:
+            found.append((path, status.st_size, age))
+        else:
+            young.append(status.st_size)
+    kept = [*_kept("quarantine", needed, _LOST), *_kept("quarantine", young, _young(grace))]
+    return found, kept
 
 
-def _drop_quarantined(layout: Layout, inventory: Inventory, grace: float) -> list[Item]:
+def _drop_quarantined(
+    layout: Layout, inventory: Inventory, grace: float
+) -> tuple[list[Item], list[Item]]:
+    """Remove damaged content. Returns the items of that which went, and of that which stays."""
     items = []
-    for path, size, age in list(_old_quarantine(layout, inventory, grace)):
+    found, kept = _quarantined(layout, inventory, grace)
+    for path, size, age in found:
         with suppress(OSError):
             path.unlink()
             items.append(_quarantine_item(path, size, age))
-    return items
+    return items, kept
 
 
 def _quarantine_item(path: Path, size: int, age: float) -> Item:

@@ -155,8 +155,8 @@ def _images(
         Name(
             repository=Repository(hosted.name, row.repository),
             tag=row.tag,
-            digest=row.digest,
-            current=row.digest,
+            root=str(row.digest),
+            current_root=str(row.digest),
         )
         for row in rows
     ]
@@ -170,8 +170,8 @@ def _images(
         yield Image(
             repository=name.repository,
             tag=row.tag,
-            digest=row.digest,
-            current=row.digest,
+            root=str(row.digest),
+            current_root=str(row.digest),
             first_seen=row.pushed_at,
             used=max(row.pushed_at, row.pulled_at),
             keeper=keeper,

@@ -110,7 +110,9 @@ def find_files(directory: Path, found: ImageList) -> list[Path]:
     files: list[Path] = []
     for root, directories, names in os.walk(directory, onerror=on_error):
         directories[:] = sorted(name for name in directories if not name.startswith("."))
-        files += [Path(root, name) for name in sorted(names) if Path(name).suffix in _SUFFIXES]
+        paths = [Path(root, name) for name in sorted(names) if Path(name).suffix in _SUFFIXES]
+        # A pipe would be waited for. A link that leads nowhere is a problem once it is read.
+        files += [path for path in paths if path.is_file() or not path.exists()]
         if len(files) > MAX_FILES:
             found.problems.append(f"{directory}: has more than {MAX_FILES} files")
             return files[:MAX_FILES]

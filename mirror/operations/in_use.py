@@ -17,6 +17,7 @@ from mirror.oci.image_name import ImageName
 from mirror.oci.reference import Digest, Tag
 from mirror.operations.kubernetes import UsedImage
 from mirror.operations.marking import change
+from mirror.store import disk
 from mirror.store.index import Index
 from mirror.store.layout import Layout
 from mirror.store.marks import Lease, Marks, read_marks, replace_leases
@@ -142,4 +143,4 @@ async def _digests_of(index: Index, image: UsedImage) -> Collection[Digest]:
 
 
 def _count_cached(layout: Layout, digests: Collection[Digest]) -> int:
-    return sum(layout.blob(digest).is_file() for digest in digests)
+    return sum(disk.has_whole(layout, digest) for digest in digests)

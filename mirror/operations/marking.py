@@ -22,10 +22,12 @@ from mirror.oci.errors import (
 )
 from mirror.oci.image_name import ImageName
 from mirror.oci.reference import Digest, Repository, Tag
+from mirror.store import disk
 from mirror.store.index import Index
 from mirror.store.layout import Layout
 from mirror.store.marks import Block, Freeze, Marks, Pin, change_marks
 from mirror.store.protection import read_parts
+from mirror.store.records import TagRecord
 from mirror.threads import HangingCalls, run_in_thread
 
 MAX_REASON_CHARS: Final = 500
@@ -151,6 +153,29 @@ async def block(layout: Layout, index: Index, target: Target, reason: str, now: 
     return (await change(layout, add)).blocks[str(target)]
 
 
+def why_incomplete(layout: Layout, target: Target, block: Block) -> str | None:
+    """Return what a block does not refuse because the image is not here. None: nothing. Blocks.
+
+    Args:
+        layout: Where content is.
+        target: What the operator has blocked.
+        block: The block, as it is in force.
+    """
+    match target:
+        case ImageName(_, Tag()) if not block.digests:
+            return "the tag is not in the cache: its digest is not refused under other names"
+        case Digest() as digest if not disk.has_whole(layout, digest):
+            pass
+        case ImageName(_, Digest() as digest) if not disk.has_whole(layout, digest):
+            pass
+        case _:
+            return None
+    return (
+        "the content is not here: if it is an index, also block the digests of the images that it "
+        "lists, or pull it first"
+    )
+
+
 async def unblock(layout: Layout, target: Target) -> Block | None:
     """Serve a blocked target again. Returns its block, or None if there was none."""
     removed: list[Block] = []
@@ -196,6 +221,8 @@ def _digest_of(name: ImageName) -> Digest:
 async def freeze(layout: Layout, index: Index, name: ImageName, now: float) -> Freeze:
     """Serve a tag from the digest that it has here, whatever the upstream says of it.
 
+    Clients that do not accept its media type get the manifest that the upstream has for them.
+
     A tag that is frozen already stays at its digest.
 
     Args:
@@ -211,7 +238,8 @@ async def freeze(layout: Layout, index: Index, name: ImageName, now: float) -> F
         OSError: The marks cannot be written.
     """
     name = _with_tag(name)
-    new = Freeze(str(name), (await find_digests(index, name))[0], now)
+    digest, *variants = await find_current(index, name)
+    new = Freeze(str(name), digest, now, tuple(variants))
 
     def add(marks: Marks) -> Marks:
         return replace(marks, freezes={new.name: new, **marks.freezes})
@@ -283,13 +311,30 @@ async def find_digests(index: Index, name: ImageName) -> list[Digest]:
     A registry may send another manifest to clients that do not accept every media type. Those
     digests are the last ones.
 
-    Raises ``ManifestUnknown`` if the tag is not in the cache.
+    Raises ``ManifestUnknown`` if the tag is not in the cache, and ``StorageUnavailable`` if the
+    index cannot be read.
     """
+    records = await _find_records(index, name)
+    return list(dict.fromkeys(digest for record in records for digest in record.digests))
+
+
+async def find_current(index: Index, name: ImageName) -> list[Digest]:
+    """Return the digest that a tag has now, and those that it has for other clients, each once.
+
+    Raises as :func:`find_digests`.
+    """
+    records = await _find_records(index, name)
+    return list(dict.fromkeys(record.digest for record in records))
+
+
+async def _find_records(index: Index, name: ImageName) -> list[TagRecord]:
     assert isinstance(name.reference, Tag)
     records = await index.tag_records(name.repository, name.reference)
+    if records is None:
+        raise StorageUnavailable("the index cannot be read, so it is not known what the tag has")
     if not records:
         raise ManifestUnknown(f"{name} is not in the cache: pull it through the mirror first")
-    return list(dict.fromkeys(digest for record in records for digest in record.digests))
+    return records
 
 
 def choose_digest(name: ImageName, had: Sequence[Digest], prefix: str) -> Digest:
@@ -305,7 +350,7 @@ def choose_digest(name: ImageName, had: Sequence[Digest], prefix: str) -> Digest
         known = ", ".join(f"{one.algorithm}:{one.hex[:12]}" for one in had)
         raise ManifestUnknown(f"{name} has not had the digest {prefix}: it has had {known}")
     if len(found) > 1:
-        raise DigestInvalid(f"{prefix} is the begin of {len(found)} digests of {name}: give more")
+        raise DigestInvalid(f"several digests of {name} begin with {prefix}: give more digits")
     return found[0]
 
 
@@ -315,17 +360,13 @@ def count_missing(layout: Layout, digest: Digest) -> int:
     Of an index, the images that are there have to be complete, and one has to be there: a mirror
     has only the platforms that clients have asked for.
     """
-    if not _is_here(layout, digest):
+    if not disk.has_whole(layout, digest):
         return 1
     children, blobs = read_parts(layout, digest)
-    missing = sum(not _is_here(layout, blob) for blob in blobs)
-    here = [child for child in children if _is_here(layout, child)]
+    missing = sum(not disk.has_whole(layout, blob) for blob in blobs)
+    here = [child for child in children if disk.has_whole(layout, child)]
     missing += sum(count_missing(layout, child) for child in here)
     return missing + (1 if children and not here else 0)
-
-
-def _is_here(layout: Layout, digest: Digest) -> bool:
-    return layout.blob(digest).is_file()
 
 
 def _with_tag(name: ImageName) -> ImageName:

@@ -17,6 +17,7 @@ from typing import Final
 
 from mirror.composition import Mirror, open_mirror
 from mirror.config.settings import Settings
+from mirror.history.bounds import Bounds
 from mirror.history.recorder import HistoryRecorder
 from mirror.observability.events import (
     CURRENT_RECORD,
@@ -104,7 +105,8 @@ async def open_recorded_mirror(settings: Settings, emit: Observer) -> AsyncItera
     """
     loop = asyncio.get_running_loop()
     layout = await run_in_thread(_layout_of, settings)
-    history = HistoryRecorder(layout, emit, loop.call_later)
+    bounds = Bounds.of_quota(settings.storage.max_size)
+    history = HistoryRecorder(layout, bounds, emit, loop.call_later)
 
     def emit_all(event: Event) -> None:
         emit(event)

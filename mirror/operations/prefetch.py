@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from mirror.observability.events import (
     Observer,
     PrefetchEnded,
 )
+from mirror.oci.descriptor import parse_referrers_tag
 from mirror.oci.errors import Draining, MirrorError
 from mirror.oci.image_name import ImageName
 from mirror.oci.platform import Platform
@@ -53,8 +53,6 @@ _MAX_SAVED_ERRORS: Final = 100
 """Errors of one run that the report keeps."""
 _FIRST_RUN_S: Final = 60.0
 """Seconds after the start of a server before the first run: clients that have waited go first."""
-# Tags that belong to another image: signatures, attestations, lists of referrers.
-_ATTACHED_TAG: Final = re.compile(r"sha(?:256|512)-[a-f0-9]{64}(?:\..*)?", re.ASCII)
 
 
 @dataclass(slots=True)
@@ -146,12 +144,12 @@ async def _choose_tags(mirror: Mirror, entry: Prefetch, repository: Repository) 
     """Return the tags of a repository that an entry chooses, the latest versions first."""
     if entry.tags is None and entry.newest is None:
         known = await mirror.store.index.tags_of(repository)
-        return [tag for tag in sorted(known) if not _ATTACHED_TAG.fullmatch(tag.name)]
+        return [tag for tag in sorted(known) if parse_referrers_tag(tag.name) is None]
     selection = TagSelection.parse(entry.tags or "*")
     chosen = [
         name
         for name in await _list_tags(mirror, repository)
-        if not _ATTACHED_TAG.fullmatch(name) and selection.matches(name)
+        if parse_referrers_tag(name) is None and selection.matches(name)
     ]
     versions = newest_first(chosen)
     others = sorted(set(chosen) - set(versions), reverse=True)

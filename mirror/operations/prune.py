@@ -8,39 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mirror.inventory.model import DigestText, Image, Inventory
+from mirror.inventory.model import Image, Inventory
 from mirror.operations.cleaning_report import CleaningReport, Item
-from mirror.operations.removal import find_parts, remove_images
+from mirror.operations.removal import plan_removal, remove_images
 from mirror.operations.retention import PruneRule, decide
 from mirror.store.store import Store
 
 
 def choose(inventory: Inventory, rules: Sequence[PruneRule]) -> CleaningReport:
-    """Return what the rules would remove now, as a report of images. Changes nothing."""
-    report = CleaningReport(is_dry_run=True)
-    freed: dict[Image, set[DigestText]] = {}
-    decisions = decide(_subjects(inventory), rules, inventory.now)
-    removed = [decision.image for decision in decisions if decision.is_removed]
-    parts = find_parts(inventory, set(removed))
-    removed = [image for image in removed if image not in parts]
-    left = set(inventory.freed_by(removed))
-    for image in removed:
-        own = left.intersection(inventory.sharing.reached(image.root))
-        left -= own
-        freed[image] = own
-    for decision in decisions:
-        own, is_removed = freed.get(decision.image, set()), decision.image in freed
-        report.items.append(
-            Item(
-                action="removed" if is_removed else "kept",
-                kind="image",
-                name=decision.image.name,
-                digest=decision.image.root,
-                bytes=inventory.size_of(own) if is_removed else decision.image.size,
-                count=len(own) if is_removed else 1,
-                why=parts.get(decision.image, decision.why),
-            )
-        )
+    """Return what :func:`prune` would do now, as the same report. Changes nothing."""
+    whys, kept = _decide(inventory, rules)
+    report = plan_removal(inventory, whys, whys)
+    report.items += kept
     return report
 
 
@@ -54,10 +33,19 @@ async def prune(store: Store, inventory: Inventory, rules: Sequence[PruneRule]) 
 
     Raises what :func:`mirror.operations.removal.remove_images` raises.
     """
+    whys, kept = _decide(inventory, rules)
+    report = await remove_images(store, inventory, whys, whys)
+    report.items += kept
+    return report
+
+
+def _decide(
+    inventory: Inventory, rules: Sequence[PruneRule]
+) -> tuple[dict[Image, str], list[Item]]:
+    """Return the images to remove with the reasons, and the items of those that stay."""
     decisions = decide(_subjects(inventory), rules, inventory.now)
     whys = {decision.image: decision.why for decision in decisions if decision.is_removed}
-    report = await remove_images(store, inventory, list(whys), whys)
-    report.items += [
+    kept = [
         Item(
             action="kept",
             kind="image",
@@ -69,7 +57,7 @@ async def prune(store: Store, inventory: Inventory, rules: Sequence[PruneRule]) 
         for decision in decisions
         if not decision.is_removed
     ]
-    return report
+    return whys, kept
 
 
 def _subjects(inventory: Inventory) -> list[Image]:

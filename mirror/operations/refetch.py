@@ -10,6 +10,7 @@ from mirror.observability.events import Kind, RequestRecord
 from mirror.oci.errors import Draining, MirrorError
 from mirror.oci.reference import Digest, Repository
 from mirror.operations.own_requests import OwnRequests
+from mirror.store import disk
 from mirror.threads import run_in_thread
 
 
@@ -39,7 +40,7 @@ async def refetch(mirror: Mirror, repository: Repository, digest: Digest, kind: 
         raise
     except MirrorError as error:
         return error.message
-    if not await run_in_thread(mirror.store.layout.blob(digest).exists):
+    if not await run_in_thread(disk.has_whole, mirror.store.layout, digest):
         return mirror.store.unwritable_reason or "it was fetched, and could not be stored"
     return None
 

@@ -62,7 +62,7 @@ async def refresh(mirror: Mirror, image: ImageName) -> RefreshReport:
         raise Denied(f"the pull_policy of {repository.upstream} is Never, so it is not asked")
     frozen = mirror.service.restrictions.frozen.get((repository, tag))
     if frozen is not None:
-        raise Denied(f"{image} is frozen at {frozen}: run `oci-mirror unfreeze {image}` first")
+        raise Denied(f"{image} is frozen at {frozen[0]}: run `oci-mirror unfreeze {image}` first")
     if mirror.store.index.refusal is not None:
         raise StorageUnavailable(f"the digest cannot be recorded: {mirror.store.index.refusal}")
     previous = await mirror.store.index.tag(repository, tag)

@@ -79,31 +79,17 @@ def _without_kept(
 ) -> list[Image]:
     """Return the images that nothing keeps. Adds the others to the report."""
     chosen: list[Image] = []
-    for image in dict.fromkeys(images):
-        if image.keeper is None:
+    images = dict.fromkeys(images)
+    for image in images:
+        if inventory.is_platform(image):
+            # It goes with the last index that has it, and its access with that.
+            staying = [one.name for one in inventory.wholes_of(image) if one not in images]
+            report.items += [_kept(image, f"part of {name}") for name in staying[:1]]
+        elif image.keeper is None:
             chosen.append(image)
         else:
             report.items.append(_kept(image, f"{image.keeper.why}: {image.keeper.remedy}"))
-    parts = find_parts(inventory, set(chosen))
-    report.items += [_kept(image, why) for image, why in parts.items()]
-    return [image for image in chosen if image not in parts]
-
-
-def find_parts(inventory: Inventory, chosen: Collection[Image]) -> dict[Image, str]:
-    """Return the digests that are part of an image of their repository that stays, and the reason.
-
-    Clients pull an index by its tag, and then one of its manifests by its digest. That name goes
-    with the index: the repository needs access to it as long as that is there.
-    """
-    going = {image for image in chosen if image.tag is None}
-    repositories = {image.repository for image in going}
-    whole: dict[tuple[Repository, DigestText], str] = {}
-    for image in inventory.images if going else ():
-        if image.repository in repositories and image not in chosen and not image.is_referrer:
-            for digest in inventory.sharing.reached(image.root):
-                whole.setdefault((image.repository, digest), image.name)
-    keys = {image: (image.repository, image.root) for image in going}
-    return {image: f"part of {whole[key]}" for image, key in keys.items() if key in whole}
+    return chosen
 
 
 def _kept(image: Image, why: str) -> Item:
@@ -199,10 +185,10 @@ def removed_names(inventory: Inventory, going: Collection[Image]) -> list[Remove
     for image in inventory.images:
         if image.repository in needed and image not in gone:
             needed[image.repository].update(inventory.sharing.reached(image.root))
-            needed[image.repository].add(str(image.current))
+            needed[image.repository].add(image.current_root)
     names = []
     for image in going:
-        unneeded = {str(image.current), *inventory.sharing.reached(image.root)}
+        unneeded = {image.current_root, *inventory.sharing.reached(image.root)}
         unneeded -= needed[image.repository]
         manifests = {one for one in unneeded if _is_manifest(inventory, image, one)}
         names.append(
@@ -218,7 +204,7 @@ def removed_names(inventory: Inventory, going: Collection[Image]) -> list[Remove
 
 
 def _is_manifest(inventory: Inventory, image: Image, digest: DigestText) -> bool:
-    is_root = digest in (image.root, str(image.current))
+    is_root = digest in (image.root, image.current_root)
     return (
         is_root or digest in inventory.manifests or inventory.type_of(digest) in MANIFEST_PART_TYPES
     )

@@ -6,31 +6,67 @@ know: how content is hashed (:mod:`mirror.store.scrub`) or fetched (:mod:`mirror
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence, Set
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+    Set,
+)
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, Self, TypeAlias
 
-from mirror.inventory.model import MANIFEST_PART_TYPES, DigestText, Image, Inventory
+from mirror.inventory.model import (
+    MANIFEST_PART_TYPES,
+    Absence,
+    ContentType,
+    DigestText,
+    Image,
+    Inventory,
+)
 from mirror.observability.events import Kind
 from mirror.oci.reference import Digest, Repository
 from mirror.operations.scrubbing import scrub_each
+from mirror.store.layout import Layout
+from mirror.store.scrub import Scrubbed, ScrubResult
 from mirror.store.store import Store
+from mirror.threads import run_in_thread
 
 _RECORD_STEP: Final = 1000
 """Verification times that are written to the index at once."""
 _MAX_NAMES: Final = 3
 """Names of images in one finding."""
+_IN_QUARANTINE: Final = "is in quarantine/"
 _NOTHING_RESTORES: Final = (
     "; no upstream has hosted content: push the image again, or restore it from a backup"
 )
 _MAX_REPAIR_ROUNDS: Final = 5
 """Rounds of a repair: an index, its manifests, their layers, and one more after a new damage."""
 
-ProblemKind: TypeAlias = Literal["damaged", "unreadable", "incomplete"]
-"""- ``damaged``: content does not hash to its digest.
+_CONTENT_WORDS: Final[Mapping[ContentType, str]] = {
+    ContentType.INDEX: "an index",
+    ContentType.MANIFEST: "a manifest",
+    ContentType.CONFIG: "a config",
+    ContentType.LAYER: "a layer",
+    ContentType.REFERRER: "a referrer",
+    ContentType.OTHER: "content",
+}
+
+ProblemKind: TypeAlias = Literal["damaged", "unreadable", "lost", "incomplete", "absent"]
+"""- ``damaged``: content does not hash to its digest. Until it is fetched again, also later runs
+  find it, in ``quarantine/``.
 - ``unreadable``: the disk cannot read content.
-- ``incomplete``: an image lacks content."""
+- ``lost``: the manifest of an image that a mark keeps is not on the disk.
+- ``incomplete``: an image lacks content.
+- ``absent``: the manifest of a tag is not on the disk. It was evicted, or is lost.
+
+The last two are no damage: a node may have had the layers already, and an eviction removes
+content. The next pull fetches it."""
+_NO_DAMAGE: Final[frozenset[ProblemKind]] = frozenset({"incomplete", "absent"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +106,17 @@ class Problem:
     what: str
     """The problem in words, for people."""
     command: str | None
-    """Mends it. None: nothing has to be mended, or no command can."""
+    """Mends it. None: no image has the content, or no command can bring it back."""
     is_mended: bool = False
     is_hosted: bool = False
     """Whether a hosted repository has it, and nothing else: no command brings it back."""
+
+    @property
+    def is_damage(self) -> bool:
+        """Whether an image has damaged content, or lacks some that is hosted or marked."""
+        if self.is_hosted:
+            return self.problem != "absent"
+        return self.command is not None and self.problem not in _NO_DAMAGE
 
     def row(self) -> dict[str, Any]:
         """Return the finding as JSON values."""
@@ -105,9 +148,7 @@ class VerifyReport:
     @property
     def has_damage(self) -> bool:
         """Whether damage was found that no repair has mended."""
-        return any(
-            (p.problem != "incomplete" or p.is_hosted) and not p.is_mended for p in self.problems
-        )
+        return any(problem.is_damage and not problem.is_mended for problem in self.problems)
 
 
 OnProgress: TypeAlias = Callable[[int, int], None]
@@ -129,7 +170,7 @@ async def verify(
     Args:
         store: The open data directory.
         inventory: Its content.
-        images: Only these images and their content. None: all content.
+        images: Only these images, with or without a manifest, and their content. None: all.
         subset: Only the content of this part is hashed. None: all.
         on_progress: Called after each content.
 
@@ -137,12 +178,20 @@ async def verify(
         StorageUnavailable: No process can be started for it.
     """
     report = VerifyReport()
-    chosen = inventory.images if images is None else images
+    chosen = (*inventory.images, *inventory.absent) if images is None else images
+    here = [image for image in chosen if image.absence is None]
     digests = _digests(inventory, images, subset)
-    damaged = await _hash(store, inventory, digests, report, on_progress)
-    report.images = len(chosen)
-    report.problems += _damage(inventory, damaged)
-    report.problems += _incomplete(chosen, damaged)
+    broken = await _hash(store, inventory, digests, report, on_progress)
+    places = await run_in_thread(_places, store.layout, broken)
+    found = {text: one.result for text, one in broken.items()}
+    # What an earlier run has moved there, and nobody has fetched again.
+    for text in inventory.quarantined:
+        if any(text in inventory.sharing.reached(image.root) for image in chosen):
+            found[text] = "damaged"
+    report.images = len(here)
+    report.problems += _damage(inventory, found, places)
+    report.problems += _incomplete(here, found)
+    report.problems += _absent(image for image in chosen if image.absence and not image.is_referrer)
     return report
 
 
@@ -163,9 +212,9 @@ async def _hash(
     digests: Sequence[Digest],
     report: VerifyReport,
     on_progress: OnProgress,
-) -> dict[DigestText, ProblemKind]:
-    """Hash content. Returns that which is broken."""
-    broken: dict[DigestText, ProblemKind] = {}
+) -> dict[DigestText, Scrubbed]:
+    """Hash content. Returns the results of that which is damaged or cannot be read."""
+    broken: dict[DigestText, Scrubbed] = {}
     verified: list[tuple[Digest, float]] = []
     total = sum(inventory.contents[digest].size for digest in digests)
     async with aclosing(scrub_each(store.layout, digests)) as results:
@@ -176,7 +225,7 @@ async def _hash(
             if result.result == "intact":
                 verified.append((digest, store.now()))
             elif result.result != "missing":
-                broken[result.digest] = result.result
+                broken[result.digest] = result
                 if result.is_moved:
                     store.count_quarantined(result.size)
             if len(verified) >= _RECORD_STEP:
@@ -187,32 +236,52 @@ async def _hash(
     return broken
 
 
-def _damage(inventory: Inventory, broken: dict[DigestText, ProblemKind]) -> Iterator[Problem]:
+def _places(layout: Layout, broken: Mapping[DigestText, Scrubbed]) -> dict[DigestText, str]:
+    """Return, in words, where broken content is now. Blocks."""
+    places = {}
+    for text, scrubbed in broken.items():
+        digest = Digest.parse(text)
+        if layout.quarantine(digest).exists():
+            places[text] = _IN_QUARANTINE
+        elif scrubbed.is_moved:
+            places[text] = "was removed: quarantine/ cannot be written"
+        else:
+            places[text] = "the disk refuses to move it: it is never served"
+    return places
+
+
+def _damage(
+    inventory: Inventory, found: Mapping[DigestText, ScrubResult], places: Mapping[DigestText, str]
+) -> Iterator[Problem]:
+    """Return a finding for each content, by the images that have it: those with a tag first."""
     names: dict[DigestText, list[str]] = {}
+    images = (*inventory.images, *inventory.absent) if found else ()
     cached: set[DigestText] = set()
-    # Cached images come first: an upstream has their content.
-    for image in sorted(inventory.images, key=lambda one: one.is_hosted) if broken else ():
-        for digest in broken.keys() & set(inventory.sharing.reached(image.root)):
+    # Those of an upstream come first: it has their content.
+    for image in sorted(images, key=lambda one: (one.is_hosted, one.is_referrer, one.tag is None)):
+        for digest in found.keys() & set(inventory.sharing.reached(image.root)):
             names.setdefault(digest, []).append(image.name)
             if not image.is_hosted:
                 cached.add(digest)
-    for digest, problem in broken.items():
-        of = names.get(digest, [])
+    roots = {image.root for image in images}
+    for digest, result in found.items():
         is_hosted = digest in inventory.hosted and digest not in cached
-        is_manifest = (
-            digest in inventory.names_by_root or inventory.type_of(digest) in MANIFEST_PART_TYPES
-        )
-        words = "does not hash to its digest" if problem == "damaged" else "cannot be read"
+        of = list(dict.fromkeys(names.get(digest, [])))
+        kind = inventory.type_of(digest)
+        kind = ContentType.MANIFEST if kind is ContentType.OTHER and digest in roots else kind
+        words = "cannot be read" if result == "unreadable" else "does not hash to its digest"
         more = f" and {len(of) - _MAX_NAMES} more" if len(of) > _MAX_NAMES else ""
-        where = f"part of {', '.join(of[:_MAX_NAMES])}{more}" if of else "part of no image"
+        where = f"of {', '.join(of[:_MAX_NAMES])}{more}" if of else "of no image"
+        content = inventory.contents.get(Digest.parse(digest))
+        place = places.get(digest, _IN_QUARANTINE)
         yield Problem(
-            problem=problem,
+            problem="unreadable" if result == "unreadable" else "damaged",
             image=of[0] if of else None,
             digest=digest,
-            bytes=inventory.contents[Digest.parse(digest)].size,
-            what=f"{inventory.type_of(digest)} {words}: it is in quarantine/, {where}"
+            bytes=content.size if content is not None else 0,
+            what=f"{_CONTENT_WORDS[kind]} {where} {words}, and {place}"
             f"{_NOTHING_RESTORES if is_hosted else ''}",
-            command=_command(of[0], is_manifest=is_manifest) if of and not is_hosted else None,
+            command=_command(of[0]) if of and not is_hosted else None,
             is_hosted=is_hosted,
         )
 
@@ -224,18 +293,32 @@ def _incomplete(images: Collection[Image], broken: Collection[DigestText]) -> It
             yield Problem(
                 problem="incomplete",
                 image=image.name,
-                digest=str(image.digest),
+                digest=image.root,
                 bytes=sum(part.size for part in missing),
                 what=f"lacks {len(missing)} of its contents, such as {missing[0].text}"
                 f"{_NOTHING_RESTORES if image.is_hosted else ''}",
-                command=None if image.is_hosted else _command(image.name, is_manifest=False),
+                command=None if image.is_hosted else _command(image.name),
                 is_hosted=image.is_hosted,
             )
 
 
-def _command(name: str, *, is_manifest: bool) -> str:
-    # A manifest is in quarantine/ now. So verify does not know what the image has.
-    return f"oci-mirror warm {name}" if is_manifest else f"oci-mirror verify --repair {name}"
+def _absent(images: Iterable[Image]) -> Iterator[Problem]:
+    """Return a finding for each name without a manifest, but for those that are quarantined."""
+    for image in images:
+        assert image.absence is not None
+        if image.absence is not Absence.DAMAGED:
+            yield Problem(
+                problem="lost" if image.is_lost else "absent",
+                image=image.name,
+                digest=image.root,
+                bytes=0,
+                what=f"its manifest is not here: {image.absence.value}",
+                command=_command(image.name) if image.is_lost else f"oci-mirror warm {image.name}",
+            )
+
+
+def _command(name: str) -> str:
+    return f"oci-mirror verify --repair {name}"
 
 
 # --- repair ---------------------------------------------------------------------------------------
@@ -255,12 +338,13 @@ async def repair(
         read_inventory: Reads it again: fetched manifests refer to further content.
         fetch: Fetches one content, until it is on the disk.
     """
-    due = {problem.digest for problem in report.problems if problem.command}
+    due = {one.digest for one in report.problems if one.command and one.problem != "absent"}
     failed: set[tuple[Repository, Digest]] = set()
-    cached = (image for image in inventory.images if not image.is_hosted)
-    images = [image for image in cached if _is_due(inventory, image, due)]
+    lost = [image for image in inventory.absent if image.is_lost]
+    cached = (image for image in (*lost, *inventory.images) if not image.is_hosted)
+    images = [one for one in cached if _is_due(inventory, one, due)]
     wanted = _broken_contents(inventory, images, due)
-    names = {(image.name, image.digest) for image in images}
+    names = {(image.name, image.root) for image in images}
     for _ in range(_MAX_REPAIR_ROUNDS):
         for repository, digest, kind in wanted:
             why = await fetch(repository, digest, kind)
@@ -268,7 +352,7 @@ async def repair(
                 failed.add((repository, digest))
                 report.errors.append(f"{repository}@{digest}: {why}")
         latest = await read_inventory()
-        again = [image for image in latest.images if (image.name, image.digest) in names]
+        again = [image for image in latest.images if (image.name, image.root) in names]
         wanted = [
             (image.repository, part.digest, _kind(part.type in MANIFEST_PART_TYPES))
             for image in again
@@ -295,8 +379,13 @@ def _broken_contents(
     """Return the content that was damaged, through one repository each, manifests first."""
     found: dict[DigestText, tuple[Repository, Digest, Kind]] = {}
     for image in images:
-        for text in inventory.sharing.reached(image.root):
-            is_manifest = text in inventory.manifests or text == image.root
+        reached = inventory.sharing.reached(image.root)
+        listed = {image.root}  # A damaged manifest is known as such by the index that lists it.
+        for manifest in filter(None, map(inventory.manifests.get, reached)):
+            columns = zip(manifest.columns.digests, manifest.columns.types, strict=True)
+            listed.update(text for text, kind in columns if kind in MANIFEST_PART_TYPES)
+        for text in reached:
+            is_manifest = text in inventory.manifests or text in listed
             if text in due and text not in found:
                 found[text] = (image.repository, Digest.parse(text), _kind(is_manifest))
     return sorted(found.values(), key=lambda one: one[2] is not Kind.MANIFEST)
@@ -309,5 +398,7 @@ def _kind(is_manifest: bool) -> Kind:
 def _is_mended(problem: Problem, latest: Inventory, incomplete: Collection[str]) -> bool:
     if problem.problem == "incomplete":
         return problem.image not in incomplete
+    if problem.problem == "absent":
+        return False
     is_nothing_due = problem.command is None and not problem.is_hosted
     return is_nothing_due or problem.digest in latest.present

@@ -31,10 +31,12 @@ from mirror.oci.errors import (
 from mirror.oci.image_name import DEFAULT_TAG, ImageName
 from mirror.oci.platform import Choice, Platform, choose_entries
 from mirror.oci.reference import Digest, Reference
+from mirror.oci.text import count_text, size_text
 from mirror.operations.limited import Work, run_limited
 from mirror.operations.own_requests import OwnRequests
 from mirror.operations.referring import find_referring
 from mirror.pull.results import ManifestResult
+from mirror.store import disk
 from mirror.store.layout import Layout
 from mirror.store.reader import Reader
 from mirror.threads import parse_in_thread_if_large, run_in_thread
@@ -356,13 +358,13 @@ class _ImageRun:
             del self._sizes[digest]
         reason = store.unwritable_reason or "it was evicted: raise storage.max_size"
         raise StorageUnavailable(
-            f"{len(missing)} contents of {size} bytes are not on disk: {reason}"
+            f"{count_text(len(missing), 'content')}, {size_text(size)}, not on the disk: {reason}"
         )
 
 
 def _missing(layout: Layout, digests: Iterable[Digest]) -> list[Digest]:
     """Return the content that is not on disk. Runs in a thread."""
-    return [digest for digest in digests if not layout.blob(digest).exists()]
+    return [digest for digest in digests if not disk.has_whole(layout, digest)]
 
 
 def _ignore(*, position: int) -> None:

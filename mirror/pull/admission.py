@@ -36,7 +36,14 @@ class Deny:
     reason: str
 
 
-Admission: TypeAlias = Allow | Deny
+@dataclass(frozen=True, slots=True)
+class Undecided:
+    """The request may be blocked: the operator's marks are not known."""
+
+    reason: str
+
+
+Admission: TypeAlias = Allow | Deny | Undecided
 _ALLOW = Allow()
 
 
@@ -51,10 +58,11 @@ class Restrictions:
     repositories: Mapping[Repository, str] = field(default_factory=dict)
     patterns: tuple[tuple[str, str], ...] = ()
     """(pattern of whole repository names, reason)."""
-    frozen: Mapping[tuple[Repository, Tag], Digest] = field(default_factory=dict)
-    """Tags that are served as one digest."""
+    frozen: Mapping[tuple[Repository, Tag], tuple[Digest, ...]] = field(default_factory=dict)
+    """Tags that are served as one digest, or as another one to clients that do not accept its media
+    type."""
     unknown_why: str = ""
-    """Why the marks are not known. All requests are refused then: any may be blocked. Empty: they
+    """Why the marks are not known. Nothing is admitted then: anything may be blocked. Empty: they
     are known."""
 
     @classmethod
@@ -78,12 +86,12 @@ class Restrictions:
                     repositories[repository] = reason
                 case str() as pattern:
                     patterns.append((pattern, reason))
-        frozen: dict[tuple[Repository, Tag], Digest] = {}
+        frozen: dict[tuple[Repository, Tag], tuple[Digest, ...]] = {}
         for freeze in marks.freezes.values():
             with suppress(InvalidRequest):
                 repository, reference = parse_with_reference(freeze.name)
                 if isinstance(reference, Tag):
-                    frozen[repository, reference] = freeze.digest
+                    frozen[repository, reference] = freeze.digests
         return cls(digests, images, repositories, tuple(patterns), frozen)
 
     def reason_for(self, repository: Repository, reference: Reference | None) -> str | None:
@@ -103,12 +111,13 @@ class Restrictions:
         return None
 
 
+BLOCKED: Final = "this image is blocked by the operator of the mirror"
+"""The message of a block to clients, before its reason."""
 NO_RESTRICTIONS: Final = Restrictions()
 
 
 def _reason_of(block: Block) -> str:
-    said = "this image is blocked by the operator of the mirror"
-    return f"{said}: {block.reason}" if block.reason else said
+    return f"{BLOCKED}: {block.reason}" if block.reason else BLOCKED
 
 
 def _target_of(block: Block) -> Target | None:
@@ -126,6 +135,7 @@ def admit(
 ) -> Admission:
     """Apply the operator's blocks, and the allow-list and the deny-list of an upstream.
 
+    While the marks are not known, nothing is admitted.
     A block wins over both lists, and the deny-list over the allow-list. The patterns of the lists
     are shell-style, matched against the repository's path (``library/*``).
 
@@ -135,6 +145,8 @@ def admit(
         restrictions: The operator's blocks.
         reference: The tag or digest of the request. None: it is about the repository.
     """
+    if restrictions.unknown_why:
+        return Undecided(restrictions.unknown_why)
     reason = restrictions.reason_for(repository, reference)
     if reason is not None:
         return Deny(reason)
@@ -150,5 +162,7 @@ def admit(
 
 def admit_digest(digest: Digest, restrictions: Restrictions) -> Admission:
     """Decide whether the manifest to which a tag has resolved may be served."""
+    if restrictions.unknown_why:
+        return Undecided(restrictions.unknown_why)
     reason = restrictions.digests.get(digest)
     return _ALLOW if reason is None else Deny(reason)

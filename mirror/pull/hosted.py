@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from mirror.hosted.hosted_service import HostedService
 from mirror.observability.events import Outcome, RequestRecord
-from mirror.oci.descriptor import is_attached_tag, referrers_index
+from mirror.oci.descriptor import parse_referrers_tag, referrers_index
 from mirror.oci.errors import NotFound, StorageUnavailable
 from mirror.oci.reference import Digest, Reference, Repository, Tag
 from mirror.pull.results import BlobResult, ManifestResult, RepositoriesResult, TagsResult
@@ -118,7 +118,7 @@ class HostedPulls:
             pull: Record of the client's request.
             is_head: True for a ``HEAD``: the result has no body.
         """
-        if isinstance(reference, Tag) and not is_attached_tag(reference.name):
+        if isinstance(reference, Tag) and parse_referrers_tag(reference.name) is None:
             return None
         with suppress(NotFound, StorageUnavailable):
             return await self.manifest(self._attached(repository), reference, pull, is_head=is_head)

@@ -67,6 +67,8 @@ class RepositoryService:
     async def _names(self) -> tuple[str, ...]:
         age = time.monotonic() - self._listed_at
         rules = self._content.settings, self._restrictions()
+        if why := rules[1].unknown_why:
+            raise StorageUnavailable(why)
         if self._is_outdated(rules) or age > _LIST_TTL_S:
             names = await self._content.single_flight.share(("repositories",), self._list)
             self._listed, self._listed_for, self._listed_at = names, rules, time.monotonic()

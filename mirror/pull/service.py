@@ -16,6 +16,7 @@ from typing import Final, assert_never
 from cachetools import TTLCache
 
 from mirror.observability.events import Kind, Outcome, RequestRecord
+from mirror.oci.accept import is_acceptable
 from mirror.oci.descriptor import add_referrers, referrers_index
 from mirror.oci.errors import BlobUnknown, Denied, NotFound, StorageUnavailable, UpstreamError
 from mirror.oci.reference import Digest, Reference, Repository, Tag
@@ -77,25 +78,13 @@ class PullService:
     def _admit(
         self, repository: Repository, pull: RequestRecord, reference: Reference | None = None
     ) -> None:
-        if self.restrictions.unknown_why:
-            raise StorageUnavailable(self.restrictions.unknown_why)
         is_hosted = repository.upstream == self._hosted_name
         upstream = None if is_hosted else self._content.upstream(repository)
-        match admission.admit(repository, upstream, self.restrictions, reference):
-            case admission.Allow():
-                return
-            case admission.Deny(reason):
-                pull.outcome = Outcome.DENIED
-                raise Denied(reason)
-            case unknown:
-                assert_never(unknown)
+        _apply(admission.admit(repository, upstream, self.restrictions, reference), pull)
 
     def _admit_digest(self, digest: Digest, pull: RequestRecord) -> None:
         """Raise ``Denied`` if the manifest of a tag is blocked."""
-        decision = admission.admit_digest(digest, self.restrictions)
-        if isinstance(decision, admission.Deny):
-            pull.outcome = Outcome.DENIED
-            raise Denied(decision.reason)
+        _apply(admission.admit_digest(digest, self.restrictions), pull)
 
     async def manifest(
         self,
@@ -134,8 +123,22 @@ class PullService:
         if isinstance(reference, Tag):
             frozen = self.restrictions.frozen.get((repository, reference))
             if frozen is not None:
-                reference = frozen
-                self._admit_digest(reference, pull)
+                return await self._frozen(repository, frozen, accept, pull, is_head=is_head)
+        return await self._find_manifest(
+            repository, reference, accept, pull, is_head=is_head, is_refresh=is_refresh
+        )
+
+    async def _find_manifest(
+        self,
+        repository: Repository,
+        reference: Reference,
+        accept: tuple[str, ...],
+        pull: RequestRecord,
+        *,
+        is_head: bool,
+        is_refresh: bool = False,
+    ) -> ManifestResult:
+        """Serve a manifest that is hosted here, or that an upstream has."""
         if self._hosted is not None and repository.upstream == self._hosted_name:
             result = await self._hosted.manifest(repository, reference, pull, is_head=is_head)
             self._admit_digest(result.digest, pull)
@@ -164,6 +167,26 @@ class PullService:
                 raise
             self._admit_digest(attached.digest, pull)
             return attached
+
+    async def _frozen(
+        self,
+        repository: Repository,
+        digests: tuple[Digest, ...],
+        accept: tuple[str, ...],
+        pull: RequestRecord,
+        *,
+        is_head: bool,
+    ) -> ManifestResult:
+        """Serve the first manifest of a frozen tag that the client accepts, else the first one."""
+        results: list[ManifestResult] = []
+        for digest in digests:
+            self._admit_digest(digest, pull)
+            results.append(
+                await self._find_manifest(repository, digest, accept, pull, is_head=is_head)
+            )
+            if is_acceptable(accept, results[-1].media_type):
+                return results[-1]
+        return results[0]
 
     async def _by_tag(self, request: TagRequest) -> ManifestResult:
         result = await self._manifests.by_tag(request)
@@ -341,3 +364,17 @@ class PullService:
             pull.outcome, pull.warning = Outcome.STALE, error.message
             return referrers_index(attached)
         return await parse_in_thread_if_large(add_referrers, body, attached)
+
+
+def _apply(decision: admission.Admission, pull: RequestRecord) -> None:
+    """Raise ``Denied`` for a request that is refused, ``StorageUnavailable`` if it may be."""
+    match decision:
+        case admission.Allow():
+            return
+        case admission.Deny(reason):
+            pull.outcome = Outcome.DENIED
+            raise Denied(reason)
+        case admission.Undecided(reason):
+            raise StorageUnavailable(reason)
+        case unknown:
+            assert_never(unknown)

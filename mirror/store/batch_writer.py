@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Final, Generic, Protocol, TypeVar
 
 from mirror.observability.events import LogMessage, Observer
+from mirror.oci.errors import error_text
 from mirror.store.shared_database import SharedDatabase, is_file_damaged
 
 _MAX_QUEUED: Final = 50_000
@@ -103,7 +104,7 @@ class BatchWriter(Generic[B]):
             try:
                 self._write(batches)
             except Exception as error:  # Of any kind: the next batches need the thread.
-                self._on_refusal(batches, f"{type(error).__name__}: {error}")
+                self._on_refusal(batches, error_text(error))
             with self._lock:
                 self._queued -= sum(batch.weight for batch in batches)
                 has_ended = self._is_closing and not self._queue

@@ -84,6 +84,17 @@ def reason_of(error: OSError) -> str:
 # --- whole content --------------------------------------------------------------------------------
 
 
+def has_whole(layout: Layout, digest: Digest) -> bool:
+    """Return whether there is whole content of this digest. A link, pipe or directory is none.
+
+    Blocks. False also if the disk does not answer.
+    """
+    try:
+        return stat.S_ISREG(layout.blob(digest).lstat().st_mode)
+    except OSError:
+        return False
+
+
 def open_whole(layout: Layout, digest: Digest) -> tuple[int, os.stat_result] | None:
     """Open whole content and lease it: a shared ``flock``, which eviction respects.
 

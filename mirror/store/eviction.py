@@ -24,7 +24,7 @@ from typing import Final
 
 from mirror.config.settings import Storage
 from mirror.observability.events import Evicted, LogMessage, Observer
-from mirror.oci.errors import DigestInvalid
+from mirror.oci.errors import DigestInvalid, error_text
 from mirror.oci.reference import Digest
 from mirror.store import disk
 from mirror.store.hosted_contents import HostedContents
@@ -139,10 +139,7 @@ class Catalog:
 
     def has_blob(self, digest: Digest) -> bool:
         """Return whether there is whole content of this digest."""
-        try:
-            return stat.S_ISREG(self._layout.blob(digest).lstat().st_mode)
-        except OSError:
-            return False
+        return disk.has_whole(self._layout, digest)
 
     def blobs(self, now: float) -> Iterator[StoredBlob]:
         """List all whole content with its recency. Holds none of it in memory.
@@ -250,6 +247,8 @@ class Evictor:
         self._eviction: asyncio.Future[None] | None = None
         self._scan: asyncio.Future[None] | None = None
         self._held_off_until = 0.0
+        self._told: set[str] = set()
+        """Marks that were said to keep a whole repository."""
 
     def start(self, need: int) -> asyncio.Future[None] | None:
         """Start an eviction, or join the running one. The future never has an exception.
@@ -305,7 +304,7 @@ class Evictor:
                 work()
             except Exception as error:
                 self._held_off_until = time.monotonic() + _LOCK_HOLD_OFF_S
-                why = (("why", f"{type(error).__name__}: {error}"),)
+                why = (("why", error_text(error)),)
                 self._emit(LogMessage("warning", failed, why))
 
         return self._loop.run_in_executor(self._thread, run)
@@ -350,6 +349,7 @@ class Evictor:
             protection, asked = self._protect(), time.monotonic()
             try:
                 protection.update()
+                self._tell_holding(protection)
                 # A hold-off in proportion to the wait for the index would last for minutes.
                 begun += time.monotonic() - asked
                 is_enough = self._evict(*shortage, protection)
@@ -359,6 +359,18 @@ class Evictor:
             if not is_enough:
                 elapsed = time.monotonic() - begun
                 self._held_off_until = time.monotonic() + elapsed * _HOLD_OFF_FACTOR
+
+    def _tell_holding(self, protection: Protection) -> None:
+        """Log once for each mark that keeps all content of its repository."""
+        for name in protection.holding:
+            if name not in self._told:
+                self._told.add(name)
+                fields = (
+                    ("image", name),
+                    ("why", "its manifest is damaged or missing, so its parts are not known"),
+                    ("remedy", f"oci-mirror verify --repair {name}, or take its mark away"),
+                )
+                self._emit(LogMessage("warning", "a mark keeps a whole repository", fields))
 
     def _shortage(self, usage: Usage, need: int) -> tuple[int, str] | None:
         # All waiting fetches together may need more than the quota. Then not all of them get space,

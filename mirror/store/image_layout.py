@@ -78,7 +78,7 @@ class Draft:
         lines = []
         for manifests in names:
             for named in manifests:
-                if self._layout.blob(named.digest).is_file():
+                if disk.has_whole(self._layout, named.digest):
                     lines.append(self._separator + index_line(named))
                     self._separator = ",\n"
                     break

@@ -2,26 +2,30 @@
 
 Lives here: the keys of tags of referrers, and the search for them. Must not know: marks, threads.
 
-A list of referrers is kept under its subject, and so are the tags that stand for one: that of the
-referrers tag schema (OCI distribution specification), and those of cosign, which end with ``.sig``,
-``.att`` or ``.sbom``. The repository does not matter: what refers to content is kept with it.
+A list of referrers is kept under its subject, and so are the tags that stand for one
+(:func:`mirror.oci.descriptor.parse_referrers_tag`). The repository does not matter: what refers to
+content is kept with it.
 """
 
 from __future__ import annotations
 
 import base64
-import re
 from collections.abc import Collection, Iterator, Set
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Final
 
-from mirror.oci.descriptor import parse_referrers, referrers_tag
+from mirror.oci.descriptor import (
+    INDEX_TYPES,
+    parse_referrers,
+    parse_referrers_tag,
+    referrers_tag,
+)
 from mirror.oci.errors import ManifestInvalid
 from mirror.oci.reference import Digest
 from mirror.store.names import NAMED, RESPONSES
-from mirror.store.records import MALFORMED, load_tag
+from mirror.store.records import MALFORMED, load_access_record, load_tag
 from mirror.store.rows import Row, Rows, Tables
 from mirror.store.tag_rows import AFTER_SPACE, read_tag
 from mirror.threads import run_in_thread
@@ -30,10 +34,6 @@ REFERRERS_LIST: Final = "list referrers "
 """Start of the key of a list of referrers. The repository, ``@`` and the subject follow it."""
 _STEP_TAGS: Final = 50
 """Tags that are read at a time, in 1 ms. Requests wait for as long."""
-# A tag of referrers, in the key of its record. A variant of the record may follow it.
-_REFERRERS_TAG: Final = re.compile(
-    r":(?P<subject>sha(?:256|512)-[a-f0-9]{64})(?:\.(?:sig|att|sbom))?(?: .*)?"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,8 @@ class Links:
     """The digests that the named tags have now."""
     referrers: Collection[Digest]
     """Manifests that refer to one of the given manifests."""
+    indexes: Collection[Digest] = frozenset()
+    """All indexes that were pulled by a name. One of them may list a marked image."""
 
 
 async def find_links(
@@ -60,6 +62,7 @@ async def find_links(
     """
     current: set[Digest] = set()
     referrers: set[Digest] = set()
+    indexes: set[Digest] = set()
     waiting = iter(names)
     while some := list(islice(waiting, _STEP_TAGS)):
         found = await rows.read(partial(_read_tags, names=some), None)
@@ -72,12 +75,13 @@ async def find_links(
     tags, keys = await run_in_thread(_keys_of, subjects)
     after: int | None = 0
     while after is not None:
-        unanswered: tuple[int | None, set[Digest]] | None = None
-        page = await rows.read(partial(_read_tags_of_referrers, tags, after), unanswered)
+        unanswered: tuple[int | None, set[Digest], set[Digest]] | None = None
+        page = await rows.read(partial(_read_names, tags, after), unanswered)
         if page is None:
             return None
-        after, found = page
+        after, found, more = page
         referrers |= found
+        indexes |= more
     key = REFERRERS_LIST
     while key:
         listed: tuple[str, set[Digest]] | None = None
@@ -86,7 +90,7 @@ async def find_links(
             return None
         key, found = lists
         referrers |= found
-    return Links(current, referrers)
+    return Links(current, referrers, indexes)
 
 
 def _keys_of(subjects: Collection[Digest]) -> tuple[Set[str], Set[str]]:
@@ -99,19 +103,30 @@ def _read_tags(tables: Tables, names: list[str]) -> set[Digest]:
     return {record.digest for name in names for record in read_tag(tables, name)}
 
 
-def _read_tags_of_referrers(
+def _read_names(
     tags: Set[str], after: int, tables: Tables
-) -> tuple[int | None, set[Digest]]:
-    """Return the digests of the tags of referrers in the next rows, and the last row id."""
+) -> tuple[int | None, set[Digest], set[Digest]]:
+    """Return the last id of the next rows, and their tags of referrers and indexes, as digests."""
     page = tables.read_page(NAMED, after)
-    return (page[-1].id if page else None), set(_digests_of_tags(tags, page))
+    last = page[-1].id if page else None
+    return last, set(_digests_of_tags(tags, page)), set(_digests_of_indexes(page))
 
 
 def _digests_of_tags(tags: Set[str], page: list[Row]) -> Iterator[Digest]:
     for row in page:
-        match = _REFERRERS_TAG.fullmatch(row.key, row.key.find(":sha"))
-        if match is not None and match["subject"] in tags:
+        _, separator, name = row.key.partition(":sha")
+        # A variant of the record may follow the tag.
+        if separator and parse_referrers_tag(f"sha{name.partition(' ')[0]}") in tags:
             record = load_tag(row.text)
+            if record is not None:
+                yield record.digest
+
+
+def _digests_of_indexes(page: list[Row]) -> Iterator[Digest]:
+    for row in page:
+        # To parse all records would take ten times as long.
+        if "@" in row.key and any(one in row.text for one in INDEX_TYPES):
+            record = load_access_record(row.text)
             if record is not None:
                 yield record.digest
 

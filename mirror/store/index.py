@@ -151,12 +151,12 @@ class Index:
         """
         return load_tag(await self._get(NAMED, f"{repository}:{tag}{variant}"))
 
-    async def tag_records(self, repository: Repository, tag: Tag) -> list[TagRecord]:
+    async def tag_records(self, repository: Repository, tag: Tag) -> list[TagRecord] | None:
         """Return the record of a tag and all variants of it, the one for most clients first.
 
-        Empty if the tag is not known, or if the database fails.
+        Empty if the tag is not known. None if the database fails.
         """
-        unanswered: list[TagRecord] = []
+        unanswered: list[TagRecord] | None = None
         return await self._rows.read(partial(read_tag, name=f"{repository}:{tag}"), unanswered)
 
     async def confirm_tag(

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Final, Generic, Protocol, TypeVar
 
 from mirror.observability.events import IndexDamaged, LogMessage, Observer
+from mirror.oci.errors import error_text
 from mirror.store import disk
 
 _LOCK_TIMEOUT_S: Final = 20.0
@@ -267,7 +268,7 @@ class IndexDirectory(Generic[Databases]):
         shutil.rmtree(aside, ignore_errors=True)
         aside.unlink(missing_ok=True)
         self._path.rename(aside)
-        self._emit(IndexDamaged(f"{type(damage).__name__}: {damage}"))
+        self._emit(IndexDamaged(error_text(damage)))
 
     def _is_refused(self, error: Exception) -> bool:
         if isinstance(error, sqlite3.Error) and _code(error) == sqlite3.SQLITE_CANTOPEN:

@@ -24,7 +24,8 @@ in one of three roles (:class:`mirror.store.ingest_lock.Role`):
     (new)       the content is published, and its hash is right    DONE
     LEADER      all bytes are written, and the digest holds        DONE (then published)
     LEADER      the upstream fails                                 closed, with a failure
-    FOLLOWER    the file has its full length, or is published      DONE
+    FOLLOWER    the file has its full length, or is published      DONE (published here, if the
+                                                                   other process has died)
     FOLLOWER    the lock is free again: the other process ended    LEADER (it resumes the fetch)
     FOLLOWER    the other process is stopped, or has a new file    LEADER, in memory
     FOLLOWER    the other process's fetch fails                    LEADER (once; then closed)
@@ -242,7 +243,7 @@ class Ingest(ReadableIngest):
         self.progress.latest = time.monotonic()
         await self._writer.write(chunk)
 
-    # --- the three ends -----------------------------------------------------------------------
+    # --- the ends -----------------------------------------------------------------------------
 
     async def finish(self) -> None:
         """End successfully: verify the content and publish it.
@@ -266,6 +267,15 @@ class Ingest(ReadableIngest):
                     await self.lock.write_state(self._state())
             await self.lock.publish(self._started_at)
         await self.lock.wait_for_threads()
+
+    async def end_following(self) -> None:
+        """End successfully: another process has fetched all, and this one has seen it.
+
+        That process publishes the content. If it has died before it could, this one does.
+        """
+        if await self.lock.acquire_when_complete(self.on_disk):
+            await self.lock.publish(self._started_at)
+            await self.lock.wait_for_threads()
 
     async def fail(self, error: MirrorError) -> None:
         """End with a failure for all followers, in all processes.

@@ -376,21 +376,35 @@ class IngestLock:
             disk.drop_state(self._layout, self._digest)
         disk.drop_ingest(self._layout, self._digest, self._require_open())
 
-    async def acquire_shared_when_published(self) -> None:
-        """Wait until the other process has released its exclusive lock, and take a shared one.
+    async def acquire_when_complete(self, size: int) -> bool:
+        """Wait until another process has published its complete file, and take a shared lock.
 
         A shared lock protects the content from eviction. Gives up after a minute, or at once if the
         file was unlinked. Readers keep their descriptor.
+
+        Args:
+            size: Bytes of the whole content.
+
+        Returns:
+            True if the other process has ended before it could publish: the exclusive lock is ours,
+            and :meth:`publish` is next.
         """
         for _ in range(_MAX_SHARE_ATTEMPTS):
             if self.fd is None or os.fstat(self.fd).st_nlink == 0:
-                return
-            try:
-                fcntl.flock(self.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                await asyncio.sleep(_SHARE_PAUSE_S)
-            else:
-                return
+                return False
+            is_published = self.is_published
+            kind = fcntl.LOCK_SH if is_published else fcntl.LOCK_EX
+            with suppress(BlockingIOError):
+                fcntl.flock(self.fd, kind | fcntl.LOCK_NB)
+                if is_published:
+                    return False
+                # It may have been published before we got the lock: then that is shared next.
+                if self.is_path_ours and self.length == size:
+                    self.is_locked = True
+                    return True
+                fcntl.flock(self.fd, fcntl.LOCK_UN)
+            await asyncio.sleep(_SHARE_PAUSE_S)
+        return False
 
     def release(self, *, is_kept_open: bool = False) -> None:
         """Unlock the file, so that another process may fetch, and close it. Safe to call twice.

@@ -18,6 +18,7 @@ Lives here: where each file is. Must not know: what is done with it.
     eviction.lock            its ``flock`` means that content is being removed
     index.json.lock          its ``flock`` means that ``index.json`` is being written
     marks.json               pins, freezes, blocks, leases (see :mod:`mirror.store.marks`)
+    marks.spare              room for the next one (see :mod:`mirror.store.spare_file`)
     marks.lock               its ``flock`` means that ``marks.json`` is being changed
     totals                   the running total of all processes (see :mod:`mirror.store.space`)
 

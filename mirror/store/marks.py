@@ -22,7 +22,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from mirror.oci.errors import StorageUnavailable
@@ -31,6 +30,7 @@ from mirror.store import disk
 from mirror.store.layout import Layout
 from mirror.store.marks_file import Entry, dump_entries, load_entries
 from mirror.store.records import MALFORMED
+from mirror.store.spare_file import NotDurable, replace_durably
 
 CHANGE_TIMEOUT_S: Final = 30.0
 """Seconds that a change waits for another one. Each takes less than a second, even of 50,000
@@ -39,8 +39,7 @@ _LOCK_INTERVAL_S: Final = 0.002
 """Seconds between two attempts to lock. An eviction pauses as often as it removes content."""
 _LINE_LEASES: Final = 100
 """Leases of one entry of the file: it is parsed in 0.2 ms."""
-_DRAFT_SUFFIX: Final = ".tmp"
-"""End of the name of the draft. Only the process with the lock has one."""
+_UNCHANGED: Final = "are as they were"
 
 Stamp: TypeAlias = tuple[int, ...]
 """Differs after each write of the file."""
@@ -70,6 +69,14 @@ class Freeze:
     digest: Digest
     since: float
     """Seconds since the epoch."""
+    variants: tuple[Digest, ...] = ()
+    """Manifests for clients that do not accept the type of ``digest``: a registry sends old clients
+    another one. The first one that a client accepts is served."""
+
+    @property
+    def digests(self) -> tuple[Digest, ...]:
+        """All digests as which the tag is served, that for most clients first."""
+        return self.digest, *self.variants
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +142,7 @@ def protected_roots(marks: Marks, now: float) -> set[Digest]:
     ``now``: seconds since the epoch. A lease that has ended protects nothing.
     """
     roots = {pin.digest for pin in marks.pins.values()}
-    roots |= {freeze.digest for freeze in marks.freezes.values()}
+    roots.update(*(freeze.digests for freeze in marks.freezes.values()))
     roots |= {lease.digest for lease in marks.leases.values() if lease.until > now}
     return roots
 
@@ -143,9 +150,10 @@ def protected_roots(marks: Marks, now: float) -> set[Digest]:
 def kept_manifests(marks: Marks) -> dict[str, set[Digest]]:
     """Return the digests that pins and freezes name, by the whole name of the repository."""
     found: dict[str, set[Digest]] = {}
-    kept: tuple[Pin | Freeze, ...] = (*marks.pins.values(), *marks.freezes.values())
-    for mark in kept:
-        found.setdefault(repository_part(mark.name), set()).add(mark.digest)
+    for pin in marks.pins.values():
+        found.setdefault(repository_part(pin.name), set()).add(pin.digest)
+    for freeze in marks.freezes.values():
+        found.setdefault(repository_part(freeze.name), set()).update(freeze.digests)
     return found
 
 
@@ -231,7 +239,9 @@ def _entries(marks: Marks) -> Iterator[Entry]:
     for pin in marks.pins.values():
         yield {"pin": pin.name, "digest": str(pin.digest), "since": pin.since}
     for freeze in marks.freezes.values():
-        yield {"freeze": freeze.name, "digest": str(freeze.digest), "since": freeze.since}
+        variants = {"variants": list(map(str, freeze.variants))} if freeze.variants else {}
+        entry = {"freeze": freeze.name, "digest": str(freeze.digest), "since": freeze.since}
+        yield entry | variants
     for block in marks.blocks.values():
         digests = [str(digest) for digest in sorted(block.digests)]
         yield {
@@ -262,7 +272,9 @@ def _load(entries: Iterable[Entry]) -> Marks:
                 case {"pin": name, **rest}:
                     pins[_text(name)] = Pin(name, _digest(rest), _time(rest["since"]))
                 case {"freeze": name, **rest}:
-                    freezes[_text(name)] = Freeze(name, _digest(rest), _time(rest["since"]))
+                    variants = tuple(map(Digest.parse, rest.get("variants", ())))
+                    since = _time(rest["since"])
+                    freezes[_text(name)] = Freeze(name, _digest(rest), since, variants)
                 case {"block": target, **rest}:
                     digests = frozenset(map(Digest.parse, rest["digests"]))
                     reason, since = str(rest["reason"]), _time(rest["since"])
@@ -341,40 +353,13 @@ def _wait_for_lock(fd: int) -> None:
 
 
 def _write(layout: Layout, marks: Marks) -> None:
-    """Replace the file: write a draft, sync it, rename it, sync the directory."""
-    draft = layout.marks.with_name(f"{layout.marks.name}{_DRAFT_SUFFIX}")
-    # Opened first: a lack of descriptors must not come between the rename and the sync.
-    directory = os.open(layout.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        _write_draft(draft, dump_entries(_entries(marks)))
-        draft.replace(layout.marks)
+        replace_durably(layout.marks, "".join(dump_entries(_entries(marks))).encode())
     except OSError as error:
-        os.close(directory)
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
-        raise _with_consequence(error, layout, "the marks are as they were") from None
-    try:
-        disk.sync_directory(directory)
-    except OSError as error:
-        why = "the marks have changed, but a power cut may undo that"
-        raise _with_consequence(error, layout, why) from None
-    finally:
-        os.close(directory)
-
-
-def _with_consequence(error: OSError, layout: Layout, consequence: str) -> OSError:
-    return OSError(error.errno, f"{error.strerror}: {consequence}", str(layout.marks))
-
-
-def _write_draft(draft: Path, lines: Iterable[str]) -> None:
-    # An earlier draft is one of a process that was killed.
-    draft.unlink(missing_ok=True)
-    with draft.open("x", encoding="utf-8") as file:
-        # Whatever the umask of a command is: the server, of another user, has to read it.
-        os.fchmod(file.fileno(), 0o644)
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
+        is_changed = isinstance(error, NotDurable)
+        consequence = "have changed, but a power cut may undo that" if is_changed else _UNCHANGED
+        message = f"{error.strerror}: the marks {consequence}"
+        raise OSError(error.errno, message, str(layout.marks)) from None
 
 
 @contextmanager

@@ -52,7 +52,7 @@ async def follow_other_process(ingest: Ingest) -> None:
         has_grown = _read_progress(ingest, leader)
         ingest.wake_followers()
         if ingest.is_verified:
-            return await ingest.lock.acquire_shared_when_published()
+            return await ingest.end_following()
         if not ingest.lock.is_path_ours and not ingest.lock.is_published:
             if not ingest.on_disk:
                 # The fetch ended before its first byte. Start with a new file.

@@ -5,8 +5,10 @@ refers to them. Must not know: who removes content, and why.
 
 Protected are the digests that a mark names and the digests that a pinned or frozen tag has now, all
 parts of these manifests at any depth, and their referrers: signatures, attestations, SBOMs. A
-referrer is known if the index has its tag (``sha256-<hex>``, or that with ``.sig``, ``.att`` or
-``.sbom``), or a list of referrers that a client has asked for.
+referrer is known if the index has its tag (``sha256-<hex>``, or that with an ending such as
+``.sig``), or a list of referrers that a client has asked for. An index that lists a marked image is
+protected, too, but not the images that it has for other platforms: a node that uses one of them
+pulls the index again.
 
 If such a manifest is damaged, or that of a pin or a freeze is missing, it is not known which parts
 it has. Then all content that its repository may serve is protected.
@@ -78,12 +80,14 @@ class Protection:
         """Manifests that are protected, and whose parts are not known."""
         self.digests: set[Digest] = set()
         """All content that must stay, as of the last :meth:`update`."""
+        self.holding: list[str] = []
+        """Marked images for which all of their repositories stays (:func:`find_holding`)."""
 
     def update(self) -> None:
         """Find what is protected now. Does nothing unless the marks have changed.
 
         What was protected before stays protected during this run. Blocks: it reads each marked
-        manifest, which takes about 0.1 ms.
+        manifest and each index, which takes about 0.1 ms.
 
         Raises:
             ProtectionUnknown: The marks cannot be read, or the index does not answer.
@@ -92,7 +96,8 @@ class Protection:
             return
         stamp, marks = self._read()
         names = [*marks.pins, *marks.freezes]
-        found = self._add(protected_roots(marks, self._now()))
+        roots = protected_roots(marks, self._now())
+        found, indexes = self._add(roots), set[Digest]()
         for _ in range(_MAX_ROUNDS):
             if not found and not names:
                 break
@@ -100,7 +105,9 @@ class Protection:
             if links is None:
                 raise ProtectionUnknown("the index does not say what refers to marked images")
             names = []
+            indexes.update(links.indexes)
             found = self._add({*links.current, *links.referrers})
+        self._add_indexes(indexes, roots)
         self._add_unclear(marks)
         self._stamp = (stamp,)
 
@@ -125,6 +132,15 @@ class Protection:
         except StorageUnavailable as error:
             raise ProtectionUnknown(error.message) from None
 
+    def _add_indexes(self, indexes: Collection[Digest], roots: Collection[Digest]) -> None:
+        """Protect the indexes that list a marked image, each alone."""
+        pace, marked = Pace(), frozenset(roots)
+        for digest in indexes:
+            if digest not in self.digests:
+                pace.keep()
+                if not marked.isdisjoint(read_parts(self._layout, digest)[0]):
+                    self.digests.add(digest)
+
     def _add_unclear(self, marks: Marks) -> None:
         """Protect what may be part of manifests that are damaged or missing.
 
@@ -132,7 +148,10 @@ class Protection:
         """
         if self._unclear:
             try:
-                self.digests |= read_unclear(self._layout, marks, self._unclear)
+                unclear = read_unclear(self._layout, marks, self._unclear)
+                self.digests |= unclear
+                if unclear:
+                    self.holding = name_holding(self._layout, marks, self._unclear)
             except StorageUnavailable as error:
                 raise ProtectionUnknown(error.message) from None
 
@@ -211,6 +230,47 @@ def read_unclear(layout: Layout, marks: Marks, unknown: Collection[Digest]) -> s
     repositories = [name for name, some in kept.items() if not some.isdisjoint(damaged)]
     unclear = damaged.union(*kept.values())
     return read_access_beside(layout, unclear, repositories) if unclear else set()
+
+
+def find_holding(layout: Layout, marks: Marks) -> list[str]:
+    """Return the marked images for which all of their repositories stays.
+
+    Their manifests, or those of their platforms, are damaged or missing, so it is not known which
+    content they need. Blocks: it reads each manifest of a pin or a freeze.
+
+    Raises:
+        StorageUnavailable: The index cannot be read.
+        OSError: The disk does not answer.
+    """
+    unknown: set[Digest] = set()
+    seen = set[Digest]().union(*kept_manifests(marks).values())
+    queue = list(seen)
+    for digest in queue:  # It grows while it is read.
+        parts = read_known_parts(layout, digest)
+        if parts is None:
+            unknown.add(digest)
+            continue
+        queue += set(parts[0]) - seen
+        seen.update(parts[0])
+    if not unknown or not read_unclear(layout, marks, unknown):
+        return []
+    return name_holding(layout, marks, unknown)
+
+
+def name_holding(layout: Layout, marks: Marks, unknown: Collection[Digest]) -> list[str]:
+    """Return the names of the marked images that keep the content of a whole repository.
+
+    Without a name, it is the digest.
+
+    Args:
+        layout: Where content is.
+        marks: The operator's marks.
+        unknown: Protected manifests whose parts are not known.
+    """
+    names = {one: freeze.name for freeze in marks.freezes.values() for one in freeze.digests}
+    names |= {pin.digest: pin.name for pin in marks.pins.values()}
+    kept = {one for one in unknown if one in names or is_damaged(layout, one)}
+    return sorted(names.get(one, str(one)) for one in kept)
 
 
 def is_damaged(layout: Layout, digest: Digest) -> bool:

@@ -68,6 +68,12 @@ def digest_of_file(path: Path) -> Digest | None:
     return None
 
 
+def quarantined_digests(layout: Layout) -> set[Digest]:
+    """Return the digests that all damaged files should have had."""
+    digests = {digest_of_file(path) for path, _ in quarantined_files(layout)}
+    return {digest for digest in digests if digest is not None}
+
+
 def quarantine_size(layout: Layout) -> int:
     """Return the bytes of all damaged files."""
     return sum(status.st_size for _, status in quarantined_files(layout))

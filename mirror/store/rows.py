@@ -35,6 +35,7 @@ from typing import Any, Final, TypeVar
 import diskcache
 
 from mirror.observability.events import LogMessage, Observer
+from mirror.oci.errors import error_text
 from mirror.store import statements
 from mirror.store.index_directory import (
     FAILURES,
@@ -492,5 +493,5 @@ class Rows:
         self._failures += 1
         if not self._logged_at or time.monotonic() - self._logged_at > _LOG_INTERVAL_S:
             self._logged_at = time.monotonic()
-            fields = (("why", f"{type(error).__name__}: {error}"), ("times", self._failures))
+            fields = (("why", error_text(error)), ("times", self._failures))
             self._emit(LogMessage("warning", "an operation of the index failed", fields))

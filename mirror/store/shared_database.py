@@ -23,8 +23,10 @@ from typing import Final
 
 _WRITE_TIMEOUT_S: Final = 10.0
 """Seconds to wait for the transaction of another process: each takes some milliseconds."""
-_WAL_BYTES: Final = 4 * 1024 * 1024
-"""Bytes to which the log is truncated after its content is in the file."""
+_MAX_LOG_BYTES: Final = 4 * 1024 * 1024
+"""Bytes of the log at most, before its content goes into the file."""
+_PAGE_BYTES: Final = 4096
+"""Bytes of a page: SQLite's default."""
 _DAMAGE_CODES: Final = frozenset(
     {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_SCHEMA}
 )
@@ -85,15 +87,19 @@ class DatabaseForm:
 class SharedDatabase:
     """The connection of one process for writing. All methods block, and belong to one thread."""
 
-    def __init__(self, directory: Path, form: DatabaseForm) -> None:
+    def __init__(
+        self, directory: Path, form: DatabaseForm, log_bytes: int = _MAX_LOG_BYTES
+    ) -> None:
         """Open nothing yet.
 
         Args:
             directory: It is created once there is something to write.
             form: The name and the tables.
+            log_bytes: Bytes of the log at most, before its content goes into the file.
         """
         self._directory = directory
         self._form = form
+        self._log_bytes = min(log_bytes, _MAX_LOG_BYTES)
         self._connection: sqlite3.Connection | None = None
         self._path: Path | None = None
         self._number = 0
@@ -133,7 +139,7 @@ class SharedDatabase:
                 path, timeout=_WRITE_TIMEOUT_S, isolation_level=None, check_same_thread=False
             )
             try:
-                _prepare(connection, self._form)
+                _prepare(connection, self._form, self._log_bytes)
             except BaseException:
                 connection.close()
                 raise
@@ -184,12 +190,15 @@ class SharedDatabase:
             self._connection, self._inode = None, 0
 
 
-def _prepare(connection: sqlite3.Connection, form: DatabaseForm) -> None:
+def _prepare(connection: sqlite3.Connection, form: DatabaseForm, log_bytes: int) -> None:
     """Create the tables of a new file. Raises ``sqlite3.DatabaseError`` for another version."""
+    # Only a new file takes it: removed rows give their pages back to the disk.
+    connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
     connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute(f"PRAGMA wal_autocheckpoint = {log_bytes // _PAGE_BYTES}")
     # A crash of the machine may lose the latest rows, but does not damage the file.
     connection.execute("PRAGMA synchronous = NORMAL")
-    connection.execute(f"PRAGMA journal_size_limit = {_WAL_BYTES}")
+    connection.execute(f"PRAGMA journal_size_limit = {log_bytes}")
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version == 0:
         connection.executescript(

@@ -322,7 +322,9 @@ class FailoverClient:
                     repeat=partial(self._repeat, attempt),
                 )
                 if response.http.status != 200 and not attempt.request.is_accepted(accepted):
-                    raise attempt.refusal or await error_of(response, attempt.request.kind)
+                    raise attempt.refusal or await error_of(
+                        response, attempt.request.kind, attempt.request.missing_text()
+                    )
                 if response.is_cross_origin:
                     # The body comes from a storage behind the endpoint, which has done its part.
                     accepted.report_success()

@@ -55,6 +55,14 @@ class RegistryRequest:
     is_range: bool = False
     """True for a range of a blob: an endpoint may refuse ranges and yet send whole blobs."""
 
+    def missing_text(self) -> str:
+        """Return the text of the error if the upstream does not have what is requested."""
+        upstream, path = self.repository.upstream, self.repository.path
+        if self.kind is Kind.TAGS:
+            return f"{upstream} does not have the repository {path}"
+        reference = self.path.rpartition("/")[2]
+        return f"{upstream} does not have {path}{'@' if ':' in reference else ':'}{reference}"
+
 
 @dataclass(frozen=True, slots=True)
 class AcceptedResponse(Response):

@@ -23,17 +23,20 @@ _REFERRERS_UNSUPPORTED: Final = frozenset({301, 302, 303, 307, 308, 400, 405, 40
 """Statuses of registries that do not have the referrers API, beside 404."""
 
 
-async def error_of(response: Response, kind: Kind) -> errors.MirrorError:
+async def error_of(
+    response: Response, kind: Kind, missing: str = "the upstream does not have this content"
+) -> errors.MirrorError:
     """Translate the status of a response that was not accepted into an error.
 
-    ``kind``: the requested kind of object. It selects the error class of a 404. A 401 or 403 from
+    ``kind``: the requested kind of object. It selects the error class of a 404, whose text is
+    ``missing``. A 401 or 403 from
     another origin (the storage that a redirect led to) becomes ``StorageRefused``, because the
     registry itself did not refuse.
     """
     host = response.http.url.origin()
     match response.http.status:
         case 404:
-            return await _not_found(response, kind)
+            return await _not_found(response, kind, missing)
         case status if kind is Kind.REFERRERS and status in _REFERRERS_UNSUPPORTED:
             return errors.ManifestUnknown("the upstream does not list referrers")
         case 401 | 403 if response.is_cross_origin:
@@ -58,7 +61,7 @@ async def error_of(response: Response, kind: Kind) -> errors.MirrorError:
             return errors.UpstreamProtocolError(f"{host} responded with {status}")
 
 
-async def _not_found(response: Response, kind: Kind) -> errors.MirrorError:
+async def _not_found(response: Response, kind: Kind, missing: str) -> errors.MirrorError:
     """Translate a 404 by the code of its body (OCI Distribution specification, "Error Codes")."""
     try:
         body = await read_body(response, _MAX_ERROR_BODY_BYTES)
@@ -72,7 +75,5 @@ async def _not_found(response: Response, kind: Kind) -> errors.MirrorError:
             scope=errors.FailureScope.REQUEST,
         )
     if code == "NAME_UNKNOWN" or kind is Kind.TAGS:
-        return errors.NameUnknown("the upstream does not know this repository")
-    if kind is Kind.BLOB:
-        return errors.BlobUnknown("the upstream does not have this blob")
-    return errors.ManifestUnknown("the upstream does not have this manifest")
+        return errors.NameUnknown(missing)
+    return errors.BlobUnknown(missing) if kind is Kind.BLOB else errors.ManifestUnknown(missing)

@@ -36,6 +36,7 @@ from mirror.oci.reference import (
     Tag,
     parse_reference,
 )
+from mirror.oci.text import printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +159,14 @@ _SUSPICIOUS: Final = re.compile(r"//|[%\\]|/\.{1,2}(?:/|\Z)|[^!-~]")
 _ENCODED_SLASH: Final = re.compile(r"%2f", re.IGNORECASE)
 _COUNT: Final = re.compile(r"[0-9]{1,9}", re.ASCII)
 
+_HUB: Final = "docker.io"
+# The first component of a path that is a registry, by the rule of Docker: it has a dot or a port.
+# Of the registries, only Docker Hub is known to have no such name of its own.
+_REGISTRY: Final = re.compile(
+    r"localhost|[a-z0-9-]+(?:\.[a-z0-9-]+)+(?::[0-9]+)?|[a-z0-9-]+:[0-9]+"
+)
+_MAX_REGISTRY_CHARS: Final = 255
+"""Characters of a registry's name in an error: as many as DNS allows."""
 _MAX_QUERY_PARAMETERS: Final = 32
 """Parameters in one query. Clients send three; the limit bounds the work for a hostile query."""
 _MAX_CACHED_CHARS: Final = 512
@@ -278,10 +287,17 @@ def _find_repository(
     first, slash, rest = name.partition("/")
     if named is None and slash and first in upstreams:
         return Repository.parse(upstreams[first], rest), f"{first}/"
+    if named is None and slash and default == _HUB and _REGISTRY.fullmatch(first):
+        raise _not_configured(first)
     upstream = upstreams.get(default if named is None else named)
     if upstream is None:
-        raise NameUnknown("this mirror is not configured for this upstream")
+        raise _not_configured(default if named is None else named)
     return Repository.parse(upstream, name), ""
+
+
+def _not_configured(name: str) -> NameUnknown:
+    shown = printable(name, _MAX_REGISTRY_CHARS)
+    return NameUnknown(f"this mirror is not configured for {shown}: add it to its upstreams")
 
 
 def _parse_query(query: str) -> dict[str, str]:
@@ -322,7 +338,7 @@ def _parse_catalog(
 ) -> RepositoriesRequest:
     named, last = parameters.get("ns", upstream), parameters.get("last", "")
     if named is not None and named not in upstreams:
-        raise NameUnknown("this mirror is not configured for this upstream")
+        raise _not_configured(named)
     if len(last) > _MAX_CACHED_CHARS:
         raise PaginationInvalid("last must be a repository")
     ns = None if named is None else upstreams[named]

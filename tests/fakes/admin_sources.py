@@ -37,6 +37,7 @@ def image(number: int) -> Json:
         "missing_platforms": [],
         "missing_parts": 1 if number % 7 == 3 else 0,
         "missing_bytes": 4096 if number % 7 == 3 else 0,
+        "absent_why": None,
         "stale_why": None,
         "blocked_why": None,
         "pushed": None,

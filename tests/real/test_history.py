@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from typing import Any
 
+import pytest
+
+from tests.real import images
 from tests.real.process import wait_until
 from tests.real.registry import DockerRegistry
 from tests.real.server import ROOT, Mirror
@@ -44,3 +50,62 @@ def test_commands_tell_of_pulls_of_all_workers_while_they_run_and_after_a_stop()
             assert total["bytes_sent"] == 4 * (3 << 20)
             assert total["bytes_fetched"] == 3 << 20
             assert total["hit_ratio"] == 0.75
+
+
+def hit_ratios(
+    registry: DockerRegistry,
+    held: Sequence[images.Image],
+    pulls: Sequence[int],
+    max_size: int,
+    pins: int,
+) -> tuple[float, dict[str, float | None]]:
+    """Pull in turn through a new mirror, while the first ``pins`` images are pinned.
+
+    Returns the hit ratio, and those that are predicted for other sizes (None: not reliable).
+    """
+    settings = {"endpoints": [registry.url], "pull_policy": "IfNotPresent"}
+    with Mirror({"docker.io": settings}, storage={"max_size": max_size}) as mirror:
+
+        def pull(number: int) -> None:
+            image = held[number]
+            name = f"/v2/library/app/manifests/v{number}"
+            assert mirror.ask(name, headers=images.ACCEPT).status == 200
+            for blob in image.blobs:
+                assert mirror.ask(f"/v2/library/app/blobs/{blob.digest}").status == 200
+
+        for number in range(pins):
+            pull(number)
+            run(mirror, "pin", f"app:v{number}")
+        for number in pulls:
+            pull(number)
+            time.sleep(0.35)
+        time.sleep(2)  # The last requests are written.
+        rows = run(mirror, "savings")
+    (total,) = (row["hit_ratio"] for row in rows if row["kind"] == "total")
+    disks = [row for row in rows if row["kind"] == "disk"]
+    return total, {row["name"]: row["hit_ratio"] if row["is_reliable"] else None for row in disks}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("pins", [0, 4])
+def test_predicted_hit_ratios_are_those_of_servers_with_these_disks(pins: int) -> None:
+    chance = random.Random(1)
+    held = [
+        images.image(n, layers=(chance.choice([40_000, 80_000, 150_000, 300_000]), 20_000))
+        for n in range(40)
+    ]
+    size = sum(len(body) for image in held for body in image.contents().values())
+    order = chance.sample(range(40), 40)
+    pulls = [order[min(39, int(chance.paretovariate(0.7)) - 1)] for _ in range(200)]
+    with DockerRegistry() as registry:
+        for number, image in enumerate(held):
+            registry.push("library/app", image, f"v{number}")
+        _, predicted = hit_ratios(registry, held, pulls, int(size * 0.4), pins)
+        actual = {
+            name: hit_ratios(registry, held, pulls, int(size * 0.4 * factor), pins)[0]
+            for name, factor in (("0.5x", 0.5), ("1x", 1.0), ("2x", 2.0))
+        }
+    assert actual["2x"] - actual["0.5x"] > 0.1  # The disk matters in this trace.
+    for name, ratio in actual.items():
+        assert predicted[name] == pytest.approx(ratio, abs=0.03), (name, predicted, actual)

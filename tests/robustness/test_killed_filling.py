@@ -15,6 +15,7 @@ import pytest
 from tests.real import images
 from tests.real.registry import DockerRegistry
 from tests.robustness.kit import every_file_hashes_to_its_name, strace
+from tests.unit.cli.kit import make_data_directory
 
 ROOT = Path(__file__).parents[2]
 REPOSITORY = "library/app"
@@ -54,6 +55,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Filled]:
         config = f"data_dir: DATA\nupstreams: {{docker.io: {upstream}}}\n"
         (root / "mirror.yaml").write_text(config.replace("DATA", str(root / "data")))
         registry.push(REPOSITORY, earlier, "moving")
+        make_data_directory(root / "data")
         run(root / "mirror.yaml", ["warm", f"{NAME}:moving"]).check_returncode()
         registry.push(REPOSITORY, current, "moving")
         registry.push(REPOSITORY, other, "other")

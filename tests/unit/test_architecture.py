@@ -64,6 +64,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "config.reload": {"config.settings", "oci"},
     "config.load": {"config.settings", "config.values", "oci"},
     "single_flight": {"oci"},
+    "terminal": set(),
     "threads": set(),
     "store": {"store", *SHARED},
     "upstream": {"upstream", *SHARED},
@@ -106,15 +107,26 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         *("admin", "composition", "config.values", "history", "inventory", "operations", "pull"),
         *("store", "web.client_socket", *SHARED),
     },
+    "housekeeping": {
+        *("access", "composition", "operations", "pull.marks_watch", "web.doors", *SHARED),
+    },
     "server": {
-        *("server", "access", "admin", "composition", "notifications", "operations"),
-        "config.reload",
+        *(
+            "server",
+            "access",
+            "housekeeping",
+            "admin",
+            "composition",
+            "notifications",
+            "operations",
+        ),
+        *("config.reload", "terminal"),
         *BELOW_SERVER,
     },
     "processes": {
         "access.login_credentials",
         "hosted.database",
-        "store.layout",
+        *("store.layout", "terminal"),
         *("admin", "notifications", "server", "config.reload", "observability.metrics", *SHARED),
     },
     "cli": {

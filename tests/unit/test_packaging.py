@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from ipaddress import ip_network
@@ -17,6 +18,7 @@ from mirror.cli.main import _parser
 from mirror.config.load import load
 from mirror.config.settings import Settings
 from mirror.config.values import parse_duration, parse_size, split_host
+from tests.real.process import need
 
 ROOT = Path(__file__).parents[2]
 KUBERNETES = ROOT / "config" / "kubernetes"
@@ -83,6 +85,43 @@ def test_commands_of_the_image_parse(name: str) -> None:
     arguments = _parser().parse_args(command)
     assert arguments.config == "/etc/oci-mirror/mirror.yaml"
     assert f"COPY config/mirror.yaml {arguments.config}" in DOCKERFILE
+
+
+# --- systemd --------------------------------------------------------------------------------------
+
+UNIT = ROOT / "config" / "systemd" / "oci-mirror.service"
+
+
+def unit_values(key: str) -> list[str]:
+    """The values of a key of the unit."""
+    return re.findall(rf"^{key}=(.*)$", UNIT.read_text(), re.MULTILINE)
+
+
+def test_unit_starts_a_command_that_exists_and_waits_for_running_pulls() -> None:
+    (start,) = unit_values("ExecStart")
+    program, *arguments = start.split()
+    assert _parser().parse_args(arguments).config == "/etc/oci-mirror/mirror.yaml"
+    assert program == "/opt/oci-mirror/bin/oci-mirror"
+    environ = dict(value.split("=", 1) for value in unit_values("Environment"))
+    settings = load(str(ROOT / "config" / "mirror.yaml"), environ)
+    (directory,) = unit_values("StateDirectory")
+    assert settings.data_dir == f"/var/lib/{directory}"
+    assert float(unit_values("TimeoutStopSec")[0]) > settings.drain_timeout
+    # The README installs what the unit names.
+    readme = (ROOT / "README.md").read_text()
+    for name in (program, settings.data_dir, *unit_values("User"), "/etc/oci-mirror/mirror.yaml"):
+        assert name in readme
+
+
+def test_unit_is_accepted_by_systemd(tmp_path: Path) -> None:
+    copy = tmp_path / UNIT.name
+    copy.write_text(UNIT.read_text().replace("/opt/oci-mirror/bin/oci-mirror", "/bin/true"))
+    program = need("systemd-analyze")
+    done = subprocess.run(
+        [program, "verify", "--man=no", copy], capture_output=True, text=True, check=False
+    )
+    lines = [line for line in done.stderr.splitlines() if UNIT.name in line]
+    assert (done.returncode, lines) == (0, [])
 
 
 # --- compose --------------------------------------------------------------------------------------

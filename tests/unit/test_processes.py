@@ -293,6 +293,39 @@ def test_hangup_while_a_worker_starts_reaches_that_worker() -> None:
 
 @pytest.mark.row("FE2-signals-and-orphans")
 @pytest.mark.parametrize("workers", [1, 2])
+def test_hangup_of_a_closed_terminal_stops_the_server_and_of_an_open_one_does_not(
+    workers: int,
+) -> None:
+    master, slave = os.openpty()
+    mirror = Mirror(NOWHERE, workers=workers)
+    mirror.prefix = ("/bin/sh", "-c", f'exec "$@" >{os.ttyname(slave)}', "sh")
+    with mirror:
+        os.close(slave)
+        os.kill(mirror.pid, signal.SIGHUP)
+        shown = b""
+        while shown.count(b"the configuration was read again") < workers:
+            shown += os.read(master, 65536)
+        assert mirror.ask(TAGS).status == 200
+        os.close(master)
+        # The kernel sends it to all processes of the terminal. One of them is enough.
+        os.kill(mirror.pid, signal.SIGHUP)
+        wait_until(lambda: has_ended(mirror.pid), "the server stops", 20)
+        assert mirror.stop() == 0
+
+
+@pytest.mark.row("FE2-signals-and-orphans")
+def test_server_in_the_background_reloads_after_the_terminal_of_its_input_is_gone() -> None:
+    master, slave = os.openpty()
+    mirror = Mirror(NOWHERE)
+    mirror.prefix = ("/bin/sh", "-c", f'exec "$@" <{os.ttyname(slave)}', "sh")
+    with mirror:
+        os.close(slave)
+        os.close(master)
+        assert reload(mirror, catalog=True)["changed"] == "catalog"
+
+
+@pytest.mark.row("FE2-signals-and-orphans")
+@pytest.mark.parametrize("workers", [1, 2])
 def test_stop_does_not_wait_for_a_configuration_that_cannot_be_read(workers: int) -> None:
     """A pipe without a writer hangs as a file on a network disk does."""
     with Mirror(NOWHERE, workers=workers) as mirror:

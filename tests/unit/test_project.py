@@ -272,7 +272,8 @@ def test_links_in_documents_have_existing_targets(name: Path) -> None:
     "name",
     [
         *("CONTRIBUTING.md", "README.md", ".github/PULL_REQUEST_TEMPLATE.md", "docs/releasing.md"),
-        *("docs/commands.md", "docs/kubernetes.md", "docs/metrics.md", "docs/runbook.md"),
+        *("docs/commands.md", "docs/configuration.md", "docs/kubernetes.md", "docs/metrics.md"),
+        "docs/runbook.md",
     ],
 )
 def test_documents_name_commands_and_files_that_exist(name: str) -> None:

@@ -255,7 +255,7 @@ def test_worker_that_fails_at_start_is_restarted_once_a_second_at_most(tmp_path:
         # The killed worker, and then one a second at most.
         assert len(codes) <= 2 + time.monotonic() - started
         assert codes == [-signal.SIGKILL, *[70] * (len(codes) - 1)]
-        assert mirror.output_text().count("worker: FileNotFoundError: ") >= 2
+        assert mirror.output_text().count("worker: ") >= 2
         assert "Traceback" not in mirror.output_text()
         made.key_file.write_bytes(key)
         wait_until(lambda: all(is_ready(mirror) for _ in range(10)), "all is served", 30)
@@ -268,5 +268,8 @@ def test_second_server_on_the_port_of_workers_fails_with_one_line(two_workers: M
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert result.returncode == 1
     assert result.stdout == ""
-    assert result.stderr == f"listen: {mirror.host}: Address already in use\n"
+    assert result.stderr == (
+        f"oci-mirror: listen: {mirror.host}: an oci-mirror listens there already (ss -ltnp shows "
+        "its process): stop it, or change listen\n"
+    )
     assert mirror.ask("/readyz").status == 200

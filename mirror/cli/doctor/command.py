@@ -9,25 +9,25 @@ import argparse
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from mirror.cli.arguments import Commands, add_config, add_json, config_file
 from mirror.cli.client_files import HUB
 from mirror.cli.doctor.findings import Checked, Finding, Status
+from mirror.cli.doctor.grouping import group_by_remedy, lines, remedy_line
 from mirror.cli.doctor.runtimes import CONTAINERD_CONFIG, RUNTIMES, NodeMachine
 from mirror.cli.exit_codes import EX_FAILED
 from mirror.cli.health import own_url
-from mirror.cli.output import UsageError, flush, print_line
+from mirror.cli.output import UsageError, describe_fault, flush, print_line
 from mirror.cli.own_server import OwnServer
 from mirror.config.load import load_with_origins
 from mirror.config.settings import Settings
 from mirror.oci.errors import ConfigError
-from mirror.oci.text import printable
+from mirror.oci.text import count_text
 
-_MAX_FINDING_CHARS: Final = 2000
-"""Characters of a finding: one line that a terminal can show."""
 _COLORS: Final = {Status.OK: "32", Status.WARNING: "33", Status.PROBLEM: "31"}
 """Status -> colour on a terminal (ECMA-48, "SGR")."""
 
@@ -80,30 +80,35 @@ def run_doctor(arguments: argparse.Namespace) -> int:
     """Run the checks, and print each finding as soon as it is known."""
     checks = _check_node(arguments) if arguments.node else _check_mirror(arguments)
     counts: Counter[Status] = Counter()
-    for finding in checks:
-        counts[finding.status] += 1
+    # A script reads each finding for itself.
+    groups = ([one] for one in checks) if arguments.is_json else group_by_remedy(checks)
+    for group in groups:
+        counts[group[0].status] += len(group)
         if arguments.is_json:
-            print_line(json.dumps(finding.values()))
+            print_line(json.dumps(group[0].values()))
         else:
-            _print_finding(finding)
+            _print_group(group)
         flush()
     if not arguments.is_json:
         problems, warnings = counts[Status.PROBLEM], counts[Status.WARNING]
-        print_line(f"{problems} problems, {warnings} warnings, {counts[Status.OK]} ok")
+        found = f"{count_text(problems, 'problem')}, {count_text(warnings, 'warning')}"
+        print_line(f"{found}, {counts[Status.OK]} ok")
     return EX_FAILED if counts[Status.PROBLEM] else 0
 
 
-def _print_finding(finding: Finding) -> None:
+def _print_group(group: Sequence[Finding]) -> None:
     # Imported here: it is about terminals, and --json needs none.
     from mirror.cli.listing import is_terminal
 
-    status = f"{finding.status.value:<8}"
+    status = group[0].status
+    text = f"{status.value:<8}"
     if is_terminal():
-        status = f"\x1b[{_COLORS[finding.status]}m{status}\x1b[0m"
-    text = printable(f"{finding.check}: {finding.subject}: {finding.message}", _MAX_FINDING_CHARS)
-    print_line(f"{status} {text}")
-    if finding.remedy:
-        print_line(f"         remedy: {printable(finding.remedy, _MAX_FINDING_CHARS)}")
+        text = f"\x1b[{_COLORS[status]}m{text}\x1b[0m"
+    for line in lines(group):
+        print_line(f"{text} {line}")
+    remedy = remedy_line(group)
+    if remedy is not None:
+        print_line(f"         remedy: {remedy}")
 
 
 # --- the mirror -----------------------------------------------------------------------------------
@@ -111,9 +116,15 @@ def _print_finding(finding: Finding) -> None:
 
 def _check_mirror(arguments: argparse.Namespace) -> Iterator[Finding]:
     # Imported here: start-up counts, and these need aiohttp.
-    from mirror.cli.doctor import machine_checks
     from mirror.cli.doctor.endpoint_checks import check_endpoints, read_samples
     from mirror.cli.doctor.hosted_checks import check_hosted
+    from mirror.cli.doctor.machine_checks import (
+        check_clock,
+        check_data_directory,
+        check_index,
+        check_marks,
+        check_port,
+    )
     from mirror.store.layout import Layout
     from mirror.store.marks import read_marks
 
@@ -129,14 +140,57 @@ def _check_mirror(arguments: argparse.Namespace) -> Iterator[Finding]:
         return
     yield from findings
     root = Path(settings.data_dir)
-    yield from machine_checks.check_data_directory(settings)
-    yield from machine_checks.check_index(root)
-    yield machine_checks.check_marks(root / "marks.json", lambda: read_marks(Layout(root)))
-    yield from check_hosted(settings)
-    yield machine_checks.check_port(settings)
-    report = check_endpoints(settings, read_samples(root, settings), os.environ)
-    yield from report.findings
-    yield machine_checks.check_clock(report.clock_offsets)
+    offsets: list[float] = []
+
+    def check_upstreams() -> Iterator[Finding]:
+        samples = read_samples(root, settings)
+        report = check_endpoints(settings, samples, os.environ)
+        offsets.extend(report.clock_offsets)
+        yield from _unused_as_warnings(report.findings, samples)
+
+    marks = root / "marks.json"
+    checks: tuple[tuple[Checked, Callable[[], Iterable[Finding]]], ...] = (
+        (Checked("data directory", str(root)), lambda: check_data_directory(settings)),
+        (Checked("index", str(root / "index")), lambda: check_index(root)),
+        (
+            Checked("marks", str(marks)),
+            lambda: [check_marks(marks, lambda: read_marks(Layout(root)))],
+        ),
+        (Checked("hosted", "names.db"), lambda: check_hosted(settings)),
+        (Checked("port", settings.listen), lambda: [check_port(settings)]),
+        (Checked("endpoint", "all"), check_upstreams),
+        (Checked("clock", "this machine"), lambda: [check_clock(offsets)]),
+    )
+    for about, check in checks:
+        yield from _guarded(about, check)
+
+
+def _guarded(about: Checked, check: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
+    """Yield the findings of one check. A fault of the check itself does not end the others."""
+    try:
+        yield from check()
+    except Exception as error:
+        yield about.problem(
+            f"it could not be checked: {describe_fault(error)}",
+            "report this fault, with the output of oci-mirror --version",
+        )
+
+
+def _unused_as_warnings(findings: Iterable[Finding], used: Collection[str]) -> Iterator[Finding]:
+    """Yield findings of endpoints. Those of upstreams that nobody uses are no problem.
+
+    ``used``: upstreams with a tag in the cache. Empty: the cache is new, and all count.
+    """
+    for finding in findings:
+        upstream = finding.subject.partition(" ")[0]
+        if finding.status is Status.PROBLEM and used and upstream not in used:
+            yield replace(
+                finding,
+                status=Status.WARNING,
+                remedy="no tag of it is in the cache: if nobody uses it, remove it from upstreams",
+            )
+        else:
+            yield finding
 
 
 def _load(file: str | None, subject: Checked) -> tuple[Settings, list[Finding]]:

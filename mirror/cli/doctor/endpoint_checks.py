@@ -55,6 +55,10 @@ _CERTIFICATE_PROBLEM_S: Final = 2 * 86400.0
 _FEW_PULLS_SHARE: Final = 0.1
 """Share of the pulls of a rate limit below which a warning is given."""
 
+_NETWORK_REMEDY: Final = (
+    "check the firewall and the route; behind a proxy, set https_proxy (http_proxy for http://)"
+)
+
 Samples = Mapping[str, tuple[Repository, Reference]]
 """Name of an upstream -> an image of it that was pulled before."""
 
@@ -163,7 +167,9 @@ async def _check_endpoint(
             url = as_url(endpoint)
             proxy = proxies.proxy_for(url)
             if proxy is None:
-                look = await looks.run(endpoint, partial(_look_at, url, upstream))
+                look = await looks.run(
+                    endpoint, partial(_look_at, url, upstream, asked[0].upstream)
+                )
                 if look.failure:
                     return [subject.problem(look.failure, look.remedy)]
                 if look.clock_offset is not None:
@@ -209,8 +215,8 @@ def read_samples(root: Path, settings: Settings) -> Samples:
 # --- the connection -------------------------------------------------------------------------------
 
 
-def _look_at(url: URL, upstream: Upstream) -> _Look:
-    """Connect to an endpoint, and send one ``HEAD /v2/``. Runs in a thread."""
+def _look_at(url: URL, upstream: Upstream, name: str) -> _Look:
+    """Connect to an endpoint of the upstream ``name``, and send one ``HEAD /v2/``, in a thread."""
     look, host, port = _Look(), url.host or "", url.port or 443
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -220,6 +226,7 @@ def _look_at(url: URL, upstream: Upstream) -> _Look:
         look.remedy = "check /etc/resolv.conf and the name servers of this machine (in a pod: DNS)"
         return look
     connection: HTTPConnection
+    is_connected = False
     try:
         if url.scheme == "https":
             client = upstream.client_certificate
@@ -238,6 +245,7 @@ def _look_at(url: URL, upstream: Upstream) -> _Look:
             if date is not None:
                 look.clock_offset = time.time() - parsedate_to_datetime(date).timestamp()
         finally:
+            is_connected = connection.sock is not None
             connection.close()
     except ssl.SSLCertVerificationError as error:
         look.failure = f"its certificate is not accepted: {error.verify_message}"
@@ -245,10 +253,35 @@ def _look_at(url: URL, upstream: Upstream) -> _Look:
     except (HTTPException, ValueError) as error:
         look.failure = f"it sends no usable response: {printable(str(error), 200)}"
         look.remedy = "check that the URL is the one of a registry, and http or https"
+    except ssl.SSLError as error:
+        look.failure = f"{host}:{port} does not speak TLS as expected: {error.reason}"
+        look.remedy = "check http or https in the URL, and a client_certificate that it may require"
+    except TimeoutError:
+        _set_silence(look, f"{host}:{port}", is_connected=is_connected)
+    except ConnectionRefusedError:
+        look.failure = f"no connection to {host}:{port}: connection refused"
+        look.remedy = (
+            f"nothing listens at {host}:{port}: start the registry there, or correct "
+            f"upstreams.{name}.endpoints"
+        )
     except OSError as error:
-        look.failure = f"no connection to {host}:{port}: {error.strerror or error}"
-        look.remedy = "check the firewall and the route; set https_proxy if there is a proxy"
+        where = f"the connection to {host}:{port}"
+        what = f"{where} broke" if is_connected else f"{where} failed"
+        look.failure = f"{what}: {error.strerror or error}"
+        look.remedy = _NETWORK_REMEDY
     return look
+
+
+def _set_silence(look: _Look, where: str, *, is_connected: bool) -> None:
+    """State that a time limit has passed, before or after the connection was made."""
+    if is_connected:
+        look.failure = (
+            f"{where} accepts connections, and sends nothing for {_CONNECT_TIMEOUT_S:.0f} s"
+        )
+        look.remedy = "look at the registry, which may hang, and check http or https in the URL"
+    else:
+        look.failure = f"no connection to {where} within {_CONNECT_TIMEOUT_S:.0f} s"
+        look.remedy = _NETWORK_REMEDY
 
 
 def _certificate_findings(subject: str, ends: float | None) -> list[Finding]:

@@ -29,12 +29,15 @@ class Finding:
     """One line: what was found."""
     remedy: str = ""
     """One line: what to do. Empty if nothing is wrong."""
+    target: str = ""
+    """The registry to which this finding of ``subject`` belongs. Findings that differ only in it
+    have the same cause, and are printed as one. Empty: ``subject`` says all."""
 
     def values(self) -> dict[str, str | None]:
         """Return the row of ``--json``."""
         return {
             "check": self.check,
-            "subject": self.subject,
+            "subject": " ".join(filter(None, (self.subject, self.target))),
             "status": self.status.value,
             "message": self.message,
             "remedy": self.remedy or None,
@@ -47,15 +50,26 @@ class Checked:
 
     check: str
     subject: str
+    target: str = ""
 
     def ok(self, message: str) -> Finding:
         """Return the finding that all is well."""
-        return Finding(self.check, self.subject, Status.OK, message)
+        return self._finding(Status.OK, message)
 
     def warning(self, message: str, remedy: str) -> Finding:
         """Return a warning."""
-        return Finding(self.check, self.subject, Status.WARNING, message, remedy)
+        return self._finding(Status.WARNING, message, remedy)
 
     def problem(self, message: str, remedy: str) -> Finding:
         """Return a problem."""
-        return Finding(self.check, self.subject, Status.PROBLEM, message, remedy)
+        return self._finding(Status.PROBLEM, message, remedy)
+
+    def _finding(self, status: Status, message: str, remedy: str = "") -> Finding:
+        return Finding(
+            check=self.check,
+            subject=self.subject,
+            status=status,
+            message=message,
+            remedy=remedy,
+            target=self.target,
+        )

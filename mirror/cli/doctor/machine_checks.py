@@ -21,11 +21,14 @@ from typing import Final
 
 from mirror.cli.doctor.findings import Checked, Finding
 from mirror.cli.health import WILDCARD_ADDRESSES, own_url
-from mirror.cli.own_server import OwnServer
+from mirror.cli.own_server import OwnServer, failure_text
 from mirror.config.settings import Settings, Storage
-from mirror.config.values import split_host
+from mirror.config.values import is_loopback_only, split_host
 from mirror.oci.errors import MirrorError
 from mirror.oci.text import size_text
+from mirror.store.layout import Layout
+from mirror.store.marks import Marks
+from mirror.store.protection import find_holding
 
 _MOUNTS: Final = Path("/proc/self/mountinfo")
 # proc_pid_mountinfo(5): "36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw"
@@ -235,20 +238,32 @@ def damage_of(database: Path, clock: Callable[[], float]) -> str | None:
         return None if is_late else str(error)
     except sqlite3.Error as error:
         return str(error)
-    return None if result == "ok" else str(result)
+    # "*** in database main ***" is a heading, in a line before what was found.
+    found = [line for line in str(result).splitlines() if not line.startswith("***")]
+    return None if result == "ok" else ", ".join(found)
 
 
-def check_marks(path: Path, read: Callable[[], object]) -> Finding:
-    """Check that pins, freezes, blocks and leases can be read. ``read`` raises if they cannot."""
+def check_marks(path: Path, read: Callable[[], Marks]) -> Finding:
+    """Check that pins, freezes, blocks and leases can be read. ``read`` raises if they cannot.
+
+    Also names the images for whose damaged or missing manifest a whole repository stays.
+    """
     subject = Checked("marks", str(path))
     try:
-        read()
+        marks = read()
+        holding = find_holding(Layout(path.parent), marks)
     except (OSError, MirrorError) as error:
         reason = error.message if isinstance(error, MirrorError) else str(error.strerror or error)
         return subject.problem(
             f"{reason}: nothing is evicted or removed until this is mended",
             f"make {path} readable for the server, restore it from a backup, or delete it and "
             "pin, freeze and block again",
+        )
+    if holding:
+        return subject.problem(
+            f"the manifest of {', '.join(holding[:3])} is damaged or missing, so nothing of its "
+            "repository is evicted or removed",
+            f"fetch it: oci-mirror verify --repair {holding[0]}; or take its mark away",
         )
     return subject.ok("readable" if path.exists() else "there are none")
 
@@ -267,7 +282,7 @@ def check_port(settings: Settings) -> Finding:
         return _check_free(subject, settings.listen)
     except (OSError, ValueError) as error:
         return subject.problem(
-            f"the program that listens there gives no usable response: {error}",
+            f"the program that listens there gives no usable response: {failure_text(error)}",
             "see which program it is (ss -ltnp), and stop it or change listen",
         )
     if not response.is_ours:
@@ -278,6 +293,11 @@ def check_port(settings: Settings) -> Finding:
     if response.status != 200:
         return subject.problem(
             f"the server responds with {response.status}", "read the log of the server"
+        )
+    if is_loopback_only(settings.listen):
+        return subject.ok(
+            "the server listens there, for this machine only: for other nodes, set listen to an "
+            "address of the network"
         )
     return subject.ok("the server listens there")
 

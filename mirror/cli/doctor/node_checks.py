@@ -23,7 +23,7 @@ from typing import Final
 
 from mirror.cli.doctor.findings import Checked, Finding
 from mirror.cli.doctor.runtimes import Command, NodeMachine, Runtime, find_runtimes
-from mirror.cli.own_server import OwnServer, ServerResponse
+from mirror.cli.own_server import OwnServer, ServerResponse, failure_text
 from mirror.oci.text import printable
 
 _PROBE: Final = "oci-mirror-check/probe"
@@ -39,6 +39,8 @@ _CONFIRM_REQUESTS: Final = 64
 knows its own. Of 8 workers, one is missed by all of them in two checks of ten thousand."""
 _MAX_LAST_LINE_CHARS: Final = 300
 """Characters of the last line of a command that failed."""
+_MAX_STOPPED_CHARS: Final = 120
+"""Characters of it if the runtime does not run: the socket is at its beginning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +78,40 @@ def check_node(
         yield Checked("runtime", name).problem(
             "it is not installed", "leave out --runtime, or add its directory to the PATH"
         )
-    for runtime in runtimes:
-        yield from runtime.findings
-    pulls = [
-        (runtime, registry)
-        for runtime in runtimes
-        for registry in registries
-        if registry not in unserved and runtime.may_mirror(registry)
-    ]
     with ThreadPoolExecutor(_PARALLEL_PULLS) as threads:
+        stopped = list(threads.map(lambda runtime: _why_stopped(runtime, node), runtimes))
+        running = [runtime for runtime, why in zip(runtimes, stopped, strict=True) if not why]
+        for runtime, why in zip(runtimes, stopped, strict=True):
+            if why:
+                yield _stopped(runtime, why, is_needed=not running or runtime.name in chosen)
+            else:
+                yield from runtime.findings
+        pulls = [
+            (runtime, registry)
+            for runtime in running
+            for registry in registries
+            if registry not in unserved and runtime.may_mirror(registry)
+        ]
         yield from threads.map(lambda pull: _check_pull(node, mirror, *pull), pulls)
+
+
+def _why_stopped(runtime: Runtime, node: NodeMachine) -> str:
+    """Return why a runtime cannot pull anything at all. Empty: it runs."""
+    return _run(runtime.probe, node).reason if runtime.probe else ""
+
+
+def _stopped(runtime: Runtime, why: str, *, is_needed: bool) -> Finding:
+    """Return the finding of an installed runtime that does not run.
+
+    ``is_needed``: it was asked for, or no other one runs.
+    """
+    subject = Checked("runtime", runtime.name)
+    message = f"it is installed, but does not run: {printable(why, _MAX_STOPPED_CHARS)}"
+    remedy = (
+        f"start it ({runtime.start}); or, if this node does not use it, name the one that it "
+        "uses: --runtime"
+    )
+    return subject.problem(message, remedy) if is_needed else subject.warning(message, remedy)
 
 
 def _check_mirror(
@@ -98,7 +124,7 @@ def _check_mirror(
     except (OSError, ValueError) as error:
         yield (
             subject.problem(
-                f"it does not respond: {error}",
+                f"it does not respond: {failure_text(error)}",
                 "start it (oci-mirror serve), or name its address as clients do: --mirror URL",
             ),
             None,
@@ -120,7 +146,7 @@ def _check_mirror(
 
 def _why_unserved(mirror: OwnServer, registry: str, response: ServerResponse) -> Finding:
     """Return the finding for a registry of which the mirror does not serve the probe image."""
-    subject = Checked("mirror", f"{mirror.url} {registry}")
+    subject = Checked("mirror", mirror.url, registry)
     if b"NAME_UNKNOWN" in response.body:
         return subject.problem(
             "it is not configured for this registry",
@@ -136,8 +162,8 @@ def _check_pull(node: NodeMachine, mirror: OwnServer, runtime: Runtime, registry
     """Let a runtime pull the probe image of a registry."""
     nonce = secrets.token_hex(16)
     image = f"{registry}/{_PROBE}:{nonce}"
-    result = _run(runtime.pull(image), node)
-    subject = Checked("pull", f"{runtime.name} {registry}")
+    result = _run(runtime.pull(image), node, nonce)
+    subject = Checked("pull", runtime.name, registry)
     has_arrived = _has_arrived(mirror, registry, nonce)
     if not result.reason:
         _run(runtime.remove(image), node)
@@ -170,8 +196,11 @@ def _has_arrived(mirror: OwnServer, registry: str, nonce: str) -> bool:
     return False
 
 
-def _run(command: Command, node: NodeMachine) -> _CommandEnd:
-    """Run a command with a time limit. Its children are killed, too."""
+def _run(command: Command, node: NodeMachine, nonce: str = "") -> _CommandEnd:
+    """Run a command with a time limit. Its children are killed, too.
+
+    ``nonce``: is ``TAG`` in the reason, so that equal causes have equal reasons.
+    """
     with tempfile.TemporaryFile() as output:
         try:
             process = subprocess.Popen(  # noqa: S603 - fixed programs, no shell
@@ -193,7 +222,8 @@ def _run(command: Command, node: NodeMachine) -> _CommandEnd:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         output.seek(0)
-        lines = output.read().decode(errors="replace").strip().splitlines()
+        text = output.read().decode(errors="replace").strip()
+    lines = (text.replace(nonce, "TAG") if nonce else text).splitlines()
     if code == 0:
         return _CommandEnd(reason="")
     return _CommandEnd(

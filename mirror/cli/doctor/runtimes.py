@@ -27,6 +27,8 @@ _NAMESPACE: Final = "oci-mirror-check"
 """Namespace of containerd for the probe image, so that no other one gets it."""
 _QUERY_TIMEOUT_S: Final = 10.0
 """Seconds for a command that only asks a runtime."""
+_PROBE_TIMEOUT: Final = "3s"
+"""Time in which a daemon on this machine accepts a connection."""
 _SOCKET: Final = "/run/containerd/containerd.sock"
 
 Command = Sequence[str]
@@ -47,6 +49,10 @@ class Runtime:
     """Returns whether it can pull from a registry through a mirror at all."""
     findings: tuple[Finding, ...] = ()
     """Findings about its configuration."""
+    probe: Command = ()
+    """A command that fails if the runtime does not run. Empty: it has no daemon."""
+    start: str = ""
+    """The command that starts its daemon."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +118,9 @@ def _containerd(node: NodeMachine) -> Runtime | None:
         lambda image: (*start, "content", "fetch", "--hosts-dir", directory, image),
         lambda image: (*start, "images", "rm", "--sync", image),
         remedy,
-        findings=_config_path_findings(node.containerd_config, config, directories),
+        findings=_config_path_findings(node, config, directories),
+        probe=(ctr, "--address", address, "--connect-timeout", _PROBE_TIMEOUT, "version"),
+        start="systemctl start containerd",
     )
 
 
@@ -143,9 +151,9 @@ def _address_of(config: Mapping[str, Any]) -> str:
 
 
 def _config_path_findings(
-    file: str, config: Mapping[str, Any], directories: Sequence[str]
+    node: NodeMachine, config: Mapping[str, Any], directories: Sequence[str]
 ) -> tuple[Finding, ...]:
-    subject = Checked("config_path", file)
+    subject = Checked("config_path", node.containerd_config)
     disabled = config.get("disabled_plugins") or []
     if any(plugin in disabled for plugin in ("cri", *_CRI_PLUGINS)):
         return ()  # Kubernetes cannot use this containerd.
@@ -154,11 +162,10 @@ def _config_path_findings(
         '(1.x) or [plugins."io.containerd.cri.v1.images".registry] (2.x), and restart containerd'
     )
     if not directories:
-        return (
-            subject.problem(
-                "it names no config_path, so Kubernetes pulls without any hosts.toml", remedy
-            ),
-        )
+        message = "it names no config_path, so Kubernetes pulls without any hosts.toml"
+        if node.find("kubelet"):
+            return (subject.problem(message, remedy),)
+        return (subject.warning(f"{message}; there is no kubelet here", remedy),)
     if len(directories) > 1:
         return (
             subject.warning(
@@ -173,7 +180,8 @@ def _config_path_findings(
 def _cri(node: NodeMachine) -> Runtime | None:
     """Return the runtime behind the CRI, as the kubelet uses it."""
     crictl = node.find("crictl")
-    return None if crictl is None else _crictl("cri", (crictl,))
+    start = "systemctl start containerd, or crio; see the endpoint in /etc/crictl.yaml"
+    return None if crictl is None else _crictl("cri", (crictl,), start=start)
 
 
 def _k3s(node: NodeMachine) -> Runtime | None:
@@ -185,18 +193,21 @@ def _k3s(node: NodeMachine) -> Runtime | None:
 
 def _crictl(
     name: str,
-    start: Command,
+    command: Command,
     client: str = "containerd",
     file: str = "the hosts.toml of the registry (CRI-O: registries.conf)",
+    start: str = "systemctl start k3s, or k3s-agent",
 ) -> Runtime:
     return Runtime(
         name,
-        lambda image: (*start, "pull", image),
-        lambda image: (*start, "rmi", image),
+        lambda image: (*command, "pull", image),
+        lambda image: (*command, "rmi", image),
         lambda registry: (
             f"compare {file} with the output of oci-mirror clients --for {client}, and restart "
             "the runtime after a change of its own configuration"
         ),
+        probe=(*command, "version"),
+        start=start,
     )
 
 
@@ -213,7 +224,7 @@ def _docker(node: NodeMachine) -> Runtime | None:
         mirrors = node.query(docker, "info", "--format", shown).strip()
         if mirrors in ("", "null", "[]"):
             return (
-                "the engine has no mirror, or does not run: write registry-mirrors into "
+                "the engine has no mirror: write registry-mirrors into "
                 "/etc/docker/daemon.json (oci-mirror clients --for docker), and reload it "
                 "(systemctl reload docker)"
             )
@@ -225,6 +236,8 @@ def _docker(node: NodeMachine) -> Runtime | None:
         lambda image: (docker, "rmi", image),
         remedy,
         may_mirror=lambda registry: registry == HUB,
+        probe=(docker, "version"),
+        start="systemctl start docker",
     )
 
 

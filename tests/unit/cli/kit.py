@@ -24,6 +24,12 @@ class Result(SimpleNamespace):
 Run: TypeAlias = Callable[..., Result]
 
 
+def make_data_directory(path: Path) -> None:
+    """Create what the first start of a server leaves in a data directory."""
+    path.mkdir(exist_ok=True)
+    (path / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
+
+
 def make_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     """Return a function that runs a command with one upstream. It blocks.
 

@@ -17,7 +17,7 @@ from mirror import processes
 from mirror.cli.main import main
 from mirror.config.load import load
 
-Check = Callable[[str], tuple[int, str, str]]
+Check = Callable[..., tuple[int, str, str]]
 SHIPPED = Path(__file__).parents[3] / "config" / "mirror.yaml"
 HUB = "upstreams:\n  docker.io:\n    endpoints: [https://r.example]\n"
 
@@ -26,10 +26,10 @@ HUB = "upstreams:\n  docker.io:\n    endpoints: [https://r.example]\n"
 def check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Check:
     """Run ``check-config`` on a file of this text; returns exit code, output and errors."""
 
-    def call(text: str) -> tuple[int, str, str]:
+    def call(text: str, *options: str) -> tuple[int, str, str]:
         file = tmp_path / "m.yaml"
         file.write_text(text)
-        code = main(["check-config", str(file)])
+        code = main(["check-config", *options, str(file)])
         said = capsys.readouterr()
         return code, said.out, said.err
 
@@ -60,13 +60,30 @@ def pair(directory: Path, name: str) -> tuple[Path, Path]:
     return certificate_file, key_file
 
 
-def test_printed_settings_load_to_the_same_configuration(check: Check, tmp_path: Path) -> None:
-    code, out, err = check(SHIPPED.read_text())
+@pytest.mark.parametrize("options", [(), ("--all",)])
+def test_printed_settings_load_to_the_same_configuration(
+    check: Check, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    code, out, err = check(SHIPPED.read_text(), *options)
     assert code == 0
     assert not [line for line in err.splitlines() if "data_dir" not in line]
     again = tmp_path / "again.yaml"
     again.write_text(out)
     assert load(str(again), {}) == load(str(SHIPPED), {})
+    assert ("pull_policy: IfNotPresent" in out) is bool(options)
+    assert "credentials" not in out
+    assert "# upstreams.docker.io.token_hosts, built in: auth.docker.io\n" in out
+
+
+def test_settings_that_have_their_defaults_are_left_out(check: Check) -> None:
+    out = check(f"{HUB}    tag_ttl: 5m\nworkers: 2\n")[1]
+    assert [line for line in out.splitlines() if not line.startswith("#")] == [
+        "workers: 2",
+        "upstreams:",
+        "  docker.io:",
+        "    endpoints:",
+        "    - https://r.example",
+    ]
 
 
 def test_printed_settings_include_the_environment(
@@ -91,7 +108,6 @@ def test_password_is_hidden_and_risky_credentials_are_warned_of(
     assert shown["docker.io"]["credentials"] == {
         "username": "joe",
         "password": "(not shown)",
-        "hosts": [],
     }
     assert shown["ghcr.io"]["credentials"]["password"] == f"file:{tmp_path}/secret"
     assert err.count("credentials without an allow list") == 2

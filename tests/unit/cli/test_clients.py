@@ -33,6 +33,11 @@ UPSTREAMS = {
     "ghcr.io": Upstream(endpoints=("https://cache.example/ghcr", "https://ghcr.io")),
     "reg.example:5000": Upstream(endpoints=("http://reg.example:5000",)),
 }
+INDIRECT = {
+    "docker.io": Upstream(endpoints=("http://127.0.0.1:5472",)),
+    "ghcr.io": Upstream(endpoints=("http://cache.example:5000", "https://ghcr.io")),
+}
+"""Upstreams that the mirror asks at addresses which are not for clients."""
 PLAIN = client_files.MirrorAddress.parse("http://mirror.example:5100/")
 TLS = client_files.MirrorAddress.parse("https://mirror.example", "/etc/ssl/m.pem", "-----BEGIN…")
 
@@ -219,7 +224,11 @@ def test_k3s_and_rke2_get_registries_yaml() -> None:
     (path, text), *rest = files("k3s", TLS).items()
     assert (path, rest) == ("rancher/k3s/registries.yaml", [])
     assert yaml.safe_load(text) == {
-        "mirrors": {name: {"endpoint": ["https://mirror.example"]} for name in UPSTREAMS},
+        "mirrors": {
+            "docker.io": {"endpoint": ["https://mirror.example"]},
+            "ghcr.io": {"endpoint": ["https://mirror.example"]},
+            "reg.example:5000": {"endpoint": ["https://mirror.example", "http://reg.example:5000"]},
+        },
         "configs": {"mirror.example": {"tls": {"ca_file": "/etc/ssl/m.pem"}}},
     }
     assert list(files("rke2")) == ["rancher/rke2/registries.yaml"]
@@ -244,6 +253,62 @@ def test_gke_names_hosts_without_a_scheme_and_mirrors_with_it() -> None:
             "capabilities": ["HOST_CAPABILITY_PULL", "HOST_CAPABILITY_RESOLVE"],
         }
     ]
+
+
+@pytest.mark.row("FF5-client-files")
+@pytest.mark.parametrize("name", clients.CLIENTS)
+def test_fallback_of_no_client_is_an_endpoint_that_is_for_the_mirror(name: str) -> None:
+    """An endpoint on loopback means another machine on a node, and its ``http://`` is its own."""
+    secure = client_files.MirrorAddress.parse("https://mirror.example")
+    made = clients.client_setup(name, client_files.SetupOptions(secure, INDIRECT))
+    everything = "".join(file.path + file.text for file in made.files)
+    assert "127.0.0.1" not in everything
+    assert "cache.example" not in everything
+    assert "http" not in everything.replace("https://", "")
+    assert "insecure" not in everything
+
+
+@pytest.mark.row("FF5-client-files")
+@pytest.mark.parametrize(
+    ("name", "fallback"),
+    [
+        ("containerd", 'server = "http://reg.example:5000"'),
+        ("nerdctl", 'server = "http://reg.example:5000"'),
+        ("podman", 'location = "reg.example:5000"\ninsecure = true'),
+        ("crio", 'location = "reg.example:5000"\ninsecure = true'),
+        (
+            "buildkit",
+            '[registry."reg.example:5000"]\n  mirrors = ["mirror.example"]\n  http = true',
+        ),
+        ("kaniko", "--insecure-registry=reg.example:5000"),
+        ("k3s", "- https://mirror.example\n    - http://reg.example:5000"),
+        ("rke2", "- https://mirror.example\n    - http://reg.example:5000"),
+        ("bottlerocket", 'endpoint = ["https://mirror.example", "http://reg.example:5000"]'),
+        ("gke", "- host: http://reg.example:5000"),
+        ("talos", "- https://mirror.example\n        - http://reg.example:5000"),
+    ],
+)
+def test_fallback_to_a_registry_with_plain_http_says_so_for_this_registry_only(
+    name: str, fallback: str
+) -> None:
+    (text,) = (text for path, text in files(name, TLS).items() if fallback in text)
+    assert text.count(fallback) == 1
+    others = {key: value for key, value in UPSTREAMS.items() if key != "reg.example:5000"}
+    options = client_files.SetupOptions(TLS, others)
+    made = "".join(file.text for file in clients.client_setup(name, options).files)
+    assert "http://" not in made
+    assert "insecure" not in made
+
+
+def test_note_names_each_endpoint_that_clients_do_not_fall_back_to() -> None:
+    cached = {"ghcr.io": Upstream(endpoints=("http://cache.example:5000",))}
+    docker, ghcr = client_files.fallback_notes({**UPSTREAMS, **INDIRECT, **cached})
+    assert docker == (
+        "docker.io: if the mirror fails, clients pull from https://registry-1.docker.io, and not "
+        "from its endpoint http://127.0.0.1:5472, which is for the mirror only"
+    )
+    assert ghcr.startswith("ghcr.io: if the mirror fails, clients pull from https://ghcr.io,")
+    assert client_files.fallback_notes(UPSTREAMS) == []
 
 
 @pytest.mark.row("FF2-transfer-service")
@@ -382,7 +447,8 @@ def test_enforced_files_name_no_other_host_than_the_mirror() -> None:
 @pytest.mark.parametrize("name", ["docker", "buildkit", "gke", "bottlerocket", "stargz", "soci"])
 def test_client_that_cannot_be_enforced_says_so_first(name: str) -> None:
     assert "--enforce has no effect" in setup(name, enforced=True).notes[0]
-    assert files(name, enforced=True) == files(name)
+    if name not in ("gke", "bottlerocket"):  # They leave out a fallback to plain HTTP.
+        assert files(name, enforced=True) == files(name)
 
 
 @pytest.mark.row("FF3-enforced-mirror")

@@ -83,6 +83,20 @@ def test_zsh_completes_commands_options_and_values(
     assert f"{completed}" in out.rpartition("<")[2]
 
 
+@pytest.mark.parametrize("shell", SHELLS)
+def test_header_names_the_same_file_as_the_documents(
+    shell: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert f"# Write it to {SHELLS[shell]} and" in script
+    assert "AUTOMATICALLY" not in script
+    assert "Copy this" not in script
+    assert script.startswith("#compdef oci-mirror\n") is (shell == "zsh")
+    docs = Path(__file__).parents[3] / "docs" / "commands.md"
+    assert f"oci-mirror completion {shell} > {SHELLS[shell]}\n" in docs.read_text()
+
+
 def test_unknown_shell_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["completion", "tcsh"]) == EX_USAGE
     message = capsys.readouterr().err

@@ -25,7 +25,17 @@ def test_table_has_each_type_and_the_quota(filled: Site) -> None:
     cells = {line.split()[0]: line.split()[1:] for line in lines[1:] if line}
     assert cells["layer"] == ["2", "2", "3.0KiB", "0B"]
     assert cells["other"] == ["1", "0", "512B", "512B"]
-    assert lines[-1].endswith("of 976.6KiB (0%); evictions begin at 927.7KiB")
+    assert "referrer" not in cells, "it is empty"
+    assert "total" in cells
+    assert lines[-2].endswith("of 976.6KiB (<1%); evictions begin at 927.7KiB")
+
+
+def test_history_and_index_are_shown_beside_the_quota(filled: Site) -> None:
+    assert filled.lines("du")[-1].startswith("beside the quota: history 0B, index ")
+    history = filled.data.layout.history
+    history.mkdir()
+    (history / "history.1.db").write_bytes(bytes(2048))
+    assert filled.lines("du")[-1].startswith("beside the quota: history 2.0KiB, index ")
 
 
 def test_json_has_a_row_for_each_type(filled: Site) -> None:
@@ -65,7 +75,10 @@ def test_verbose_lists_what_is_evicted_next_with_its_images(filled: Site) -> Non
     shared = next(row for row in evictions if row["digest"] == text(SHARED))
     assert shared["images"] == ["docker.io/library/app:v1", "ghcr.io/team/tool:v1"]
     lines = filled.lines("du", "-v")
-    assert lines[lines.index("Next to be evicted:") + 1].split()[:2] == ["DIGEST", "TYPE"]
+    titles, *groups = lines[lines.index("Next to be evicted:") + 1 :]
+    assert titles.split()[:3] == ["IMAGES", "CONTENTS", "SIZE"]
+    assert len(groups) < len(evictions)
+    assert any(line.startswith("docker.io/library/app:v1, ghcr.io/team/tool:v1") for line in groups)
 
 
 def test_empty_data_directory_has_nothing_to_evict(site: Site) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -15,13 +16,14 @@ from mirror.store.layout import Layout
 from mirror.store.marks import Marks, Pin, change_marks
 from mirror.threads import run_in_thread
 from tests.fakes.registry import FakeRegistry
-from tests.unit.cli.kit import Run, make_run
+from tests.unit.cli.kit import Run, make_data_directory, make_run
 
 NAME = "docker.io/library/app:v1"
 
 
 @pytest.fixture
 def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    make_data_directory(tmp_path / "data")
     return make_run(tmp_path, capsys)
 
 
@@ -83,6 +85,7 @@ def test_tag_beside_all_tags_is_wrong_usage(run: Run) -> None:
 
 
 def test_directory_that_is_no_data_directory_is_a_failure(run: Run, tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "data")
     result = run("http://127.0.0.1:9", "forget", "app:v1")
 
     assert result.code == 1

@@ -99,7 +99,7 @@ def test_certificate_of_the_server_need_not_name_its_address(tmp_path: Path) -> 
         (b"HTTP/1.1 301 Moved\r\nLocation: /\r\nContent-Length: 0\r\n\r\n", "status 301"),
         (b"SSH-2.0-OpenSSH\r\n", "SSH-2.0-OpenSSH"),
         (b"", "closed connection"),
-        (None, "timed out"),
+        (None, "no response within"),
     ],
     ids=["503", "301", "not http", "nothing", "silence"],
 )
@@ -107,7 +107,7 @@ def test_other_response_is_unhealthy_with_a_reason(
     said: bytes | None, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if said is None:
-        monkeypatch.setattr("mirror.cli.health._TIMEOUT_S", 0.1)
+        monkeypatch.setattr("mirror.cli.own_server._STEP_TIMEOUT_S", 0.1)
     gone = threading.Event()
 
     def answer(listener: socket.socket) -> None:

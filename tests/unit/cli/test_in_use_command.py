@@ -52,8 +52,8 @@ def test_list_is_leased_by_digest_and_by_tag(run: Run, layout: Layout, tmp_path:
         f"# what runs\n\napp  # latest\n{OTHER}\nghcr.io/x@{OTHER}\nmissing\nNO NAME\n"
     )
     assert run("--file", str(names)) == (
-        "leased 2 digests of 5 lines for 24 h: 1 of them are in the cache\n"
-        "oci-mirror: 2 names mean no image in the cache: NO NAME, missing\n"
+        "leased 2 digests of 5 lines for 24 h: 1 in the cache\n"
+        "oci-mirror: 2 names without an image in the cache, not leased: NO NAME, missing\n"
     )
     marks = read_marks(layout)
     assert protected_roots(marks, 0.0) == {Digest.of(BODY), OTHER}
@@ -89,8 +89,9 @@ def test_pods_are_leased_by_the_digests_that_their_nodes_have_pulled(
         options = ("--from-kubernetes", "--api-server", fake.url, "--token-file", str(token))
         out = run(*options)
         assert out.startswith(
-            "leased 6 digests of 5 pods for 24 h: 1 of them are in the cache\n"
-            "oci-mirror: 2 names mean no image in the cache: docker.io/library/local:dev, "
+            "leased 6 digests of 5 pods for 24 h: 1 in the cache\n"
+            "oci-mirror: 2 names without an image in the cache, not leased: "
+            "docker.io/library/local:dev, "
         )
         roots = protected_roots(read_marks(layout), 0.0)
         assert roots >= {Digest.of(name.encode()) for name in ("nginx", "migrate", "busybox")}

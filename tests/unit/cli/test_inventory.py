@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import shutil
+from pathlib import Path
 
 import pytest
 
 from mirror.cli import inventory as common
+from mirror.cli.main import main
 from tests.unit.cli.inventory_kit import Site
 
 COMMANDS = (["ls"], ["du"], ["show", "app"])
@@ -58,3 +60,15 @@ def test_collector_is_paused_during_a_command_only() -> None:
 
 def test_age_of_an_unknown_time_is_a_dash() -> None:
     assert (common.ago(100.0, None), common.ago(100.0, 90.0)) == ("-", "10 s ago")
+
+
+def test_relative_data_directory_that_is_elsewhere_is_named_with_the_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "m.yaml").write_text("upstreams: {docker.io: {endpoints: [http://x]}}\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["ls", "--config", "m.yaml"]) == 1
+    assert (
+        f"{tmp_path}/data is no data directory of a mirror (data_dir ./data is relative to the "
+        "working directory, and the server may have another one): start the server once"
+    ) in capsys.readouterr().err

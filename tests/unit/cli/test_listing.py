@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from mirror.cli import listing
-from mirror.cli.listing import Column
+from mirror.cli.table_layout import Column, short_digests
 from mirror.oci.text import size_text
 
 COLUMNS = (Column("NAME", "name"), Column("SIZE", "size", size_text, is_number=True))
@@ -57,4 +57,4 @@ def test_time_is_read_back_as_an_age() -> None:
 
 
 def test_digest_is_cut_as_docker_does() -> None:
-    assert listing.short_digest(f"sha256:{'ab' * 32}") == "sha256:abababababab"
+    assert short_digests(f"sha256:{'ab' * 32}") == "sha256:abababababab"

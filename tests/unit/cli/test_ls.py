@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from mirror.oci.reference import Digest
+from mirror.oci.text import size_text
 from mirror.store.marks import Block, Pin
 from tests.unit.cli.inventory_kit import Site
 from tests.unit.inventory.kit import content, text
@@ -39,7 +40,7 @@ def test_table_has_a_line_for_each_image_with_its_state(filled: Site) -> None:
     assert title.split()[:3] == ["UPSTREAM", "REPOSITORY", "TAG"]
     assert first.split()[:4] == ["docker.io", "library/app", "v1", "linux/amd64"]
     assert first.split()[-1] == "complete"
-    assert second.endswith("partial (lacks 1 part, 4.9KiB), stale (older than tag_ttl)")
+    assert second.endswith("partial (lacks 1 part, 4.9KiB)")
     assert third.split()[-4:] == ["66", "min", "ago", "complete"]
 
 
@@ -47,7 +48,7 @@ def test_json_has_the_fields_of_the_schema(filled: Site) -> None:
     rows = filled.rows("ls")
 
     assert [row["name"] for row in rows] == ALL
-    assert [row["state"] for row in rows] == [["complete"], ["partial", "stale"], ["complete"]]
+    assert [row["state"] for row in rows] == [["complete"], ["partial"], ["complete"]]
 
 
 @pytest.mark.parametrize(
@@ -147,3 +148,23 @@ def test_command_imports_neither_aiohttp_nor_rich(filled: Site) -> None:
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
 
     assert (ran.returncode, ran.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 160, 200])
+def test_terminal_of_any_width_has_whole_digests_and_sizes_on_one_line(
+    filled: Site, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"ghcr.io/{'organisation/' * 4}service:2026.11.27-build-{'ab' * 20}"
+    body = filled.data.image(name, "long")
+    for module in ("listing", "ls"):
+        monkeypatch.setattr(f"mirror.cli.{module}.is_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(width))
+    rows = filled.rows("ls")
+    lines = filled.lines("ls")
+    assert max(map(len, lines)) <= width
+    for row in rows:
+        short = row["digest"][:19]
+        (line,) = [line for line in lines if short in line]
+        assert size_text(row["size"]) in line.split()
+    assert any(str(Digest.of(body))[:19] in line for line in lines)
+    assert ("PLATFORMS" in lines[0]) is (width >= 120)

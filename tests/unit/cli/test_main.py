@@ -10,14 +10,17 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import product
 from pathlib import Path
 from threading import Thread
+from types import ModuleType
 
 import pytest
 
+from mirror import __main__ as entry_point
 from mirror import __version__, processes
 from mirror.cli.main import main
 from mirror.config.settings import Settings
 from mirror.oci.errors import StorageUnavailable
 from tests.real.process import need
+from tests.unit.cli.kit import make_data_directory
 
 ROOT = Path(__file__).parents[3]
 SHIPPED = str(ROOT / "config" / "mirror.yaml")
@@ -54,7 +57,7 @@ def test_help_names_commands_and_exit_codes(capsys: pytest.CaptureFixture[str]) 
 
 @pytest.mark.parametrize(
     "argv",
-    [[], ["nope"], ["serve", "--bogus"], ["check-config", "a", "b"], ["clients", "--client", "x"]],
+    [[], ["serve", "--bogus"], ["check-config", "a", "b"], ["clients", "--client", "x"]],
 )
 def test_wrong_usage_exits_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == 2
@@ -154,7 +157,7 @@ def test_address_in_use_exits_with_1_and_one_line(config: Path, tmp_path: Path) 
         done = run("serve", "--config", str(config), env=environ)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
-    assert "in use" in done.stderr
+    assert "another program listens there already" in done.stderr
 
 
 PRINTING = [
@@ -262,3 +265,78 @@ def test_healthcheck_with_a_malformed_listen_address_exits_with_78(
     monkeypatch.setenv("OCI_MIRROR_LISTEN", ":5100")
     assert main(["healthcheck"]) == 78
     assert "OCI_MIRROR_LISTEN" in capsys.readouterr().err
+
+
+def test_interrupt_during_the_imports_is_130_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupted(ModuleType):
+        def __getattr__(self, name: str) -> object:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "mirror.cli.main", Interrupted("mirror.cli.main"))
+    assert entry_point.main() == 130
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("word", "hint"), [("lss", ": did you mean ls?"), ("xyz", "")])
+def test_unknown_command_is_one_line_with_the_nearest_one(
+    word: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([word]) == 2
+    expected = f"oci-mirror: '{word}' is no command{hint} (oci-mirror --help lists all)\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_commands_of_the_help_are_in_alphabetical_order(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split()[0] for line in lines if line.startswith("    ") and line[4].isalpha()]
+    assert len(names) > 20
+    assert names == sorted(names)
+
+
+def test_wrong_usage_repeats_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rm", "app:v1\n\x1b[31m"]) == 2
+    assert "'app:v1\\x0a\\x1b[31m' is no image name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["freeze", f"app@sha256:{'a' * 64}"],
+        ["refresh", f"app@sha256:{'a' * 64}"],
+        ["block", "app", "--reason", "a\nb"],
+        ["block", "docker.io"],
+        ["ls", "--filter", "state=zz"],
+        ["in-use", "--from-kubernetes", "--api-server", "x"],
+    ],
+    ids=" ".join,
+)
+def test_values_that_can_never_be_right_are_wrong_usage(
+    argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "oci-layout").write_text("{}")
+    file = tmp_path / "m.yaml"
+    upstreams = "upstreams: {docker.io: {endpoints: ['http://127.0.0.1:9']}}"
+    file.write_text(f"data_dir: {data}\n{upstreams}\n")
+    code = main([*argv, "--config", str(file)])
+    err = capsys.readouterr().err
+    assert (code, "Error" in err) == (2, False), err
+
+
+def test_background_error_of_a_full_output_is_one_line(config: Path, tmp_path: Path) -> None:
+    make_data_directory(tmp_path / "data")
+    with Path("/dev/full").open("w") as full:
+        environ = {**os.environ, "OCI_MIRROR_DATA_DIR": str(tmp_path / "data")}
+        result = run(
+            *("warm", "--json", "nope.example/x:1", "--config", str(config)),
+            stdout=full,
+            env=environ,
+        )
+    assert (result.returncode, result.stderr) == (
+        74,
+        "oci-mirror: the output could not be written: No space left on device\n",
+    )

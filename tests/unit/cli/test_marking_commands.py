@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,10 @@ import pytest
 
 from mirror.cli.main import main
 from mirror.cli.schemas import SCHEMAS
-from mirror.oci.reference import Digest, Tag
+from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store.layout import Layout
-from mirror.store.marks import Marks, read_marks
-from tests.unit.store.kit import fill_up, image, index_of, opened, pin, pulled, small_disk
+from mirror.store.marks import Marks, protected_roots, read_marks
+from tests.unit.store.kit import fill_up, image, index_of, opened, pulled, small_disk
 
 LAYERS = (b"layer of v1", b"layer of v2")
 OLD, NEW = (image(layer) for layer in LAYERS)
@@ -103,6 +104,19 @@ def test_pin_of_an_image_that_is_not_here_pins_none_of_them(filled: Filled) -> N
     assert "is not complete here" in filled.notes
 
 
+@pytest.mark.parametrize("command", ["pin", "freeze", "rollback"])
+def test_index_that_cannot_be_read_is_not_taken_for_a_tag_that_is_not_here(
+    filled: Filled, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr("mirror.store.index.read_tag", fail)
+    filled.run(command, "app", *(["--to", "abcd"] if command == "rollback" else []), code=1)
+    assert "the index cannot be read" in filled.notes
+    assert "not in the cache" not in filled.notes
+
+
 def test_block_has_the_digests_of_the_image_and_its_platforms(filled: Filled) -> None:
     said = filled.run("block", "app", "--reason", "CVE-2026-1")
     assert said == f"blocked {NAME}: a running server applies it within a second\n"
@@ -120,6 +134,33 @@ def test_block_has_the_digests_of_the_image_and_its_platforms(filled: Filled) ->
     filled.run("unblock", "app", "app:latest", "other")
     assert filled.notes == "oci-mirror: docker.io/library/other was not blocked\n"
     assert set(filled.marks.blocks) == {str(Digest.of(LAYERS[0]))}
+
+
+@pytest.mark.parametrize("target", [f"{NAME}@{{}}", "{}", f"{NAME}:missing"])
+def test_block_says_what_it_does_not_refuse_of_an_image_that_is_not_here(
+    filled: Filled, target: str
+) -> None:
+    filled.run("block", target.format(Digest.of(INDEX)))
+    filled.layout.blob(Digest.of(INDEX)).unlink()
+    filled.run("block", target.format(Digest.of(INDEX)))
+    what = "its digest is not refused" if "missing" in target else "if it is an index, also block"
+    assert what in filled.notes
+
+
+def test_freeze_keeps_the_manifest_of_clients_that_get_another_one(filled: Filled) -> None:
+    async def pull() -> None:
+        async with opened(filled.layout.root) as store:
+            app = Repository("docker.io", "library/app")
+            await store.index.confirm_tag(app, Tag("latest"), Digest.of(NEW), " old clients")
+
+    asyncio.run(pull())
+    filled.run("freeze", "app")
+    (freeze,) = filled.marks.freezes.values()
+    assert freeze.digests == (Digest.of(INDEX), Digest.of(NEW))
+    assert Digest.of(NEW) in protected_roots(filled.marks, 0.0)
+    rows = filled.rows("ls", "app:latest")
+    assert {row["digest"] for row in rows} == {str(Digest.of(INDEX)), str(Digest.of(NEW))}
+    assert all("frozen" in row["state"] for row in rows)
 
 
 def test_second_block_of_a_target_replaces_the_reason_and_keeps_its_digests(
@@ -144,7 +185,7 @@ def test_target_that_cannot_be_blocked_is_wrong_usage(
 
 
 def test_reason_of_several_lines_is_refused(filled: Filled) -> None:
-    filled.run("block", "app", "--reason", "a\nb", code=1)
+    filled.run("block", "app", "--reason", "a\nb", code=2)
     assert filled.notes == "oci-mirror: a reason is one line of at most 500 characters\n"
 
 
@@ -162,7 +203,7 @@ def test_frozen_tag_stays_frozen_until_it_is_let_go(filled: Filled) -> None:
 
 
 def test_digest_cannot_be_frozen(filled: Filled) -> None:
-    filled.run("freeze", f"app@{Digest.of(OLD)}", code=1)
+    filled.run("freeze", f"app@{Digest.of(OLD)}", code=2)
     assert "which never changes: give a tag" in filled.notes
 
 
@@ -182,7 +223,7 @@ def test_rollback_freezes_an_earlier_digest_that_is_complete(filled: Filled) -> 
 def test_rollback_to_another_digest_says_which_the_tag_has_had(
     filled: Filled, to: str, said: str
 ) -> None:
-    filled.run("rollback", "app", "--to", to, code=1)
+    filled.run("rollback", "app", "--to", to, code=1 if said == "has not had" else 2)
     assert said in filled.notes
     if said == "has not had":
         assert Digest.of(OLD).hex[:12] in filled.notes
@@ -205,7 +246,7 @@ def test_rollback_to_an_incomplete_image_of_the_upstream_says_what_is_missing(
     filled.layout.blob(Digest.of(LAYERS[0])).unlink()
     [row] = filled.rows("rollback", "app", "--to", str(Digest.of(OLD)))
     assert row["missing"] == 1
-    assert "1 parts of it are not here" in filled.notes
+    assert "1 part missing here" in filled.notes
 
 
 def test_directory_without_a_mirror_is_not_created(
@@ -219,7 +260,7 @@ def test_directory_without_a_mirror_is_not_created(
 
 
 @pytest.mark.row("D2-full-disk")
-def test_full_disk_is_named_and_the_earlier_marks_stay(
+def test_full_disk_lets_marks_be_taken_away_and_is_named_by_what_it_has_no_room_for(
     filled: Filled, template: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "small").mkdir()
@@ -229,15 +270,19 @@ def test_full_disk_is_named_and_the_earlier_marks_stay(
             filled.config.read_text().replace(str(tmp_path / "data"), str(mount / "data"))
         )
         layout = Layout(mount / "data")
-        pins = [Digest.of(b"%d" % number) for number in range(100)]
-        pin(layout, *pins)
+        for command in ("pin", "block", "freeze"):
+            filled.run(command, "app")
         before = read_marks(layout)
         fill_up(mount)
-        for command in ("pin", "block", "freeze"):
-            filled.run(command, "app", code=1)
-            said = "marks.json: No space left on device: the marks are as they were\n"
-            assert filled.notes.endswith(said)
+        digests = "".join(f"{Digest.of(b'%d' % number)}\n" for number in range(1000))
+        (tmp_path / "list").write_text(digests)
+        filled.run("in-use", "--file", str(tmp_path / "list"), code=1)
+        said = "marks.json: No space left on device: the marks are as they were\n"
+        assert filled.notes.endswith(said)
         assert read_marks(layout) == before
+        for command in ("unpin", "unblock", "unfreeze"):
+            assert filled.run(command, "app")
+        assert read_marks(layout) == Marks()
 
 
 @pytest.mark.parametrize("damage", ["{}", "directory"])
@@ -257,3 +302,18 @@ def test_damaged_marks_are_named_with_the_remedy_and_stay(filled: Filled, damage
         assert "marks.json is damaged" in filled.notes
         assert "delete it" in filled.notes
     assert filled.layout.marks.exists()
+
+
+def test_block_of_a_registry_that_is_not_configured_warns(filled: Filled) -> None:
+    filled.run("block", "nope.io/x/*")
+    assert (
+        "warning: nope.io is not one of upstreams, so nothing matches nope.io/x/*" in filled.notes
+    )
+    filled.run("block", "*/x")
+    assert filled.notes == ""
+
+
+def test_block_of_the_bare_name_of_a_registry_says_how_to_block_all_of_it(filled: Filled) -> None:
+    filled.run("block", "docker.io", code=2)
+    assert "docker.io is a registry: block 'docker.io/*' for all of it" in filled.notes
+    assert not filled.marks.blocks

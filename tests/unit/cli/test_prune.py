@@ -26,7 +26,7 @@ def test_images_that_go_are_printed_with_the_reason(run: Run, tmp_path: Path) ->
     assert lines[0].split() == ["IMAGE", "FREES", "WHY"]
     assert [line.split()[0] for line in lines[1:3]] == [f"{NAME}:1.0", f"{NAME}:1.1"]
     assert lines[1].endswith("not one of the last 1, last used 40 d ago")
-    assert lines[3] == "kept 1 images: in use, or among the latest"
+    assert lines[3] == "kept 1 image: in use, or among the latest"
     assert lines[4].startswith("2 images removed, ")
     assert not content(data, LAYERS[1]).exists()
     assert content(data, LAYERS[2]).exists()

@@ -9,16 +9,16 @@ import jsonschema
 import pytest
 
 from mirror.cli.schemas import SCHEMAS
-from mirror.oci.reference import Digest
 from mirror.threads import run_in_thread
 from tests.fakes.registry import FakeRegistry
-from tests.unit.cli.kit import Run, make_run
+from tests.unit.cli.kit import Run, make_data_directory, make_run
 
 NAME = "docker.io/library/app:v1"
 
 
 @pytest.fixture
 def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    make_data_directory(tmp_path / "data")
     run_command = make_run(tmp_path, capsys)
     return lambda url, *arguments: run_command(url, "refresh", *arguments)
 
@@ -38,14 +38,12 @@ async def test_new_unchanged_and_moved_tags_are_one_line_each(run: Run) -> None:
 
 
 async def test_failure_is_one_line_and_the_others_are_asked(run: Run) -> None:
-    digest = Digest.of(b"x")
     async with FakeRegistry() as registry:
         registry.add_image(b"one", tag="v1")
-        result = await run_in_thread(run, registry.url, "app:v2", f"app@{digest}", "app:v1")
+        result = await run_in_thread(run, registry.url, "app:v2", "app:v1")
 
     assert result.code == 1
-    assert len(result.err.splitlines()) == 2
-    assert "never changes: give a tag" in result.err
+    assert len(result.err.splitlines()) == 1
     assert result.out.startswith(NAME)
 
 
@@ -61,3 +59,11 @@ async def test_json_fits_the_schema(run: Run) -> None:
     assert [row["state"] for row in rows] == ["new", "unchanged", "failed"]
     assert rows[1]["previous_confirmed"].endswith("Z")
     assert rows[2]["error"]
+
+
+def test_refresh_does_not_create_a_data_directory_that_no_server_uses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = make_run(tmp_path, capsys)("http://127.0.0.1:9", "refresh", "app:v1")
+    assert (result.code, "is no data directory of a mirror" in result.err) == (1, True)
+    assert not (tmp_path / "data").exists()

@@ -1,4 +1,4 @@
-"""``schema``: the printed schema agrees with the loader, the shipped file and the README."""
+"""``schema``: the printed schema agrees with the loader, the shipped file and the documents."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ CONFIGURATION = ROOT / "config" / "mirror.yaml"
 SCHEMA = json_schema()
 VALIDATOR = Draft7Validator(SCHEMA)
 ANY_UPSTREAM = "<host>"
-"""Stands for the name of an upstream in the path of a key, as in the README."""
+"""Stands for the name of an upstream in the path of a key, as in docs/configuration.md."""
 HUB = "upstreams:\n  docker.io:\n    endpoints: [https://r.example]\n"
 
 
 def keys(schema: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Path of each key, as in the README, and its schema."""
+    """Path of each key, as in docs/configuration.md, and its schema."""
     for key, value in schema.get("properties", {}).items():
         yield f"{prefix}{key}", value
         yield from keys(value, f"{prefix}{key}.")
@@ -177,18 +177,18 @@ def test_upstream_without_endpoints_is_refused_by_schema_and_loader(tmp_path: Pa
     assert not VALIDATOR.is_valid(yaml.safe_load(text))
 
 
-# --- the README's table ---------------------------------------------------------------------------
+# --- the table of docs/configuration.md -----------------------------------------------------------
 
 MEANINGS_OF_EMPTY = {"none", "all", "shipped for the public registries"}
 """Defaults in the table that are no values: they say what an empty key means."""
 
 
 def table() -> dict[str, tuple[str, str]]:
-    """Key to (default, meaning), as written in the README."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    """Key to (default, meaning), as written in the document."""
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     _, _, rest = text.partition("| key | default | meaning |\n")
     rows = re.match(r"(?:\|.*\n)+", rest)
-    assert rows is not None, "the README has no table of keys"
+    assert rows is not None, "the document has no table of keys"
     found = {}
     for row in rows[0].splitlines()[1:]:
         key, default, meaning = (cell.strip() for cell in row.strip("|").split("|"))
@@ -215,7 +215,7 @@ def rows_for(path: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", KEYS)
-def test_readme_table_has_every_key(path: str) -> None:
+def test_table_has_every_key(path: str) -> None:
     if any(key.startswith(f"{path}.") for key in TABLE):
         return  # a section whose keys have rows of their own
     (row,) = rows_for(path)
@@ -234,5 +234,5 @@ def test_readme_table_has_every_key(path: str) -> None:
         assert yaml.safe_load(default) == KEYS[path]["default"]
 
 
-def test_readme_table_has_no_other_key() -> None:
+def test_table_has_no_other_key() -> None:
     assert set(TABLE) <= set(KEYS)

@@ -10,11 +10,12 @@ from mirror.oci.reference import Digest
 from mirror.threads import run_in_thread
 from tests.fakes.registry import FakeRegistry
 from tests.unit.cli.cleaning_kit import LAYERS, NAME, URL, content, damage, fill, rows
-from tests.unit.cli.kit import Run, make_run
+from tests.unit.cli.kit import Run, make_data_directory, make_run
 
 
 @pytest.fixture
 def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    make_data_directory(tmp_path / "data")
     return make_run(tmp_path, capsys)
 
 
@@ -22,7 +23,7 @@ def test_intact_content_is_a_success(run: Run, tmp_path: Path) -> None:
     fill(tmp_path)
     result = run(URL, "verify")
     assert result.code == 0
-    assert result.out.endswith("hashed, 4 images checked: 0 problems, 0 mended\n")
+    assert result.out.endswith("hashed, 4 images checked: 0 problems\n")
 
 
 def test_damage_is_a_failure_and_names_the_command_that_mends_it(run: Run, tmp_path: Path) -> None:
@@ -33,6 +34,41 @@ def test_damage_is_a_failure_and_names_the_command_that_mends_it(run: Run, tmp_p
     assert result.out.splitlines()[0].startswith(f"damaged {NAME}:1.1 sha256:")
     assert f"  mend it with: oci-mirror verify --repair {NAME}:1.1" in result.out.splitlines()
     assert not content(data, LAYERS[1]).exists()
+
+
+def test_summary_counts_damage_apart_from_what_the_next_pull_fetches(
+    run: Run, tmp_path: Path
+) -> None:
+    data = fill(tmp_path)
+    damage(content(data, LAYERS[1]))
+    content(data, LAYERS[2]).unlink()
+    for _ in range(2):
+        result = run(URL, "verify")
+        assert result.code == 1
+        assert result.out.endswith("4 images checked: 1 problem; 1 image lacks content\n")
+
+
+def test_image_without_a_manifest_is_found_by_its_name(run: Run, tmp_path: Path) -> None:
+    data = fill(tmp_path)
+    name = f"{NAME}:1.1"
+    digest = Digest.parse(rows("ls", run(URL, "ls", "app:1.1", "--json"))[0]["digest"])
+    (data / "blobs" / digest.algorithm / digest.hex).unlink()
+    result = run(URL, "verify", "app:1.1")
+    assert result.code == 0
+    assert result.out.splitlines() == [
+        f"absent {name} {digest}: its manifest is not here: it was evicted, or is lost",
+        f"  fetch it with: oci-mirror warm {name}",
+        "0 contents (0B) hashed, 0 images checked: 0 problems; 1 image is not here",
+    ]
+    assert run(URL, "ls", "app:1.1", "--json").out == ""
+    (row,) = rows("ls", run(URL, "ls", "app:1.1", "--all", "--json"))
+    assert (row["state"][0], row["missing_parts"]) == ("absent", 1)
+    run(URL, "pin", f"{NAME}:1.1")
+    assert run(URL, "verify", "app:1.1").code == 1
+    listed = run(URL, "ls", "app:1.1")
+    state = "absent (its manifest is not here: it is lost, although a mark keeps it), pinned"
+    assert state in listed.out
+    assert f"nothing of {NAME} is evicted or removed, since the manifest of {name}" in listed.err
 
 
 def test_json_follows_the_schema(run: Run, tmp_path: Path) -> None:
@@ -58,7 +94,7 @@ async def test_command_that_is_named_for_a_damaged_manifest_mends_it(
         damage(manifest)
         result = await run_in_thread(run, registry.url, "verify")
         (command,) = (line for line in result.out.splitlines() if "mend it with" in line)
-        assert command == f"  mend it with: oci-mirror warm {NAME}:v1"
+        assert command == f"  mend it with: oci-mirror verify --repair {NAME}:v1"
         assert not manifest.exists()
         mended = await run_in_thread(run, registry.url, *command.split()[4:])
     assert mended.code == 0

@@ -14,13 +14,14 @@ import pytest
 from mirror.cli.schemas import SCHEMAS
 from mirror.threads import run_in_thread
 from tests.fakes.registry import FakeRegistry
-from tests.unit.cli.kit import Run, make_run
+from tests.unit.cli.kit import Run, make_data_directory, make_run
 from tests.unit.operations.kit import add_index
 
 
 @pytest.fixture
 def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     """Return a function that runs ``warm`` with a configuration. It blocks."""
+    make_data_directory(tmp_path / "data")
     run_command = make_run(tmp_path, capsys)
     return lambda url, *arguments: run_command(url, "warm", *arguments)
 
@@ -135,6 +136,7 @@ def test_upstream_that_is_down_is_one_line(run: Run) -> None:
 async def test_warm_is_explained_and_counted_by_its_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    make_data_directory(tmp_path / "data")
     run_command = make_run(tmp_path, capsys)
     async with FakeRegistry() as registry:
         registry.add_image(b"x" * 2048, tag="v1")
@@ -144,8 +146,16 @@ async def test_warm_is_explained_and_counted_by_its_name(
         by = ("--by", "network")
         savings = await run_in_thread(run_command, registry.url, "savings", *by)
 
-    assert "for `oci-mirror warm`: miss" in explained.out
+    assert " `oci-mirror warm` docker.io/library/app:v1: " in explained.out
     assert {json.loads(line)["command"] for line in rows.out.splitlines()} == {"warm"}
     for line in rows.out.splitlines():
         jsonschema.validate(json.loads(line), SCHEMAS["explain"])
     assert savings.out.splitlines()[1].startswith("commands")
+
+
+def test_warm_does_not_create_a_data_directory_that_no_server_uses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = make_run(tmp_path, capsys)("http://127.0.0.1:9", "warm", "app:v1")
+    assert (result.code, "is no data directory of a mirror" in result.err) == (1, True)
+    assert not (tmp_path / "data").exists()

@@ -396,3 +396,17 @@ def test_any_bytes_are_read_or_refused_in_one_line(tmp_path: Path, text: str | b
     except ConfigError as error:
         said = str(error)
     assert said.isprintable()
+
+
+def test_missing_configuration_names_each_place_that_was_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        load(None, {})
+    assert str(caught.value) == (
+        f"no configuration: there is no config/mirror.yaml in {tmp_path}, and neither --config "
+        "FILE nor OCI_MIRROR_CONFIG was given"
+    )
+    with pytest.raises(ConfigError, match=r"^environment: upstreams: at least one is needed"):
+        load(None, {"OCI_MIRROR_WORKERS": "2"})

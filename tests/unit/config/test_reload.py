@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,9 +43,14 @@ KEPT = {
 
 
 def test_every_key_is_applied_or_needs_a_restart() -> None:
-    """A new key belongs to one of the two, and into the README's paragraph on SIGHUP."""
+    """A new key belongs to one of the two, and into docs/configuration.md, "Signals"."""
     assert set(Settings.model_fields) == APPLIED | KEPT
     assert set(_NEEDS_RESTART) == KEPT
+    text = (Path(__file__).parents[3] / "docs" / "configuration.md").read_text(encoding="utf-8")
+    signals = text.partition("\n## Signals\n")[2]
+    for keys, begin, end in ((APPLIED, "SIGHUP reads", "All other"), (KEPT, "All other", ") need")):
+        part = signals.partition(begin)[2].partition(end)[0]
+        assert keys <= set(re.findall(r"`(\w+)`", part))
 
 
 HOSTED = {"name": "registry.example", "listen": "0.0.0.0:5101"}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mirror.history.bounds import Bounds
 from mirror.history.recorder import HistoryRecorder
 from mirror.observability.events import Event, Kind, Outcome, RequestEnded, RequestRecord
 from mirror.oci.reference import Digest
@@ -17,6 +18,8 @@ from mirror.store.layout import Layout
 NOON = 1_800_000_000.0
 """Unix time in seconds at which tests begin: the begin of an hour, and of a day."""
 NOON -= NOON % 86400
+FULL = Bounds.of_quota(50 << 30)
+"""The bounds of the default quota."""
 
 
 @dataclass
@@ -25,6 +28,7 @@ class Recording:
 
     layout: Layout
     now: float = NOON
+    bounds: Bounds = FULL
     events: list[Event] = field(default_factory=list)
     timers: list[Callable[[], None]] = field(default_factory=list)
     recorder: HistoryRecorder = field(init=False)
@@ -32,6 +36,7 @@ class Recording:
     def start(self) -> None:
         self.recorder = HistoryRecorder(
             self.layout,
+            self.bounds,
             self.events.append,
             lambda seconds, call: self.timers.append(call),
             lambda: self.now,
@@ -52,6 +57,12 @@ class Recording:
         self.layout.blob(digest).write_bytes(body)
         return str(digest)
 
+    def has_content(self, digest: str, size: int) -> None:
+        """Put a content of some bytes on the disk."""
+        path = self.layout.blob(Digest.parse(digest))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(size))
+
     def rows(self, query: str) -> list[tuple[Any, ...]]:
         """Return the rows of a query. Needs a written history."""
         connection = sqlite3.connect(self.layout.history / "history.1.db")
@@ -62,9 +73,9 @@ class Recording:
 
 
 @contextmanager
-def recording(root: Path, now: float = NOON) -> Iterator[Recording]:
+def recording(root: Path, now: float = NOON, bounds: Bounds = FULL) -> Iterator[Recording]:
     """Record a history below ``root``. Needs a running event loop."""
-    made = Recording(Layout(root), now)
+    made = Recording(Layout(root), now, bounds)
     made.start()
     try:
         yield made

@@ -93,3 +93,12 @@ async def test_history_is_read_while_it_is_written_and_after_a_stop(tmp_path: Pa
         "history.1.db",
         "lock",
     ]
+
+
+def test_file_whose_tables_are_being_created_has_no_rows(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    layout.history.mkdir()
+    (layout.history / "history.1.db").touch()
+    with open_history(layout) as history:
+        assert history.pulls() == []
+        assert history.counts(0, NOON) == []

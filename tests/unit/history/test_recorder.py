@@ -117,4 +117,4 @@ async def test_queue_is_bounded_while_the_disk_hangs(tmp_path: Path) -> None:
         made.recorder._writer.put = lambda batch: False  # type: ignore[method-assign] # it is full
         made.end(a_pull(outcome=Outcome.MISS))
         made.recorder.hand_over()
-        assert made.events == [HistoryRowsDropped(2)]  # a row and a sum
+        assert made.events == [HistoryRowsDropped(3)]  # a row, a sum and an access

@@ -35,7 +35,10 @@ def stored(**fields: Any) -> StoredPull:
         ),
         (
             {**TAG, "outcome": "miss"},
-            "Miss: the tag was not known: it had not been pulled through this mirror.",
+            (
+                "Miss: the tag was not known: it was not pulled here before, or was removed (rm,"
+                " prune)."
+            ),
         ),
         (
             {**TAG, "outcome": "miss", "previous_digest": A},
@@ -46,16 +49,25 @@ def stored(**fields: Any) -> StoredPull:
         ),
         (
             {**TAG, "outcome": "miss", "previous_digest": B},
-            "Miss: the tag was known, but its manifest was not on the disk: it had been evicted.",
+            (
+                "Miss: the tag was known, but its manifest was not on the disk: evicted, or removed"
+                " (rm)."
+            ),
         ),
         (
             {**BLOB, "outcome": "miss", "is_known": True},
             (
-                "Miss: an image of this repository refers to it, but it was not on the disk: it had"
-                " not been pulled, or had been evicted."
+                "Miss: an image of this repository refers to it, but it was not on the disk: it was"
+                " not pulled yet, or was evicted or removed (rm, prune)."
             ),
         ),
-        ({**BLOB, "outcome": "miss"}, "Miss: it had not been pulled through this repository."),
+        (
+            {**BLOB, "outcome": "miss"},
+            (
+                "Miss: this repository had not pulled it, or was told to forget it (rm, prune,"
+                " forget)."
+            ),
+        ),
         (
             {**BLOB, "outcome": "miss", "bytes_sent": 5},
             "Miss: it was not on the disk, and another process of the mirror fetched it.",
@@ -116,6 +128,13 @@ def stored(**fields: Any) -> StoredPull:
         (
             {"outcome": "rejected", "error": "NAME_INVALID: bad"},
             "Rejected: the request itself was wrong: NAME_INVALID: bad.",
+        ),
+        (
+            {**TAG, "outcome": "stale", "warning": "it timed out", "tag_age": -9.0},
+            (
+                "Stale: the cached copy was served (serve_stale), because it timed out. It was last"
+                " confirmed at a time that is still to come (the clock was set back)."
+            ),
         ),
         ({**TAG, "outcome": "error"}, "Failed: no reason was recorded."),
         ({**TAG, "outcome": "of a later version"}, "Failed: no reason was recorded."),

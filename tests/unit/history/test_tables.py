@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from mirror.history.history_file import CREATE_TABLES
 from mirror.history.queries import HistoryReader, open_history
 from mirror.observability.events import ContentUsed, Kind, Outcome, TagMoved
 from mirror.oci.reference import Repository, Tag
-from tests.unit.history.kit import NOON, a_pull, recording
+from tests.unit.history.kit import FULL, NOON, a_pull, recording
 
 APP, LATEST = Repository("docker.io", "library/app"), Tag("latest")
 DAY = 86400.0
@@ -92,9 +93,9 @@ async def test_periods_of_ten_minutes_become_hours_after_a_day(tmp_path: Path) -
         select = "SELECT start, requests FROM counts ORDER BY start"
         before = connection.execute(select).fetchall()
         assert before == [(NOON, 2), (NOON + 600, 1), (NOON + 3000, 1), (NOON + 3600, 1)]
-        tables.trim(connection, NOON + 2 * DAY, has_steady_clock=True)
+        tables.trim(connection, NOON + 2 * DAY, FULL, has_steady_clock=True)
         assert connection.execute(select).fetchall() == [(NOON, 4), (NOON + 3600, 1)]
-        tables.trim(connection, NOON + 40 * DAY, has_steady_clock=True)
+        tables.trim(connection, NOON + 40 * DAY, FULL, has_steady_clock=True)
         assert connection.execute(select).fetchall() == []
         connection.close()
 
@@ -113,9 +114,9 @@ async def test_counters_of_a_clock_set_ahead_do_not_hide_later_ones(tmp_path: Pa
 
 
 def test_oldest_rows_go_first_also_if_their_time_is_the_latest(
-    connection: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch
+    connection: sqlite3.Connection,
 ) -> None:
-    monkeypatch.setattr(tables, "_MAX_COUNTS", 2)
+    bounds = replace(FULL, counts=2)
     for start in (9_000_000_000, 1, 2):
         connection.execute(
             "INSERT INTO counts (start, upstream, repository, network, outcome, requests,"
@@ -123,21 +124,18 @@ def test_oldest_rows_go_first_also_if_their_time_is_the_latest(
             " VALUES (?, '', '', '', '', 1, 1, 1, 1, 1)",
             (start,),
         )
-    tables.trim(connection, NOON, has_steady_clock=False)
+    tables.trim(connection, NOON, bounds, has_steady_clock=False)
     assert connection.execute("SELECT start FROM counts ORDER BY id").fetchall() == [(1,), (2,)]
 
 
-def test_hits_and_other_pulls_are_bounded_apart(
-    connection: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tables, "_MAX_PULLS", 3)
-    monkeypatch.setattr(tables, "_MAX_HIT_PULLS", 2)
+def test_hits_and_other_pulls_are_bounded_apart(connection: sqlite3.Connection) -> None:
+    bounds = replace(FULL, pulls=3, hit_pulls=2)
     connection.executemany(
         "INSERT INTO pulls (is_hit, at, request_id, client, upstream, repository, reference,"
         " digest, outcome, record) VALUES (?, ?, '', '', '', '', '', '', '', '')",
         [(number % 2, NOON) for number in range(20)],
     )
-    tables.trim(connection, NOON, has_steady_clock=True)
+    tables.trim(connection, NOON, bounds, has_steady_clock=True)
     rows = connection.execute("SELECT id, is_hit FROM pulls ORDER BY id").fetchall()
     assert rows == [(15, 0), (17, 0), (18, 1), (19, 0), (20, 1)]
 
@@ -170,6 +168,20 @@ async def test_move_after_a_lost_history_brings_the_previous_digest_back(tmp_pat
             ]
 
 
+async def test_tag_that_the_index_had_forgotten_keeps_its_row(tmp_path: Path) -> None:
+    with recording(tmp_path) as made:
+        made.recorder.observe(moved("sha256:a", 1.0))
+        made.recorder.observe(moved("sha256:b", 10.0, ("sha256:a", 1.0, 9.0)))
+        made.recorder.observe(moved("sha256:b", 20.0))
+        made.write()
+        with open_history(made.layout) as history:
+            found = history.tag_digests(APP, LATEST)
+    assert [(one.digest, one.first_seen, one.last_seen) for one in found] == [
+        ("sha256:b", 10.0, 20.0),
+        ("sha256:a", 1.0, 9.0),
+    ]
+
+
 async def test_digests_of_a_tag_are_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,39 +195,79 @@ async def test_digests_of_a_tag_are_bounded(
     assert found == [f"sha256:{number}" for number in (11, 10, 9, 8, 7)]
 
 
-async def test_trace_has_requests_misses_and_uses_of_content_on_the_disk(tmp_path: Path) -> None:
+async def test_trace_has_requests_misses_and_uses_of_content(tmp_path: Path) -> None:
     with recording(tmp_path) as made:
         here, part = made.has_blob(b"content"), made.has_blob(b"part")
-        missing = "sha256:" + "b" * 64
+        missing, evicted = "sha256:" + "b" * 64, "sha256:" + "c" * 64
         made.recorder.observe(ContentUsed((here, part, missing)))
-        made.end(a_pull(digest=here, outcome=Outcome.MISS))
+        made.end(a_pull(digest=here, outcome=Outcome.MISS, bytes_sent=7))
         made.end(a_pull(digest=here))
         made.end(a_pull(digest=here, method="HEAD"))
-        made.end(a_pull(digest=missing, outcome=Outcome.MISS))
+        # It was evicted before it is written, so only the request tells its size.
+        made.end(a_pull(digest=evicted, outcome=Outcome.MISS, bytes_sent=9))
         made.write()
         made.now += 120
-        made.end(a_pull(digest=here))
+        made.end(a_pull(digest=here, bytes_sent=7))
         made.write()
         with open_history(made.layout) as history:
             trace = history.access_trace()
     assert trace.rate == 1.0
-    assert [(a.content, a.size, a.requests, a.misses) for a in trace.accesses] == [
-        (content_number(here), 7, 2, 1),
-        (content_number(part), 4, 0, 0),
-        (content_number(here), 7, 1, 0),
+    assert [(a.content, a.size, a.requests, a.misses, a.is_used) for a in trace.accesses] == [
+        (content_number(here), 7, 2, 1, True),
+        (content_number(part), 4, 0, 0, True),
+        (content_number(evicted), 9, 1, 1, False),
+        (content_number(here), 7, 1, 0, False),
     ]
 
 
-def test_sample_is_halved_until_the_trace_has_room(
-    connection: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tables, "MAX_ACCESSES", 100)
+async def test_content_that_is_fetched_again_within_a_second_has_two_rows(tmp_path: Path) -> None:
+    one, other = "sha256:" + "b" * 64, "sha256:" + "c" * 64
+    with recording(tmp_path) as made:
+        for digest in (one, other, one):
+            made.end(a_pull(digest=digest, outcome=Outcome.MISS))
+            made.end(a_pull(digest=digest))
+        made.write()
+        for digest in (other, one):
+            made.end(a_pull(digest=digest, outcome=Outcome.MISS))
+        made.write()
+        with open_history(made.layout) as history:
+            trace = history.access_trace()
+    names = {content_number(one): "one", content_number(other): "other"}
+    assert [(names[a.content], a.requests, a.misses) for a in trace.accesses] == [
+        ("one", 2, 1),
+        ("other", 2, 1),
+        ("one", 2, 1),
+        ("other", 1, 1),
+        ("one", 1, 1),
+    ]
+
+
+async def test_step_of_the_trace_ends_after_a_small_part_of_the_quota(tmp_path: Path) -> None:
+    digests = ["sha256:" + letter * 64 for letter in "bcd"]
+    bounds = replace(FULL, step_bytes=250)
+    with recording(tmp_path, bounds=bounds) as made:
+        for _ in range(2):
+            for digest in digests:
+                made.end(a_pull(digest=digest))
+        for digest in digests:
+            made.has_content(digest, 100)
+        made.write()
+        assert made.rows("SELECT requests FROM accesses") == [(1,)] * 6
+        for digest in digests * 2:
+            made.end(a_pull(digest=digest, bytes_sent=0))
+        made.write()
+        # With the same step for all processes.
+        assert made.rows("SELECT requests FROM accesses WHERE id > 6") == [(2,)] * 3
+
+
+def test_sample_is_halved_until_the_trace_has_room(connection: sqlite3.Connection) -> None:
+    bounds = replace(FULL, accesses=100)
     connection.executemany(
-        "INSERT INTO accesses (minute, at, content, size, requests, misses)"
-        " VALUES (1, 1, ?, 1, 1, 0)",
+        "INSERT INTO accesses (step, at, content, size, is_used, requests, misses)"
+        " VALUES (1, 1, ?, 1, 1, 1, 0)",
         [(number << 12,) for number in range(1 << 12)],
     )
-    tables.trim(connection, NOON, has_steady_clock=False)
+    tables.trim(connection, NOON, bounds, has_steady_clock=False)
     trace = HistoryReader(connection).access_trace()
     assert trace.rate == 1 / 64
     assert len(trace.accesses) == 64

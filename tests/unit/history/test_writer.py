@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from mirror.history.bounds import Bounds
 from mirror.history.queries import open_history
 from mirror.observability.events import HistoryRowsDropped, LogMessage, Outcome
+from mirror.oci.reference import Digest
 from mirror.store import batch_writer, shared_database
 from tests.unit.history.kit import NOON, a_pull, recording
 from tests.waiting import until
@@ -100,7 +102,7 @@ async def test_refusing_disk_is_logged_once_and_tried_again_later(
     assert [event.message for event in warnings] == [
         "the history is not recorded: its file cannot be written"
     ]
-    assert [event for event in made.events if event not in warnings] == [HistoryRowsDropped(2)] * 3
+    assert [event for event in made.events if event not in warnings] == [HistoryRowsDropped(3)] * 3
 
 
 async def test_full_disk_gets_no_further_load_for_a_while(
@@ -120,7 +122,7 @@ async def test_full_disk_gets_no_further_load_for_a_while(
             await until(lambda: made.recorder._writer.is_idle)
         await asyncio.sleep(0)
     assert opened == [1]
-    assert made.events.count(HistoryRowsDropped(2)) == 5
+    assert made.events.count(HistoryRowsDropped(3)) == 5
 
 
 async def test_rows_are_removed_by_age_only_while_the_clock_is_steady(tmp_path: Path) -> None:
@@ -145,3 +147,23 @@ async def test_close_waits_no_longer_than_its_timeout(tmp_path: Path) -> None:
         made.recorder.close(0.01)
         assert time.monotonic() - before < 0.25
     assert made.now == NOON
+
+
+async def test_history_of_a_small_quota_takes_a_few_megabytes_whatever_is_recorded(
+    tmp_path: Path,
+) -> None:
+    bounds = Bounds.of_quota(24_000_000)
+    assert bounds.max_bytes == 4 * 1024 * 1024
+    assert Bounds.of_quota(50 << 30).pulls == 20_000
+    with recording(tmp_path, bounds=bounds) as made:
+        for number in range(20_000):
+            digest = str(Digest.of(str(number).encode()))
+            made.end(a_pull(outcome=Outcome.MISS, digest=digest, user_agent="a" * 500))
+            if number % 500 == 0:
+                made.recorder.hand_over()
+                await until(lambda: not made.recorder._writer._queued)
+        made.recorder.hand_over()
+        await until(lambda: not made.recorder._writer._queued)
+        size = sum(path.stat().st_size for path in (tmp_path / "history").iterdir())
+        assert size <= 1.25 * bounds.max_bytes
+        assert 300 < len(made.rows("SELECT id FROM pulls")) < 1_000

@@ -120,14 +120,13 @@ def with_upstream(data: DataDirectory, **settings: object) -> None:
     ("settings", "age", "why"),
     [
         ({}, 299.0, None),
-        ({}, 301.0, staleness.TOO_OLD),
-        ({"tag_ttl": "inf"}, 1e6, None),
+        ({}, 301.0, None),
         ({"pull_policy": "Always"}, 1e6, None),
         ({"pull_policy": "Never"}, 1e6, None),
         ({}, NOW, staleness.NOT_CONFIRMED),
     ],
 )
-def test_tag_is_stale_once_it_is_older_than_tag_ttl(
+def test_tag_is_stale_if_the_upstream_never_confirmed_it_and_not_by_its_age(
     data: DataDirectory, settings: dict[str, object], age: float, why: str | None
 ) -> None:
     with_upstream(data, **settings)

@@ -35,6 +35,7 @@ def test_row_has_sizes_in_bytes_and_times_in_utc(data: DataDirectory) -> None:
         "state": ["complete"],
         "missing_parts": 0,
         "missing_bytes": 0,
+        "absent_why": None,
         "stale_why": None,
         "blocked_why": None,
         "subject": None,
@@ -54,7 +55,8 @@ def test_state_names_all_that_is_wrong(data: DataDirectory) -> None:
 
     row = image_row(inventory, image)
 
-    assert state_words(image) == row["state"] == ["partial", "stale", "blocked"]
+    assert state_words(image) == row["state"] == ["partial", "blocked"]
+    assert row["blocked_why"] == "CVE-1"
     assert (row["missing_parts"], row["missing_bytes"]) == (1, 300)
 
 

@@ -6,16 +6,18 @@ from dataclasses import replace
 
 import pytest
 
-from mirror.inventory.model import ContentType
+from mirror.inventory.model import ContentType, is_named
 from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.image_name import ImageName
 from mirror.oci.reference import Digest
-from mirror.store.marks import Pin
+from mirror.store.marks import Pin, replace_leases
 from tests.unit.inventory.kit import (
+    NOW,
     DataDirectory,
     config,
     content,
     descriptor,
+    entry,
     index,
     manifest,
     only,
@@ -142,6 +144,24 @@ def test_later_digest_of_a_pinned_tag_is_protected(data: DataDirectory) -> None:
     assert {text(new), text(OWN)} <= data.read().protected
 
 
+def test_index_of_a_leased_image_is_protected_without_its_other_images(
+    data: DataDirectory,
+) -> None:
+    first, second = (manifest(config(name), [content(name)]) for name in ("amd64", "arm64"))
+    both = index(entry(first, "amd64"), entry(second, "arm64"))
+    for name, body in (("amd64", first), ("arm64", second)):
+        data.add(config(name), content(name), body)
+    data.add(both)
+    data.name("app:v1", both)
+    data.mark(lambda one: replace_leases(one, "pods", {Digest.of(first)}, NOW + 9, NOW))
+
+    protected = data.read().protected
+
+    assert text(both) in protected
+    assert text(first) in protected
+    assert text(second) not in protected
+
+
 def test_content_that_no_name_reaches_is_an_orphan(data: DataDirectory) -> None:
     data.image("app:v1", "one", SHARED)
     data.add(OWN)
@@ -200,7 +220,7 @@ def test_pattern_may_leave_out_the_tag_and_the_upstream(
     for image in ("app:v1", "app:v2", "ghcr.io/team/app:v1"):
         data.image(image, image)
 
-    assert len(data.read().match(pattern)) == count
+    assert sum(is_named(image, pattern) for image in data.read().images) == count
 
 
 def test_types_are_those_of_the_manifests_that_refer_to_a_content(data: DataDirectory) -> None:

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import pytest
 
-from mirror.inventory.staleness import MOVED, NOT_CONFIGURED, TOO_OLD, why_stale
+from mirror.inventory.staleness import MOVED, NOT_CONFIGURED, NOT_CONFIRMED, why_stale
 from tests.unit.inventory.kit import NOW, UPSTREAM
 
 
-def test_fresh_tag_has_no_reason() -> None:
-    assert why_stale(NOW - 1, UPSTREAM, NOW, is_current=True) is None
+@pytest.mark.parametrize("checked", [NOW - 1, NOW - 1e6, NOW + 1000])
+def test_tag_that_was_confirmed_has_no_reason_at_any_age(checked: float) -> None:
+    assert why_stale(checked, UPSTREAM, is_current=True) is None
 
 
 @pytest.mark.parametrize(
     ("checked", "is_known", "is_current", "why"),
     [
-        (NOW - 1000, True, True, TOO_OLD),
-        (NOW + 1000, True, True, TOO_OLD),
+        (None, True, True, NOT_CONFIRMED),
         (NOW - 1, False, True, NOT_CONFIGURED),
         (NOW - 1, True, False, MOVED),
         (NOW - 1000, False, False, MOVED),
     ],
 )
 def test_reason_is_the_most_important_one(
-    checked: float, is_known: bool, is_current: bool, why: str
+    checked: float | None, is_known: bool, is_current: bool, why: str
 ) -> None:
     upstream = UPSTREAM if is_known else None
 
-    assert why_stale(checked, upstream, NOW, is_current=is_current) == why
+    assert why_stale(checked, upstream, is_current=is_current) == why

@@ -14,15 +14,25 @@ from urllib.parse import quote
 import pytest
 import yaml
 
+from mirror.observability import events
 from mirror.observability.metrics import MetricsObserver
 from tests.real import images
 from tests.real.process import Program, need
 from tests.real.registry import DockerRegistry
 from tests.real.server import Mirror
+from tests.unit.observability.test_metrics import a_pull
 
 CONFIG = Path(__file__).parents[3] / "config"
 DASHBOARD = CONFIG / "grafana/dashboards/oci-mirror.json"
 ALERTS = CONFIG / "prometheus/alerts.yml"
+
+
+def metrics_text() -> bytes:
+    """All metrics: the histograms begin with the first request."""
+    metrics = MetricsObserver(["docker.io"])
+    metrics.observe(events.RequestStarted(a_pull()))
+    metrics.observe(events.RequestEnded(a_pull()))
+    return metrics.render()[0]
 
 
 def expressions() -> list[str]:
@@ -38,7 +48,7 @@ def names(text: str) -> set[str]:
 
 
 def test_dashboard_and_alerts_name_exposed_metrics_only() -> None:
-    exposed = names(MetricsObserver(["docker.io"]).render()[0].decode())
+    exposed = names(metrics_text().decode())
     recorded = set(re.findall(r"record: (\S+)", ALERTS.read_text()))
     used = {name for expression in expressions() for name in names(expression)}
     assert len(used) > 20
@@ -72,7 +82,7 @@ def test_promtool_accepts_rules_configuration_and_metrics() -> None:
     ):
         done = subprocess.run([promtool, *command], cwd=directory, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
-    text = MetricsObserver(["docker.io"]).render()[0]
+    text = metrics_text()
     done = subprocess.run(
         [promtool, "check", "metrics"], input=text, capture_output=True, check=False
     )

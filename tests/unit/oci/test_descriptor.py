@@ -25,6 +25,7 @@ from mirror.oci.descriptor import (
     filter_referrers,
     parse_manifest,
     parse_referrers,
+    parse_referrers_tag,
     payload_of,
     referrers_index,
     referrers_tag,
@@ -491,6 +492,18 @@ def test_referrers_tag_is_a_valid_tag_for_each_algorithm() -> None:
     long = Digest.of(b"a", "sha512")
     assert referrers_tag(long) == f"sha512-{long.hex[:64]}"
     assert Tag.parse(referrers_tag(long))
+
+
+@pytest.mark.parametrize("ending", ["", ".sig", ".att", ".sbom", ".other", ".a.b"])
+def test_tag_of_a_referrer_begins_with_that_of_its_subject(ending: str) -> None:
+    for digest in (A, Digest.of(b"a", "sha512")):
+        stem = referrers_tag(digest)
+        assert parse_referrers_tag(f"{stem}{ending}") == stem
+
+
+@pytest.mark.parametrize("tag", ["v1", "sha256-abc", f"sha256-{A.hex}x", f"x-{A.hex}"])
+def test_usual_tag_is_that_of_no_referrer(tag: str) -> None:
+    assert parse_referrers_tag(tag) is None
 
 
 # --- schema 1 -----------------------------------------------------------------------------------

@@ -59,7 +59,12 @@ async def test_young_content_stays_because_its_manifest_may_come(tmp_path: Path)
         before = on_disk(tmp_path)
         inventory = inventory_of(tmp_path, NOW + DEFAULT_GRACE_S)
         report = await collect_garbage(store, inventory, DEFAULT_GRACE_S)
-        assert (on_disk(tmp_path), report.items) == (before, [])
+        assert on_disk(tmp_path) == before
+        assert [(item.action, item.kind, item.why) for item in report.items] == [
+            ("kept", "content", "used or written within 24 h")
+        ]
+        plan = find_garbage(Layout(tmp_path), inventory, DEFAULT_GRACE_S)
+        assert plan.items == report.items
 
 
 async def test_content_that_an_image_began_to_use_meanwhile_stays(tmp_path: Path) -> None:
@@ -101,7 +106,23 @@ async def test_content_of_a_repository_with_a_damaged_manifest_stays(tmp_path: P
         assert str(orphan) not in on_disk(tmp_path)
 
 
-async def test_leftovers_and_damaged_content_go_when_they_are_old(tmp_path: Path) -> None:
+async def test_damaged_layer_of_an_image_goes_at_once(tmp_path: Path) -> None:
+    async with opened(tmp_path, [NOW]) as store:
+        await pull(store, image(LAYER), "v1", [CONFIG])
+        damaged = store.layout.quarantine(Digest.of(LAYER))
+        damaged.parent.mkdir(parents=True)
+        damaged.write_bytes(b"x" * 100)
+        now = damaged.stat().st_ctime + 1
+        report = await collect_garbage(store, inventory_of(tmp_path, now), DEFAULT_GRACE_S)
+        assert [(item.action, item.kind, item.bytes) for item in report.items] == [
+            ("removed", "quarantine", 100)
+        ]
+        assert not damaged.exists()
+
+
+async def test_leftovers_and_damaged_content_of_no_known_type_go_when_they_are_old(
+    tmp_path: Path,
+) -> None:
     async with opened(tmp_path, [NOW]) as store:
         await pull(store, image(LAYER), "v1", [CONFIG, LAYER])
         layout, data = store.layout, random_bytes(5_000, 4)
@@ -113,7 +134,10 @@ async def test_leftovers_and_damaged_content_go_when_they_are_old(tmp_path: Path
         damaged.write_bytes(b"x" * 100)
         soon = layout.ingest(digest).stat().st_mtime + 60
         early = await collect_garbage(store, inventory_of(tmp_path, soon), DEFAULT_GRACE_S)
-        assert early.items == [], "it may be resumed, and inspected"
+        assert [(item.action, item.kind, item.bytes) for item in early.items] == [
+            ("kept", "leftover", 4_096),
+            ("kept", "quarantine", 100),
+        ], "it may be resumed, and it may be a manifest"
         late = await collect_garbage(store, inventory_of(tmp_path, soon + DAY), DEFAULT_GRACE_S)
         assert [(item.kind, item.bytes) for item in late.items] == [
             ("leftover", 4_096),

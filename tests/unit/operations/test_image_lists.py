@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,12 @@ def test_directory_gives_its_files_in_order_without_hidden_directories(tmp_path:
     assert [str(file.relative_to(tmp_path)) for file in files] == ["a.yaml", "b.yml", "sub/c.json"]
     assert find_files(tmp_path / "README.md", found) == [tmp_path / "README.md"]
     assert found.problems == []
+
+
+def test_pipe_in_a_directory_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("x")
+    os.mkfifo(tmp_path / "b.yaml")
+    assert find_files(tmp_path, ImageList()) == [tmp_path / "a.yaml"]
 
 
 def test_directory_without_manifests_and_too_many_files_are_problems(

@@ -87,7 +87,7 @@ async def test_refresh_is_refused_with_the_reason(tmp_path: Path) -> None:
                 await refresh(mirror, image(f"app@{digest}"))
             with pytest.raises(NameUnknown, match="not one of upstreams"):
                 await refresh(mirror, image("quay.io/o/app:v1"))
-            frozen = {(APP.repository, Tag("v1")): digest}
+            frozen = {(APP.repository, Tag("v1")): (digest,)}
             mirror.service.restrict(Restrictions(frozen=frozen))
             with pytest.raises(Denied, match=r"oci-mirror unfreeze docker\.io/library/app:v1"):
                 await refresh(mirror, APP)

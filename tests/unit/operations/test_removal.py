@@ -38,7 +38,8 @@ CONFIG = b"{}"
 
 def chosen(inventory: Inventory, *names: str) -> list[Image]:
     """The images of these names."""
-    return [image for image in inventory.images if image.name in names]
+    known = (*inventory.images, *inventory.platforms)
+    return [image for image in known if image.name in names]
 
 
 async def remove(store: Store, root: Path, *names: str) -> CleaningReport:
@@ -243,12 +244,20 @@ async def test_child_manifest_loses_its_access_as_a_manifest(tmp_path: Path) -> 
         await pull(store, index_of(child), "v1")
         inventory = inventory_of(tmp_path)
         (name,) = removed_names(inventory, chosen(inventory, "docker.io/library/app:v1"))
-        # The child has a name of its own: it was pulled by its digest.
-        assert name.manifests == {Digest.of(index_of(child))}
-        assert name.blobs == frozenset()
-        (both, _) = removed_names(inventory, sorted(inventory.images, key=lambda i: i.tag is None))
-        assert both.manifests == {Digest.of(index_of(child)), Digest.of(child)}
-        assert both.blobs == {Digest.of(CONFIG), Digest.of(LAYERS[0])}
+        # The child was pulled by its digest, too: that name goes with its index.
+        assert name.manifests == {Digest.of(index_of(child)), Digest.of(child)}
+        assert name.blobs == {Digest.of(CONFIG), Digest.of(LAYERS[0])}
+
+
+async def test_pinned_child_keeps_its_access_when_its_index_goes(tmp_path: Path) -> None:
+    async with opened(tmp_path, [NOW]) as store:
+        child = await pull(store, image(LAYERS[0]), None, [CONFIG, LAYERS[0]])
+        await pull(store, index_of(image(LAYERS[0])), "v1")
+        alone = f"docker.io/library/app@{child}"
+        mark(tmp_path, pins=[(alone, child)])
+        await remove(store, tmp_path, "docker.io/library/app:v1")
+        assert names(tmp_path) == {alone}
+        assert await store.index.access_record(APP, Digest.of(LAYERS[0]), "blob") is not None
 
 
 # --- marks are about a digest of a repository -----------------------------------------------------

@@ -21,12 +21,12 @@ def named(
     marks: tuple[str, ...] = (),
 ) -> Image:
     """An image that was last used ``age`` days ago."""
-    digest = Digest.of((content or f"{repository}{tag}").encode())
+    digest = str(Digest.of((content or f"{repository}{tag}").encode()))
     return Image(
         repository=repository,
         tag=None if tag is None else Tag(tag),
-        digest=digest,
-        current=digest,
+        root=digest,
+        current_root=digest,
         used=NOW - age * DAY,
         first_seen=first_seen,
         marks=marks,

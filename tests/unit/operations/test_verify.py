@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ import pytest
 from mirror.inventory.model import Inventory
 from mirror.observability.events import Event, Evicted, Kind
 from mirror.oci.reference import Digest, Repository
+from mirror.operations import verify as operations_verify
 from mirror.operations.verify import Subset, VerifyReport, repair, verify
+from mirror.store.scrub import Scrubbed
 from mirror.store.store import Store
-from tests.unit.operations.cleaning_kit import APP, NOW, OTHER, inventory_of, on_disk, pull
+from tests.unit.operations.cleaning_kit import APP, NOW, OTHER, inventory_of, mark, on_disk, pull
 from tests.unit.store.kit import flip, image, index_of, keep, no_trace, opened, random_bytes
 
 LAYERS = [random_bytes(2_000, seed) for seed in range(3)]
@@ -53,7 +56,9 @@ async def test_damaged_layer_is_moved_counted_and_named_with_its_remedy(tmp_path
         (problem,) = report.problems
         assert (problem.problem, problem.image, problem.digest) == ("damaged", NAME, str(digest))
         assert problem.command == f"oci-mirror verify --repair {NAME}"
-        assert problem.what.startswith("layer does not hash to its digest: it is in quarantine/")
+        assert problem.what == (
+            f"a layer of {NAME} does not hash to its digest, and is in quarantine/"
+        )
         assert report.has_damage
         assert store.layout.quarantine(digest).exists()
         assert Evicted(1, 2_000, "corrupt") in events
@@ -62,12 +67,96 @@ async def test_damaged_layer_is_moved_counted_and_named_with_its_remedy(tmp_path
         assert (usage.count, usage.leftover) == (2, 2_000)
 
 
-async def test_damage_of_no_image_needs_no_remedy(tmp_path: Path) -> None:
+@pytest.mark.parametrize("broken", ["layer", "manifest", "child"])
+async def test_damage_stays_damage_in_later_runs_until_it_is_fetched_again(
+    tmp_path: Path, broken: str
+) -> None:
+    child = image(LAYERS[0])
+    bodies = {"layer": LAYERS[0], "manifest": index_of(child), "child": child}
+    async with opened(tmp_path, [NOW]) as store:
+        await pull(store, child, None, [CONFIG, LAYERS[0]])
+        await pull(store, index_of(child), "v1")
+        digest = damage(store, bodies[broken])
+        first, second = [(await checked(store, tmp_path)) for _ in range(2)]
+        for report in (first, second):
+            (problem,) = [one for one in report.problems if one.is_damage]
+            assert (problem.problem, problem.digest) == ("damaged", str(digest))
+            assert problem.image == NAME, "the name that users know"
+            assert problem.command == f"oci-mirror verify --repair {NAME}"
+            assert report.has_damage
+        assert first.problems[0].what == second.problems[0].what
+        report = await repaired(store, tmp_path, Upstream(store, *bodies.values()))
+        assert not report.has_damage
+        assert (await checked(store, tmp_path)).problems == []
+
+
+async def test_damage_of_no_image_needs_no_remedy_and_is_no_failure(tmp_path: Path) -> None:
     async with opened(tmp_path, [NOW]) as store:
         await keep(store, LAYERS[0])
         damage(store, LAYERS[0])
-        (problem,) = (await checked(store, tmp_path)).problems
+        report = await checked(store, tmp_path)
+        (problem,) = report.problems
         assert (problem.image, problem.command) == (None, None)
+        assert not report.has_damage
+        assert (await checked(store, tmp_path)).problems == []
+
+
+async def test_finding_says_if_damaged_content_could_not_be_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(tmp_path, [NOW]) as store:
+        await pull(store, image(LAYERS[0]), "v1", [CONFIG, LAYERS[0]])
+        digest, is_moved = damage(store, LAYERS[0]), True
+
+        async def scrub_in_vain(*_: object) -> AsyncGenerator[Scrubbed, None]:
+            yield Scrubbed(str(digest), "damaged", 2_000, is_moved=is_moved)
+
+        monkeypatch.setattr(operations_verify, "scrub_each", scrub_in_vain)
+        (problem,) = (await checked(store, tmp_path)).problems
+        assert problem.what.endswith("and was removed: quarantine/ cannot be written")
+        is_moved = False
+        (problem,) = (await checked(store, tmp_path)).problems
+        assert problem.what.endswith("and the disk refuses to move it: it is never served")
+
+
+@pytest.mark.parametrize("kind", ["tag", "pin", "freeze", "lease"])
+async def test_image_whose_manifest_is_gone_is_found(tmp_path: Path, kind: str) -> None:
+    async with opened(tmp_path, [NOW]) as store:
+        root = await pull(store, image(LAYERS[0]), "v1", [CONFIG, LAYERS[0]])
+        store.layout.blob(root).unlink()
+        mark(
+            tmp_path,
+            pins=[(NAME, root)] * (kind == "pin"),
+            freezes=[(NAME, root)] * (kind == "freeze"),
+            leases=[root] * (kind == "lease"),
+        )
+        report = await checked(store, tmp_path)
+        (problem,) = report.problems
+        assert (problem.image, problem.digest, problem.bytes) == (NAME, str(root), 0)
+        if kind == "tag":
+            assert problem.problem == "absent"
+            assert problem.command == f"oci-mirror warm {NAME}"
+            assert problem.what == "its manifest is not here: it was evicted, or is lost"
+            assert not report.has_damage
+        else:
+            assert problem.problem == "lost"
+            assert problem.command == f"oci-mirror verify --repair {NAME}"
+            assert report.has_damage
+            upstream = Upstream(store, image(LAYERS[0]))
+            assert not (await repaired(store, tmp_path, upstream)).has_damage
+            assert (await checked(store, tmp_path)).problems == []
+
+
+async def test_pin_of_a_manifest_that_was_never_here_is_no_damage(tmp_path: Path) -> None:
+    async with opened(tmp_path, [NOW]) as store:
+        await pull(store, image(LAYERS[0]), "v1", [CONFIG, LAYERS[0]])
+        other = Digest.of(b"never here")
+        mark(tmp_path, pins=[(f"docker.io/library/app@{other}", other)])
+        report = await checked(store, tmp_path)
+        (problem,) = report.problems
+        assert (problem.problem, problem.digest) == ("absent", str(other))
+        assert problem.what == "its manifest is not here: it was never here"
+        assert not report.has_damage
 
 
 async def test_image_that_lacks_content_is_incomplete_and_not_damaged(tmp_path: Path) -> None:
@@ -172,6 +261,16 @@ async def test_repair_of_a_damaged_index_also_fetches_what_it_then_lacks(tmp_pat
         assert kinds[Digest.of(root)] is kinds[Digest.of(child)] is Kind.MANIFEST
         assert kinds[Digest.of(LAYERS[1])] is Kind.BLOB
         assert all(problem.is_mended for problem in report.problems)
+
+
+async def test_layer_of_a_signature_is_fetched_as_a_blob(tmp_path: Path) -> None:
+    async with opened(tmp_path, [NOW]) as store:
+        root = await pull(store, image(LAYERS[0]), "v1", [CONFIG, LAYERS[0]])
+        await pull(store, image(LAYERS[1]), f"sha256-{root.hex}.sig", [LAYERS[1]])
+        digest = damage(store, LAYERS[1])
+        upstream = Upstream(store, LAYERS[1])
+        assert not (await repaired(store, tmp_path, upstream)).has_damage
+        assert upstream.requests == [(APP, digest, Kind.BLOB)]
 
 
 async def test_content_that_the_upstream_lacks_stays_damaged_with_the_reason(

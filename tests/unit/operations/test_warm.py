@@ -178,7 +178,7 @@ async def test_content_that_does_not_fit_on_the_disk_is_a_failure(tmp_path: Path
         more = {"storage": {"max_size": "100KB"}}
         (report,) = await warm_once(tmp_path, registry, "app:v1", **more)
 
-    assert "not on disk" in report.error
+    assert "not on the disk" in report.error
 
 
 async def test_running_fetches_are_bounded_over_all_images(tmp_path: Path) -> None:
@@ -196,15 +196,15 @@ async def test_running_fetches_are_bounded_over_all_images(tmp_path: Path) -> No
 
 
 async def test_cancelled_run_ends_and_the_next_one_resumes(tmp_path: Path) -> None:
-    layer = b"z" * 2_000_000
+    layer, stall_at = b"z" * 2_000_000, 1_000_000
     async with FakeRegistry() as registry:
         registry.add_image(layer, tag="v1")
         digest = Digest.of(layer)
-        registry.fault(f"blobs/{digest}", Fault(stall_at=1_000_000))
+        registry.fault(f"blobs/{digest}", Fault(stall_at=stall_at))
         has_bytes = asyncio.Event()
 
         def report_progress(event: ContentProgress | ImageReport) -> None:
-            if isinstance(event, ContentProgress) and event.state == "fetching":
+            if isinstance(event, ContentProgress) and event.position == stall_at:
                 has_bytes.set()
 
         async with opened(tmp_path, registry, more={"abandoned": "cancel"}) as mirror:

@@ -6,7 +6,7 @@ import pytest
 
 from mirror.config.settings import Upstream
 from mirror.oci.reference import Digest, Repository, Tag
-from mirror.pull.admission import Allow, Deny, Restrictions, admit, admit_digest
+from mirror.pull.admission import Allow, Deny, Restrictions, Undecided, admit, admit_digest
 from mirror.store.marks import Block, Freeze, Marks
 
 
@@ -66,6 +66,12 @@ def test_target_of_a_block_decides_which_requests_are_refused(
     assert found == refused
 
 
+def test_nothing_is_admitted_while_the_marks_are_not_known() -> None:
+    unknown = Restrictions(unknown_why="marks.json is damaged")
+    assert admit(REPO, UPSTREAM, unknown, Tag("v1")) == Undecided("marks.json is damaged")
+    assert admit_digest(DIGEST, unknown) == Undecided("marks.json is damaged")
+
+
 def test_client_is_told_the_reason() -> None:
     denied = admit(REPO, UPSTREAM, restrictions("docker.io/library/app"))
     said = "this image is blocked by the operator of the mirror: by docker.io/library/app"
@@ -83,4 +89,4 @@ def test_digests_of_a_blocked_image_are_refused_in_every_repository() -> None:
 def test_freezes_are_found_by_repository_and_tag() -> None:
     names = (f"{REPO}:v1", f"{REPO}@{DIGEST}", "malformed")
     marks = Marks(freezes={name: Freeze(name, DIGEST, 0.0) for name in names})
-    assert Restrictions.of_marks(marks).frozen == {(REPO, Tag("v1")): DIGEST}
+    assert Restrictions.of_marks(marks).frozen == {(REPO, Tag("v1")): (DIGEST,)}

@@ -158,6 +158,27 @@ async def test_catalog_leaves_blocked_repositories_out(tmp_path: Path) -> None:
         assert await names() == []
 
 
+async def test_frozen_tag_is_served_to_each_client_by_a_type_that_it_accepts(
+    tmp_path: Path,
+) -> None:
+    async with served(tmp_path) as (server, fake):
+        child = image(LAYER)
+        for data in (LAYER, b"{}"):
+            fake.add_blob(data)
+        single = fake.add_manifest(child)
+        both = fake.add_manifest(index_of(child), tag="latest", media_type=OCI_INDEX)
+        for digest in (single, both):
+            await server.get(server.manifest(digest), ACCEPT)
+        await mark(server, lambda _: Marks(freezes={NAME: Freeze(NAME, both, 0.0, (single,))}))
+        for accept, digest in (
+            (f"{OCI_MANIFEST}, {OCI_INDEX}", both),
+            (OCI_MANIFEST, single),
+            ("application/vnd.other", both),
+        ):
+            _, headers, _ = await server.get(server.manifest("latest"), {"Accept": accept})
+            assert headers["Docker-Content-Digest"] == str(digest)
+
+
 # --- freezes --------------------------------------------------------------------------------------
 
 
@@ -241,6 +262,16 @@ async def test_damaged_marks_at_a_start_refuse_all_pulls_until_they_are_mended(
         Layout(tmp_path).marks.unlink()
         await server.running_server.mirror.marks.check()
         assert await status_of(server, server.manifest("latest")) == (200, "")
+
+
+async def test_catalogue_lists_nothing_while_the_marks_are_not_known(tmp_path: Path) -> None:
+    Layout(tmp_path).marks.write_text("{}")
+    async with (
+        FakeRegistry() as fake,
+        running(tmp_path, fake.url, more={"catalog": True}) as server,
+    ):
+        status, said = await status_of(server, f"{server.url}/v2/_catalog")
+        assert (status, "marks.json is damaged" in said) == (503, True)
 
 
 async def test_damage_while_the_server_runs_leaves_the_latest_blocks_in_force(

@@ -19,7 +19,7 @@ from mirror.oci.reference import Digest, Tag
 from mirror.store import eviction, removal
 from mirror.store.eviction import StoredBlob
 from mirror.store.index import Index
-from mirror.store.marks import Marks, Pin, change_marks
+from mirror.store.marks import Marks, Pin, change_marks, read_marks
 from mirror.store.store import Store
 from tests.unit.store.kit import (
     image,
@@ -52,6 +52,27 @@ async def use(store: Store, body: bytes, *parts: bytes) -> None:
 def held(store: Store) -> set[Digest]:
     store.catalog.refresh()
     return {blob.digest for blob in store.catalog.blobs(10**12)}
+
+
+async def test_mark_that_keeps_a_whole_repository_is_logged_once(tmp_path: Path) -> None:
+    events: list[Event] = []
+    async with opened(tmp_path, [NOW], events, QUOTA) as store:
+        layers = [layer(number, 222_000) for number in range(4)]
+        body = image(*layers)
+        await pulled(store, body, Tag("1.0"), *layers, b"{}")
+        pin(store.layout, Digest.of(body))
+        store.layout.blob(Digest.of(body)).unlink()
+        other = layer(9, 100_000)  # Of another program, above the high water mark.
+        store.layout.blob(Digest.of(other)).write_bytes(other)
+        for _ in range(2):
+            started = store.evictor.start(200_000)
+            assert started is not None
+            await started
+            store.evictor._held_off_until = 0.0
+        said = [event for event in events if isinstance(event, LogMessage)]
+        (held_by,) = [one for one in said if one.message == "a mark keeps a whole repository"]
+        assert dict(held_by.fields)["image"] in read_marks(store.layout).pins
+        assert held(store) >= set(map(Digest.of, layers))
 
 
 async def test_the_least_recently_used_content_goes_until_the_low_water_mark(

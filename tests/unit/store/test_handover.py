@@ -269,6 +269,31 @@ async def test_follower_of_content_without_a_size_sees_its_end_before_it_is_publ
 
 
 @pytest.mark.row("G6-state-of-another-process")
+async def test_follower_publishes_what_a_dead_process_has_fetched_and_not_published(
+    processes: list[Kit],
+) -> None:
+    leader = Ingest(processes[0].ingest_context, DIGEST, None)
+    assert await leader.try_lead() is Role.LEADER
+    other = Ingest(processes[1].ingest_context, DIGEST, None)
+    assert await other.try_lead() is Role.FOLLOWER
+    theirs = follow(other)
+    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+        following = group.create_task(go_on(other))
+        await leader.declare(len(DATA))
+        await leader.feed(DATA)
+        assert await read(theirs) == DATA
+        assert not processes[1].layout.blob(DIGEST).exists()
+        leader.lock.stop_heartbeat()
+        assert leader.lock.fd is not None
+        fcntl.flock(leader.lock.fd, fcntl.LOCK_UN)  # As the kernel does for a dead process.
+        await following
+    assert processes[1].layout.blob(DIGEST).read_bytes() == DATA
+    assert not processes[1].layout.ingest(DIGEST).exists()
+    theirs.close()
+    leader.release()
+
+
+@pytest.mark.row("G6-state-of-another-process")
 async def test_writes_that_are_stuck_delay_no_heartbeat(
     processes: list[Kit], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from mirror.oci.descriptor import referrers_index, referrers_tag
+from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST, referrers_index, referrers_tag
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store.image_links import Links
 from mirror.store.index import Index
+from mirror.store.records import manifest_record
 
 REPO, OTHER = Repository("docker.io", "library/app"), Repository("ghcr.io", "org/app")
 SUBJECT, STRANGER = Digest.of(b"subject"), Digest.of(b"stranger")
@@ -51,8 +52,17 @@ async def test_referrers_are_found_by_their_tags_in_every_repository(
     await index.confirm_tag(OTHER, Tag(f"{tag}.sbom"), of("sbom"))
     await index.confirm_tag(OTHER, Tag(f"{tag}.other"), of("unknown"))
     await index.confirm_tag(OTHER, Tag(f"{referrers_tag(STRANGER)}.sig"), of("other signature"))
-    expected = {of("list"), of("signature"), of("attestation"), of("sbom")}
+    expected = {of("list"), of("signature"), of("attestation"), of("sbom"), of("unknown")}
     assert await index.links([], [subject]) == Links(set(), expected)
+    await index.close()
+
+
+async def test_indexes_that_were_pulled_are_found_for_marked_images(tmp_path: Path) -> None:
+    index = await open_index(tmp_path)
+    for name, media_type in (("index", OCI_INDEX), ("image", OCI_MANIFEST)):
+        await index.put_access_records(REPO, [manifest_record(of(name), media_type, 2)])
+    assert await index.links([], [SUBJECT]) == Links(set(), set(), {of("index")})
+    assert await index.links([], []) == Links(set(), set())
     await index.close()
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,7 +36,7 @@ ONE, TWO, THREE = (Digest.of(data) for data in (b"one", b"two", b"three"))
 NAME = "docker.io/library/app:1.0"
 ALL = Marks(
     pins={NAME: Pin(NAME, ONE, 1.5)},
-    freezes={NAME: Freeze(NAME, TWO, 2.5)},
+    freezes={NAME: Freeze(NAME, TWO, 2.5, (THREE,))},
     blocks={
         "ghcr.io/bad/*": Block("ghcr.io/bad/*", 'a "reason"\n', 3.5, frozenset({ONE, THREE})),
         str(TWO): Block(str(TWO), "", 4.5),
@@ -48,6 +49,11 @@ ALL = Marks(
 )
 
 
+def without(pins: Mapping[str, Pin], name: str) -> dict[str, Pin]:
+    """All pins but one."""
+    return {one: pin for one, pin in pins.items() if one != name}
+
+
 def test_there_are_no_marks_without_a_file(tmp_path: Path) -> None:
     assert read_marks(Layout(tmp_path)) == Marks()
     assert read_marks(Layout(tmp_path / "missing")) == Marks()
@@ -58,7 +64,7 @@ def test_marks_are_read_back_as_written(tmp_path: Path) -> None:
     layout = Layout(tmp_path / "new")
     assert change_marks(layout, lambda earlier: ALL) == ALL
     assert read_marks(layout) == ALL
-    assert sorted(os.listdir(layout.root)) == ["marks.json", "marks.lock"]
+    assert sorted(os.listdir(layout.root)) == ["marks.json", "marks.lock", "marks.spare"]
 
 
 def test_change_without_effect_writes_nothing(tmp_path: Path) -> None:
@@ -124,7 +130,7 @@ def test_odd_file_in_its_place_is_damage(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.row("D2-full-disk")
-def test_full_disk_leaves_the_earlier_marks_and_no_draft(tmp_path: Path) -> None:
+def test_marks_that_a_full_disk_has_no_room_for_leave_the_earlier_ones(tmp_path: Path) -> None:
     with small_disk(tmp_path) as mount:
         layout = Layout(mount)
         change_marks(layout, lambda earlier: ALL)
@@ -135,7 +141,46 @@ def test_full_disk_leaves_the_earlier_marks_and_no_draft(tmp_path: Path) -> None
         assert raised.value.errno == errno.ENOSPC
         assert raised.value.strerror == "No space left on device: the marks are as they were"
         assert read_marks(layout) == ALL
-        assert "marks.json.tmp" not in os.listdir(mount)
+        assert change_marks(layout, lambda one: Marks()) == read_marks(layout) == Marks()
+
+
+@pytest.mark.row("D2-full-disk")
+@pytest.mark.parametrize("is_room_taken", [False, True])
+def test_marks_can_be_taken_away_one_by_one_on_a_full_disk(
+    tmp_path: Path, is_room_taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if another writer takes each byte that becomes free."""
+    names = [f"docker.io/library/app:{number}" for number in range(200)]
+    many = replace(ALL, pins={name: Pin(name, ONE, 1.0) for name in names})
+    with small_disk(tmp_path) as mount:
+        layout = Layout(mount)
+        change_marks(layout, lambda earlier: many)
+        fill_up(mount)
+        real = disk.sync_directory
+
+        def sync(fd: int) -> None:
+            real(fd)
+            fill_up(mount)
+
+        if is_room_taken:
+            monkeypatch.setattr(disk, "sync_directory", sync)
+        for name in names[::20]:
+            change_marks(layout, lambda one, gone=name: replace(one, pins=without(one.pins, gone)))
+        change_marks(layout, lambda one: replace(one, blocks={}, freezes={}))
+        left = {name for name in names if name not in names[::20]}
+        assert set(read_marks(layout).pins) == left
+        assert not read_marks(layout).blocks
+
+
+@pytest.mark.row("D2-full-disk")
+def test_some_marks_can_still_be_set_on_a_full_disk(tmp_path: Path) -> None:
+    with small_disk(tmp_path) as mount:
+        layout = Layout(mount)
+        change_marks(layout, lambda earlier: ALL)
+        fill_up(mount)
+        blocks = {"app": Block("app", "bad", 1.0)}
+        change_marks(layout, lambda one: replace(one, blocks=blocks))
+        assert read_marks(layout).blocks == blocks
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
@@ -153,6 +198,8 @@ def test_failing_disk_leaves_the_earlier_marks(
         change_marks(layout, lambda earlier: Marks())
     assert read_marks(layout) == ALL
     assert sorted(os.listdir(tmp_path)) == ["marks.json", "marks.lock"]
+    monkeypatch.undo()
+    assert change_marks(layout, lambda earlier: Marks()) == read_marks(layout) == Marks()
 
 
 def test_failing_sync_of_the_directory_says_that_a_power_cut_may_undo_the_change(
@@ -177,12 +224,33 @@ def test_other_users_can_read_the_marks_whatever_the_umask_is(tmp_path: Path) ->
         assert file.stat().st_mode & 0o777 == 0o644
 
 
-def test_draft_of_a_killed_process_is_replaced(tmp_path: Path) -> None:
-    layout = Layout(tmp_path)
-    (tmp_path / "marks.json.tmp").write_text("half of")
+@pytest.mark.parametrize("kind", ["half", "link", "second name", "pipe", "earlier"])
+def test_what_a_killed_process_or_a_stranger_has_left_is_never_written_through(
+    tmp_path: Path, kind: str
+) -> None:
+    layout, spare, other = Layout(tmp_path), tmp_path / "marks.spare", tmp_path / "other"
     change_marks(layout, lambda earlier: ALL)
-    assert read_marks(layout) == ALL
-    assert sorted(os.listdir(tmp_path)) == ["marks.json", "marks.lock"]
+    spare.unlink()
+    other.write_text("other")
+    match kind:
+        case "half":
+            spare.write_text("half of")
+        case "link":
+            spare.symlink_to(other)
+        case "second name":
+            os.link(layout.marks, spare)
+        case "pipe":
+            os.mkfifo(spare)
+        case _:
+            os.link(layout.marks, tmp_path / "marks.earlier")
+    new = replace(ALL, pins={})
+    before = layout.marks.open(encoding="utf-8")
+    with before:
+        change_marks(layout, lambda earlier: new)
+        assert "pin" in before.read(), "the earlier file is not written to"
+    assert read_marks(layout) == new
+    assert other.read_text() == "other"
+    assert sorted(os.listdir(tmp_path)) == ["marks.json", "marks.lock", "marks.spare", "other"]
 
 
 def test_stopped_process_with_the_lock_is_named_after_a_while(

@@ -11,9 +11,9 @@ import pytest
 from mirror.oci.reference import Digest
 from mirror.store.image_links import Links
 from mirror.store.layout import Layout
-from mirror.store.marks import Freeze, Marks, Pin, change_marks, replace_leases
+from mirror.store.marks import Freeze, Marks, Pin, change_marks, read_marks, replace_leases
 from mirror.store.names import ACCESS
-from mirror.store.protection import Protection, ProtectionUnknown, read_parts
+from mirror.store.protection import Protection, ProtectionUnknown, find_holding, read_parts
 from mirror.store.rows import Tables
 from tests.unit.store.kit import image, index_of, pin
 
@@ -43,6 +43,7 @@ class Fixture:
         self.current: dict[str, Digest] = {}
         self.referrers: dict[Digest, Digest] = {}
         self.searches: list[tuple[Collection[str], Collection[Digest]]] = []
+        self.indexes: list[Digest] = []
         self.is_answering = True
 
     def find_links(self, names: Collection[str], subjects: Collection[Digest]) -> Links | None:
@@ -52,6 +53,7 @@ class Fixture:
         return Links(
             [self.current[name] for name in names if name in self.current],
             [self.referrers[one] for one in subjects if one in self.referrers],
+            self.indexes,
         )
 
     def protection(self, now: float = 0.0) -> Protection:
@@ -61,6 +63,10 @@ class Fixture:
         protection = self.protection(now)
         protection.update()
         return protection.digests
+
+    @property
+    def marks(self) -> Marks:
+        return read_marks(self.layout)
 
     def mark(self, change: Callable[[Marks], Marks]) -> None:
         change_marks(self.layout, change)
@@ -90,6 +96,15 @@ def test_freeze_and_lease_protect_like_a_pin_until_the_lease_ends(fixture: Fixtu
     frozen = whole(IMAGES[0], LAYERS[0])
     assert fixture.protected(now=99.0) == frozen | whole(IMAGES[1], LAYERS[1]) | leased
     assert fixture.protected(now=100.0) == frozen
+
+
+def test_index_of_a_leased_image_is_protected_without_its_other_images(fixture: Fixture) -> None:
+    other = index_of(IMAGES[2])
+    put(fixture.layout, other)
+    fixture.indexes = [Digest.of(INDEX), Digest.of(other), Digest.of(b"not here")]
+    leased = {Digest.of(IMAGES[0])}
+    fixture.mark(lambda one: replace_leases(Marks(), "pods", leased, 100.0, 0.0))
+    assert fixture.protected() == whole(INDEX, IMAGES[0], LAYERS[0])
 
 
 def test_current_digest_of_a_pinned_tag_is_protected_beside_the_pinned_one(
@@ -184,6 +199,11 @@ def test_missing_or_damaged_manifest_of_a_pin_keeps_all_of_its_repository(
     assert fixture.protected() == expected
     path.unlink()
     assert fixture.protected() == expected
+    protection = fixture.protection()
+    protection.update()
+    assert protection.holding == find_holding(fixture.layout, fixture.marks) == [NAME]
+    put(fixture.layout, IMAGES[0])
+    assert find_holding(fixture.layout, fixture.marks) == []
 
 
 def test_manifest_of_a_lease_counts_as_damaged_only_if_it_was_here(fixture: Fixture) -> None:

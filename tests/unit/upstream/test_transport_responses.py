@@ -128,6 +128,19 @@ async def test_error_of_a_404_follows_its_code_and_the_kind(
     assert type(await error_for(kind, Fault(status=404, body=body))) is error
 
 
+@pytest.mark.parametrize(
+    ("kind", "missing"),
+    [
+        (Kind.MANIFEST, f"library/app:{PATHS[Kind.MANIFEST].rpartition('/')[2]}"),
+        (Kind.BLOB, f"library/app@{PATHS[Kind.BLOB].rpartition('/')[2]}"),
+        (Kind.TAGS, "the repository library/app"),
+    ],
+)
+async def test_404_names_the_upstream_and_what_it_does_not_have(kind: Kind, missing: str) -> None:
+    error = await error_for(kind, Fault(status=404))
+    assert error.message == f"{REPO.upstream} does not have {missing}"
+
+
 async def test_404_with_a_broken_or_missing_body_is_not_found() -> None:
     fault = Fault(status=404, body=UNKNOWN % b"NAME_UNKNOWN", reset_at=5)
     assert type(await error_for(Kind.MANIFEST, fault)) is errors.ManifestUnknown

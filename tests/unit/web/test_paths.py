@@ -107,7 +107,6 @@ def test_path_of_each_endpoint_becomes_its_request(method: str) -> None:
         # Only the first of several components can name an upstream.
         ("ghcr.io", "", hub("library/ghcr.io"), ""),
         ("a/ghcr.io/b", "", hub("a/ghcr.io/b"), ""),
-        ("quay.io/a", "", hub("quay.io/a"), ""),
     ],
 )
 def test_upstream_is_named_by_ns_then_by_the_first_component_then_by_default(
@@ -117,6 +116,27 @@ def test_upstream_is_named_by_ns_then_by_the_first_component_then_by_default(
     assert isinstance(found, TagsRequest)
     assert (found.repository, found.prefix) == (repository, prefix)
     assert found.ns == (repository.upstream if query else None)
+
+
+@pytest.mark.parametrize("registry", ["quay.io", "quay.io:443", "other:5000", "localhost"])
+def test_registry_in_the_path_that_is_no_upstream_is_named_in_the_error(registry: str) -> None:
+    """Docker Hub has no such namespace, so it is not asked for one."""
+    with pytest.raises(NameUnknown, match=f"not configured for {registry}: add it"):
+        parse_path(f"/v2/{registry}/org/app/manifests/v1")
+
+
+def test_namespace_with_a_dot_belongs_to_another_default_upstream() -> None:
+    upstreams = {"harbor.example": "harbor.example"}
+    found = parse(
+        "GET", "/v2/my.project/app/tags/list", "", upstreams=upstreams, default="harbor.example"
+    )
+    assert isinstance(found, TagsRequest)
+    assert found.repository == Repository("harbor.example", "my.project/app")
+
+
+def test_unknown_upstream_in_ns_is_named_without_control_characters() -> None:
+    with pytest.raises(NameUnknown, match=r"not configured for a\\x1b\[2Jb: add it"):
+        parse_path("/v2/a/tags/list", "ns=a%1b[2Jb")
 
 
 @pytest.mark.parametrize(

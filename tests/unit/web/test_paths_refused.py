@@ -63,7 +63,6 @@ def test_upload_paths_are_refused_as_unsupported(path: str) -> None:
         ("/v2/A/manifests/c", NameInvalid),
         ("/v2/ghcr.io//a/manifests/c", NameInvalid),
         ("/v2/ghcr.io/../a/manifests/c", NameInvalid),
-        ("/v2/other:5000/a/manifests/c", NameInvalid),
         (f"/v2/{'a' * 300}/manifests/c", NameInvalid),
         ("/v2//tags/list", NameInvalid),
         (f"/v2/../blobs/{DIGEST}", NameInvalid),

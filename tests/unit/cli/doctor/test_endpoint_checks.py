@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
 import time
 from email.utils import formatdate
@@ -85,6 +86,30 @@ async def test_web_page_at_the_url_is_a_problem() -> None:
         registry.fault("/v2/", *[Fault(status=200, headers=page)] * 9)
         found = endpoint(await report(registry.url))
         assert (found.status, "no registry" in found.message) == (Status.PROBLEM, True)
+
+
+async def test_refused_and_silent_endpoint_have_their_own_remedies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("mirror.cli.doctor.endpoint_checks._CONNECT_TIMEOUT_S", 0.2)
+    refused = endpoint(await report("http://127.0.0.1:9"))
+    assert refused.message == "no connection to 127.0.0.1:9: connection refused"
+    assert refused.remedy == (
+        "nothing listens at 127.0.0.1:9: start the registry there, or correct "
+        "upstreams.a.example.endpoints"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        for scheme in ("http", "https"):
+            silent = endpoint(await report(f"{scheme}://127.0.0.1:{listener.getsockname()[1]}"))
+            assert "accepts connections, and sends nothing" in silent.message
+            assert "firewall" not in silent.remedy
+
+
+async def test_endpoint_that_speaks_no_tls_says_so() -> None:
+    async with FakeRegistry() as registry:
+        found = endpoint(await report(registry.url.replace("http:", "https:")))
+        assert "does not speak TLS as expected" in found.message
+        assert "check http or https" in found.remedy
 
 
 async def test_name_that_does_not_resolve_is_a_problem() -> None:

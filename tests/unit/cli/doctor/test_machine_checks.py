@@ -17,6 +17,9 @@ from mirror.cli.doctor import machine_checks
 from mirror.cli.doctor.findings import Finding, Status
 from mirror.config.settings import Settings
 from mirror.oci.errors import StorageUnavailable
+from mirror.oci.reference import Digest, Tag
+from mirror.store.marks import Marks, Pin
+from tests.unit.store.kit import image, opened, pulled
 
 MOUNTS = (
     "21 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw\n"
@@ -139,6 +142,8 @@ def test_index_that_opens_is_ok_and_a_damaged_one_is_a_problem(tmp_path: Path) -
     (damaged,) = machine_checks.check_index(tmp_path)
     assert damaged.status is Status.PROBLEM
     assert "index.json" in damaged.remedy
+    assert "***" not in damaged.message
+    assert "\n" not in damaged.message
     shutil.rmtree(tmp_path / "index")
     (tmp_path / "index.damaged").mkdir()
     assert [one.status for one in machine_checks.check_index(tmp_path)] == [
@@ -149,7 +154,7 @@ def test_index_that_opens_is_ok_and_a_damaged_one_is_a_problem(tmp_path: Path) -
 
 def test_marks_that_cannot_be_read_are_a_problem(tmp_path: Path) -> None:
     path = tmp_path / "marks.json"
-    assert machine_checks.check_marks(path, lambda: None).message == "there are none"
+    assert machine_checks.check_marks(path, Marks).message == "there are none"
     for error in (StorageUnavailable("it is damaged"), PermissionError(13, "Permission denied")):
 
         def fail(error: Exception = error) -> None:
@@ -159,6 +164,22 @@ def test_marks_that_cannot_be_read_are_a_problem(tmp_path: Path) -> None:
         assert found.status is Status.PROBLEM
         assert "nothing is evicted" in found.message
         assert str(path) in found.remedy
+
+
+async def test_marks_that_keep_a_whole_repository_are_named(tmp_path: Path) -> None:
+    body = image(b"layer")
+    digest = Digest.of(body)
+    async with opened(tmp_path) as store:
+        await pulled(store, body, Tag("latest"), b"layer", b"{}")
+    name = "docker.io/library/app:latest"
+    marks = Marks(pins={name: Pin(name, digest, 1.0)})
+    path = store.layout.marks
+    assert machine_checks.check_marks(path, lambda: marks).status is Status.OK
+    store.layout.blob(digest).unlink()
+    found = machine_checks.check_marks(path, lambda: marks)
+    assert found.status is Status.PROBLEM
+    assert f"the manifest of {name} is damaged or missing" in found.message
+    assert f"oci-mirror verify --repair {name}" in found.remedy
 
 
 def test_port_is_free_or_of_another_program(tmp_path: Path) -> None:

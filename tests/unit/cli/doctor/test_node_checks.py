@@ -25,9 +25,10 @@ urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url).read()
 
 
 def install(directory: Path, body: str) -> NodeMachine:
-    """Install a script as ``crictl``."""
+    """Install a script as ``crictl``, whose runtime runs."""
     script = directory / "crictl"
-    script.write_text(f"#!{sys.executable}\n{body}")
+    probe = "import sys\nif sys.argv[1] == 'version': sys.exit(0)\n"
+    script.write_text(f"#!{sys.executable}\n{probe}{body}")
     script.chmod(0o755)
     return NodeMachine({"PATH": str(directory)}, str(directory / "none.toml"))
 
@@ -37,7 +38,7 @@ async def check(node: NodeMachine, url: str, *registries: str) -> dict[str, Find
         return list(check_node(node, ["cri"], registries or ("docker.io",), OwnServer(url)))
 
     found = await run_in_thread(run)
-    return {f"{one.check} {one.subject}": one for one in found}
+    return {f"{one.check} {one.values()['subject']}": one for one in found}
 
 
 async def test_pull_that_arrives_is_ok_and_its_image_is_removed(tmp_path: Path) -> None:
@@ -113,3 +114,41 @@ async def test_runtime_that_is_not_installed_is_a_problem(tmp_path: Path) -> Non
     async with running(tmp_path / "data") as server:
         found = await check(NodeMachine({"PATH": os.devnull}), server.url)
         assert found["runtime this node"].status is Status.PROBLEM
+
+
+def install_stopped(directory: Path, name: str, tried: Path) -> None:
+    """Install a program whose daemon does not run. It notes its arguments in ``tried``."""
+    script = directory / name
+    script.write_text(f'#!/bin/sh\necho "$@" >> {tried}\necho "no answer at x.sock" >&2\nexit 1\n')
+    script.chmod(0o755)
+
+
+async def test_runtime_that_does_not_run_is_one_finding_and_is_not_asked_to_pull(
+    tmp_path: Path,
+) -> None:
+    tried = tmp_path / "tried"
+    async with running(tmp_path / "data") as server:
+        node = install(tmp_path, f"MIRROR = {server.url!r}\n{GET}")
+        install_stopped(tmp_path, "docker", tried)
+
+        def run(*chosen: str) -> list[Finding]:
+            mirror = OwnServer(server.url)
+            return list(check_node(node, chosen, ["docker.io", "other.io"], mirror))
+
+        found = await run_in_thread(run)
+        (stopped,) = (one for one in found if one.subject == "docker")
+        assert (stopped.check, stopped.status) == ("runtime", Status.WARNING)
+        assert stopped.message == "it is installed, but does not run: no answer at x.sock"
+        assert "systemctl start docker" in stopped.remedy
+        assert tried.read_text() == "version\n"
+        # Asked for by its name, or the only one: then nothing can be pulled as it should.
+        (stopped,) = (one for one in await run_in_thread(run, "docker") if one.subject == "docker")
+        assert stopped.status is Status.PROBLEM
+        (tmp_path / "crictl").unlink()
+        (stopped,) = (one for one in await run_in_thread(run) if one.subject == "docker")
+        assert stopped.status is Status.PROBLEM
+
+
+async def test_stopped_mirror_has_a_reason_without_a_number_of_the_system(tmp_path: Path) -> None:
+    found = await check(install(tmp_path, "pass"), "http://127.0.0.1:9")
+    assert found["mirror http://127.0.0.1:9"].message == "it does not respond: Connection refused"

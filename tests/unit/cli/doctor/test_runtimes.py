@@ -54,6 +54,13 @@ def test_commands_pull_and_remove_the_image() -> None:
     ]
 
 
+def test_each_runtime_with_a_daemon_has_a_probe_and_says_how_to_start_it() -> None:
+    everything = node("ctr", "containerd", "crictl", "k3s", "docker", "podman")
+    for runtime in find_runtimes(everything, []):
+        assert bool(runtime.probe) == bool(runtime.start) == (runtime.name != "podman")
+        assert not runtime.probe or runtime.probe[-1] == "version"
+
+
 def test_docker_can_mirror_docker_io_only() -> None:
     docker = the("docker", node("docker"))
     assert docker.may_mirror("docker.io")
@@ -95,8 +102,10 @@ def test_containerd_file_is_read_if_it_prints_no_configuration(tmp_path: Path) -
 
 
 def test_containerd_without_config_path_is_a_problem_unless_kubernetes_cannot_use_it() -> None:
-    (finding,) = the("containerd", node("ctr", "containerd")).findings
+    (finding,) = the("containerd", node("ctr", "containerd", "kubelet")).findings
     assert finding.status is Status.PROBLEM
+    (finding,) = the("containerd", node("ctr", "containerd")).findings
+    assert (finding.status, "no kubelet" in finding.message) == (Status.WARNING, True)
     disabled = f'disabled_plugins = ["{V1}"]\n'
     assert the("containerd", node("ctr", "containerd", containerd=disabled)).findings == ()
 
