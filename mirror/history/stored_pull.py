@@ -37,6 +37,8 @@ class StoredPull:
     """Only kept if the request names no repository."""
     client: str = ""
     user_agent: str = ""
+    user: str = ""
+    """The user, if access was decided by one. Empty: anonymous, or everybody may do this."""
     command: str = ""
     """The command or job of the mirror that has asked. Empty: a client."""
     kind: str = Kind.INVALID.value
@@ -110,6 +112,7 @@ class StoredPull:
             path="" if pull.repository else pull.path.partition("?")[0][:_MAX_TEXT_CHARS],
             client=pull.client,
             user_agent=pull.user_agent[:_MAX_TEXT_CHARS],
+            user=pull.user[:_MAX_TEXT_CHARS],
             command=pull.command,
             kind=pull.kind.value,
             upstream=pull.upstream,
@@ -140,7 +143,7 @@ class StoredPull:
         values["name"] = self.name
         for key in ("upstream", "repository", "reference", "digest", "previous_digest"):
             values[key] = values[key] or None
-        for key in ("client", "user_agent", "command", "error", "warning"):
+        for key in ("client", "user_agent", "user", "command", "error", "warning"):
             values[key] = values[key] or None
         if not self.fetched_bytes:
             values["fetched_bytes"] = values["fetched_seconds"] = None

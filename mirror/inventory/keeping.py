@@ -66,7 +66,7 @@ class Keepers:
     def of(self, name: Name, reached: Collection[DigestText]) -> list[Keeper]:
         """Return what keeps a name. ``reached``: all content of its image."""
         if not self._keepers and not self._leases:
-            return []
+            return [_HOSTED_KEEPER] if name.is_hosted else []
         found = list(self._keepers.get((str(name.repository), name.root), {}).values())
         if not self._leases.isdisjoint(reached):
             found.append(LEASED)

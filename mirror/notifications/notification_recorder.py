@@ -24,12 +24,12 @@ from mirror.observability.events import (
     HostedChange,
     Kind,
     LogMessage,
-    NotificationDropReason,
     NotificationsDropped,
     Observer,
     RequestEnded,
     RequestRecord,
 )
+from mirror.observability.notification_events import NotificationDropReason
 from mirror.store.batch_writer import BatchWriter
 from mirror.store.layout import Layout
 from mirror.store.shared_database import SharedDatabase

@@ -22,9 +22,6 @@ from mirror.observability.hosted_events import HostedMeasured as HostedMeasured
 from mirror.observability.job_events import PrefetchEnded as PrefetchEnded
 from mirror.observability.job_events import RetentionEnded as RetentionEnded
 from mirror.observability.notification_events import (
-    NotificationDropReason as NotificationDropReason,
-)
-from mirror.observability.notification_events import (
     NotificationQueueMeasured as NotificationQueueMeasured,
 )
 from mirror.observability.notification_events import NotificationsDropped as NotificationsDropped

@@ -303,6 +303,8 @@ class PullService:
         Raises:
             StorageUnavailable: The index cannot be read.
         """
+        if self.restrictions.unknown_why:
+            raise StorageUnavailable(self.restrictions.unknown_why)
         if self._hosted is not None and upstream == self._hosted_name:
             return await self._hosted.repositories(count, last, is_visible)
         return await self._repositories.page(upstream, count, last, is_visible)

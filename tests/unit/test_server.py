@@ -107,7 +107,7 @@ async def test_pair_that_cannot_be_loaded_raises_and_the_previous_one_stays_in_u
 async def test_running_server_loads_a_changed_certificate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mirror.server._CERTIFICATE_INTERVAL_S", 0.02)
+    monkeypatch.setattr("mirror.housekeeping.CERTIFICATE_INTERVAL_S", 0.02)
     made = tokens.Certificate.make(tmp_path)
     async with running(tmp_path / "data", certificate=made) as server:
         port = int(server.url.rpartition(":")[2])

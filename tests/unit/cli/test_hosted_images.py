@@ -98,9 +98,9 @@ def test_hosted_images_are_not_listed_without_the_section_and_keep_their_content
 
 
 def test_du_counts_hosted_content_with_its_own_quota(site: Site) -> None:
-    lines = site.lines("du")
-    assert lines[-1].startswith("hosted: 2.8KiB and 0B reserved by 0 uploads, of 976.6KiB (")
-    assert lines[-1].endswith("; it is never evicted")
+    line = next(line for line in site.lines("du") if line.startswith("hosted"))
+    assert line.startswith("hosted: 2.8KiB and 0B reserved by 0 uploads, of 976.6KiB (")
+    assert line.endswith("; it is never evicted")
     total = next(row["bytes"] for row in site.rows("du") if row["kind"] == "hosted")
     assert total == sum(map(len, (*LAYERS, HOSTED_CONFIG, manifest_of(*LAYERS))))
     assert all(row["reclaimable"] == 0 for row in site.rows("du") if row["kind"] == "type")
@@ -169,10 +169,10 @@ def test_verify_says_that_nothing_restores_damaged_hosted_content(site: Site) ->
     assert code == 1
     assert "push the image again, or restore it from a backup" in out
     assert "mend it with" not in out
-    # It is in quarantine now: the image lacks it.
+    # It is in quarantine now.
     code, out, _ = site.run("verify", "--json", f"{NAME}/team/app:v1")
     (problem,) = map(json.loads, out.splitlines())
-    assert (code, problem["problem"], problem["is_hosted"]) == (1, "incomplete", True)
+    assert (code, problem["problem"], problem["is_hosted"]) == (1, "damaged", True)
     assert problem["command"] is None
 
 

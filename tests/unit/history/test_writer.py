@@ -161,9 +161,9 @@ async def test_history_of_a_small_quota_takes_a_few_megabytes_whatever_is_record
             made.end(a_pull(outcome=Outcome.MISS, digest=digest, user_agent="a" * 500))
             if number % 500 == 0:
                 made.recorder.hand_over()
-                await until(lambda: not made.recorder._writer._queued)
+                await until(lambda: made.recorder._writer.is_idle)
         made.recorder.hand_over()
-        await until(lambda: not made.recorder._writer._queued)
+        await until(lambda: made.recorder._writer.is_idle)
         size = sum(path.stat().st_size for path in (tmp_path / "history").iterdir())
         assert size <= 1.25 * bounds.max_bytes
         assert 300 < len(made.rows("SELECT id FROM pulls")) < 1_000

@@ -59,7 +59,9 @@ async def both(root: Path) -> AsyncIterator[Both]:
         image = pulls.registry.add_image("library/app", "v1", b"layer")
         database = await Database.open(pulls.store.layout.hosted_names)
         settings = Hosted(name=NAME, listen="127.0.0.1:0", max_size=10**9)
-        hosted = HostedService(settings, database, pulls.store, lambda: pulls.clock[0])
+        hosted = HostedService(
+            settings, database, pulls.store, lambda: pulls.clock[0], pulls.events.append
+        )
         try:
             kit = HostedKit(hosted, pulls.store, database, pulls.clock)
             service = PullService(pulls.content, HostedPulls(hosted))
@@ -129,7 +131,7 @@ async def test_blocks_and_freezes_hold_for_hosted_images(tmp_path: Path) -> None
     async with both(tmp_path) as kit:
         first = await kit.hosted.push_image(b"first")
         second = await kit.hosted.push_image(b"second")
-        kit.service.restrict(Restrictions(frozen={(app, Tag("v1")): first}))
+        kit.service.restrict(Restrictions(frozen={(app, Tag("v1")): (first,)}))
         got = await kit.service.manifest(app, Tag("v1"), (), a_pull(), is_head=False)
         assert (got.digest, got.body) == (first, manifest_of(b"first"))
         for restrictions in (
