@@ -55,6 +55,19 @@ def test_unclear_request_is_wrong_usage(
     assert run(URL, "prune", *arguments).code == 2
 
 
+@pytest.mark.parametrize("age", ["30", "0", " 1.5"])
+def test_age_without_a_unit_is_refused_and_removes_nothing(
+    run: Run, tmp_path: Path, age: str
+) -> None:
+    """Whoever forgets the d of 30d would remove all that was not used for 30 seconds."""
+    data = fill(tmp_path)
+    done = run(URL, "prune", "--older-than", age)
+    assert (done.code, done.out) == (2, "")
+    unit = age.strip()
+    assert f"{unit}: name a unit: {unit}s, {unit}m, {unit}h, {unit}d" in done.err
+    assert content(data, LAYERS[0]).exists()
+
+
 def test_rules_of_the_configuration_decide_without_options(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
