@@ -118,16 +118,22 @@ def _find_absent(
     names = (one for one in absent if one.tag or one.root not in owners or keepers.has_mark_of(one))
     if is_lost_only:
         names = (one for one in names if one.root in quarantined or keepers.of(one, (one.root,)))
-    found = [_absent(builder.build(name), name, quarantined) for name in names]
+    found = [
+        _absent(builder.build(name), name, quarantined, has_lost=name.root not in keepers.absent)
+        for name in names
+    ]
     return tuple(sorted(found, key=image_order))
 
 
-def _absent(image: Image, name: Name, quarantined: Set[DigestText]) -> Image:
+def _absent(image: Image, name: Name, quarantined: Set[DigestText], *, has_lost: bool) -> Image:
+    """``has_lost``: whether its manifest was here when it was marked."""
     absence = Absence.EVICTED
     if name.root in quarantined:
         absence = Absence.DAMAGED
-    elif image.keeper is not None:
-        absence = Absence.LOST if name.is_recorded else Absence.NEVER
+    elif image.keeper is not None and not name.is_recorded:
+        absence = Absence.NEVER
+    elif image.keeper is not None and has_lost:
+        absence = Absence.LOST
     return replace(image, absence=absence, stale=None)
 
 

@@ -19,7 +19,14 @@ from typing import Final
 from mirror.inventory.image_names import Name
 from mirror.inventory.model import DigestText, Image, Inventory, Keeper
 from mirror.oci.reference import Digest
-from mirror.store.marks import Freeze, Marks, Pin, repository_part
+from mirror.store.marks import (
+    Freeze,
+    Marks,
+    Pin,
+    expected_manifests,
+    kept_manifests,
+    repository_part,
+)
 
 _REMEDIES: Final = {
     "pinned": "unpin it first: oci-mirror unpin",
@@ -41,6 +48,9 @@ class Keepers:
         for freeze in marks.freezes.values():
             for digest in freeze.digests:
                 self._add("frozen", freeze, digest)
+        kept = set[Digest]().union(*kept_manifests(marks).values())
+        self.absent: set[DigestText] = set(map(str, kept - expected_manifests(marks)))
+        """Manifests that were not on the disk when they were pinned or frozen."""
         self.tags: set[DigestText] = set()
         """The digests that pinned and frozen tags have now."""
         for name in names if self._keepers else ():

@@ -78,9 +78,10 @@ async def pin(layout: Layout, index: Index, names: Sequence[ImageName], now: flo
         OSError: The marks cannot be written.
     """
     pins = [await _pin_of(index, name.with_default_tag(), now) for name in names]
+    absent = await _find_absent(layout, [one.digest for one in pins])
 
     def add(marks: Marks) -> Marks:
-        new = {one.name: _pin_in(marks, one) for one in pins}
+        new = {one.name: _pin_in(marks, one, absent) for one in pins}
         return replace(marks, pins={**marks.pins, **new})
 
     marks = await change(layout, add)
@@ -93,13 +94,26 @@ async def _pin_of(index: Index, name: ImageName, now: float) -> Pin:
     return Pin(str(name), (await find_digests(index, name))[0], now)
 
 
-def _pin_in(marks: Marks, new: Pin) -> Pin:
-    """Return a new pin with the digest that a frozen tag is served as, and the earlier time."""
+def _pin_in(marks: Marks, new: Pin, absent: tuple[Digest, ...]) -> Pin:
+    """Return a new pin with the digest that a frozen tag is served as, and the earlier time.
+
+    ``absent``: the manifests that are not on the disk. Those of freezes are known from these.
+    """
     freeze, earlier = marks.freezes.get(new.name), marks.pins.get(new.name)
-    return replace(
-        new,
-        digest=new.digest if freeze is None else freeze.digest,
+    digest = new.digest if freeze is None else freeze.digest
+    known = absent if freeze is None else freeze.absent
+    return Pin(
+        new.name,
+        digest,
         since=new.since if earlier is None else earlier.since,
+        absent=(digest,) if digest in known else (),
+    )
+
+
+async def _find_absent(layout: Layout, digests: Sequence[Digest]) -> tuple[Digest, ...]:
+    """Return those of some manifests that are not on the disk."""
+    return await run_in_thread(
+        lambda: tuple(one for one in digests if not disk.has_whole(layout, one))
     )
 
 
@@ -239,7 +253,8 @@ async def freeze(layout: Layout, index: Index, name: ImageName, now: float) -> F
     """
     name = _with_tag(name)
     digest, *variants = await find_current(index, name)
-    new = Freeze(str(name), digest, now, tuple(variants))
+    absent = await _find_absent(layout, [digest, *variants])
+    new = Freeze(str(name), digest, now, tuple(variants), absent)
 
     def add(marks: Marks) -> Marks:
         return replace(marks, freezes={new.name: new, **marks.freezes})
@@ -292,7 +307,7 @@ async def roll_back(
     missing = await run_in_thread(count_missing, layout, digest)
     if missing:
         await check_upstream(name.repository, digest)
-    new = Freeze(str(name), digest, now)
+    new = Freeze(str(name), digest, now, absent=await _find_absent(layout, [digest]))
 
     def put(marks: Marks) -> Marks:
         earlier = marks.freezes.get(new.name)

@@ -48,11 +48,30 @@ def test_summary_counts_damage_apart_from_what_the_next_pull_fetches(
         assert result.out.endswith("4 images checked: 1 problem; 1 image lacks content\n")
 
 
-def test_image_without_a_manifest_is_found_by_its_name(run: Run, tmp_path: Path) -> None:
-    data = fill(tmp_path)
-    name = f"{NAME}:1.1"
+def manifest_of_1_1(run: Run, data: Path) -> tuple[Path, Digest]:
     digest = Digest.parse(rows("ls", run(URL, "ls", "app:1.1", "--json"))[0]["digest"])
-    (data / "blobs" / digest.algorithm / digest.hex).unlink()
+    return data / "blobs" / digest.algorithm / digest.hex, digest
+
+
+@pytest.mark.parametrize("command", ["pin", "freeze"])
+def test_mark_of_an_evicted_image_is_noted_and_no_loss(
+    run: Run, tmp_path: Path, command: str
+) -> None:
+    manifest, _ = manifest_of_1_1(run, fill(tmp_path))
+    manifest.unlink()
+    note = f"{NAME}:1.1 is not complete here: what arrives of it is kept"
+    assert note in run(URL, command, f"{NAME}:1.1").err
+    assert run(URL, "verify", "app:1.1").code == 0
+    listed = run(URL, "ls", "app:1.1", "--all")
+    assert "it was evicted, or is lost" in listed.out.replace("\n", " ")
+    assert "nothing of" not in listed.err
+
+
+def test_image_without_a_manifest_is_found_by_its_name(run: Run, tmp_path: Path) -> None:
+    name = f"{NAME}:1.1"
+    manifest, digest = manifest_of_1_1(run, fill(tmp_path))
+    body = manifest.read_bytes()
+    manifest.unlink()
     result = run(URL, "verify", "app:1.1")
     assert result.code == 0
     assert result.out.splitlines() == [
@@ -63,7 +82,9 @@ def test_image_without_a_manifest_is_found_by_its_name(run: Run, tmp_path: Path)
     assert run(URL, "ls", "app:1.1", "--json").out == ""
     (row,) = rows("ls", run(URL, "ls", "app:1.1", "--all", "--json"))
     assert (row["state"][0], row["missing_parts"]) == ("absent", 1)
-    run(URL, "pin", f"{NAME}:1.1")
+    manifest.write_bytes(body)
+    run(URL, "pin", name)
+    manifest.unlink()
     assert run(URL, "verify", "app:1.1").code == 1
     listed = run(URL, "ls", "app:1.1")
     state = "absent (its manifest is not here: it is lost, although a mark keeps it), pinned"
