@@ -4,10 +4,11 @@ Lives here: the one rule that ``rm``, ``prune``, retention and the listings shar
 files, how images are removed.
 
 A mark names a digest in a repository, and keeps every name there that has this digest: a tag, or
-the digest itself after its tag has moved. It also keeps the digest that its tag has now. A lease
-keeps what has its digest in any repository. All of them keep the signatures and SBOMs of what they
-keep. Marks about content that is damaged keep the whole repository: its access records say what may
-belong to it.
+the digest itself after its tag has moved. A pin also keeps the digest that its tag has now; a
+frozen tag is served as the frozen digest, whatever the upstream has moved it to. A lease keeps what
+has its digest in any repository. All of them keep the signatures and SBOMs of what they keep. Marks
+about content that is damaged keep the whole repository: its access records say what may belong to
+it.
 """
 
 from __future__ import annotations
@@ -52,14 +53,13 @@ class Keepers:
         self.absent: set[DigestText] = set(map(str, kept - expected_manifests(marks)))
         """Manifests that were not on the disk when they were pinned or frozen."""
         self.tags: set[DigestText] = set()
-        """The digests that pinned and frozen tags have now."""
-        for name in names if self._keepers else ():
-            for mark, found in (("pinned", marks.pins), ("frozen", marks.freezes)):
-                one: Pin | Freeze | None = found.get(name.text)
-                if one is not None:
-                    self._add(mark, one, name.digest)
-                    self._add(mark, one, name.current)
-                    self.tags |= {name.root, name.current_root}
+        """The digests that pinned tags have now."""
+        for name in names if marks.pins else ():
+            one = marks.pins.get(name.text)
+            if one is not None:
+                self._add("pinned", one, name.digest)
+                self._add("pinned", one, name.current)
+                self.tags |= {name.root, name.current_root}
 
     def _add(self, mark: str, named: Pin | Freeze, digest: Digest) -> None:
         keeper = Keeper(mark, f"{_REMEDIES[mark]} {named.name}")

@@ -94,9 +94,8 @@ def _read_unclear(
     Raises ``StorageUnavailable`` if the index cannot be read.
     """
     roots = set(map(str, protected_roots(marks, now)))
-    named = {*marks.pins, *marks.freezes}
-    for row in names.tags if named else ():
-        if f"{row.repository}:{row.tag}" in named:
+    for row in names.tags if marks.pins else ():
+        if f"{row.repository}:{row.tag}" in marks.pins:
             roots.update(islice(row.digests, 1))
     unknown = set()
     queue = list(roots)

@@ -145,8 +145,7 @@ async def _kept_by_marks(store: Store, repository: Repository, marks: Marks) -> 
     if leased:
         known, _ = _known(await store.index.name_records.content(repository))
         roots |= leased & known
-    pinned = {*marks.pins, *marks.freezes}
-    names = [name for name in pinned if repository_part(name) == str(repository)]
+    names = [name for name in marks.pins if repository_part(name) == str(repository)]
     if not roots and not names:
         return _Kept(set(), set())
     referrers: set[Digest] = set()

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from mirror.history.queries import find_tag_digests
 from mirror.oci.block_target import Target
 from mirror.oci.errors import (
     DigestInvalid,
@@ -303,15 +304,15 @@ async def roll_back(
         OSError: The marks cannot be written.
     """
     name = _with_tag(name)
-    digest = choose_digest(name, await find_digests(index, name), to)
+    digest = choose_digest(name, await _find_all_digests(layout, index, name), to)
     missing = await run_in_thread(count_missing, layout, digest)
     if missing:
         await check_upstream(name.repository, digest)
     new = Freeze(str(name), digest, now, absent=await _find_absent(layout, [digest]))
 
     def put(marks: Marks) -> Marks:
-        earlier = marks.freezes.get(new.name)
-        is_there = earlier is not None and earlier.digest == digest
+        previous = marks.freezes.get(new.name)
+        is_there = previous is not None and previous.digest == digest
         return marks if is_there else replace(marks, freezes={**marks.freezes, new.name: new})
 
     return Rollback((await change(layout, put)).freezes[new.name], missing)
@@ -331,6 +332,19 @@ async def find_digests(index: Index, name: ImageName) -> list[Digest]:
     """
     records = await _find_records(index, name)
     return list(dict.fromkeys(digest for record in records for digest in record.digests))
+
+
+async def _find_all_digests(layout: Layout, index: Index, name: ImageName) -> list[Digest]:
+    """Return the digests of a tag that ``oci-mirror history`` lists: the index forgets some."""
+    assert isinstance(name.reference, Tag)
+    earlier = await run_in_thread(find_tag_digests, layout, name.repository, name.reference)
+    try:
+        known = await find_digests(index, name)
+    except ManifestUnknown:
+        if not earlier:
+            raise
+        known = []
+    return list(dict.fromkeys([*known, *earlier]))
 
 
 async def find_current(index: Index, name: ImageName) -> list[Digest]:

@@ -3,12 +3,12 @@
 Lives here: the images that pins, freezes and leases name, with all that they refer to and all that
 refers to them. Must not know: who removes content, and why.
 
-Protected are the digests that a mark names and the digests that a pinned or frozen tag has now, all
-parts of these manifests at any depth, and their referrers: signatures, attestations, SBOMs. A
-referrer is known if the index has its tag (``sha256-<hex>``, or that with an ending such as
-``.sig``), or a list of referrers that a client has asked for. An index that lists a marked image is
-protected, too, but not the images that it has for other platforms: a node that uses one of them
-pulls the index again.
+Protected are the digests that a mark names and the digest that a pinned tag has now, all parts of
+these manifests at any depth, and their referrers: signatures, attestations, SBOMs. A referrer is
+known if the index has its tag (``sha256-<hex>``, or that with an ending such as ``.sig``), or a
+list of referrers that a client has asked for. An index that lists a marked image is protected, too,
+but not the images that it has for other platforms: a node that uses one of them pulls the index
+again.
 
 If such a manifest is damaged, or that of a pin or a freeze is missing that was here when it was
 marked, it is not known which parts it has. Then all content that its repository may serve is
@@ -95,7 +95,7 @@ class Protection:
         if self._is_current():
             return
         stamp, marks = self._read()
-        names = [*marks.pins, *marks.freezes]
+        names = list(marks.pins)  # A frozen tag is served as the digest of its freeze only.
         roots = protected_roots(marks, self._now())
         found, indexes = self._add(roots), set[Digest]()
         for _ in range(_MAX_ROUNDS):

@@ -248,3 +248,10 @@ def test_mark_of_an_evicted_manifest_keeps_nothing_else(
     assert find_holding(fixture.layout, fixture.marks) == []
     path.write_bytes(b"damaged")
     assert Digest.of(LAYERS[3]) in fixture.protected()
+
+
+def test_current_digest_of_a_frozen_tag_is_not_protected(fixture: Fixture) -> None:
+    """After a rollback it is the image that nobody shall get."""
+    fixture.mark(lambda one: Marks(freezes={NAME: Freeze(NAME, Digest.of(IMAGES[0]), 0.0)}))
+    fixture.current[NAME] = Digest.of(IMAGES[1])
+    assert fixture.protected() == whole(IMAGES[0], LAYERS[0])
