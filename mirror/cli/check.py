@@ -16,6 +16,7 @@ from typing import Any, Final, TypeAlias
 
 import yaml
 
+from mirror.admin.tokens import Tokens
 from mirror.config.settings import KeyPath, Settings, Upstream
 from mirror.oci.errors import ConfigError
 from mirror.oci.text import printable
@@ -53,6 +54,8 @@ def check_environment(settings: Settings, prefix: Prefix, *, has_logins: bool = 
         _check_tls(path, upstream, prefix)
         if has_logins:
             _check_credentials(path, upstream, prefix)
+    if has_logins and settings.admin is not None:
+        Tokens(settings.admin)  # The server reads them itself.
 
 
 def _nearest_existing(path: str) -> Path:

@@ -86,7 +86,11 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "processes": {
         *("admin", "server", "config.reload", "observability.metrics", "terminal", *SHARED),
     },
-    "cli": {"cli", "operations", "inventory", "composition", "processes", *LOADING, *BELOW_SERVER},
+    "cli": {
+        *("cli", "admin.tokens", "operations", "inventory", "composition", "processes"),
+        *LOADING,
+        *BELOW_SERVER,
+    },
     "__main__": {"cli"},
 }
 """Package -> the packages, or single modules, that it may import. Modules of ``SPLIT`` packages
