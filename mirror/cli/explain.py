@@ -15,7 +15,7 @@ from mirror.cli.data_directory import find_layout
 from mirror.cli.inventory import add_no_trunc
 from mirror.cli.listing import print_text
 from mirror.cli.output import UsageError, print_line, print_note
-from mirror.observability.events import Outcome
+from mirror.observability.events import Kind, Outcome
 from mirror.oci.errors import InvalidRequest
 from mirror.oci.image_name import ImageName
 from mirror.oci.reference import Digest, Tag
@@ -201,8 +201,10 @@ def _find_pulls(
 def _headline(pull: StoredPull) -> str:
     size = f"{size_text(_size(pull))} in " if _size(pull) else ""
     status = "" if pull.command else f" {pull.status or 'no response'}"
+    # A path that names no image of a configured registry.
+    kind = "" if pull.kind == Kind.INVALID.value else f"{pull.kind} "
     return (
-        f"{time_text(pull.at)} {_asker(pull)} {pull.outcome}{status} {pull.method} {pull.kind} "
+        f"{time_text(pull.at)} {_asker(pull)} {pull.outcome}{status} {pull.method} {kind}"
         f"{pull.name}: {size}{pull.duration:.3f} s (id {pull.request_id})"
     )
 
