@@ -123,6 +123,7 @@ def _check_mirror(arguments: argparse.Namespace) -> Iterator[Finding]:
         check_index,
         check_marks,
         check_port,
+        check_quarantine,
     )
     from mirror.store.layout import Layout
     from mirror.store.marks import read_marks
@@ -155,6 +156,7 @@ def _check_mirror(arguments: argparse.Namespace) -> Iterator[Finding]:
             Checked("marks", str(marks)),
             lambda: [check_marks(marks, lambda: read_marks(Layout(root)))],
         ),
+        (Checked("quarantine", str(root)), lambda: check_quarantine(Layout(root))),
         (Checked("port", settings.listen), lambda: [check_port(settings)]),
         (Checked("endpoint", "all"), check_upstreams),
         (Checked("clock", "this machine"), lambda: [check_clock(offsets)]),

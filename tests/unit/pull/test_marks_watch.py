@@ -197,7 +197,11 @@ async def test_frozen_tag_is_served_from_its_digest_without_a_request_for_the_ta
             status, headers, _ = await server.ask(method, server.manifest("latest"), ACCEPT)
             assert (status, headers["Docker-Content-Digest"]) == (200, str(first))
         assert fake.requests == []
-        assert (await server.records())[-1].outcome is Outcome.HIT
+        records = await server.records()
+        record = records[0]
+        assert record.outcome is Outcome.HIT
+        assert record.trace is not None
+        assert record.trace.is_frozen
         await mark(server, lambda marks: Marks())
         if policy == "Always":
             _, headers, _ = await server.get(server.manifest("latest"), ACCEPT)
