@@ -436,3 +436,19 @@ async def test_content_goes_before_each_manifest_that_refers_to_it(tmp_path: Pat
         for part in (CONFIG, LAYERS[number]):
             assert order.index(Digest.of(part)) < order.index(Digest.of(child))
     assert order[-1] == Digest.of(index_of(*children))
+
+
+async def test_names_that_cannot_be_removed_are_said_with_what_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a disk that is still full, since the removed images are small."""
+    async with opened(tmp_path, [NOW]) as store:
+        await pull(store, image(LAYERS[0]), "v1", [CONFIG, LAYERS[0]])
+
+        async def refuse(names: object) -> bool:
+            return False
+
+        monkeypatch.setattr(store.index, "remove_names", refuse)
+        inventory = inventory_of(tmp_path)
+        with pytest.raises(StorageUnavailable, match=r"2 contents .* removed, but .* free more"):
+            await remove_images(store, inventory, inventory.images, {})
