@@ -91,6 +91,11 @@ def find_tag_digests(layout: Layout, repository: Repository, tag: Tag) -> list[D
     """Return the digests that a tag has had, newest first.
 
     There are none if the history is lost or cannot be read. Blocks.
+
+    Args:
+        layout: The data directory.
+        repository: Where the tag is.
+        tag: The tag.
     """
     found: list[Digest] = []
     with suppress(HistoryUnreadable), open_history(layout) as history:

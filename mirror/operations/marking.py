@@ -255,7 +255,7 @@ async def freeze(layout: Layout, index: Index, name: ImageName, now: float) -> F
     name = _with_tag(name)
     digest, *variants = await find_current(index, name)
     absent = await _find_absent(layout, [digest, *variants])
-    new = Freeze(str(name), digest, now, tuple(variants), absent)
+    new = Freeze(str(name), digest, now, variants=tuple(variants), absent=absent)
 
     def add(marks: Marks) -> Marks:
         return replace(marks, freezes={new.name: new, **marks.freezes})

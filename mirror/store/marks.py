@@ -80,7 +80,7 @@ class Freeze:
     """Manifests for clients that do not accept the type of ``digest``: a registry sends old clients
     another one. The first one that a client accepts is served."""
     absent: tuple[Digest, ...] = ()
-    """Those of ``digests`` that were not on the disk when the tag was frozen."""
+    """Manifests among ``digests`` that were not on the disk when the tag was frozen."""
 
     @property
     def digests(self) -> tuple[Digest, ...]:
@@ -300,7 +300,9 @@ def _load(entries: Iterable[Entry]) -> Marks:
                 case {"freeze": name, **rest}:
                     variants, absent = _digests(rest, "variants"), _digests(rest, "absent")
                     since = _time(rest["since"])
-                    freezes[_text(name)] = Freeze(name, _digest(rest), since, variants, absent)
+                    freezes[_text(name)] = Freeze(
+                        name, _digest(rest), since, variants=variants, absent=absent
+                    )
                 case {"block": target, **rest}:
                     digests = frozenset(map(Digest.parse, rest["digests"]))
                     reason, since = str(rest["reason"]), _time(rest["since"])
