@@ -41,6 +41,8 @@ class Keepers:
         for freeze in marks.freezes.values():
             for digest in freeze.digests:
                 self._add("frozen", freeze, digest)
+        self.has_any: Final = bool(self._keepers or self._leases)
+        """Whether there is a mark that keeps something."""
         self.tags: set[DigestText] = set()
         """The digests that pinned and frozen tags have now."""
         for name in names if self._keepers else ():
@@ -62,7 +64,7 @@ class Keepers:
 
     def of(self, name: Name, reached: Collection[DigestText]) -> list[Keeper]:
         """Return what keeps a name. ``reached``: all content of its image."""
-        if not self._keepers and not self._leases:
+        if not self.has_any:
             return []
         found = list(self._keepers.get((str(name.repository), name.root), {}).values())
         if not self._leases.isdisjoint(reached):

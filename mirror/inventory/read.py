@@ -78,8 +78,8 @@ def read_inventory(
     marked = {freeze.name: freeze.digest for freeze in marks.freezes.values()}
     marked |= {pin.name: pin.digest for pin in marks.pins.values()}
     wanted = quarantined.union(map(str, protected_roots(marks, now)))
-    absent = names.absent(present, frozen, marked, wanted)
-    return build_inventory(found, on_disk, upstreams, marks, now, unclear, absent, quarantined)
+    find_absent = partial(names.absent, present, frozen, marked, wanted)
+    return build_inventory(found, on_disk, upstreams, marks, now, unclear, find_absent, quarantined)
 
 
 def _read_unclear(

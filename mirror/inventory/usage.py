@@ -70,10 +70,9 @@ def usage_by_type(inventory: Inventory, leftovers: Iterable[OtherFile]) -> list[
     types, orphans = inventory.types, inventory.orphans
     active: dict[str, list[int]] = {content_type.value: [] for content_type in ContentType}
     idle: dict[str, list[int]] = {kind: [] for kind in active}
-    for content in inventory.contents.values():
-        text = str(content.digest)
+    for text, (size, _) in inventory.files.items():
         kind = types.get(text, ContentType.OTHER)
-        (idle if text in orphans else active)[kind].append(content.size)
+        (idle if text in orphans else active)[kind].append(size)
     for leftover in leftovers:
         chosen, other = (active, idle) if leftover.is_active else (idle, active)
         chosen.setdefault(leftover.kind, []).append(leftover.size)
