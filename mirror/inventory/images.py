@@ -49,8 +49,8 @@ class OnDisk:
     """The manifests that names and marks reach."""
     status: Mapping[DigestText, FileStatus]
     """That of the manifests."""
-    scan: Callable[[], Mapping[DigestText, FileStatus]]
-    """See :attr:`mirror.inventory.model.Inventory.scan`."""
+    read_files: Callable[[], Mapping[DigestText, FileStatus]]
+    """See :attr:`mirror.inventory.model.Inventory.read_files`."""
 
 
 def build_inventory(
@@ -102,7 +102,7 @@ def build_inventory(
         unclear=unclear,
         quarantined=quarantined,
         find_absent=partial(_find_absent, builder, find_absent, quarantined),
-        scan=on_disk.scan,
+        read_files=on_disk.read_files,
     )
     return (
         replace(inventory, images=with_referrers_kept(images, inventory)) if marked else inventory
@@ -154,11 +154,15 @@ def _sizes(on_disk: OnDisk) -> tuple[dict[DigestText, int], Set[DigestText]]:
     return sizes, missing
 
 
-def image_order(image: Image) -> tuple[str, str, str, str, str]:
-    """Return the key by which images are sorted: repository, tag and digest."""
+def image_order(image: Image) -> str:
+    """Return the key by which images are sorted: repository, tag and digest.
+
+    A text, with a separator that comes before all characters: it is compared faster than a tuple.
+    """
     tag = "" if image.tag is None else image.tag.name
     repository = image.repository
-    return repository.upstream, repository.path, tag, image.root, image.variant
+    name = f"{repository.upstream}\0{repository.path}\0{tag}"
+    return f"{name}\0{image.root}\0{image.variant}"
 
 
 @dataclass(frozen=True)

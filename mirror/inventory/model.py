@@ -274,20 +274,20 @@ class Inventory:
     """Content that was damaged, is in ``quarantine/``, and was not fetched again."""
     find_absent: Callable[[bool], tuple[Image, ...]] = field(repr=False)
     """Builds :attr:`absent`. True: only those of :attr:`lost`."""
-    scan: Callable[[], Mapping[DigestText, FileStatus]] = field(repr=False)
-    """Lists the directories with the sizes and the recency of all content. Raises ``OSError``."""
+    read_files: Callable[[], Mapping[DigestText, FileStatus]] = field(repr=False)
+    """Reads :attr:`files`."""
 
     @cached_property
     def files(self) -> Mapping[DigestText, FileStatus]:
         """The status of all whole content on disk.
 
-        The first use takes 0.3 s for 100,000 contents: each file is asked. Raises ``OSError``.
+        The first use takes 0.3 s for 100,000 contents: each file is asked.
         """
-        return self.scan()
+        return self.read_files()
 
     @cached_property
     def contents(self) -> Mapping[Digest, Content]:
-        """All :attr:`files`, by parsed digest. Raises ``OSError``."""
+        """All :attr:`files`, by parsed digest."""
         digests = (Digest(*text.split(":")) for text in self.files)
         found = zip(digests, self.files.values(), strict=True)
         return {digest: Content(digest, *status) for digest, status in found}
