@@ -48,7 +48,7 @@ class OnDisk:
     manifests: Mapping[DigestText, StoredManifest]
     """The manifests that names and marks reach."""
     status: Mapping[DigestText, FileStatus]
-    """That of the manifests."""
+    """Status of the manifests, and of damaged roots."""
     read_files: Callable[[], Mapping[DigestText, FileStatus]]
     """See :attr:`mirror.inventory.model.Inventory.read_files`."""
 

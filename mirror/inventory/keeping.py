@@ -42,7 +42,7 @@ class Keepers:
             for digest in freeze.digests:
                 self._add("frozen", freeze, digest)
         self.has_any: Final = bool(self._keepers or self._leases)
-        """Whether there is a mark that keeps something."""
+        """True if there is a mark that keeps something."""
         self.tags: set[DigestText] = set()
         """The digests that pinned and frozen tags have now."""
         for name in names if self._keepers else ():

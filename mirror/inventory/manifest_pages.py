@@ -58,7 +58,8 @@ def load_page(page: bytes) -> list[StoredManifest]:
     for text, position in zip(map(digest_of, heads[::2]), heads[1::2], strict=True):
         media_type, content_type, (media_types, types, *other), *more = facts[position]
         end = begin + len(types)
-        columns = PartColumns(digests[begin:end], media_types, sizes[begin:end], types, *other)
+        of_parts = digests[begin:end], media_types, sizes[begin:end], types, *other
+        columns = PartColumns._make(of_parts)
         found.append(StoredManifest(text, media_type, content_type, columns, *more))
         begin = end
     if not begin == len(digests) == len(sizes):
