@@ -21,7 +21,7 @@ _FORMAT: Final = 5
 """``user_version`` of the database. A file of another format is made anew."""
 _CACHE_TIMEOUT_S: Final = 1.0
 """Seconds to wait for another command that writes. Then the pages are not written."""
-_READ_BYTES: Final = 65536
+_PAGE_SIZE_BYTES: Final = 65536
 """Bytes of one read of the file: 4,096, as usual, would be 2,000 reads of 20,000 manifests."""
 _CREATE: Final = (
     "CREATE TABLE pages (number INTEGER PRIMARY KEY, page BLOB NOT NULL, sum INTEGER NOT NULL)"
@@ -76,7 +76,7 @@ class ManifestCache:
     def _open(self) -> Iterator[sqlite3.Connection]:
         with closing(sqlite3.connect(self._path, timeout=_CACHE_TIMEOUT_S)) as database:
             if database.execute("PRAGMA user_version").fetchone() != (_FORMAT,):
-                database.execute(f"PRAGMA page_size = {_READ_BYTES}")
+                database.execute(f"PRAGMA page_size = {_PAGE_SIZE_BYTES}")
                 with database:
                     database.execute("DROP TABLE IF EXISTS manifests")  # Of the formats before.
                     database.execute("DROP TABLE IF EXISTS pages")
