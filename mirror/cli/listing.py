@@ -70,8 +70,7 @@ def print_rows(
         width = max(map(len, cells))
         pad = str.rjust if column.is_number else str.ljust
         padded.append([pad(cell, width) for cell in cells])
-    for line in zip(*padded, strict=True):
-        print_line(GAP.join(line).rstrip())
+    print_line("\n".join([GAP.join(line).rstrip() for line in zip(*padded, strict=True)]))
 
 
 def print_text(text: str, *, indent: int = 0, is_whole: bool = False) -> None:

@@ -95,7 +95,7 @@ def list_images(arguments: argparse.Namespace) -> int:
     inventory = load_inventory(settings)
     from mirror.inventory.images import image_order
     from mirror.inventory.json_rows import image_row
-    from mirror.inventory.model import is_named
+    from mirror.inventory.name_patterns import is_named
 
     has_terminal = is_terminal()
     has_parts = arguments.has_all or any(key == "kind" for key, _ in filters)

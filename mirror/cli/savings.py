@@ -116,7 +116,7 @@ def _find_protected(settings: Settings) -> Protected:
     if not (marks.pins or marks.freezes or marks.leases):
         return Protected()
     inventory = load_inventory(settings)
-    sizes = {str(digest): content.size for digest, content in inventory.contents.items()}
+    sizes = {digest: size for digest, (size, _) in inventory.files.items()}
     return Protected.of_sizes((one, sizes.get(one, 0)) for one in inventory.protected)
 
 

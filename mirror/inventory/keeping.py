@@ -52,6 +52,8 @@ class Keepers:
         kept = set[Digest]().union(*kept_manifests(marks).values())
         self.absent: set[DigestText] = set(map(str, kept - expected_manifests(marks)))
         """Manifests that were not on the disk when they were pinned or frozen."""
+        self.has_any: Final = bool(self._keepers or self._leases)
+        """True if there is a mark that keeps something."""
         self.tags: set[DigestText] = set()
         """The digests that pinned tags have now."""
         for name in names if marks.pins else ():
@@ -72,7 +74,7 @@ class Keepers:
 
     def of(self, name: Name, reached: Collection[DigestText]) -> list[Keeper]:
         """Return what keeps a name. ``reached``: all content of its image."""
-        if not self._keepers and not self._leases:
+        if not self.has_any:
             return []
         found = list(self._keepers.get((str(name.repository), name.root), {}).values())
         if not self._leases.isdisjoint(reached):

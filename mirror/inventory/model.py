@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from enum import StrEnum
-from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import repeat
 from typing import Final, NamedTuple, TypeAlias
@@ -24,6 +23,8 @@ from mirror.oci.reference import Digest, Repository, Tag
 
 DigestText: TypeAlias = str
 """``algorithm:hex``."""
+FileStatus: TypeAlias = tuple[int, float]
+"""Bytes of a file, and its last use in seconds since the epoch."""
 
 
 class ContentType(StrEnum):
@@ -273,16 +274,23 @@ class Inventory:
     """Content that was damaged, is in ``quarantine/``, and was not fetched again."""
     find_absent: Callable[[bool], tuple[Image, ...]] = field(repr=False)
     """Builds :attr:`absent`. True: only those of :attr:`lost`."""
-    scan: Callable[[], dict[Digest, Content]] = field(repr=False)
-    """Lists the directories with the sizes and the recency of all content. Raises ``OSError``."""
+    read_files: Callable[[], Mapping[DigestText, FileStatus]] = field(repr=False)
+    """Reads :attr:`files`."""
+
+    @cached_property
+    def files(self) -> Mapping[DigestText, FileStatus]:
+        """The status of all whole content on disk.
+
+        The first use takes 0.3 s for 100,000 contents: each file is asked.
+        """
+        return self.read_files()
 
     @cached_property
     def contents(self) -> Mapping[Digest, Content]:
-        """All whole content on disk, with sizes and recency.
-
-        The first use takes 0.5 s for 100,000 contents: each file is asked. Raises ``OSError``.
-        """
-        return self.scan()
+        """All :attr:`files`, by parsed digest."""
+        digests = (Digest(*text.split(":")) for text in self.files)
+        found = zip(digests, self.files.values(), strict=True)
+        return {digest: Content(digest, *status) for digest, status in found}
 
     @cached_property
     def absent(self) -> tuple[Image, ...]:
@@ -350,6 +358,10 @@ class Inventory:
         is_referrer = is_referrer or root.type is ContentType.REFERRER
         found[root.text] = ContentType.REFERRER if is_referrer else root.type
         manifests = self.manifests
+        if not is_referrer and manifests.keys().isdisjoint(root.columns.digests):
+            for text, kind in zip(root.columns.digests, root.columns.types, strict=True):
+                found.setdefault(text, _BY_VALUE[kind])
+            return  # It has no manifest below it, as most have.
         for text, kind in zip(root.columns.digests, root.columns.types, strict=True):
             if text in found:
                 continue
@@ -486,14 +498,3 @@ def _group(pairs: Iterable[tuple[DigestText, Image]]) -> Mapping[DigestText, tup
     for digest, image in pairs:
         found.setdefault(digest, []).append(image)
     return {digest: tuple(images) for digest, images in found.items()}
-
-
-def is_named(image: Image, pattern: str) -> bool:
-    """Return whether a pattern matches the name of an image (see :meth:`Inventory.match`)."""
-    repository = str(image.repository)
-    reference = image.name.removeprefix(repository)
-    short = repository.removeprefix(f"{image.repository.upstream}/")
-    names = (repository, short, repository.removeprefix("docker.io/library/"))
-    return any(
-        fnmatchcase(text, pattern) for name in names for text in (name, f"{name}{reference}")
-    )
