@@ -31,10 +31,11 @@ _YES: Final[FieldSchema] = {"type": "boolean"}
 IMAGE_SORT_KEYS: Final = ("name", "size", "unique", "last_used", "checked")
 """Keys of a row of images that they can be sorted by."""
 STATES: Final = (
-    *("complete", "partial", "stale", "pinned", "frozen", "blocked", "leased"),
+    *("complete", "partial", "absent", "stale", "pinned", "frozen", "blocked", "leased"),
     "referrer",
 )
-"""States of an image that can be asked for. ``referrer``: signatures, SBOMs and the like."""
+"""States of an image that can be asked for. ``absent``: tags whose content was evicted, too.
+``referrer``: signatures, SBOMs and the like."""
 OUTCOMES: Final = (
     *("hit", "join", "miss", "aside", "revalidated", "stale"),
     *("negative", "denied", "rejected", "error"),

@@ -16,6 +16,7 @@ from mirror.cli.arguments import Commands, add_config, add_json, image_name, loa
 from mirror.cli.cleaning import read_inventory_gently
 from mirror.cli.data_directory import load_inventory, opened_store
 from mirror.cli.exit_codes import EX_FAILED
+from mirror.cli.listing import print_text
 from mirror.cli.messages import print_warnings
 from mirror.cli.output import print_line, print_note
 from mirror.cli.rm import find_images
@@ -155,12 +156,12 @@ def _print(report: VerifyReport, *, is_json: bool) -> None:
         if problem.problem == "absent" and told > _MAX_ABSENT:
             continue
         image = f" {problem.image}" if problem.image else ""
-        print_line(f"{problem.problem}{image} {problem.digest}: {problem.what}")
+        print_text(f"{problem.problem}{image} {problem.digest}: {problem.what}", indent=4)
         if problem.is_mended:
-            print_line("  fetched again")
+            print_text("  fetched again")
         elif problem.command is not None:
             verb = "mend" if problem.is_damage else "fetch"
-            print_line(f"  {verb} it with: {problem.command}")
+            print_text(f"  {verb} it with: {problem.command}", indent=2, is_whole=True)
     for error in report.errors:
         print_note(f"not fetched: {error}")
     if not is_json:

@@ -105,6 +105,16 @@ def test_image_is_shown_with_its_parts_and_who_shares_them(tmp_path: Path) -> No
         queries.show("UPPER")
 
 
+def test_tags_whose_content_is_gone_are_found_by_their_state(tmp_path: Path) -> None:
+    directory = filled(tmp_path)
+    directory.remove(directory.image("gone:v1", "4"))
+    directory.save()
+    queries = StoreAnswers(directory.layout, settings(tmp_path), lambda: NOW)
+    (image,) = queries.find(page(state="absent"))["images"]
+    assert image["name"] == "docker.io/library/gone:v1"
+    assert image["state"] == ["absent"]
+
+
 def test_usage_says_what_goes_next(tmp_path: Path) -> None:
     queries = StoreAnswers(filled(tmp_path).layout, settings(tmp_path), lambda: NOW)
     usage = queries.usage()

@@ -113,8 +113,11 @@ async def test_endpoint_that_speaks_no_tls_says_so() -> None:
 
 
 async def test_name_that_does_not_resolve_is_a_problem() -> None:
-    found = endpoint(await report("http://registry.invalid"))
-    assert (found.status, "resolve" in found.message) == (Status.PROBLEM, True)
+    findings = await report("http://registry.invalid", "http://other.invalid")
+    assert {one.status for one in findings} == {Status.PROBLEM}
+    ((line,),) = (list(lines(group)) for group in group_by_remedy(findings))
+    assert line.startswith("endpoint: docker.io http://registry.invalid, docker.io http://other")
+    assert "the name of its host cannot be resolved" in line
 
 
 async def test_pull_policy_never_asks_nothing() -> None:
