@@ -89,7 +89,7 @@ function platformText(platforms) {
 
 function reasons(image) {
   return {
-    partial: image.missing_parts ? `lacks ${plural(image.missing_parts, "part")}, ${bytes(image.missing_bytes)}` : "",
+    partial: image.missing_parts ? `lacks ${plural(image.missing_parts, "part")}, at least ${bytes(image.missing_bytes)}` : "",
     stale: image.stale_why ?? "",
     blocked: image.blocked_why ?? "",
   };

@@ -40,7 +40,7 @@ def test_table_has_a_line_for_each_image_with_its_state(filled: Site) -> None:
     assert title.split()[:3] == ["UPSTREAM", "REPOSITORY", "TAG"]
     assert first.split()[:4] == ["docker.io", "library/app", "v1", "linux/amd64"]
     assert first.split()[-1] == "complete"
-    assert second.endswith("partial (lacks 1 part, 4.9KiB)")
+    assert second.endswith("partial (lacks 1 part, at least 4.9KiB)")
     assert third.split()[-4:] == ["66", "min", "ago", "complete"]
 
 
@@ -184,7 +184,7 @@ def test_whole_digests_leave_names_and_the_state_whole(
 
     assert title.split()[-2:] == ["UNIQUE", "STATE"]
     assert first.startswith("app ")
-    assert second.endswith("partial (lacks 1 part, 4.9KiB)")
+    assert second.endswith("partial (lacks 1 part, at least 4.9KiB)")
 
 
 def test_reason_of_a_block_is_short_on_a_terminal_only(
