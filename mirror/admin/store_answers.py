@@ -255,7 +255,7 @@ def _sort_key(inventory: Inventory, key: str) -> Callable[[Image], Any]:
             return inventory.unique_of
         case "last_used":
             return lambda image: image.used
-        case "checked":
+        case "confirmed":
             return lambda image: image.checked or 0.0
         case _:
             return lambda image: image.name

@@ -58,7 +58,7 @@ def state_text(row: dict[str, Any], max_reason_chars: int | None = None) -> str:
     reasons = {
         "partial": f"lacks {count_text(row['missing_parts'], 'part')}, "
         f"at least {size_text(row['missing_bytes'])}",
-        "absent": row["absent_why"] and f"its manifest is not here: {row['absent_why']}",
+        "absent": row["absent_why"] and f"its manifest is not in the cache: {row['absent_why']}",
         "stale": row["stale_why"],
         "blocked": _shorten(row["blocked_why"] or "", max_reason_chars),
     }

@@ -30,7 +30,7 @@ SORT_KEYS: Final[Mapping[str, tuple[str, bool]]] = {
     "size": ("size", True),
     "unique": ("unique", True),
     "used": ("last_used", True),
-    "checked": ("checked", True),
+    "confirmed": ("confirmed", True),
 }
 """``--sort`` -> (key of the row, whether the largest or the latest comes first)."""
 FILTER_KEYS: Final = (
@@ -132,15 +132,15 @@ def list_images(arguments: argparse.Namespace) -> int:
     for image in inventory.holding:
         print_note(
             f"nothing of {image.repository} is evicted or removed, since the manifest of "
-            f"{image.name} is not here: fetch it with `oci-mirror verify --repair {image.name}`, "
-            "or take its mark away"
+            f"{image.name} is not in the cache: fetch it with "
+            f"`oci-mirror verify --repair {image.name}`, or take its mark away"
         )
     return 0
 
 
 def _layouts(now: float, arguments: argparse.Namespace) -> list[list[Column]]:
     """Return all columns, then those of narrower terminals."""
-    since = lru_cache(10_000)(since_text(now))  # Many images were checked at the same time.
+    since = lru_cache(10_000)(since_text(now))  # Many images were confirmed at the same time.
     upstream = Column("UPSTREAM", "upstream")
     repository = Column("REPOSITORY", "repository", min_chars=24)
     whole_repository = Column("REPOSITORY", "whole_repository", min_chars=16, is_name=True)
@@ -149,12 +149,13 @@ def _layouts(now: float, arguments: argparse.Namespace) -> list[list[Column]]:
     digest = common.digest_column(arguments)
     size = Column("SIZE", "size", size_text, is_number=True)
     unique = Column("UNIQUE", "unique", size_text, is_number=True)
-    used, checked = Column("LAST USED", "last_used", since), Column("CHECKED", "checked", since)
+    used = Column("LAST USED", "last_used", since)
+    confirmed = Column("CONFIRMED", "confirmed", since)
     state = Column("STATE", "state_text", min_chars=16, is_sentence=True)
     sizes = [digest, size, unique]
     narrow_name = [replace(whole_repository, min_chars=10), replace(tag, min_chars=8)]
     layouts = [
-        [upstream, repository, tag, platforms, *sizes, used, checked, state],
+        [upstream, repository, tag, platforms, *sizes, used, confirmed, state],
         [upstream, repository, tag, platforms, *sizes, used, state],
         [whole_repository, tag, platforms, *sizes, used, state],
         [whole_repository, tag, *sizes, used, state],

@@ -38,9 +38,9 @@ def add_parser(commands: Commands) -> None:
         "verify",
         help="hash content, and check that images are complete",
         description="Hashes content, moves damaged content to quarantine/, and checks that no "
-        "image lacks content. Each finding names the command that mends it. It runs with the "
+        "image lacks content. Each finding names the command that repairs it. It runs with the "
         "lowest priority, so that a running server does not notice it. Exit code 1 if an image "
-        "has damage that was not mended.",
+        "has damage that was not repaired.",
     )
     parser.add_argument(
         "images",
@@ -157,10 +157,10 @@ def _print(report: VerifyReport, *, is_json: bool) -> None:
             continue
         image = f" {problem.image}" if problem.image else ""
         print_text(f"{problem.problem}{image} {problem.digest}: {problem.what}", indent=4)
-        if problem.is_mended:
+        if problem.is_repaired:
             print_text("  fetched again")
         elif problem.command is not None:
-            verb = "mend" if problem.is_damage else "fetch"
+            verb = "repair" if problem.is_damage else "fetch"
             print_text(f"  {verb} it with: {problem.command}", indent=2, is_whole=True)
     for error in report.errors:
         print_note(f"not fetched: {error}")
@@ -174,10 +174,10 @@ def _print(report: VerifyReport, *, is_json: bool) -> None:
 
 def _summary(report: VerifyReport) -> str:
     damaged = [problem for problem in report.problems if problem.is_damage]
-    mended = sum(problem.is_mended for problem in damaged)
-    parts = [count_text(len(damaged), "problem") + (f", {mended} mended" if mended else "")]
-    for kind, words in (("incomplete", "lack content"), ("absent", "are not here")):
-        found = [one for one in report.problems if one.problem == kind and not one.is_mended]
+    repaired = sum(problem.is_repaired for problem in damaged)
+    parts = [count_text(len(damaged), "problem") + (f", {repaired} repaired" if repaired else "")]
+    for kind, words in (("incomplete", "lack content"), ("absent", "are not in the cache")):
+        found = [one for one in report.problems if one.problem == kind and not one.is_repaired]
         if found:
             verb = words if len(found) > 1 else words.replace("lack", "lacks").replace("are", "is")
             parts.append(f"{count_text(len(found), 'image')} {verb}")

@@ -189,7 +189,9 @@ async def _check_endpoint(
             )
         )
     except MirrorError as error:
-        findings.append(subject.problem(error.message, "mend the setting that the message names"))
+        findings.append(
+            subject.problem(error.message, "correct the setting that the message names")
+        )
     except OSError as error:
         findings.append(subject.problem(str(error), "check the network of this machine"))
     return findings

@@ -98,7 +98,7 @@ def test_image_is_shown_with_its_parts_and_who_shares_them(tmp_path: Path) -> No
     check("ImageTree", shown)
     assert [node["type"] for node in shown["nodes"]] == ["manifest", "config", "layer", "layer"]
     assert shown["nodes"][-1]["shared_with"] == ["docker.io/library/app:v2"]
-    assert [node["is_here"] for node in queries.show("other:v1")["nodes"]] == [True, True, False]
+    assert [node["is_cached"] for node in queries.show("other:v1")["nodes"]] == [True, True, False]
     with pytest.raises(NotFound):
         queries.show("app:v3")
     with pytest.raises(InvalidRequest):

@@ -68,7 +68,7 @@ def test_json_has_the_fields_of_the_schema(filled: Site) -> None:
         (("--filter", "kind=referrer"), []),
         (("--sort", "size"), [ALL[2], ALL[1], ALL[0]]),
         (("--sort", "unique", "--reverse"), ALL),
-        (("--sort", "checked"), [ALL[0], ALL[1], ALL[2]]),
+        (("--sort", "confirmed"), [ALL[0], ALL[1], ALL[2]]),
         (("--reverse",), ALL[::-1]),
     ],
     ids=" ".join,
@@ -90,7 +90,7 @@ def test_rows_without_a_value_are_sorted_last(filled: Site) -> None:
     body = filled.data.image("app:v3", "four")
     filled.data.rows = [row for row in filled.data.rows if ":v3" not in row[0]]
 
-    assert names(filled, "--sort", "checked")[-1] == f"docker.io/library/app@{text(body)}"
+    assert names(filled, "--sort", "confirmed")[-1] == f"docker.io/library/app@{text(body)}"
 
 
 @pytest.mark.parametrize("filters", ["tag", "size=1", "=", ""])
