@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mirror.config.settings import Settings
     from mirror.history.ghost import Prediction, Protected
     from mirror.history.queries import AccessTrace
+    from mirror.history.sums import Saving
 
 _PERIODS: Final = {
     "hour": 3600.0,
@@ -97,6 +98,8 @@ def run(arguments: argparse.Namespace) -> int:
             f"Counted since {begin}. BILLABLE: manifests that clients got. BILLED: those that the "
             "upstreams were asked for."
         )
+        for sentence in _remarks(saved):
+            print_text(sentence)
     if disks:
         print_line("\nWhat another disk size (storage.max_size) would change:\n")
         print_rows(_DISK_COLUMNS, disks, is_json=False)
@@ -104,6 +107,20 @@ def run(arguments: argparse.Namespace) -> int:
         for sentence in explain_predictions(predictions, trace):
             print_text(sentence)
     return 0
+
+
+def _remarks(saved: Sequence[tuple[str, Saving]]) -> Iterator[str]:
+    """Yield sentences about rows that surprise. ``saved``: (``--by`` or ``total``, sums)."""
+    if any(one.bytes_saved < 0 for _, one in saved):
+        yield (
+            "SAVED is negative if more was fetched than clients have got: `warm` and `prefetch` "
+            "fetch what clients pull later."
+        )
+    if not all(one.name for _, one in saved):
+        yield (
+            "(other): work without a client or a repository, such as that of `warm`, and sums for "
+            "which the history has no room."
+        )
 
 
 def _find_protected(settings: Settings) -> Protected:

@@ -260,7 +260,7 @@ def _damaged(root: DigestText) -> _Parts:
 
 
 def _find_parts(root: StoredManifest, on_disk: OnDisk, absent: Set[DigestText]) -> _Parts:
-    """Find the parts of an image. Those of platforms that were never pulled do not lack.
+    """Find the parts of an image. Those of platforms that were never pulled are not missing.
 
     ``absent``: the parts of all manifests that are not on disk.
     """

@@ -186,8 +186,8 @@ def why_incomplete(layout: Layout, target: Target, block: Block) -> str | None:
         case _:
             return None
     return (
-        "the content is not here: if it is an index, also block the digests of the images that it "
-        "lists, or pull it first"
+        "the content is not in the cache: if it is an index, also block the digests of the images "
+        "that it lists, or pull it first"
     )
 
 

@@ -91,7 +91,7 @@ class Subset:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """A finding, and the command that mends it."""
+    """A finding, and the command that repairs it."""
 
     problem: ProblemKind
     image: str | None
@@ -99,12 +99,12 @@ class Problem:
     digest: str
     """The content. Of an incomplete image: its manifest."""
     bytes: int
-    """Bytes of the content, or of what lacks."""
+    """Bytes of the content; of an incomplete image, of its missing parts."""
     what: str
     """The problem in words, for people."""
     command: str | None
-    """Mends it. None: nothing has to be mended, since no image has the content."""
-    is_mended: bool = False
+    """Repairs it. None: nothing has to be repaired, since no image has the content."""
+    is_repaired: bool = False
 
     @property
     def is_damage(self) -> bool:
@@ -120,7 +120,7 @@ class Problem:
             "bytes": self.bytes,
             "what": self.what,
             "command": self.command,
-            "is_mended": self.is_mended,
+            "is_repaired": self.is_repaired,
         }
 
 
@@ -139,8 +139,8 @@ class VerifyReport:
 
     @property
     def has_damage(self) -> bool:
-        """Whether damage was found that no repair has mended."""
-        return any(problem.is_damage and not problem.is_mended for problem in self.problems)
+        """Whether damage was found that no repair has fetched again."""
+        return any(problem.is_damage and not problem.is_repaired for problem in self.problems)
 
 
 OnProgress: TypeAlias = Callable[[int, int], None]
@@ -295,7 +295,7 @@ def _absent(images: Iterable[Image]) -> Iterator[Problem]:
                 image=image.name,
                 digest=image.root,
                 bytes=0,
-                what=f"its manifest is not here: {image.absence.value}",
+                what=f"its manifest is not in the cache: {image.absence.value}",
                 command=_command(image.name) if image.is_lost else f"oci-mirror warm {image.name}",
             )
 
@@ -346,7 +346,7 @@ async def repair(
             break
     incomplete = {image.name for image in again if image.missing}
     report.problems = [
-        replace(problem, is_mended=_is_mended(problem, latest, incomplete))
+        replace(problem, is_repaired=_is_repaired(problem, latest, incomplete))
         for problem in report.problems
     ]
 
@@ -377,7 +377,7 @@ def _kind(is_manifest: bool) -> Kind:
     return Kind.MANIFEST if is_manifest else Kind.BLOB
 
 
-def _is_mended(problem: Problem, latest: Inventory, incomplete: Collection[str]) -> bool:
+def _is_repaired(problem: Problem, latest: Inventory, incomplete: Collection[str]) -> bool:
     if problem.problem == "incomplete":
         return problem.image not in incomplete
     if problem.problem == "absent":

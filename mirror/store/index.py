@@ -331,7 +331,7 @@ class Index:
     # --- negative responses, lists ----------------------------------------------------------------
 
     async def negative(self, key: str) -> str | None:
-        """Return the message of a recorded 404. None without one, or if its time is over."""
+        """Return the message of a recorded 404. None without one, or if it has expired."""
         return load_negative(await self._get(RESPONSES, f"negative {key}"), self._now())
 
     async def put_negative(self, key: str, message: str, ttl: float) -> None:

@@ -251,7 +251,7 @@ def check_marks(path: Path, read: Callable[[], Marks]) -> Finding:
     except (OSError, MirrorError) as error:
         reason = error.message if isinstance(error, MirrorError) else str(error.strerror or error)
         return subject.problem(
-            f"{reason}: nothing is evicted or removed until this is mended",
+            f"{reason}: nothing is evicted or removed until this is repaired",
             f"make {path} readable for the server, restore it from a backup, or delete it and "
             "pin, freeze and block again",
         )
