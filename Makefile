@@ -48,10 +48,12 @@ packages:
 	@tools/packages
 
 $(VENV)/.installed: pyproject.toml tools/constraints.txt tools/venv
+	@echo 'Installing oci-mirror into $(VENV): about a minute the first time.'
 	@tools/venv $(VENV) .
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml tools/constraints.txt tools/venv
+	@echo 'Installing oci-mirror and its tools into $(VENV): a minute or two the first time.'
 	@tools/venv $(VENV) '.[dev]'
 	@touch $(VENV)/.installed $@
 

@@ -17,11 +17,15 @@ def main() -> int:
     try:
         gc.disable()  # Imports make 100,000 objects, none of which is garbage.
         from mirror.cli.main import main as run
+
+        gc.freeze()  # They stay until the end, so no later collection looks at them.
     except KeyboardInterrupt:
         return EX_INTERRUPTED
     finally:
         gc.enable()
-    return run()
+    code = run()
+    gc.disable()  # The interpreter would look at all objects once more before it ends.
+    return code
 
 
 if __name__ == "__main__":

@@ -84,14 +84,14 @@ def trace(root: Path) -> tuple[set[Call], set[Call]]:
 
 async def _pull_twice(recorder: CallRecorder, repository: str) -> tuple[set[Call], set[Call]]:
     """Pull a new blob, then pull it again. Returns the calls of each request."""
-    import mirror.server
+    import mirror.housekeeping
     from tests.fakes.registry import FakeRegistry
     from tests.server_kit import running
 
     # The comparisons of the marks and of the files of users run by the clock, and would fall into
     # each request.
-    vars(mirror.server)["WATCH_INTERVAL_S"] = 3600.0
-    vars(mirror.server)["_ACCESS_INTERVAL_S"] = 3600.0
+    vars(mirror.housekeeping)["WATCH_INTERVAL_S"] = 3600.0
+    vars(mirror.housekeeping)["_ACCESS_INTERVAL_S"] = 3600.0
     recorded = []
     data = os.urandom(_BLOB_BYTES)
     async with FakeRegistry() as upstream:

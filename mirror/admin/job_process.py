@@ -139,7 +139,7 @@ async def _forget(settings: Settings, given: JsonObject) -> JsonObject:
             "tags": len(report.tags),
             "manifests": report.manifests,
             "blobs": report.blobs,
-            "refusals": report.refusals,
+            "negatives": report.negatives,
         }
 
     return await _with_store(settings, run)
@@ -214,8 +214,8 @@ async def _verify(settings: Settings, given: JsonObject) -> JsonObject:
 
 def _verify_result(report: VerifyReport) -> JsonObject:
     for problem in report.problems[:_MAX_NOTES]:
-        mended = " (fetched again)" if problem.is_mended else ""
-        tell(note=f"{problem.problem} {problem.image or problem.digest}: {problem.what}{mended}")
+        repaired = " (fetched again)" if problem.is_repaired else ""
+        tell(note=f"{problem.problem} {problem.image or problem.digest}: {problem.what}{repaired}")
     for error in report.errors[:_MAX_NOTES]:
         tell(note=f"not fetched: {error}")
     return {
@@ -223,7 +223,7 @@ def _verify_result(report: VerifyReport) -> JsonObject:
         "hashed_bytes": report.bytes,
         "images": report.images,
         "problems": len(report.problems),
-        "mended": sum(problem.is_mended for problem in report.problems),
+        "repaired": sum(problem.is_repaired for problem in report.problems),
         "has_damage": report.has_damage,
     }
 

@@ -28,13 +28,14 @@ _OFFSET: Final[FieldSchema] = {"type": "integer", "minimum": 0, "maximum": 10_00
 _ROW: Final[FieldSchema] = {"type": "integer", "minimum": 0, "maximum": 2**53 - 1}
 _YES: Final[FieldSchema] = {"type": "boolean"}
 
-IMAGE_SORT_KEYS: Final = ("name", "size", "unique", "last_used", "checked")
+IMAGE_SORT_KEYS: Final = ("name", "size", "unique", "last_used", "confirmed")
 """Keys of a row of images that they can be sorted by."""
 STATES: Final = (
-    *("complete", "partial", "stale", "hosted", "pinned", "frozen", "blocked", "leased"),
+    *("complete", "partial", "absent", "stale", "hosted", "pinned", "frozen", "blocked", "leased"),
     "referrer",
 )
-"""States of an image that can be asked for. ``referrer``: signatures, SBOMs and the like."""
+"""States of an image that can be asked for. ``absent``: tags whose content was evicted, too.
+``referrer``: signatures, SBOMs and the like."""
 OUTCOMES: Final = (
     *("hit", "join", "miss", "aside", "revalidated", "stale"),
     *("negative", "denied", "rejected", "error", "pushed", "deleted"),
@@ -103,7 +104,7 @@ JOBS: Final[Mapping[str, tuple[str, tuple[Field, ...]]]] = {
         ),
     ),
     "refresh": ("Ask the upstream now which digest a tag has.", (_IMAGE,)),
-    "forget": ("Forget what is remembered of an image, also a remembered no.", (_IMAGE,)),
+    "forget": ("Forget what is known of an image, also remembered 404 responses.", (_IMAGE,)),
     "remove": (
         "Remove images, and the content that no other image needs. Of a hosted one: its name.",
         (_IMAGES, _DRY_RUN),
@@ -137,7 +138,7 @@ JOBS: Final[Mapping[str, tuple[str, tuple[Field, ...]]]] = {
                 {"type": "string", "pattern": "^[1-9][0-9]{0,3}/[1-9][0-9]{0,3}$"},
                 "Part of the content, such as 1/7.",
             ),
-            Field("repair", _YES, "Fetch again what is damaged or lacks.", default=False),
+            Field("repair", _YES, "Fetch damaged and missing content again.", default=False),
         ),
     ),
 }

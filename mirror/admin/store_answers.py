@@ -95,7 +95,8 @@ class StoreAnswers:
         inventory = self.inventory()
         wanted = query.search.lower()
         is_wanted = _state_filter(query.state)
-        found = [one for one in inventory.images if wanted in one.name.lower() and is_wanted(one)]
+        images = inventory.absent if query.state == "absent" else inventory.images
+        found = [one for one in images if wanted in one.name.lower() and is_wanted(one)]
         key = _sort_key(inventory, query.sort)
         found.sort(key=key, reverse=query.is_descending)
         page = found[query.offset : query.offset + query.limit]
@@ -251,6 +252,8 @@ def _state_filter(state: str) -> Callable[[Image], bool]:
             return lambda image: image.is_complete and not image.is_referrer
         case "partial":
             return lambda image: not image.is_complete and not image.is_referrer
+        case "absent":
+            return lambda image: image.absence is not None
         case "stale":
             return lambda image: image.stale is not None and not image.is_referrer
         case "":
@@ -267,7 +270,7 @@ def _sort_key(inventory: Inventory, key: str) -> Callable[[Image], Any]:
             return inventory.unique_of
         case "last_used":
             return lambda image: image.used
-        case "checked":
+        case "confirmed":
             return lambda image: image.checked or 0.0
         case _:
             return lambda image: image.name

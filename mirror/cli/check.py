@@ -17,6 +17,7 @@ from typing import Any, Final, TypeAlias
 import yaml
 
 from mirror.access.login_credentials import check_files
+from mirror.admin.tokens import Tokens
 from mirror.config.settings import EventTarget, KeyPath, Settings, Upstream
 from mirror.notifications.signing import Secrets
 from mirror.oci.errors import ConfigError
@@ -64,6 +65,8 @@ def check_environment(settings: Settings, prefix: Prefix, *, has_logins: bool = 
         _check_tls(target_path, target, prefix)
         if has_logins:
             Secrets(target.name, target.secret_file)
+    if has_logins and settings.admin is not None:
+        Tokens(settings.admin)  # The server reads them itself.
 
 
 def _nearest_existing(path: str) -> Path:

@@ -37,9 +37,16 @@ def add_dry_run(parser: argparse.ArgumentParser) -> None:
 
 
 def duration(text: str) -> float:
-    """Parse a duration: the ``type`` of an argument."""
+    """Parse a duration with a unit: the ``type`` of an argument.
+
+    A bare number is refused: who forgets the ``d`` of ``30d`` does not mean 30 seconds.
+    """
     from mirror.config.values import parse_duration
 
+    number = text.strip()
+    if number.replace(".", "", 1).isdigit():
+        units = ", ".join(f"{number}{unit}" for unit in "smhd")
+        raise argparse.ArgumentTypeError(f"{number}: name a unit: {units}")
     try:
         return parse_duration(text)
     except ValueError as error:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Final
 
 from mirror.cli.arguments import Commands, add_config_or_file, config_or_file
 from mirror.cli.client_files import (
+    HUB,
     ClientLogin,
     MirrorAddress,
     SetupOptions,
@@ -21,8 +24,8 @@ from mirror.cli.clients import ALL, CLIENTS, client_setup
 from mirror.cli.health import WILDCARD_ADDRESSES
 from mirror.cli.output import CommandFailed, UsageError, print_line, print_note
 from mirror.config.load import load
-from mirror.config.settings import Upstream
-from mirror.config.values import split_host
+from mirror.config.settings import Settings, Upstream
+from mirror.config.values import is_loopback_only, split_host
 
 
 def add_parser(commands: Commands) -> None:
@@ -70,6 +73,26 @@ def add_parser(commands: Commands) -> None:
     configure.set_defaults(run=print_clients)
 
 
+_HUB_ONLY: Final = frozenset({"docker"})
+"""Clients that mirror Docker Hub only."""
+
+
+def _notes(
+    settings: Settings, arguments: argparse.Namespace, chosen: Sequence[str], url: str
+) -> Iterator[str]:
+    """Yield what is to be known of the files of all ``chosen`` clients. ``url``: the mirror's."""
+    if arguments.mirror is None and is_loopback_only(settings.listen):
+        yield (
+            f"{url} is reached from this machine only: for other machines, set listen and name the "
+            "URL with --mirror"
+        )
+    upstreams = settings.upstreams
+    if _HUB_ONLY.issuperset(chosen):
+        upstreams = {name: one for name, one in upstreams.items() if name == HUB}
+    if not arguments.enforce:
+        yield from fallback_notes(upstreams)
+
+
 def print_clients(arguments: argparse.Namespace) -> int:
     """Run ``clients``. Returns the exit code."""
     settings = load(config_or_file(arguments), os.environ)
@@ -112,7 +135,7 @@ def print_clients(arguments: argparse.Namespace) -> int:
             if len(files) > 1:
                 print_line(f"# {'/etc/' if file.is_on_node else ''}{file.path}")
             print_line(file.text)
-    for note in () if request.is_enforced else fallback_notes(settings.upstreams):
+    for note in _notes(settings, arguments, chosen, url):
         print_note(note)
     for client, setup in setups.items():
         for note in setup.notes:

@@ -15,7 +15,7 @@ from mirror.cli.data_directory import find_layout
 from mirror.cli.inventory import add_no_trunc
 from mirror.cli.listing import print_text
 from mirror.cli.output import UsageError, print_line, print_note
-from mirror.observability.events import Outcome
+from mirror.observability.events import Kind, Outcome
 from mirror.oci.errors import InvalidRequest
 from mirror.oci.image_name import ImageName
 from mirror.oci.reference import Digest, Tag
@@ -30,6 +30,7 @@ _DEFAULT_LAST: Final = 10
 """Pulls without ``--last``: a few more than a screen has."""
 _REQUESTS_OF_PULL: Final = 20
 """Requests that are read for each pull: most images have fewer layers."""
+_DELAY: Final = "a request is in it a second after its end"
 _MAX_SENTENCE_CHARS: Final = 2000
 """Characters of a line: the text of an error may be long."""
 
@@ -124,12 +125,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _nothing_found(arguments: argparse.Namespace, begin: float | None) -> str:
     if begin is None:
-        return "the history is empty: it begins with the first request to a server"
+        return f"the history is empty: it begins with the first request to a server; {_DELAY}"
     name: str = arguments.subject
     with suppress(InvalidRequest):
         name = str(ImageName.parse(name))
     about = f" for {name}" if name else ""
-    return f"no such request{about} in the history, which begins at {time_text(begin)}"
+    return f"no such request{about} in the history, which begins at {time_text(begin)}; {_DELAY}"
 
 
 def _print_pull(pull: ClientPull, *, is_whole: bool) -> None:
@@ -201,8 +202,10 @@ def _find_pulls(
 def _headline(pull: StoredPull) -> str:
     size = f"{size_text(_size(pull))} in " if _size(pull) else ""
     status = "" if pull.command else f" {pull.status or 'no response'}"
+    # A path that names no image of a configured registry.
+    kind = "" if pull.kind == Kind.INVALID.value else f"{pull.kind} "
     return (
-        f"{time_text(pull.at)} {_asker(pull)} {pull.outcome}{status} {pull.method} {pull.kind} "
+        f"{time_text(pull.at)} {_asker(pull)} {pull.outcome}{status} {pull.method} {kind}"
         f"{pull.name}: {size}{pull.duration:.3f} s (id {pull.request_id})"
     )
 

@@ -92,7 +92,7 @@ def _text(report: ForgetReport) -> str:
         ("tag", len(report.tags)),
         ("manifest", report.manifests),
         ("blob", report.blobs),
-        ("404 response", report.refusals),
+        ("404 response", report.negatives),
     ]
     texts = (count_text(count, name) for name, count in parts if count)
     return f"{report.image}  forgotten  {', '.join(texts)}"
@@ -105,10 +105,10 @@ def forget_row(report: ForgetReport) -> dict[str, Any]:
         tags=list(report.tags),
         manifests=report.manifests,
         blobs=report.blobs,
-        refusals=report.refusals,
+        negatives=report.negatives,
     )
 
 
 def _row(image: ImageName, **values: Any) -> dict[str, Any]:
-    empty = {"tags": [], "manifests": 0, "blobs": 0, "refusals": 0, "error": None}
+    empty = {"tags": [], "manifests": 0, "blobs": 0, "negatives": 0, "error": None}
     return {"image": str(image), **empty, **values}

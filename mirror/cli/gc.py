@@ -37,7 +37,7 @@ _WORDS: Final = {
     "hosted": "hosted content that nothing needs",
     "leftover": "leftovers of fetches that ended",
     "quarantine": "damaged content",
-    "response": "remembered responses whose time is over",
+    "response": "expired responses",
 }
 """Kind of garbage -> its name for a person."""
 _GARBAGE_COLUMNS: Final = (
@@ -54,8 +54,8 @@ def add_parser(commands: Commands) -> None:
         "gc",
         help="remove what no image needs",
         description="Removes content that no image needs and nobody has used for a while, "
-        "leftovers of fetches, damaged content, and rows of the index whose time is over. Of "
-        "hosted repositories, removes what nothing has referred to for their grace time. Works "
+        "leftovers of fetches, damaged content, and expired rows of the index. Of hosted "
+        "repositories, removes what nothing has referred to for their grace time. Works "
         "beside a running server.",
     )
     add_dry_run(parser)

@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         Column("DIGEST", "digest", str if arguments.is_whole else short_digests),
         Column("FIRST SEEN", "first_seen"),
         Column("LAST SEEN", "last_seen"),
-        Column("HERE", "here"),
+        Column("CACHED", "here"),
     )
     print_rows(columns, rows, is_json=arguments.is_json)
     if not rows:

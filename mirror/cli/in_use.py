@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Final
 
 from mirror.cli.arguments import Commands, add_config, add_json
+from mirror.cli.cleaning import duration
 from mirror.cli.output import UsageError
-from mirror.config.values import parse_duration
 
 _MAX_LEASE_S: Final = 10 * 365 * 86400.0
 """Seconds of the longest lease (ten years): what should stay for ever is pinned."""
@@ -65,10 +65,7 @@ def _url(text: str) -> str:
 
 
 def _lease(text: str) -> float:
-    try:
-        seconds = parse_duration(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"'{text}': {error}") from None
+    seconds = duration(text)
     if not 0 < seconds <= _MAX_LEASE_S:
         raise argparse.ArgumentTypeError(f"'{text}': a lease lasts from 1s to ten years")
     return seconds

@@ -46,19 +46,31 @@ def digest_column(arguments: argparse.Namespace, title: str = "DIGEST") -> Colum
     return Column(title, "digest", str if arguments.is_whole else short_digests)
 
 
-def state_text(row: dict[str, Any]) -> str:
-    """Return the state of an image with the reasons. ``row``: its row of ``ls --json``."""
+def state_text(row: dict[str, Any], max_reason_chars: int | None = None) -> str:
+    """Return the state of an image with the reasons.
+
+    Args:
+        row: Its row of ``ls --json``.
+        max_reason_chars: Characters of a reason that others have written. None: all of them.
+    """
     if row["state"] == ["complete"]:
         return "complete"
     reasons = {
         "partial": f"lacks {count_text(row['missing_parts'], 'part')}, "
-        f"{size_text(row['missing_bytes'])}",
-        "absent": row["absent_why"] and f"its manifest is not here: {row['absent_why']}",
+        f"at least {size_text(row['missing_bytes'])}",
+        "absent": row["absent_why"] and f"its manifest is not in the cache: {row['absent_why']}",
         "stale": row["stale_why"],
-        "blocked": row["blocked_why"],
+        "blocked": _shorten(row["blocked_why"] or "", max_reason_chars),
     }
     words = (f"{word} ({reasons[word]})" if reasons.get(word) else word for word in row["state"])
     return ", ".join(words)
+
+
+def _shorten(reason: str, max_chars: int | None) -> str:
+    """Return the beginning of a reason. ``max_chars`` None: all of it."""
+    if max_chars is None or len(reason) <= max_chars:
+        return reason
+    return f"{reason[: max_chars - 3].rstrip()}..."
 
 
 def ago(now: float, seconds: float | None) -> str:

@@ -70,17 +70,19 @@ def print_rows(
         width = max(map(len, cells))
         pad = str.rjust if column.is_number else str.ljust
         padded.append([pad(cell, width) for cell in cells])
-    for line in zip(*padded, strict=True):
-        print_line(GAP.join(line).rstrip())
+    print_line("\n".join([GAP.join(line).rstrip() for line in zip(*padded, strict=True)]))
 
 
-def print_text(text: str, *, indent: int = 0, is_whole: bool = False) -> None:
+def print_text(
+    text: str, *, indent: int = 0, is_whole: bool = False, paint: Callable[[str], str] = str
+) -> None:
     """Print a line. On a terminal, it is broken at blanks, and its digests have 12 digits.
 
     Args:
         text: The line, which may begin with blanks.
         indent: Blanks before the second line and all others, beside those before the first.
         is_whole: Do not shorten its digests.
+        paint: Adds colours to the first line on a terminal.
 
     Raises :class:`mirror.cli.output.OutputError`.
     """
@@ -94,7 +96,8 @@ def print_text(text: str, *, indent: int = 0, is_whole: bool = False) -> None:
     # A longer word is printed as it is: it may be a command to copy.
     lines = wrap(words, max(width, *map(len, words.split(" "))), "")
     for number, line in enumerate(lines):
-        print_line(f"{margin}{' ' * indent if number else ''}{line}".rstrip())
+        line = f"{margin}{' ' * indent if number else ''}{line}".rstrip()
+        print_line(line if number else paint(line))
 
 
 def is_terminal() -> bool:

@@ -31,7 +31,7 @@ SORT_KEYS: Final[Mapping[str, tuple[str, bool]]] = {
     "size": ("size", True),
     "unique": ("unique", True),
     "used": ("last_used", True),
-    "checked": ("checked", True),
+    "confirmed": ("confirmed", True),
 }
 """``--sort`` -> (key of the row, whether the largest or the latest comes first)."""
 FILTER_KEYS: Final = (
@@ -40,10 +40,15 @@ FILTER_KEYS: Final = (
 """Keys of ``--filter``."""
 
 _FILTER_VALUES: Final = {
-    "state": ("complete", "partial", "stale", "pinned", "frozen", "leased", "blocked"),
+    "state": (
+        *("complete", "partial", "absent", "stale", "hosted", "pinned", "frozen", "leased"),
+        "blocked",
+    ),
     "kind": ("image", "platform", "referrer"),
 }
 """Key of ``--filter`` -> all values that it can have. Other keys may have any."""
+_REASON_CHARS: Final = 40
+"""Characters of a reason on a terminal. One of `block` has up to 500: `show` prints all of it."""
 _FEW_PLATFORMS: Final = 2
 """Platforms of a row that a terminal shows by name."""
 
@@ -159,7 +164,7 @@ def list_images(arguments: argparse.Namespace) -> int:
     inventory = load_inventory(settings)
     from mirror.inventory.images import image_order
     from mirror.inventory.json_rows import image_row
-    from mirror.inventory.model import is_named
+    from mirror.inventory.name_patterns import is_named
 
     has_terminal = is_terminal()
     has_parts = arguments.has_all or any(key == "kind" for key, _ in filters)
@@ -167,8 +172,9 @@ def list_images(arguments: argparse.Namespace) -> int:
     if has_parts:
         images = (*inventory.images, *inventory.platforms, *inventory.absent)
         images = sorted(images, key=image_order)
-    elif inventory.lost:
-        images = sorted((*images, *inventory.lost), key=image_order)
+    else:
+        absent = inventory.absent if ("state", "absent") in filters else inventory.lost
+        images = sorted((*images, *absent), key=image_order) if absent else images
     if arguments.pattern:
         images = (image for image in images if is_named(image, arguments.pattern))
     rows = (image_row(inventory, image) for image in images)
@@ -176,7 +182,8 @@ def list_images(arguments: argparse.Namespace) -> int:
     chosen = _sorted(chosen, arguments.sort, is_reversed=arguments.reverse)
     if not arguments.is_json:
         for row in chosen:
-            row["state_text"] = common.state_text(row)
+            is_short = has_terminal and not arguments.is_whole
+            row["state_text"] = common.state_text(row, _REASON_CHARS if is_short else None)
             if has_terminal:
                 row["whole_repository"] = f"{row['upstream']}/{row['repository']}"
     columns, *narrower = _layouts(inventory.now, arguments)
@@ -190,15 +197,15 @@ def list_images(arguments: argparse.Namespace) -> int:
     for image in inventory.holding:
         print_note(
             f"nothing of {image.repository} is evicted or removed, since the manifest of "
-            f"{image.name} is not here: fetch it with `oci-mirror verify --repair {image.name}`, "
-            "or take its mark away"
+            f"{image.name} is not in the cache: fetch it with "
+            f"`oci-mirror verify --repair {image.name}`, or take its mark away"
         )
     return 0
 
 
 def _layouts(now: float, arguments: argparse.Namespace) -> list[list[Column]]:
     """Return all columns, then those of narrower terminals."""
-    since = lru_cache(10_000)(since_text(now))  # Many images were checked at the same time.
+    since = lru_cache(10_000)(since_text(now))  # Many images were confirmed at the same time.
     upstream = Column("UPSTREAM", "upstream")
     repository = Column("REPOSITORY", "repository", min_chars=24)
     whole_repository = Column("REPOSITORY", "whole_repository", min_chars=16, is_name=True)
@@ -207,18 +214,27 @@ def _layouts(now: float, arguments: argparse.Namespace) -> list[list[Column]]:
     digest = common.digest_column(arguments)
     size = Column("SIZE", "size", size_text, is_number=True)
     unique = Column("UNIQUE", "unique", size_text, is_number=True)
-    used, checked = Column("LAST USED", "last_used", since), Column("CHECKED", "checked", since)
+    used = Column("LAST USED", "last_used", since)
+    confirmed = Column("CONFIRMED", "confirmed", since)
     state = Column("STATE", "state_text", min_chars=16, is_sentence=True)
     sizes = [digest, size, unique]
     narrow_name = [replace(whole_repository, min_chars=10), replace(tag, min_chars=8)]
-    return [
-        [upstream, repository, tag, platforms, *sizes, used, checked, state],
+    layouts = [
+        [upstream, repository, tag, platforms, *sizes, used, confirmed, state],
         [upstream, repository, tag, platforms, *sizes, used, state],
         [whole_repository, tag, platforms, *sizes, used, state],
         [whole_repository, tag, *sizes, used, state],
         [*narrow_name, *sizes, replace(state, min_chars=11)],
-        [*narrow_name, digest, size],
+        [*narrow_name, digest, size, replace(state, min_chars=9)],
+        [*narrow_name, digest, replace(state, min_chars=9)],
     ]
+    if arguments.is_whole:
+        # Whole digests leave no room on many terminals. Then a row is one line, which the terminal
+        # breaks, and nothing of it is shortened.
+        layouts[4:] = [
+            [replace(one, min_chars=0) for one in (whole_repository, tag, *sizes, state)]
+        ]
+    return layouts
 
 
 def _platforms_text(names: list[str]) -> str:

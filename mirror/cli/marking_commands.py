@@ -47,10 +47,7 @@ def _pin(arguments: argparse.Namespace) -> int:
 
     pins = asyncio.run(pin())
     _report([_pin_row(one) for one in pins], [f"pinned {one.name}" for one in pins], arguments)
-    for one in pins:
-        missing = marking.count_missing(layout, one.digest)
-        if missing:
-            print_note(f"{one.name} is not complete here: what arrives of it is kept")
+    _note_incomplete(layout, pins)
     return 0
 
 
@@ -160,6 +157,7 @@ def _freeze(arguments: argparse.Namespace) -> int:
     frozen = asyncio.run(freeze())
     lines = [f"frozen {one.name} at {one.digest}: {_SERVER_NOTE}" for one in frozen]
     _report([_freeze_row(one) for one in frozen], lines, arguments)
+    _note_incomplete(layout, frozen)
     return 0
 
 
@@ -230,6 +228,15 @@ def _report(
         return
     for line in lines:
         print_line(line)
+
+
+def _note_incomplete(layout: Layout, kept: Iterable[Pin | Freeze]) -> None:
+    for one in kept:
+        if marking.count_missing(layout, one.digest):
+            print_note(
+                f"{one.name} is not complete here: what arrives of it is kept. To fetch it: "
+                f"oci-mirror warm {one.name}"
+            )
 
 
 def _note_absent(names: Iterable[str], mark: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import re
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -24,9 +25,11 @@ from mirror.cli.listing import print_rows
 from mirror.cli.output import UsageError, print_line
 from mirror.cli.table_layout import Column
 from mirror.oci.tag_selection import TagSelection
-from mirror.oci.text import count_text, size_text
+from mirror.oci.text import age_text, count_text, size_text
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mirror.config.settings import Settings
     from mirror.inventory.model import Inventory
     from mirror.operations.cleaning_report import CleaningReport, Item
@@ -37,6 +40,8 @@ _PRUNED_COLUMNS: Final = (
     Column("FREES", "bytes", size_text, is_number=True),
     Column("WHY", "why", min_chars=20, is_sentence=True),
 )
+_USED_AGO: Final = re.compile("used .* ago")
+"""The reason of an image that is younger than its rule: the others are the same for many images."""
 _MAX_KEEP_LAST: Final = 1_000_000_000
 """Most images that ``--keep-last`` can name."""
 
@@ -115,7 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
     rows = [item.row() for item in report.removed("image")]
     if rows:
         print_rows(_PRUNED_COLUMNS, rows, is_json=False)
-    for text in _kept(report):
+    for text in _kept(report, rules):
         print_line(text)
     print_line(summary(report, "image", report.removed("image")))
     return 0
@@ -169,12 +174,15 @@ async def _prune(
         return await prune(store, inventory, rules)
 
 
-def _kept(report: CleaningReport) -> list[str]:
-    """Return a line for each mark that has kept images, with their number."""
+def _kept(report: CleaningReport, rules: Sequence[PruneRule]) -> list[str]:
+    """Return a line for each reason that has kept images, with their number."""
+    ages = {rule.older_than for rule in rules if rule.older_than is not None}
+    young = age_text(ages.pop()) if len(ages) == 1 else "the time of their rule"
     counts: dict[str, int] = {}
     for item in report.items:
         if item.action == "kept" and item.kind == "image":
-            word = item.why.partition(":")[0]
-            key = word if word in ("pinned", "frozen", "leased") else "in use, or among the latest"
+            key = item.why.partition(":")[0]
+            if _USED_AGO.fullmatch(key):
+                key = f"used within {young}"
             counts[key] = counts.get(key, 0) + 1
     return [f"kept {count_text(count, 'image')}: {why}" for why, count in sorted(counts.items())]

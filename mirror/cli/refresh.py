@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mirror.cli.arguments import Commands, add_config, add_json, image_name, load_settings
 from mirror.cli.data_directory import opened_mirror
 from mirror.cli.exit_codes import EX_FAILED
+from mirror.cli.listing import print_text
 from mirror.cli.output import UsageError, print_failure, print_line
 from mirror.oci.errors import MirrorError
 from mirror.oci.image_name import ImageName
@@ -66,7 +67,10 @@ async def _refresh_all(settings: Settings, images: list[ImageName], *, is_json: 
                 is_good = False
                 _print_failure(image, error.message, is_json=is_json)
             else:
-                print_line(json.dumps(refresh_row(report)) if is_json else _text(report))
+                if is_json:
+                    print_line(json.dumps(refresh_row(report)))
+                else:
+                    print_text(_text(report), indent=4)
     return is_good
 
 

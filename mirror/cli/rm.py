@@ -35,12 +35,20 @@ def add_parser(commands: Commands) -> None:
         "server.",
     )
     parser.add_argument(
-        "images", metavar="IMAGE", nargs="+", type=image_name, help="name of an image"
+        "images", metavar="IMAGE", nargs="+", type=_one_image, help="name of an image"
     )
     add_dry_run(parser)
     add_config(parser)
     add_json(parser)
     parser.set_defaults(run=run)
+
+
+def _one_image(text: str) -> ImageName:
+    if set("*?[") & set(text):
+        raise argparse.ArgumentTypeError(
+            f"'{text}': rm takes no pattern: use `oci-mirror prune --match '{text}'`"
+        )
+    return image_name(text)
 
 
 def run(arguments: argparse.Namespace) -> int:

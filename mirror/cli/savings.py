@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mirror.config.settings import Settings
     from mirror.history.ghost import Prediction, Protected
     from mirror.history.queries import AccessTrace
+    from mirror.history.sums import Saving
 
 _PERIODS: Final = {
     "hour": 3600.0,
@@ -33,6 +34,8 @@ _PERIODS: Final = {
     "30d": 30 * 86400.0,
 }
 """``--last`` -> seconds. The counters are kept for 30 days."""
+_MAX_NAMES: Final = 100
+"""Rows of the table. Networks of clients may be tens of thousands: ``--json`` has all of them."""
 _DISK_ONLY: Final = ("max_size", "recorded_hit_ratio", "is_reliable")
 """Fields of the rows of predictions."""
 _GROUPINGS: Final = ("upstream", "repository", "network")
@@ -69,7 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
         counts = history.counts(now - _PERIODS[arguments.last], now)
         trace = history.access_trace()
     begin = time_text(min((count.start for count in counts), default=None))
-    saved = [(arguments.by, one) for one in build_savings(counts, arguments.by)]
+    most = None if arguments.is_json else _MAX_NAMES
+    saved = [(arguments.by, one) for one in build_savings(counts, arguments.by, most)]
     saved.append(("total", build_total(counts)))
     rows: list[dict[str, Any]] = [
         {"kind": kind, "since": begin, **dict.fromkeys(_DISK_ONLY), **one.to_json()}
@@ -94,6 +98,8 @@ def run(arguments: argparse.Namespace) -> int:
             f"Counted since {begin}. BILLABLE: manifests that clients got. BILLED: those that the "
             "upstreams were asked for."
         )
+        for sentence in _remarks(saved):
+            print_text(sentence)
     if disks:
         print_line("\nWhat another disk size (storage.max_size) would change:\n")
         print_rows(_DISK_COLUMNS, disks, is_json=False)
@@ -101,6 +107,20 @@ def run(arguments: argparse.Namespace) -> int:
         for sentence in explain_predictions(predictions, trace):
             print_text(sentence)
     return 0
+
+
+def _remarks(saved: Sequence[tuple[str, Saving]]) -> Iterator[str]:
+    """Yield sentences about rows that surprise. ``saved``: (``--by`` or ``total``, sums)."""
+    if any(one.bytes_saved < 0 for _, one in saved):
+        yield (
+            "SAVED is negative if more was fetched than clients have got: `warm` and `prefetch` "
+            "fetch what clients pull later."
+        )
+    if not all(one.name for _, one in saved):
+        yield (
+            "(other): work without a client or a repository, such as that of `warm`, and sums for "
+            "which the history has no room."
+        )
 
 
 def _find_protected(settings: Settings) -> Protected:
@@ -113,7 +133,7 @@ def _find_protected(settings: Settings) -> Protected:
     if not (marks.pins or marks.freezes or marks.leases):
         return Protected()
     inventory = load_inventory(settings)
-    sizes = {str(digest): content.size for digest, content in inventory.contents.items()}
+    sizes = {digest: size for digest, (size, _) in inventory.files.items()}
     return Protected.of_sizes((one, sizes.get(one, 0)) for one in inventory.protected)
 
 

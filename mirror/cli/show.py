@@ -1,4 +1,4 @@
-"""``show``: the manifests and blobs of one image, what is here, and who shares it.
+"""``show``: the manifests and blobs of one image, what is in the cache, and who shares it.
 
 Lives here: the arguments, the columns, the summary of the image. Must not know: how an inventory is
 read.
@@ -30,7 +30,7 @@ def add_parser(commands: Commands) -> None:
     """Add the parser of ``show``."""
     parser = commands.add_parser(
         "show",
-        help="show the parts of an image: what is here, and who shares it",
+        help="show the parts of an image: what is in the cache, and who shares it",
         description="Shows the index, manifests, configs, layers, signatures and other referrers "
         "of an image, with their sizes. Nothing is asked of the upstream.",
     )
@@ -78,8 +78,11 @@ def _not_found(inventory: Inventory, arguments: argparse.Namespace) -> str:
     name = arguments.image.with_default_tag()
     others = [image.name for image in inventory.images if image.repository == name.repository]
     if others:
-        return f"{name} is not here: of this repository there is {', '.join(others[:5])}"
-    return f"{name} is not here: `oci-mirror ls` lists what is, `oci-mirror warm {name}` fetches it"
+        return f"{name} is not in the cache: of its repository it has {', '.join(others[:5])}"
+    return (
+        f"{name} is not in the cache: `oci-mirror ls` lists what is, "
+        f"`oci-mirror warm {name}` fetches it"
+    )
 
 
 def _print_summary(inventory: Inventory, image: Image) -> None:
@@ -88,12 +91,14 @@ def _print_summary(inventory: Inventory, image: Image) -> None:
     row = image_row(inventory, image)
     lines = [
         f"digest     {image.root}",
-        f"upstream   {image.current_root} (not here)" if image.current_root != image.root else None,
+        f"upstream   {image.current_root} (not in the cache)"
+        if image.current_root != image.root
+        else None,
         f"platforms  {', '.join(image.platforms) or '-'}",
-        f"not here   {', '.join(image.missing_platforms)}" if image.missing_platforms else None,
+        f"missing    {', '.join(image.missing_platforms)}" if image.missing_platforms else None,
         f"size       {size_text(image.size)}, of which rm frees {size_text(row['unique'])}",
         f"last used  {common.ago(inventory.now, image.used or None)}",
-        f"checked    {common.ago(inventory.now, image.checked)}",
+        f"confirmed  {common.ago(inventory.now, image.checked)}",
         f"state      {common.state_text(row)}",
     ]
     print_line(image.name)
@@ -108,11 +113,11 @@ def _layouts(arguments: argparse.Namespace) -> list[list[Column]]:
     content = Column("CONTENT", "content")
     digest = common.digest_column(arguments)
     size = Column("SIZE", "size", size_text, is_number=True)
-    here = Column("HERE", "is_here", lambda is_here: "yes" if is_here else "no")
+    cached = Column("CACHED", "is_cached", lambda is_cached: "yes" if is_cached else "no")
     shared = Column("SHARED WITH", "shared", min_chars=20, is_name=True, is_sentence=True)
     return [
-        [content, digest, size, here, shared],
-        [replace(content, min_chars=16), digest, size, here, replace(shared, min_chars=12)],
+        [content, digest, size, cached, shared],
+        [replace(content, min_chars=16), digest, size, cached, replace(shared, min_chars=12)],
     ]
 
 

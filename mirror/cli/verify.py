@@ -16,6 +16,7 @@ from mirror.cli.arguments import Commands, add_config, add_json, image_name, loa
 from mirror.cli.cleaning import read_inventory_gently
 from mirror.cli.data_directory import load_inventory, opened_store
 from mirror.cli.exit_codes import EX_FAILED
+from mirror.cli.listing import print_text
 from mirror.cli.messages import print_warnings
 from mirror.cli.output import print_line, print_note
 from mirror.cli.rm import find_images
@@ -37,9 +38,9 @@ def add_parser(commands: Commands) -> None:
         "verify",
         help="hash content, and check that images are complete",
         description="Hashes content, moves damaged content to quarantine/, and checks that no "
-        "image lacks content. Each finding names the command that mends it. It runs with the "
+        "image lacks content. Each finding names the command that repairs it. It runs with the "
         "lowest priority, so that a running server does not notice it. Exit code 1 if an image "
-        "has damage that was not mended.",
+        "has damage that was not repaired.",
     )
     parser.add_argument(
         "images",
@@ -155,12 +156,12 @@ def _print(report: VerifyReport, *, is_json: bool) -> None:
         if problem.problem == "absent" and told > _MAX_ABSENT:
             continue
         image = f" {problem.image}" if problem.image else ""
-        print_line(f"{problem.problem}{image} {problem.digest}: {problem.what}")
-        if problem.is_mended:
-            print_line("  fetched again")
+        print_text(f"{problem.problem}{image} {problem.digest}: {problem.what}", indent=4)
+        if problem.is_repaired:
+            print_text("  fetched again")
         elif problem.command is not None:
-            verb = "mend" if problem.is_damage else "fetch"
-            print_line(f"  {verb} it with: {problem.command}")
+            verb = "repair" if problem.is_damage else "fetch"
+            print_text(f"  {verb} it with: {problem.command}", indent=2, is_whole=True)
     for error in report.errors:
         print_note(f"not fetched: {error}")
     if not is_json:
@@ -173,10 +174,10 @@ def _print(report: VerifyReport, *, is_json: bool) -> None:
 
 def _summary(report: VerifyReport) -> str:
     damaged = [problem for problem in report.problems if problem.is_damage]
-    mended = sum(problem.is_mended for problem in damaged)
-    parts = [count_text(len(damaged), "problem") + (f", {mended} mended" if mended else "")]
-    for kind, words in (("incomplete", "lack content"), ("absent", "are not here")):
-        found = [one for one in report.problems if one.problem == kind and not one.is_mended]
+    repaired = sum(problem.is_repaired for problem in damaged)
+    parts = [count_text(len(damaged), "problem") + (f", {repaired} repaired" if repaired else "")]
+    for kind, words in (("incomplete", "lack content"), ("absent", "are not in the cache")):
+        found = [one for one in report.problems if one.problem == kind and not one.is_repaired]
         if found:
             verb = words if len(found) > 1 else words.replace("lack", "lacks").replace("are", "is")
             parts.append(f"{count_text(len(found), 'image')} {verb}")

@@ -181,13 +181,27 @@ async def _warm(
         def report(event: ContentProgress | ImageReport) -> None:
             if isinstance(event, ImageReport):
                 bars.count()
-                print_report(event, is_json=is_json)
+                if is_json or event.is_complete:
+                    print_report(event, is_json=is_json)
             else:
                 _move_bar(bars, event)
 
         async with opened_mirror(settings) as mirror:
             await start_upkeep(mirror.store, mirror.single_flight, print_warnings)
-            return await warm(mirror, images, options, report)
+            reports = await warm(mirror, images, options, report)
+    if not is_json:
+        _print_end(reports)
+    return reports
+
+
+def _print_end(reports: list[ImageReport]) -> None:
+    """Print the failures, which a long list would hide, and how many images are complete."""
+    failed = [report for report in reports if not report.is_complete]
+    for report in failed:
+        print_report(report, is_json=False)
+    if len(reports) > 1:
+        complete = len(reports) - len(failed)
+        print_line(f"{complete} complete" + (f", {len(failed)} failed" if failed else ""))
 
 
 def _move_bar(bars: Bars, progress: ContentProgress) -> None:

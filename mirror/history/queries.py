@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import sqlite3
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,8 +18,8 @@ from mirror.history.history_file import CREATE_TABLES, HISTORY_FORM
 from mirror.history.stored_pull import PeriodCount, StoredPull, TagDigest
 from mirror.history.tables import SAMPLE_BITS
 from mirror.observability.events import Outcome
-from mirror.oci.errors import MirrorError
-from mirror.oci.reference import Repository, Tag
+from mirror.oci.errors import InvalidRequest, MirrorError
+from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store.layout import Layout
 
 REFUSED_OUTCOMES: Final = (Outcome.DENIED, Outcome.REJECTED, Outcome.NEGATIVE, Outcome.ERROR)
@@ -85,6 +85,24 @@ def open_history(layout: Layout) -> Iterator[HistoryReader]:
         raise HistoryUnreadable(
             f"the history cannot be read: {why} (it is a cache: {name} may be deleted)"
         ) from error
+
+
+def find_tag_digests(layout: Layout, repository: Repository, tag: Tag) -> list[Digest]:
+    """Return the digests that a tag has had, newest first.
+
+    There are none if the history is lost or cannot be read. Blocks.
+
+    Args:
+        layout: The data directory.
+        repository: Where the tag is.
+        tag: The tag.
+    """
+    found: list[Digest] = []
+    with suppress(HistoryUnreadable), open_history(layout) as history:
+        for one in history.tag_digests(repository, tag):
+            with suppress(InvalidRequest):
+                found.append(Digest.parse(one.digest))
+    return found
 
 
 def _connect(path: Path | None) -> sqlite3.Connection:

@@ -24,6 +24,14 @@ _UPSTREAM_SHARE: Final = 0.5
 the bottleneck."""
 _SHOWN_DIGEST_CHARS: Final = 19
 """Characters of a digest: its algorithm and 12 hexadecimal digits, as Docker prints it."""
+_UNCACHED: Final = {
+    "full": "there was no room on the disk (oci-mirror doctor)",
+    "readonly": "the disk is read-only, or the mirror may not write there",
+    "descriptors": "the mirror had too few descriptors",
+    "removed": "its file was removed while it was written",
+    "io": "the disk refused it",
+}
+"""Label of a refusal (:func:`mirror.store.disk.reason_of`) -> why content is not stored."""
 _MEGABYTE: Final = 1_000_000
 """Bytes of a megabyte: rates of networks are decimal."""
 
@@ -34,6 +42,8 @@ def explain(pull: StoredPull) -> list[str]:
 
 
 def _reasons(pull: StoredPull) -> Iterator[str]:
+    if pull.is_frozen:
+        yield "The tag is frozen (oci-mirror freeze), so the upstream was not asked for it."
     match Outcome(pull.outcome) if pull.outcome in set(Outcome) else None:
         case Outcome.HIT:
             yield "Hit: it was on the disk, and the upstream was not asked."
@@ -63,6 +73,9 @@ def _reasons(pull: StoredPull) -> Iterator[str]:
             yield f"Rejected: the request itself was wrong: {_error(pull)}"
         case _:
             yield f"Failed: {_error(pull)}"
+    if pull.uncached in _UNCACHED:
+        why = _UNCACHED[pull.uncached]
+        yield f"It was served, but not stored: {why}. The next request fetches it again."
 
 
 def _error(pull: StoredPull) -> str:
@@ -80,6 +93,8 @@ def _join_reason(pull: StoredPull) -> str:
 
 
 def _miss_reason(pull: StoredPull) -> str:
+    if pull.is_damaged:
+        return "it was on the disk, and damaged: it was moved to quarantine/, and fetched again."
     is_tag = pull.kind == Kind.MANIFEST.value and ":" not in pull.reference
     if is_tag and not pull.previous_digest:
         return "the tag was not known: it was not pulled here before, or was removed (rm, prune)."

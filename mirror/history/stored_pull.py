@@ -62,6 +62,9 @@ class StoredPull:
     late_parts: int = 0
     size: int | None = None
     is_known: bool = False
+    is_damaged: bool = False
+    is_frozen: bool = False
+    uncached: str = ""
     tag_age: float | None = None
     tag_ttl: float | None = None
     previous_digest: str = ""
@@ -97,6 +100,8 @@ class StoredPull:
             more = {
                 "size": trace.size,
                 "is_known": trace.is_known,
+                "is_damaged": trace.is_damaged,
+                "is_frozen": trace.is_frozen,
                 "tag_age": trace.tag_age,
                 "tag_ttl": trace.tag_ttl,
                 "previous_digest": trace.previous_digest,
@@ -105,6 +110,7 @@ class StoredPull:
             if (progress := trace.progress) is not None and progress.bytes:
                 more["fetched_bytes"] = progress.bytes
                 more["fetched_seconds"] = round(progress.latest - progress.began, 6)
+                more["uncached"] = progress.uncached
         return cls(
             at=at,
             request_id=pull.request_id,
@@ -138,7 +144,7 @@ class StoredPull:
     def to_json(self) -> dict[str, Any]:
         """Return the fields of a row of ``explain --json``. A value that is not known is None."""
         values = asdict(self)
-        for key in ("row_id", "path", "at", "is_known"):
+        for key in ("row_id", "path", "at", "is_known", "is_damaged", "is_frozen", "uncached"):
             del values[key]
         values["name"] = self.name
         for key in ("upstream", "repository", "reference", "digest", "previous_digest"):

@@ -5,7 +5,7 @@ Lives here: pure functions. Must not know: where the counters are kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias
 
@@ -77,22 +77,39 @@ class Saving:
         }
 
 
-def build_savings(counts: Iterable[PeriodCount], by: Grouping) -> list[Saving]:
+def build_savings(
+    counts: Collection[PeriodCount], by: Grouping, most: int | None = None
+) -> list[Saving]:
     """Sum up counters by a field, those with the most saved bytes first.
 
     Args:
         counts: The counters.
         by: The field. A repository is named with its upstream.
+        most: Names at most. The rest is summed up under an empty name. None: all.
     """
+    found = _build_groups(counts, by, None)
+    if most is not None and len(found) > most:
+        found = _build_groups(counts, by, {group.name for group in found[:most]})
+    return found
+
+
+def _build_groups(
+    counts: Iterable[PeriodCount], by: Grouping, names: Collection[str] | None
+) -> list[Saving]:
+    """Sum up by name. ``names``: those that are not summed up under an empty one. None: all."""
     groups: dict[str, Saving] = {}
     for count in counts:
-        name = count.upstream
-        if by == "repository":
-            name = f"{count.upstream}/{count.repository}" if count.repository else ""
-        elif by == "network":
-            name = count.network
+        name = _name_of(count, by)
+        if names is not None and name not in names:
+            name = ""
         groups.setdefault(name, Saving(name)).add(count)
     return sorted(groups.values(), key=lambda group: (-group.bytes_saved, group.name))
+
+
+def _name_of(count: PeriodCount, by: Grouping) -> str:
+    if by == "repository":
+        return f"{count.upstream}/{count.repository}" if count.repository else ""
+    return count.network if by == "network" else count.upstream
 
 
 def build_total(counts: Iterable[PeriodCount]) -> Saving:

@@ -11,7 +11,8 @@ Reading order:
 
 1. :mod:`~mirror.inventory.model`: the values, and the questions that they answer.
 2. :mod:`~mirror.inventory.manifest_parsing`: a manifest and its parts, parsed.
-   :mod:`~mirror.inventory.manifest_cache` keeps them between runs.
+   :mod:`~mirror.inventory.manifest_cache` keeps them between runs, in the pages of
+   :mod:`~mirror.inventory.manifest_pages`.
 3. :mod:`~mirror.inventory.sharing`: what each name reaches, and what only one name reaches.
    :mod:`~mirror.inventory.keeping`: which names the marks keep from removal.
    :mod:`~mirror.inventory.index_platforms`: which digests are only a part of an image index.

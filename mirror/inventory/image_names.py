@@ -15,6 +15,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from mirror.inventory.model import DigestText
@@ -107,7 +108,7 @@ class Names:
         """
         found: dict[str, Name] = {}
         tagged: set[str] = set()
-        for row in sorted(self.tags, key=lambda row: row.variant):  # Variants come last.
+        for row in sorted(self.tags, key=attrgetter("variant")):  # Variants come last.
             repository, tag = row.repository, row.tag
             name = f"{repository.upstream}/{repository.path}"
             served = frozen.get(f"{name}:{tag}") if frozen else None
@@ -163,7 +164,7 @@ class Names:
                 as many as were ever evicted.
         """
         found: dict[str, Name] = {}
-        for row in sorted(self.tags, key=lambda row: row.variant):
+        for row in sorted(self.tags, key=attrgetter("variant")):
             name = f"{row.repository.upstream}/{row.repository.path}:{row.tag.name}"
             served = frozen.get(name)
             digests = row.digests if served is None else (row.served_of(served),)
@@ -267,7 +268,7 @@ def _to_tag(key: str, document: Any, repositories: dict[tuple[str, str], Reposit
     digests: dict[DigestText, object] = {document["digest"]: document.get("first_seen")}
     for text, first_seen, *_ in document["ledger"]:
         digests.setdefault(text, first_seen)
-    variant = key.removeprefix(f"{repository}:{tag}")
+    variant = key.removeprefix(f"{repository.upstream}/{repository.path}:{tag.name}")
     # A restored record has the time zero: the upstream has not confirmed it since.
     return TagName(repository, tag, digests, variant=variant, checked=checked or None)
 

@@ -27,7 +27,7 @@ def image_row(inventory: Inventory, image: Image) -> dict[str, Any]:
         "size": image.size,
         "unique": inventory.unique_of(image),
         "last_used": time_text(image.used or None),
-        "checked": time_text(image.checked),
+        "confirmed": time_text(image.checked),
         "state": state_words(image),
         "missing_parts": len(image.missing),
         "missing_bytes": sum([part.size for part in image.missing]),

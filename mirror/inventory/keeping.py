@@ -4,10 +4,11 @@ Lives here: the one rule that ``rm``, ``prune``, retention and the listings shar
 files, how images are removed.
 
 A mark names a digest in a repository, and keeps every name there that has this digest: a tag, or
-the digest itself after its tag has moved. It also keeps the digest that its tag has now. A lease
-keeps what has its digest in any repository. All of them keep the signatures and SBOMs of what they
-keep. Marks about content that is damaged keep the whole repository: its access records say what may
-belong to it.
+the digest itself after its tag has moved. A pin also keeps the digest that its tag has now; a
+frozen tag is served as the frozen digest, whatever the upstream has moved it to. A lease keeps what
+has its digest in any repository. All of them keep the signatures and SBOMs of what they keep. Marks
+about content that is damaged keep the whole repository: its access records say what may belong to
+it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ from typing import Final
 from mirror.inventory.image_names import Name
 from mirror.inventory.model import DigestText, Image, Inventory, Keeper
 from mirror.oci.reference import Digest
-from mirror.store.marks import Freeze, Marks, Pin, repository_part
+from mirror.store.marks import (
+    Freeze,
+    Marks,
+    Pin,
+    expected_manifests,
+    kept_manifests,
+    repository_part,
+)
 
 _REMEDIES: Final = {
     "pinned": "unpin it first: oci-mirror unpin",
@@ -44,15 +52,19 @@ class Keepers:
         for freeze in marks.freezes.values():
             for digest in freeze.digests:
                 self._add("frozen", freeze, digest)
+        kept = set[Digest]().union(*kept_manifests(marks).values())
+        self.absent: set[DigestText] = set(map(str, kept - expected_manifests(marks)))
+        """Manifests that were not on the disk when they were pinned or frozen."""
+        self.has_any: Final = bool(self._keepers or self._leases)
+        """True if there is a mark that keeps something."""
         self.tags: set[DigestText] = set()
-        """The digests that pinned and frozen tags have now."""
-        for name in names if self._keepers else ():
-            for mark, found in (("pinned", marks.pins), ("frozen", marks.freezes)):
-                one: Pin | Freeze | None = found.get(name.text)
-                if one is not None:
-                    self._add(mark, one, name.digest)
-                    self._add(mark, one, name.current)
-                    self.tags |= {name.root, name.current_root}
+        """The digests that pinned tags have now."""
+        for name in names if marks.pins else ():
+            one = marks.pins.get(name.text)
+            if one is not None:
+                self._add("pinned", one, name.digest)
+                self._add("pinned", one, name.current)
+                self.tags |= {name.root, name.current_root}
 
     def _add(self, mark: str, named: Pin | Freeze, digest: Digest) -> None:
         keeper = Keeper(mark, f"{_REMEDIES[mark]} {named.name}")
@@ -65,7 +77,7 @@ class Keepers:
 
     def of(self, name: Name, reached: Collection[DigestText]) -> list[Keeper]:
         """Return what keeps a name. ``reached``: all content of its image."""
-        if not self._keepers and not self._leases:
+        if not self.has_any:
             return [_HOSTED_KEEPER] if name.is_hosted else []
         found = list(self._keepers.get((str(name.repository), name.root), {}).values())
         if not self._leases.isdisjoint(reached):

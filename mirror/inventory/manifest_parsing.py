@@ -1,7 +1,7 @@
 """A manifest and its parts, as an inventory needs them.
 
-Lives here: parsing one manifest with the platforms, the subject and the artifact type in it, and
-the text in which the result is cached. Must not know: where manifests are, or their names.
+Lives here: parsing one manifest with the platforms, the subject and the artifact type in it. Must
+not know: where manifests are, or their names.
 
 The parts are those of :func:`mirror.oci.descriptor.parse_manifest`, which serves clients and
 evicts, too. Here the same document is read a second time for what only people want to know.
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import re
-from functools import lru_cache
 from typing import Any, Final
 
 from mirror.inventory.model import (
@@ -44,7 +43,6 @@ CONFIG_LIMIT: Final = 4 * 1024 * 1024
 """Bytes of the largest config that is read for its platform. Usual ones have 10 KiB."""
 _ATTESTATION_KEY: Final = "vnd.docker.reference.type"
 """Annotation of an entry of an index that is an attestation of another one (BuildKit)."""
-_TYPES: Final = {content_type.value: content_type for content_type in ContentType}
 
 # An os or an architecture, as Go names it.
 _PLATFORM_WORD: Final = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
@@ -171,65 +169,3 @@ def _subject(document: dict[str, Any]) -> DigestText | None:
 
 def _text(value: object) -> str | None:
     return value if isinstance(value, str) else None
-
-
-# --- rows of the cache ----------------------------------------------------------------------------
-
-_KNOWN_FACTS: Final = 1000
-"""Facts of the same text that are parsed once. One takes about 2 KB."""
-_NONE: Final = "-"
-"""Stands for an empty text between spaces."""
-
-
-def dump_manifest(manifest: StoredManifest) -> str:
-    """Return the row of a manifest: three lines, its facts as JSON, and its digests and sizes.
-
-    The facts of most manifests are those of others, too: 20,000 are read five times as fast so.
-    """
-    columns = manifest.columns
-    facts = (
-        *(manifest.media_type, manifest.type, manifest.artifact_type, manifest.subject),
-        *(manifest.platform, manifest.is_opaque),
-        " ".join(media_type or _NONE for media_type in columns.media_types),
-        " ".join(columns.types),
-        " ".join(platform or _NONE for platform in columns.platforms),
-        " ".join(str(int(is_elsewhere)) for is_elsewhere in columns.elsewhere),
-    )
-    facts_text = json.dumps(facts, separators=(",", ":"))
-    return "\n".join((facts_text, " ".join(columns.digests), " ".join(map(str, columns.sizes))))
-
-
-def load_manifest(text: DigestText, row: str) -> StoredManifest:
-    """Return the manifest of a row that :func:`dump_manifest` wrote. Raises ``MALFORMED``.
-
-    ``text``: its digest.
-    """
-    facts, digests_text, sizes_text = row.split("\n")
-    known = _load(facts)
-    _, media_types, _, types, platforms, elsewhere = known.columns
-    digests, sizes = digests_text.split(), list(map(int, sizes_text.split()))
-    if not len(digests) == len(sizes) == len(types):
-        raise ValueError("columns of different lengths")
-    columns = PartColumns._make((digests, media_types, sizes, types, platforms, elsewhere))
-    return StoredManifest(text, known.media_type, known.type, columns, *known[4:])
-
-
-@lru_cache(_KNOWN_FACTS)
-def _load(text: str) -> StoredManifest:
-    """Return a manifest without its digest, and without the digests and sizes of its parts."""
-    facts = json.loads(text)
-    media_type, content_type, artifact_type, subject, platform, is_opaque, *columns = facts
-    media_types, types, platforms, elsewhere = (column.split() for column in columns)
-    number = len(types)
-    if len(media_types) != number or not {len(platforms), len(elsewhere)} <= {0, number}:
-        raise ValueError("columns of different lengths")
-    parts = PartColumns(
-        media_types=tuple("" if word == _NONE else word for word in media_types),
-        types=tuple(_TYPES[word].value for word in types),
-        platforms=tuple(None if word == _NONE else word for word in platforms),
-        elsewhere=tuple(word == "1" for word in elsewhere),
-    )
-    return StoredManifest(
-        *("", media_type, _TYPES[content_type], parts),
-        *(artifact_type, subject, platform, is_opaque),
-    )

@@ -7,19 +7,23 @@ and marks.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Final
 
 from mirror.inventory import manifest_parsing
 from mirror.inventory.manifest_cache import ManifestCache
+from mirror.inventory.manifest_pages import dump_page, load_page
 from mirror.inventory.model import MANIFEST_PART_TYPES, ContentType, DigestText, StoredManifest
 from mirror.oci.descriptor import MANIFEST_LIMIT
 from mirror.oci.reference import Digest
 from mirror.store.layout import Layout
 from mirror.store.records import MALFORMED
 
-_MAX_GONE_ROWS: Final = 1000
-"""Rows of the cache whose manifests may have left the disk, beside a quarter of all. 1 MB."""
+_PAGE_MANIFESTS: Final = 2000
+"""Manifests of a page of the cache. One new manifest writes a page of 1 MB; so much is lost if a
+byte of the file is damaged."""
+_MAX_UNUSED: Final = 1000
+"""Manifests of the cache that may have left the disk, beside a quarter of all. 1 MB."""
 
 
 def read_manifests(
@@ -74,8 +78,9 @@ class _ManifestReader:
         self._present = present
         self._stated_type = stated_type
         self._cache = cache
-        self._rows = cache.load()
-        self._new: list[StoredManifest] = []
+        self._pages = {number: _load_page(page) for number, page in cache.load().items()}
+        self._cached = {one.text: one for page in self._pages.values() for one in page}
+        self._new: dict[DigestText, StoredManifest] = {}
         self.found: dict[DigestText, StoredManifest] = {}
 
     def read(self, text: DigestText, media_type: str | None = None) -> StoredManifest | None:
@@ -83,26 +88,18 @@ class _ManifestReader:
 
         ``media_type``: as an index states it. None: it is a root.
         """
-        manifest = self._load(text)
+        manifest = self._cached.get(text)
         if manifest is None:
             body = self._read_file(text, MANIFEST_LIMIT)
             if body is None:
                 return None
             stated = self._stated_type(text) if media_type is None else media_type
             manifest = manifest_parsing.parse_stored(text, body, stated)
-            self._new.append(manifest)
+            self._new[text] = manifest
         if manifest.platform is None and manifest.type is ContentType.MANIFEST:
             manifest = self._with_platform(manifest)
         self.found[text] = manifest
         return manifest
-
-    def _load(self, text: DigestText) -> StoredManifest | None:
-        """Return a manifest from the cache. None: it has none, or a damaged row."""
-        row = self._rows.get(text)
-        try:
-            return None if row is None else manifest_parsing.load_manifest(text, row)
-        except MALFORMED:
-            return None
 
     def _with_platform(self, manifest: StoredManifest) -> StoredManifest:
         """Return a manifest with the platform of its config, as soon as that is on disk."""
@@ -117,7 +114,7 @@ class _ManifestReader:
         platform = manifest_parsing.platform_of_config(body or b"")
         # Empty: so it is not read again each time.
         manifest = manifest._replace(platform=platform or "")
-        self._new.append(manifest)
+        self._new[manifest.text] = manifest
         return manifest
 
     def _read_file(self, text: DigestText, limit: int) -> bytes | None:
@@ -134,11 +131,35 @@ class _ManifestReader:
         return body if is_right else None
 
     def save(self) -> None:
-        """Write what was read, and delete the rows of many manifests that have left the disk."""
-        if not self._new and len(self._rows) - len(self.found) <= _MAX_GONE_ROWS:
-            return  # Most rows are those of manifests on disk.
-        gone = [one for one in self._rows if one not in self._present]
-        is_many = len(gone) > _MAX_GONE_ROWS + (len(self._rows) - len(gone)) // 4
-        if self._new or is_many:
-            rows = {new.text: manifest_parsing.dump_manifest(new) for new in self._new}
-            self._cache.try_save(rows.items(), gone if is_many else ())
+        """Write what was read. All pages are written anew once many manifests have left the disk.
+
+        They also are if one of them is empty, because it was damaged.
+        """
+        number = sum(map(len, self._pages.values()))
+        if not self._new and number - len(self.found) <= _MAX_UNUSED:
+            return  # Most manifests of the pages are on disk.
+        used = {text: one for text, one in self._cached.items() if text in self._present}
+        if number - len(used) > _MAX_UNUSED + len(used) // 4 or [] in self._pages.values():
+            self._save_pages([*(used | self._new).values()], first=0)
+        elif self._new:
+            # The last page is filled up. An earlier one may have an earlier state of a manifest.
+            last = max(self._pages, default=0)
+            self._save_pages([*self._pages.get(last, ()), *self._new.values()], first=last)
+
+    def _save_pages(self, manifests: Sequence[StoredManifest], first: int) -> None:
+        """Write pages with these manifests in place of all from the number ``first`` on."""
+        begins = range(0, len(manifests), _PAGE_MANIFESTS)
+        pages = {
+            number: dump_page(manifests[begin : begin + _PAGE_MANIFESTS])
+            for number, begin in enumerate(begins, first)
+        }
+        gone = [one for one in self._pages if one >= first and one not in pages]
+        self._cache.try_save(pages, gone)
+
+
+def _load_page(page: bytes) -> list[StoredManifest]:
+    """Return the manifests of a page. There are none in a damaged one."""
+    try:
+        return load_page(page)
+    except MALFORMED:
+        return []

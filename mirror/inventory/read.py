@@ -16,8 +16,14 @@ from mirror.inventory.image_names import Names, parse_names
 from mirror.inventory.images import OnDisk, build_inventory
 from mirror.inventory.manifest_cache import ManifestCache
 from mirror.inventory.manifest_reader import read_manifests
-from mirror.inventory.model import MANIFEST_PART_TYPES, DigestText, Inventory, StoredManifest
-from mirror.inventory.scan import list_contents, scan, stat_contents
+from mirror.inventory.model import (
+    MANIFEST_PART_TYPES,
+    DigestText,
+    FileStatus,
+    Inventory,
+    StoredManifest,
+)
+from mirror.inventory.scan import list_contents, stat_contents
 from mirror.oci.reference import Digest
 from mirror.store.image_layout import read_index_json
 from mirror.store.layout import Layout
@@ -81,13 +87,17 @@ def read_inventory(
     cache = ManifestCache(layout.root / CACHE_NAME)
     manifests = read_manifests(layout, present, roots, stated_type, cache)
     status = stat_contents(layout, {*manifests, *by_root}, now)
-    on_disk = OnDisk(present, manifests, status, partial(scan, layout, now))
+
+    def read_files() -> dict[DigestText, FileStatus]:
+        return status | stat_contents(layout, present - status.keys(), now)
+
+    on_disk = OnDisk(present, manifests, status, read_files)
     unclear = _read_unclear(layout, marks, now, names, manifests)
     quarantined = frozenset(map(str, quarantined_digests(layout))) - present
     marked = {freeze.name: freeze.digest for freeze in marks.freezes.values()}
     marked |= {pin.name: pin.digest for pin in marks.pins.values()}
     wanted = quarantined.union(map(str, protected_roots(marks, now)))
-    absent = names.absent(present, frozen, marked, wanted)
+    find_absent = partial(names.absent, present, frozen, marked, wanted)
     return build_inventory(
         found,
         on_disk,
@@ -95,7 +105,7 @@ def read_inventory(
         marks,
         now,
         unclear,
-        absent=absent,
+        find_absent=find_absent,
         quarantined=quarantined,
         hosted=pushed.contents,
     )
@@ -113,9 +123,8 @@ def _read_unclear(
     Raises ``StorageUnavailable`` if the index cannot be read.
     """
     roots = set(map(str, protected_roots(marks, now)))
-    named = {*marks.pins, *marks.freezes}
-    for row in names.tags if named else ():
-        if f"{row.repository}:{row.tag}" in named:
+    for row in names.tags if marks.pins else ():
+        if f"{row.repository}:{row.tag}" in marks.pins:
             roots.update(islice(row.digests, 1))
     unknown = set()
     queue = list(roots)

@@ -70,10 +70,13 @@ def reached(
     root: str, parts: Mapping[str, Collection[str]], leaves: Container[str] = frozenset()
 ) -> Set[str]:
     """Return ``root`` and all that it refers to, each once. The arguments are those of `of`."""
-    found = {root}
-    queue = [root]
+    below = parts.get(root, ())
+    found = {root, *below}
+    if root in leaves:
+        return found
+    queue = [one for one in below if one in parts and one != root]
     for digest in queue:  # It grows while it is read.
-        below = parts.get(digest, ())
+        below = parts[digest]
         if digest not in leaves:
             queue += [one for one in below if one in parts and one not in found]
         found.update(below)

@@ -10,7 +10,7 @@ from typing import Final
 
 from mirror.config.settings import Upstream
 
-MOVED: Final = "the tag has moved to content that is not here"
+MOVED: Final = "the tag has moved to content that is not in the cache"
 NOT_CONFIGURED: Final = "its upstream is not configured"
 NOT_CONFIRMED: Final = "not confirmed since the index was lost"
 

@@ -88,7 +88,7 @@ def node_row(image: Image, node: TreeNode) -> dict[str, object]:
         "artifact_type": node.artifact_type,
         "platform": part.platform,
         "size": part.size,
-        "is_here": node.is_present,
+        "is_cached": node.is_present,
         "name": node.name,
         "shared_with": list(node.shared_with),
     }

@@ -66,14 +66,16 @@ class NextEviction:
 
 
 def usage_by_type(inventory: Inventory, leftovers: Iterable[OtherFile]) -> list[TypeUsage]:
-    """Return the use of the disk by type. Raises ``OSError``: the directories are listed."""
+    """Return the use of the disk by type."""
     types, orphans = inventory.types, inventory.orphans
     active: dict[str, list[int]] = {content_type.value: [] for content_type in ContentType}
     idle: dict[str, list[int]] = {kind: [] for kind in active}
-    for content in inventory.contents.values():
-        text = str(content.digest)
-        kind = types.get(text, ContentType.OTHER)
-        (idle if text in orphans else active)[kind].append(content.size)
+    for text, (size, _) in inventory.files.items():
+        kind = types.get(text)
+        if kind is not None:
+            active[kind].append(size)
+        else:
+            (idle if text in orphans else active)[ContentType.OTHER].append(size)
     for leftover in leftovers:
         chosen, other = (active, idle) if leftover.is_active else (idle, active)
         chosen.setdefault(leftover.kind, []).append(leftover.size)

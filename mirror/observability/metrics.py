@@ -34,6 +34,7 @@ from mirror import __version__
 from mirror.observability import events
 from mirror.observability.events import Event, Kind, Outcome, RequestRecord
 from mirror.observability.hosted_metrics import HostedMetrics
+from mirror.observability.metric_labels import bounded_label, status_label
 from mirror.observability.notification_metrics import NotificationMetrics
 from mirror.threads import Schedule, run_in_thread
 
@@ -358,13 +359,13 @@ class MetricsObserver:
                 self._backed_off.labels(self._upstream(upstream), reason).inc()
             case events.DigestMismatched(upstream, _, where):
                 self._mismatches.labels(
-                    self._upstream(upstream), _bounded(where, _MISMATCH_ORIGINS)
+                    self._upstream(upstream), bounded_label(where, _MISMATCH_ORIGINS)
                 ).inc()
             case events.Reverified(_, ok):
                 self._reverified.labels("ok" if ok else "damaged").inc()
             case events.Evicted(count, size, reason):
-                self._evicted.labels(_bounded(reason, _EVICTION_REASONS)).inc(count)
-                self._evicted_bytes.labels(_bounded(reason, _EVICTION_REASONS)).inc(size)
+                self._evicted.labels(bounded_label(reason, _EVICTION_REASONS)).inc(count)
+                self._evicted_bytes.labels(bounded_label(reason, _EVICTION_REASONS)).inc(size)
             case events.PrefetchEnded(complete, failed, size, ok):
                 self._prefetch_runs.labels("ok" if ok else "failed").inc()
                 self._prefetch_images.labels("ok").inc(complete)
@@ -375,7 +376,7 @@ class MetricsObserver:
                 self._retention_images.inc(images)
                 self._retention_bytes.inc(size)
             case events.Uncached(_, reason):
-                self._uncached.labels(_bounded(reason, _UNCACHED_REASONS)).inc()
+                self._uncached.labels(bounded_label(reason, _UNCACHED_REASONS)).inc()
             case events.Published(_, size):
                 self._published.inc()
                 self._published_bytes.inc(size)
@@ -454,7 +455,7 @@ class MetricsObserver:
 
     def _exchange_ended(self, event: events.ExchangeEnded) -> None:
         name = self._upstream(event.upstream)
-        status = _status(event.status)
+        status = status_label(event.status)
         self._upstream_requests.labels(
             name, event.endpoint, event.method, event.kind.value, status
         ).inc()
@@ -494,15 +495,3 @@ def _observe_all(histogram: Histogram, seconds: list[float]) -> None:
 def worker_died(worker: int) -> None:
     """Delete the gauges of a worker process that has ended. ``worker``: its number."""
     multiprocess.mark_process_dead(worker)  # type: ignore[no-untyped-call] # theirs
-
-
-def _bounded(value: str, known: tuple[str, ...]) -> str:
-    """Return ``value`` as a label; ``other`` if it is not one of ``known``."""
-    return value if value in known else "other"
-
-
-def _status(status: int) -> str:
-    """Return the label of an HTTP status: its class, but 429 as it is. ``none``: no response."""
-    if status in (0, 429):
-        return str(status) if status else "none"
-    return f"{status // 100}xx" if 200 <= status < 600 else "other"

@@ -22,6 +22,8 @@ class FetchProgress:
     """Time at which bytes arrived last."""
     bytes: int = 0
     """Bytes that have arrived. Zero if another process fetches."""
+    uncached: str = ""
+    """Why the content is not stored, as a label of the metrics. Empty: it is."""
 
 
 @dataclass(slots=True)
@@ -35,6 +37,10 @@ class PullTrace:
     """Bytes of the whole content."""
     is_known: bool = False
     """Whether the repository was known to have the content, which was not on the disk."""
+    is_damaged: bool = False
+    """Whether the content was on the disk, and a request found just now that it was damaged."""
+    is_frozen: bool = False
+    """Whether the operator has frozen the tag."""
     tag_age: float | None = None
     """Time since the upstream had last confirmed the tag. None: no tag, or it was not known."""
     tag_ttl: float | None = None

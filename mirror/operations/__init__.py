@@ -1,4 +1,4 @@
-"""The operations of a person who runs the mirror: fill the cache, clean it, mend it, mark images.
+"""The operations of a person who runs the mirror: fill the cache, clean it, repair it, mark images.
 
 One module for each operation: a function that takes the parts that it needs, and a ``report``
 callback for its progress. The commands, the admin API and the scheduled jobs of the server call the

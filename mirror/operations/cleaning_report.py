@@ -24,7 +24,7 @@ ItemKind: TypeAlias = Literal["image", "content", "hosted", "leftover", "quarant
 - ``hosted``: a blob or a manifest of a hosted repository, or its file.
 - ``leftover``: the file of a fetch that has ended without publishing it.
 - ``quarantine``: damaged content.
-- ``response``: rows of the index whose time is over: remembered 404 responses, lists."""
+- ``response``: expired rows of the index: remembered 404 responses, lists."""
 MAX_SAVED_ITEMS: Final = 1000
 """Items of the file with the last report: 250 KB."""
 RETENTION_REPORT: Final = "retention.json"

@@ -37,13 +37,13 @@ class ForgetReport:
     manifests: int
     """Manifests that the repository may not serve until the upstream has confirmed them."""
     blobs: int
-    refusals: int
+    negatives: int
     """Remembered 404 responses."""
 
     @property
     def has_changed(self) -> bool:
         """Whether anything was known."""
-        return bool(self.tags or self.manifests or self.blobs or self.refusals)
+        return bool(self.tags or self.manifests or self.blobs or self.negatives)
 
 
 async def forget(store: Store, image: ImageName, marks: Marks) -> ForgetReport:
@@ -96,16 +96,16 @@ async def forget(store: Store, image: ImageName, marks: Marks) -> ForgetReport:
     else:
         counts = len(manifests), len(blobs)
         manifests |= _known(await records.manifests(repository))
-    refusals = await records.forget_content(repository, manifests, blobs)
-    more = await records.forget_refusals(repository, tag) if tag is not None or is_whole else 0
+    negatives = await records.forget_content(repository, manifests, blobs)
+    more = await records.forget_negatives(repository, tag) if tag is not None or is_whole else 0
     is_written = await records.forget_tags(tags)
     # Otherwise a restore from index.json would bring the names back.
     store.index.has_changed = True
-    if refusals is None or more is None or not is_written:
+    if negatives is None or more is None or not is_written:
         raise StorageUnavailable("the index could not be written: run the command again")
     names = tuple(sorted({record.tag.name for record in tags.values()}))
     return ForgetReport(
-        image, names, manifests=counts[0], blobs=counts[1], refusals=refusals + more
+        image, names, manifests=counts[0], blobs=counts[1], negatives=negatives + more
     )
 
 
@@ -145,8 +145,7 @@ async def _kept_by_marks(store: Store, repository: Repository, marks: Marks) -> 
     if leased:
         known, _ = _known(await store.index.name_records.content(repository))
         roots |= leased & known
-    pinned = {*marks.pins, *marks.freezes}
-    names = [name for name in pinned if repository_part(name) == str(repository)]
+    names = [name for name in marks.pins if repository_part(name) == str(repository)]
     if not roots and not names:
         return _Kept(set(), set())
     referrers: set[Digest] = set()

@@ -269,4 +269,4 @@ def _quarantine_item(path: Path, size: int, age: float) -> Item:
 
 
 def _expired_item(count: int) -> Item:
-    return Item(action="removed", kind="response", count=count, why="its time is over")
+    return Item(action="removed", kind="response", count=count, why="expired")

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from mirror.history.queries import find_tag_digests
 from mirror.oci.block_target import Target
 from mirror.oci.errors import (
     DigestInvalid,
@@ -78,9 +79,10 @@ async def pin(layout: Layout, index: Index, names: Sequence[ImageName], now: flo
         OSError: The marks cannot be written.
     """
     pins = [await _pin_of(index, name.with_default_tag(), now) for name in names]
+    absent = await _find_absent(layout, [one.digest for one in pins])
 
     def add(marks: Marks) -> Marks:
-        new = {one.name: _pin_in(marks, one) for one in pins}
+        new = {one.name: _pin_in(marks, one, absent) for one in pins}
         return replace(marks, pins={**marks.pins, **new})
 
     marks = await change(layout, add)
@@ -93,13 +95,26 @@ async def _pin_of(index: Index, name: ImageName, now: float) -> Pin:
     return Pin(str(name), (await find_digests(index, name))[0], now)
 
 
-def _pin_in(marks: Marks, new: Pin) -> Pin:
-    """Return a new pin with the digest that a frozen tag is served as, and the earlier time."""
+def _pin_in(marks: Marks, new: Pin, absent: tuple[Digest, ...]) -> Pin:
+    """Return a new pin with the digest that a frozen tag is served as, and the earlier time.
+
+    ``absent``: the manifests that are not on the disk. Those of freezes are known from these.
+    """
     freeze, earlier = marks.freezes.get(new.name), marks.pins.get(new.name)
-    return replace(
-        new,
-        digest=new.digest if freeze is None else freeze.digest,
+    digest = new.digest if freeze is None else freeze.digest
+    known = absent if freeze is None else freeze.absent
+    return Pin(
+        new.name,
+        digest,
         since=new.since if earlier is None else earlier.since,
+        absent=(digest,) if digest in known else (),
+    )
+
+
+async def _find_absent(layout: Layout, digests: Sequence[Digest]) -> tuple[Digest, ...]:
+    """Return those of some manifests that are not on the disk."""
+    return await run_in_thread(
+        lambda: tuple(one for one in digests if not disk.has_whole(layout, one))
     )
 
 
@@ -171,8 +186,8 @@ def why_incomplete(layout: Layout, target: Target, block: Block) -> str | None:
         case _:
             return None
     return (
-        "the content is not here: if it is an index, also block the digests of the images that it "
-        "lists, or pull it first"
+        "the content is not in the cache: if it is an index, also block the digests of the images "
+        "that it lists, or pull it first"
     )
 
 
@@ -239,7 +254,8 @@ async def freeze(layout: Layout, index: Index, name: ImageName, now: float) -> F
     """
     name = _with_tag(name)
     digest, *variants = await find_current(index, name)
-    new = Freeze(str(name), digest, now, tuple(variants))
+    absent = await _find_absent(layout, [digest, *variants])
+    new = Freeze(str(name), digest, now, variants=tuple(variants), absent=absent)
 
     def add(marks: Marks) -> Marks:
         return replace(marks, freezes={new.name: new, **marks.freezes})
@@ -288,15 +304,15 @@ async def roll_back(
         OSError: The marks cannot be written.
     """
     name = _with_tag(name)
-    digest = choose_digest(name, await find_digests(index, name), to)
+    digest = choose_digest(name, await _find_all_digests(layout, index, name), to)
     missing = await run_in_thread(count_missing, layout, digest)
     if missing:
         await check_upstream(name.repository, digest)
-    new = Freeze(str(name), digest, now)
+    new = Freeze(str(name), digest, now, absent=await _find_absent(layout, [digest]))
 
     def put(marks: Marks) -> Marks:
-        earlier = marks.freezes.get(new.name)
-        is_there = earlier is not None and earlier.digest == digest
+        previous = marks.freezes.get(new.name)
+        is_there = previous is not None and previous.digest == digest
         return marks if is_there else replace(marks, freezes={**marks.freezes, new.name: new})
 
     return Rollback((await change(layout, put)).freezes[new.name], missing)
@@ -316,6 +332,19 @@ async def find_digests(index: Index, name: ImageName) -> list[Digest]:
     """
     records = await _find_records(index, name)
     return list(dict.fromkeys(digest for record in records for digest in record.digests))
+
+
+async def _find_all_digests(layout: Layout, index: Index, name: ImageName) -> list[Digest]:
+    """Return the digests of a tag that ``oci-mirror history`` lists: the index forgets some."""
+    assert isinstance(name.reference, Tag)
+    earlier = await run_in_thread(find_tag_digests, layout, name.repository, name.reference)
+    try:
+        known = await find_digests(index, name)
+    except ManifestUnknown:
+        if not earlier:
+            raise
+        known = []
+    return list(dict.fromkeys([*known, *earlier]))
 
 
 async def find_current(index: Index, name: ImageName) -> list[Digest]:

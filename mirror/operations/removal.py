@@ -18,6 +18,7 @@ from typing import Final
 from mirror.inventory.model import MANIFEST_PART_TYPES, Content, DigestText, Image, Inventory
 from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest, Repository
+from mirror.oci.text import count_text, size_text
 from mirror.operations.cleaning_report import CleaningReport, Item
 from mirror.store.name_removal import RemovedName
 from mirror.store.protection import ProtectionUnknown
@@ -145,7 +146,12 @@ async def _remove(
     await store.index.return_to_disk()  # On a disk that was full, there is room now.
     names = [i for i in going if marked.isdisjoint(inventory.sharing.reached(i.root))]
     if not await store.index.remove_names(removed_names(inventory, names)):
-        raise StorageUnavailable("the index could not be written: try again")
+        size = size_text(sum(result.sizes.values()))
+        raise StorageUnavailable(
+            f"{count_text(len(result.sizes), 'content')} ({size}) removed, but the index could not "
+            f"be written ({store.index.refusal or 'it is busy'}), so the names stay: free more "
+            "space on the disk if it is full, and run the command again"
+        )
     left = {image.root for image in names}
     result.add(await _remove_contents(store, inventory, [one for one in roots if one in left]))
     return result

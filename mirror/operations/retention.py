@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol
 
-from mirror.inventory.model import Image, is_named
+from mirror.inventory.model import Image
+from mirror.inventory.name_patterns import is_named
 from mirror.oci.reference import Digest
 from mirror.oci.text import age_text
 from mirror.oci.versions import Version, parse_version

@@ -94,7 +94,7 @@ class Subset:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """A finding, and the command that mends it."""
+    """A finding, and the command that repairs it."""
 
     problem: ProblemKind
     image: str | None
@@ -102,12 +102,12 @@ class Problem:
     digest: str
     """The content. Of an incomplete image: its manifest."""
     bytes: int
-    """Bytes of the content, or of what lacks."""
+    """Bytes of the content; of an incomplete image, of its missing parts."""
     what: str
     """The problem in words, for people."""
     command: str | None
-    """Mends it. None: no image has the content, or no command can bring it back."""
-    is_mended: bool = False
+    """Repairs it. None: no image has the content, or no command can bring it back."""
+    is_repaired: bool = False
     is_hosted: bool = False
     """Whether a hosted repository has it, and nothing else: no command brings it back."""
 
@@ -127,7 +127,7 @@ class Problem:
             "bytes": self.bytes,
             "what": self.what,
             "command": self.command,
-            "is_mended": self.is_mended,
+            "is_repaired": self.is_repaired,
             "is_hosted": self.is_hosted,
         }
 
@@ -147,8 +147,8 @@ class VerifyReport:
 
     @property
     def has_damage(self) -> bool:
-        """Whether damage was found that no repair has mended."""
-        return any(problem.is_damage and not problem.is_mended for problem in self.problems)
+        """Whether damage was found that no repair has fetched again."""
+        return any(problem.is_damage and not problem.is_repaired for problem in self.problems)
 
 
 OnProgress: TypeAlias = Callable[[int, int], None]
@@ -312,7 +312,7 @@ def _absent(images: Iterable[Image]) -> Iterator[Problem]:
                 image=image.name,
                 digest=image.root,
                 bytes=0,
-                what=f"its manifest is not here: {image.absence.value}",
+                what=f"its manifest is not in the cache: {image.absence.value}",
                 command=_command(image.name) if image.is_lost else f"oci-mirror warm {image.name}",
             )
 
@@ -362,9 +362,9 @@ async def repair(
         wanted = list(dict.fromkeys(wanted))
         if not wanted:
             break
-    incomplete = {image.name for image in latest.images if image.missing}
+    incomplete = {image.name for image in again if image.missing}
     report.problems = [
-        replace(problem, is_mended=_is_mended(problem, latest, incomplete))
+        replace(problem, is_repaired=_is_repaired(problem, latest, incomplete))
         for problem in report.problems
     ]
 
@@ -395,7 +395,7 @@ def _kind(is_manifest: bool) -> Kind:
     return Kind.MANIFEST if is_manifest else Kind.BLOB
 
 
-def _is_mended(problem: Problem, latest: Inventory, incomplete: Collection[str]) -> bool:
+def _is_repaired(problem: Problem, latest: Inventory, incomplete: Collection[str]) -> bool:
     if problem.problem == "incomplete":
         return problem.image not in incomplete
     if problem.problem == "absent":

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, Literal, TypeAlias
@@ -357,6 +358,9 @@ class _ImageRun:
         for digest in missing:
             del self._sizes[digest]
         reason = store.unwritable_reason or "it was evicted: raise storage.max_size"
+        with suppress(OSError):
+            if store.unwritable_reason is None and await store.space.is_limited_by_disk():
+                reason = "the disk is full: free space on it, or use a larger one"
         raise StorageUnavailable(
             f"{count_text(len(missing), 'content')}, {size_text(size)}, not on the disk: {reason}"
         )

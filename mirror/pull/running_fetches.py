@@ -122,6 +122,7 @@ class RunningFetches:
         pull = source.request.pull
         pull.trace = trace = pull.trace or PullTrace()
         trace.progress, trace.is_known = fetch.ingest.progress, source.access_record is not None
+        trace.is_damaged = self._store.blobs.is_damaged(source.request.digest)
         return fetch, follower, has_joined
 
     def find_active(self, digest: Digest) -> Fetch | None:

@@ -16,6 +16,7 @@ from typing import Final, assert_never
 from cachetools import TTLCache
 
 from mirror.observability.events import Kind, Outcome, RequestRecord
+from mirror.observability.traces import PullTrace
 from mirror.oci.accept import is_acceptable
 from mirror.oci.descriptor import add_referrers, referrers_index
 from mirror.oci.errors import BlobUnknown, Denied, NotFound, StorageUnavailable, UpstreamError
@@ -178,6 +179,7 @@ class PullService:
         is_head: bool,
     ) -> ManifestResult:
         """Serve the first manifest of a frozen tag that the client accepts, else the first one."""
+        pull.trace = PullTrace(is_frozen=True)
         results: list[ManifestResult] = []
         for digest in digests:
             self._admit_digest(digest, pull)

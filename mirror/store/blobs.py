@@ -16,6 +16,7 @@ held back as well.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import threading
 from collections.abc import Callable, Collection
@@ -44,6 +45,10 @@ from mirror.store.reader import FileExtent
 
 SMALL_BYTES: Final = 4 * 1024 * 1024
 """Bytes up to which content is verified before its first byte is served: hashed within 10 ms."""
+_DAMAGE_TTL_S: Final = 60.0
+"""Seconds for which damage is remembered: the request that has found it fetches the content."""
+_MAX_DAMAGED: Final = 1000
+"""Damaged contents that are remembered."""
 _MAX_REMEMBERED: Final = 100_000
 """Digests whose times are kept in memory (24 MB). An older verification time is read from the index
 again, and forgotten recency costs one more system call."""
@@ -107,6 +112,8 @@ class BlobStore:
         self._verified: dict[Digest, float] = {}
         self._unsaved: set[Digest] = set()
         self._lengths: dict[Digest, int] = {}
+        self._damaged: dict[Digest, float] = {}
+        """Content -> when damage was found in it, in seconds since the epoch."""
         """Bytes of content that was verified in this process."""
         self._stopping = threading.Event()
         self._used_at: dict[Digest, float] = {}
@@ -294,7 +301,14 @@ class BlobStore:
             self._emit(Reverified(str(digest), is_ok=True))
         self.release(digest, lease)
 
+    def is_damaged(self, digest: Digest) -> bool:
+        """Return whether a request found damage in this content within the last minute."""
+        return self._now() - self._damaged.get(digest, -math.inf) < _DAMAGE_TTL_S
+
     def _report_damage(self, digest: Digest) -> None:
+        if len(self._damaged) >= _MAX_DAMAGED:
+            self._damaged.clear()
+        self._damaged[digest] = self._now()
         self._verified.pop(digest, None)
         self._unsaved.discard(digest)
         self._emit(DigestMismatched(upstream="", digest=str(digest), where="disk"))

@@ -156,6 +156,7 @@ class ReadableIngest:
         if self.window is None:
             self.window = Window(self.on_disk)
             self.lock.remove_file()
+            self.progress.uncached = reason
             self.context.emit(Uncached(str(self.digest), reason))
 
     async def wait_for_memory(self) -> None:

@@ -39,7 +39,7 @@ _KEYS_BETWEEN: Final = (
 
 
 def count_expired(layout: Layout, now: float) -> int:
-    """Return the number of responses whose time is over. ``now``: seconds since the epoch.
+    """Return the number of expired responses. ``now``: seconds since the epoch.
 
     Blocks. Raises ``StorageUnavailable`` if the index cannot be read.
     """
@@ -50,7 +50,7 @@ def count_expired(layout: Layout, now: float) -> int:
 
 
 def drop_expired(layout: Layout, now: float) -> int:
-    """Delete the responses whose time is over, and return their number. Blocks.
+    """Delete the expired responses, and return their number. Blocks.
 
     Raises ``StorageUnavailable`` if the index cannot be written.
     """

@@ -16,15 +16,17 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, TYPE_CHECKING, Any, Final
 
-from mirror.observability.events import LogMessage, Observer
 from mirror.oci.descriptor import OCI_INDEX
 from mirror.oci.headers import media_type_of
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store import disk
 from mirror.store.layout import Layout
 from mirror.store.records import MALFORMED, NamedManifest, parse_size_bytes
+
+if TYPE_CHECKING:
+    from mirror.observability.events import Observer
 
 _REF_NAME: Final = "org.opencontainers.image.ref.name"
 _UPSTREAM: Final = "org.oci-mirror.upstream"
@@ -144,6 +146,9 @@ def read_saved_names(layout: Layout, emit: Observer) -> Iterator[NamedManifest]:
     try:
         yield from read_index_json(layout)
     except (OSError, *MALFORMED) as error:
+        # Imported here: a listing reads names, and reports no events.
+        from mirror.observability.events import LogMessage
+
         message = "index.json is damaged, names may be missing: it is renamed to index.json.damaged"
         emit(LogMessage("error", message, (("why", str(error) or type(error).__name__),)))
         with suppress(OSError):

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
-from mirror.observability.events import IndexRestored, LogMessage, Observer
+from mirror.observability.events import IndexRestored, LogMessage, Observer, TagMoved
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store import names
 from mirror.store.image_links import Links, find_links
@@ -44,7 +44,6 @@ from mirror.store.records import (
     load_negative,
     load_tag,
     merge_into,
-    moved_event,
     parse_time,
 )
 from mirror.store.rows import Rows, Tables
@@ -191,7 +190,7 @@ class Index:
         if texts is None:
             return None
         record = confirmed(texts[0])
-        if (moved := moved_event(load_tag(texts[0]), record, variant)) is not None:
+        if (moved := _moved_event(load_tag(texts[0]), record, variant)) is not None:
             self.has_changed = True
             self._emit(moved)
         return record
@@ -332,7 +331,7 @@ class Index:
     # --- negative responses, lists ----------------------------------------------------------------
 
     async def negative(self, key: str) -> str | None:
-        """Return the message of a recorded 404. None without one, or if its time is over."""
+        """Return the message of a recorded 404. None without one, or if it has expired."""
         return load_negative(await self._get(RESPONSES, f"negative {key}"), self._now())
 
     async def put_negative(self, key: str, message: str, ttl: float) -> None:
@@ -451,3 +450,24 @@ def _replace_by(text: str | None) -> Update:
 def _try_write(tables: Tables) -> None:
     tables.write(RESPONSES, "probe", "")
     tables.delete(RESPONSES, "probe")
+
+
+def _moved_event(earlier: TagRecord | None, new: TagRecord, variant: str) -> TagMoved | None:
+    """Return the event of a tag that has another digest than before. None: it has the same.
+
+    Args:
+        earlier: Its record until now. None: it was not known.
+        new: Its record from now on.
+        variant: See :meth:`Index.tag`.
+    """
+    if earlier is not None and earlier.digest == new.digest:
+        return None
+    return TagMoved(
+        new.repository.upstream,
+        new.repository.path,
+        new.tag.name,
+        variant,
+        str(new.digest),
+        new.first_seen,
+        None if earlier is None else (str(earlier.digest), earlier.first_seen, earlier.confirmed),
+    )

@@ -58,6 +58,13 @@ class Pin:
     """Its digest when it was pinned. The digest that its tag has later is protected, too."""
     since: float
     """Seconds since the epoch."""
+    absent: tuple[Digest, ...] = ()
+    """``digest`` if it was not on the disk when it was pinned. That it is missing is no loss."""
+
+    @property
+    def digests(self) -> tuple[Digest, ...]:
+        """The one digest that it names."""
+        return (self.digest,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +79,8 @@ class Freeze:
     variants: tuple[Digest, ...] = ()
     """Manifests for clients that do not accept the type of ``digest``: a registry sends old clients
     another one. The first one that a client accepts is served."""
+    absent: tuple[Digest, ...] = ()
+    """Manifests among ``digests`` that were not on the disk when the tag was frozen."""
 
     @property
     def digests(self) -> tuple[Digest, ...]:
@@ -120,6 +129,11 @@ class Marks:
     """Leases of digests that another source has leased for longer. They count once that source no
     longer lists the digest."""
 
+    def all_kept(self) -> Iterator[Pin | Freeze]:
+        """Return the freezes and the pins: they keep images, until an operator takes them away."""
+        yield from self.freezes.values()
+        yield from self.pins.values()
+
     def all_leases(self) -> Iterator[Lease]:
         """Return the leases of all sources."""
         yield from self.leases.values()
@@ -150,11 +164,18 @@ def protected_roots(marks: Marks, now: float) -> set[Digest]:
 def kept_manifests(marks: Marks) -> dict[str, set[Digest]]:
     """Return the digests that pins and freezes name, by the whole name of the repository."""
     found: dict[str, set[Digest]] = {}
-    for pin in marks.pins.values():
-        found.setdefault(repository_part(pin.name), set()).add(pin.digest)
-    for freeze in marks.freezes.values():
-        found.setdefault(repository_part(freeze.name), set()).update(freeze.digests)
+    for mark in marks.all_kept():
+        found.setdefault(repository_part(mark.name), set()).update(mark.digests)
     return found
+
+
+def expected_manifests(marks: Marks) -> set[Digest]:
+    """Return the manifests that were on the disk when they were pinned or frozen.
+
+    If one of them is missing, it is lost. One that was evicted before it was marked is not.
+    """
+    kept = marks.all_kept()
+    return {one for mark in kept for one in mark.digests if one not in mark.absent}
 
 
 def repository_part(name: str) -> str:
@@ -237,11 +258,11 @@ def read_marks(layout: Layout) -> Marks:
 
 def _entries(marks: Marks) -> Iterator[Entry]:
     for pin in marks.pins.values():
-        yield {"pin": pin.name, "digest": str(pin.digest), "since": pin.since}
+        yield {"pin": pin.name, "digest": str(pin.digest), "since": pin.since} | _absent_of(pin)
     for freeze in marks.freezes.values():
         variants = {"variants": list(map(str, freeze.variants))} if freeze.variants else {}
         entry = {"freeze": freeze.name, "digest": str(freeze.digest), "since": freeze.since}
-        yield entry | variants
+        yield entry | variants | _absent_of(freeze)
     for block in marks.blocks.values():
         digests = [str(digest) for digest in sorted(block.digests)]
         yield {
@@ -257,6 +278,10 @@ def _entries(marks: Marks) -> Iterator[Entry]:
             yield {"leases": source, "until": until, "digests": some}
 
 
+def _absent_of(mark: Pin | Freeze) -> Entry:
+    return {"absent": list(map(str, mark.absent))} if mark.absent else {}
+
+
 def _load(entries: Iterable[Entry]) -> Marks:
     """Return the marks of a file. Raises ``ValueError`` for an entry that is not understood.
 
@@ -270,11 +295,14 @@ def _load(entries: Iterable[Entry]) -> Marks:
         try:
             match entry:
                 case {"pin": name, **rest}:
-                    pins[_text(name)] = Pin(name, _digest(rest), _time(rest["since"]))
+                    since, absent = _time(rest["since"]), _digests(rest, "absent")
+                    pins[_text(name)] = Pin(name, _digest(rest), since, absent)
                 case {"freeze": name, **rest}:
-                    variants = tuple(map(Digest.parse, rest.get("variants", ())))
+                    variants, absent = _digests(rest, "variants"), _digests(rest, "absent")
                     since = _time(rest["since"])
-                    freezes[_text(name)] = Freeze(name, _digest(rest), since, variants)
+                    freezes[_text(name)] = Freeze(
+                        name, _digest(rest), since, variants=variants, absent=absent
+                    )
                 case {"block": target, **rest}:
                     digests = frozenset(map(Digest.parse, rest["digests"]))
                     reason, since = str(rest["reason"]), _time(rest["since"])
@@ -298,6 +326,10 @@ def _text(value: Any) -> str:
 
 def _digest(fields: Entry) -> Digest:
     return Digest.parse(fields["digest"])
+
+
+def _digests(fields: Entry, name: str) -> tuple[Digest, ...]:
+    return tuple(map(Digest.parse, fields.get(name, ())))
 
 
 def _time(value: Any) -> float:

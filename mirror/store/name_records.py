@@ -88,7 +88,7 @@ class NameRecords:
     async def forget_content(
         self, repository: Repository, manifests: Iterable[Digest], blobs: Iterable[Digest]
     ) -> int | None:
-        """Delete what is known of content in a repository: access, refusals, lists of referrers.
+        """Delete what is known of content in a repository: access, 404s, lists of referrers.
 
         Returns how many 404 responses were remembered. None if not all was written.
         """
@@ -106,7 +106,7 @@ class NameRecords:
             return None
         return sum(text is not None for text in refusals)
 
-    async def forget_refusals(self, repository: Repository, tag: Tag | None) -> int | None:
+    async def forget_negatives(self, repository: Repository, tag: Tag | None) -> int | None:
         """Delete the remembered 404 responses for a tag. Returns how many there were.
 
         None if the database fails.

@@ -3,15 +3,16 @@
 Lives here: the images that pins, freezes and leases name, with all that they refer to and all that
 refers to them. Must not know: who removes content, and why.
 
-Protected are the digests that a mark names and the digests that a pinned or frozen tag has now, all
-parts of these manifests at any depth, and their referrers: signatures, attestations, SBOMs. A
-referrer is known if the index has its tag (``sha256-<hex>``, or that with an ending such as
-``.sig``), or a list of referrers that a client has asked for. An index that lists a marked image is
-protected, too, but not the images that it has for other platforms: a node that uses one of them
-pulls the index again.
+Protected are the digests that a mark names and the digest that a pinned tag has now, all parts of
+these manifests at any depth, and their referrers: signatures, attestations, SBOMs. A referrer is
+known if the index has its tag (``sha256-<hex>``, or that with an ending such as ``.sig``), or a
+list of referrers that a client has asked for. An index that lists a marked image is protected, too,
+but not the images that it has for other platforms: a node that uses one of them pulls the index
+again.
 
-If such a manifest is damaged, or that of a pin or a freeze is missing, it is not known which parts
-it has. Then all content that its repository may serve is protected.
+If such a manifest is damaged, or that of a pin or a freeze is missing that was here when it was
+marked, it is not known which parts it has. Then all content that its repository may serve is
+protected.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from mirror.store.marks import (
     Marks,
     MarksDamaged,
     Stamp,
+    expected_manifests,
     kept_manifests,
     marks_held,
     protected_roots,
@@ -95,7 +97,7 @@ class Protection:
         if self._is_current():
             return
         stamp, marks = self._read()
-        names = [*marks.pins, *marks.freezes]
+        names = list(marks.pins)  # A frozen tag is served as the digest of its freeze only.
         roots = protected_roots(marks, self._now())
         found, indexes = self._add(roots), set[Digest]()
         for _ in range(_MAX_ROUNDS):
@@ -212,9 +214,8 @@ class Protection:
 def read_unclear(layout: Layout, marks: Marks, unknown: Collection[Digest]) -> set[Digest]:
     """Return the content that may be part of protected manifests whose parts are not known.
 
-    That is all content that their repositories may serve. A missing manifest counts only if a pin
-    or a freeze names it, and the index knows that its repository has it: otherwise it was never
-    here. Blocks.
+    That is all content that their repositories may serve. A missing manifest counts only if it was
+    here when it was pinned or frozen, and the index knows that its repository has it. Blocks.
 
     Args:
         layout: The data directory.
@@ -228,7 +229,7 @@ def read_unclear(layout: Layout, marks: Marks, unknown: Collection[Digest]) -> s
     damaged = {one for one in unknown if is_damaged(layout, one)}
     # A damaged one was here, although the index may have lost its record.
     repositories = [name for name, some in kept.items() if not some.isdisjoint(damaged)]
-    unclear = damaged.union(*kept.values())
+    unclear = damaged.union(expected_manifests(marks).intersection(unknown))
     return read_access_beside(layout, unclear, repositories) if unclear else set()
 
 
@@ -267,9 +268,9 @@ def name_holding(layout: Layout, marks: Marks, unknown: Collection[Digest]) -> l
         marks: The operator's marks.
         unknown: Protected manifests whose parts are not known.
     """
-    names = {one: freeze.name for freeze in marks.freezes.values() for one in freeze.digests}
-    names |= {pin.digest: pin.name for pin in marks.pins.values()}
-    kept = {one for one in unknown if one in names or is_damaged(layout, one)}
+    names = {one: mark.name for mark in marks.all_kept() for one in mark.digests}
+    expected = expected_manifests(marks)
+    kept = {one for one in unknown if one in expected or is_damaged(layout, one)}
     return sorted(names.get(one, str(one)) for one in kept)
 
 

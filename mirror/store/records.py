@@ -11,7 +11,6 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from mirror.observability.events import TagMoved
 from mirror.oci.descriptor import Manifest, parse_manifest, sniff_media_type
 from mirror.oci.errors import InvalidRequest
 from mirror.oci.headers import OCTET_STREAM
@@ -129,27 +128,6 @@ def confirm(
         del previous[next(droppable, -1)]
     return TagRecord(
         repository, tag, digest, first_seen=now, confirmed=now, previous_digests=tuple(previous)
-    )
-
-
-def moved_event(earlier: TagRecord | None, new: TagRecord, variant: str) -> TagMoved | None:
-    """Return the event of a tag that has another digest than before. None: it has the same.
-
-    Args:
-        earlier: Its record until now. None: it was not known.
-        new: Its record from now on.
-        variant: See :meth:`mirror.store.index.Index.tag`.
-    """
-    if earlier is not None and earlier.digest == new.digest:
-        return None
-    return TagMoved(
-        new.repository.upstream,
-        new.repository.path,
-        new.tag.name,
-        variant,
-        str(new.digest),
-        new.first_seen,
-        None if earlier is None else (str(earlier.digest), earlier.first_seen, earlier.confirmed),
     )
 
 

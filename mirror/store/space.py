@@ -443,6 +443,14 @@ class Space:
             usage, _ = await self._read()
         return usage
 
+    async def is_limited_by_disk(self) -> bool:
+        """Return whether the disk has less room than ``max_size`` allows: a larger one is no help.
+
+        Raises ``OSError`` if the free space of the disk cannot be read.
+        """
+        usage, disk_free = await self._read()
+        return usage is not None and usage.total + max(0, disk_free) < self._settings.max_size
+
     async def _may_write(self, need: int) -> bool | None:
         """Return True if there is room, False if there never will be, None if there is none now.
 

@@ -53,7 +53,7 @@ _NEEDS_CERTIFICATE: Final = ("CERTIFICATE_REQUIRED", "BAD_CERTIFICATE", "HANDSHA
 _NOT_YET_VALID: Final = 9
 """X509_V_ERR_CERT_NOT_YET_VALID: its time has not begun."""
 _EXPIRED: Final = 10
-"""X509_V_ERR_CERT_HAS_EXPIRED: its time is over."""
+"""X509_V_ERR_CERT_HAS_EXPIRED: the certificate has expired."""
 _OTHER_NAMES: Final = (62, 64)
 """X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH: it has other names."""
 _UNKNOWN_AUTHORITIES: Final = (2, 18, 19, 20, 21)
@@ -87,7 +87,7 @@ class Hop:
     is_looking_up: bool = False
     """Whether the name of the host is still being looked up."""
     certificate: bytes = b""
-    """The certificate that the host has sent (DER), if its time is over. Otherwise empty."""
+    """The certificate that the host has sent (DER), if it has expired. Otherwise empty."""
 
     @property
     def host(self) -> str:

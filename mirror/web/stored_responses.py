@@ -146,6 +146,8 @@ class StoredResponse:
             is_complete=first.is_complete,
             started=started,
             first_byte=seconds,
+            # Of a hit, only that its tag is frozen holds for the next request, too.
+            trace=first.trace if first.trace is not None and first.trace.is_frozen else None,
         )
         date = format_date(int(time.time()))
         header = self._template % (record.request_id, seconds * 1000, date)

@@ -77,8 +77,8 @@ def test_json_of_every_command_fits_its_schema_after_real_clients_pulled(
     assert {NAME, OTHER, DAMAGED} <= {row["name"] for row in printed["ls"]}
     clients = {str(row["user_agent"]).partition("/")[0] for row in printed["explain"]}
     assert clients >= {"containerd", "skopeo"}, clients
-    # Each finding names the command that mends it, and that command does.
+    # Each finding names the command that repairs it, and that command does.
     findings = printed["verify"]
     assert findings
-    assert all(row["command"] or row["is_mended"] for row in findings)
-    assert findings[-1]["is_mended"]
+    assert all(row["command"] or row["is_repaired"] for row in findings)
+    assert findings[-1]["is_repaired"]

@@ -187,9 +187,8 @@ async def test_content_of_another_repository_looks_like_missing_content(tmp_path
                     async with server.client.request(
                         method, server.blob(digest), headers=extra
                     ) as response:
-                        responses.append(
-                            (response.status, shape(response.headers), await response.read())
-                        )
+                        body = (await response.read()).replace(str(digest).encode(), b"<digest>")
+                        responses.append((response.status, shape(response.headers), body))
                 assert responses[0] == responses[1]
                 assert responses[0][0] == 404
         assert (await server.get(server.manifest(manifest)))[0] == 404
@@ -242,7 +241,8 @@ async def test_random_names_are_404_and_leave_bounded_traces(
         names = [{line.split(b"}")[0] for line in text.splitlines()} for text in (before, after)]
         grown = names[1] - names[0]
         assert not [name for name in grown if re.search(rb"\"[rt][0-9a-f]{6,}\"", name)]
-        assert len(grown) < 100
+        # Two histograms for each kind of content: they begin with their first request.
+        assert len(grown) < 120
         await server.store.idle()
         assert not list((tmp_path / "ingest" / "sha256").iterdir())
         tried(count)

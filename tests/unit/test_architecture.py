@@ -82,7 +82,9 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "observability.library_logs": {"observability.logs", *SHARED},
     "observability.log_stream": set(),
     "observability.hosted_metrics": {"observability.hosted_events"},
+    "observability.metric_labels": set(),
     "observability.metrics": {
+        "observability.metric_labels",
         "observability.hosted_metrics",
         "observability.notification_metrics",
         *SHARED,
@@ -131,7 +133,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     },
     "cli": {
         *("cli", "operations", "inventory", "composition", "notifications", "processes"),
-        "access.login_credentials",
+        *("access.login_credentials", "admin.tokens"),
         *(*LOADING, *BELOW_SERVER),
     },
     "__main__": {"cli"},

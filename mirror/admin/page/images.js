@@ -13,7 +13,7 @@ const COLUMNS = [
   ["size", "Size", "number"],
   ["unique", "Frees", "number"],
   ["last_used", "Used", "number"],
-  ["checked", "Checked", "number"],
+  ["confirmed", "Confirmed", "number"],
 ];
 
 const view = { search: "", state: "", sort: "last_used", order: "desc", offset: 0 };
@@ -77,7 +77,7 @@ function row(image) {
     cell("Size", bytes(image.size)),
     cell("Frees", bytes(image.unique)),
     cell("Used", ago(image.last_used), moment(image.last_used)),
-    cell("Checked", ago(image.checked), moment(image.checked)),
+    cell("Confirmed", ago(image.confirmed), moment(image.confirmed)),
     !isReadOnly && el("td", { class: "wide" }, el("div", { class: "row-actions" }, actions(image))),
   );
 }
@@ -89,7 +89,7 @@ function platformText(platforms) {
 
 function reasons(image) {
   return {
-    partial: image.missing_parts ? `lacks ${plural(image.missing_parts, "part")}, ${bytes(image.missing_bytes)}` : "",
+    partial: image.missing_parts ? `lacks ${plural(image.missing_parts, "part")}, at least ${bytes(image.missing_bytes)}` : "",
     stale: image.stale_why ?? "",
     blocked: image.blocked_why ?? "",
   };
@@ -196,7 +196,7 @@ export async function showImage(name) {
       ["Size", bytes(image.size)],
       ["Removing frees", bytes(image.unique)],
       ["Last used", ago(image.last_used)],
-      ["Upstream confirmed", ago(image.checked)],
+      ["Upstream confirmed", ago(image.confirmed)],
       ["Platforms", image.platforms.join(", ") || "–"],
     ].map(([title, value]) => el("div", {}, el("dt", {}, title), el("dd", {}, value))),
     el("div", { class: "wide" }, el("dt", {}, "Digest"), el("dd", {}, el("code", {}, image.digest)))),
@@ -216,9 +216,9 @@ function treeTable(nodes) {
       el("tbody", {}, nodes.map((node) => {
         const first = el("td", {}, node.platform ? `${node.type} ${node.platform}` : node.type);
         first.style.paddingLeft = `${0.75 + node.depth * 1.1}rem`;
-        return el("tr", { class: node.is_here ? "" : "absent" },
+        return el("tr", { class: node.is_cached ? "" : "absent" },
           first,
-          el("td", {}, el("code", { title: node.digest }, shortDigest(node.digest)), !node.is_here && " not here"),
+          el("td", {}, el("code", { title: node.digest }, shortDigest(node.digest)), !node.is_cached && " not cached"),
           el("td", { class: "number" }, bytes(node.size)),
           el("td", { class: "number", title: node.shared_with.slice(0, 8).join("\n") || null }, node.shared_with.length ? plural(node.shared_with.length, "image") : "–"));
       }))),

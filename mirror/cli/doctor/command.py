@@ -32,6 +32,10 @@ _COLORS: Final = {Status.OK: "32", Status.WARNING: "33", Status.PROBLEM: "31"}
 """Status -> colour on a terminal (ECMA-48, "SGR")."""
 
 
+_TEXT_AT: Final = 9
+"""Characters of a line before a finding: its status."""
+
+
 def add_parser(commands: Commands) -> None:
     """Add ``doctor``."""
     parser = commands.add_parser(
@@ -98,17 +102,19 @@ def run_doctor(arguments: argparse.Namespace) -> int:
 
 def _print_group(group: Sequence[Finding]) -> None:
     # Imported here: it is about terminals, and --json needs none.
-    from mirror.cli.listing import is_terminal
+    from mirror.cli.listing import print_text
 
     status = group[0].status
-    text = f"{status.value:<8}"
-    if is_terminal():
-        text = f"\x1b[{_COLORS[status]}m{text}\x1b[0m"
+
+    def paint(line: str) -> str:
+        return f"\x1b[{_COLORS[status]}m{line[: _TEXT_AT - 1]}\x1b[0m{line[_TEXT_AT - 1 :]}"
+
     for line in lines(group):
-        print_line(f"{text} {line}")
+        text = f"{status.value:<{_TEXT_AT - 1}} {line}"
+        print_text(text, indent=_TEXT_AT, is_whole=True, paint=paint)
     remedy = remedy_line(group)
     if remedy is not None:
-        print_line(f"         remedy: {remedy}")
+        print_text(f"{' ' * _TEXT_AT}remedy: {remedy}", indent=2, is_whole=True)
 
 
 # --- the mirror -----------------------------------------------------------------------------------
@@ -124,6 +130,7 @@ def _check_mirror(arguments: argparse.Namespace) -> Iterator[Finding]:
         check_index,
         check_marks,
         check_port,
+        check_quarantine,
     )
     from mirror.store.layout import Layout
     from mirror.store.marks import read_marks
@@ -156,6 +163,7 @@ def _check_mirror(arguments: argparse.Namespace) -> Iterator[Finding]:
             Checked("marks", str(marks)),
             lambda: [check_marks(marks, lambda: read_marks(Layout(root)))],
         ),
+        (Checked("quarantine", str(root)), lambda: check_quarantine(Layout(root))),
         (Checked("hosted", "names.db"), lambda: check_hosted(settings)),
         (Checked("port", settings.listen), lambda: [check_port(settings)]),
         (Checked("endpoint", "all"), check_upstreams),
@@ -182,7 +190,7 @@ def _unused_as_warnings(findings: Iterable[Finding], used: Collection[str]) -> I
     ``used``: upstreams with a tag in the cache. Empty: the cache is new, and all count.
     """
     for finding in findings:
-        upstream = finding.subject.partition(" ")[0]
+        upstream = (finding.subject or finding.target).partition(" ")[0]
         if finding.status is Status.PROBLEM and used and upstream not in used:
             yield replace(
                 finding,

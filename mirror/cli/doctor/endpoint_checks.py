@@ -171,7 +171,9 @@ async def _check_endpoint(
                     endpoint, partial(_look_at, url, upstream, asked[0].upstream)
                 )
                 if look.failure:
-                    return [subject.problem(look.failure, look.remedy)]
+                    # Endpoints with the same failure are one line.
+                    same = Checked(subject.check, "", target=subject.subject)
+                    return [same.problem(look.failure, look.remedy)]
                 if look.clock_offset is not None:
                     report.clock_offsets.append(look.clock_offset)
                 findings.extend(_certificate_findings(subject.subject, look.certificate_ends))
@@ -187,7 +189,9 @@ async def _check_endpoint(
             )
         )
     except MirrorError as error:
-        findings.append(subject.problem(error.message, "mend the setting that the message names"))
+        findings.append(
+            subject.problem(error.message, "correct the setting that the message names")
+        )
     except OSError as error:
         findings.append(subject.problem(str(error), "check the network of this machine"))
     return findings
@@ -222,7 +226,7 @@ def _look_at(url: URL, upstream: Upstream, name: str) -> _Look:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         look.addresses = list(dict.fromkeys(str(address[4][0]) for address in found))
     except OSError as error:
-        look.failure = f"the name {host} cannot be resolved: {error.strerror}"
+        look.failure = f"the name of its host cannot be resolved: {error.strerror}"
         look.remedy = "check /etc/resolv.conf and the name servers of this machine (in a pod: DNS)"
         return look
     connection: HTTPConnection

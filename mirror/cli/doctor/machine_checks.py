@@ -25,10 +25,11 @@ from mirror.cli.own_server import OwnServer, failure_text
 from mirror.config.settings import Settings, Storage
 from mirror.config.values import is_loopback_only, split_host
 from mirror.oci.errors import MirrorError
-from mirror.oci.text import size_text
+from mirror.oci.text import count_text, size_text, time_text
 from mirror.store.layout import Layout
 from mirror.store.marks import Marks
 from mirror.store.protection import find_holding
+from mirror.store.quarantine import quarantined_files
 
 _MOUNTS: Final = Path("/proc/self/mountinfo")
 # proc_pid_mountinfo(5): "36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw"
@@ -255,7 +256,7 @@ def check_marks(path: Path, read: Callable[[], Marks]) -> Finding:
     except (OSError, MirrorError) as error:
         reason = error.message if isinstance(error, MirrorError) else str(error.strerror or error)
         return subject.problem(
-            f"{reason}: nothing is evicted or removed until this is mended",
+            f"{reason}: nothing is evicted or removed until this is repaired",
             f"make {path} readable for the server, restore it from a backup, or delete it and "
             "pin, freeze and block again",
         )
@@ -266,6 +267,21 @@ def check_marks(path: Path, read: Callable[[], Marks]) -> Finding:
             f"fetch it: oci-mirror verify --repair {holding[0]}; or take its mark away",
         )
     return subject.ok("readable" if path.exists() else "there are none")
+
+
+def check_quarantine(layout: Layout) -> Iterator[Finding]:
+    """Yield a warning if content was found damaged on the disk. Blocks."""
+    files = quarantined_files(layout)
+    if not files:
+        return
+    newest, status = max(files, key=lambda pair: pair[1].st_ctime)
+    size = size_text(sum(one.st_size for _, one in files))
+    yield Checked("quarantine", str(layout.root / "quarantine")).warning(
+        f"{count_text(len(files), 'content')} ({size}) had wrong bytes on the disk, the latest at "
+        f"{time_text(status.st_ctime)}: {newest.parent.name}:{newest.name[:12]}",
+        "look for errors of the disk (dmesg, smartctl), and run oci-mirror verify; oci-mirror gc "
+        "removes the damaged files",
+    )
 
 
 # --- the port and the clock -----------------------------------------------------------------------

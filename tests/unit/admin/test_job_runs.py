@@ -62,7 +62,7 @@ async def test_verify_finds_and_repairs_in_a_process_of_its_own(tmp_path: Path) 
         await run(jobs, runs, "warm", images=["app:v1"])
         mirror.store.layout.blob(Digest.of(b"layer")).unlink()
         done = await run(jobs, runs, "verify", repair=True)
-        assert (done["result"]["problems"], done["result"]["mended"]) == (1, 1), done
+        assert (done["result"]["problems"], done["result"]["repaired"]) == (1, 1), done
         assert mirror.store.layout.blob(Digest.of(b"layer")).read_bytes() == b"layer"
 
 

@@ -99,11 +99,21 @@ def test_image_is_shown_with_its_parts_and_who_shares_them(tmp_path: Path) -> No
     check("ImageTree", shown)
     assert [node["type"] for node in shown["nodes"]] == ["manifest", "config", "layer", "layer"]
     assert shown["nodes"][-1]["shared_with"] == ["docker.io/library/app:v2"]
-    assert [node["is_here"] for node in queries.show("other:v1")["nodes"]] == [True, True, False]
+    assert [node["is_cached"] for node in queries.show("other:v1")["nodes"]] == [True, True, False]
     with pytest.raises(NotFound):
         queries.show("app:v3")
     with pytest.raises(InvalidRequest):
         queries.show("UPPER")
+
+
+def test_tags_whose_content_is_gone_are_found_by_their_state(tmp_path: Path) -> None:
+    directory = filled(tmp_path)
+    directory.remove(directory.image("gone:v1", "4"))
+    directory.save()
+    queries = StoreAnswers(directory.layout, settings(tmp_path), lambda: NOW)
+    (image,) = queries.find(page(state="absent"))["images"]
+    assert image["name"] == "docker.io/library/gone:v1"
+    assert image["state"] == ["absent"]
 
 
 def test_usage_says_what_goes_next(tmp_path: Path) -> None:

@@ -205,6 +205,23 @@ def test_endpoint_that_is_the_mirror_itself_is_refused(
     assert err == f"oci-mirror: {key}: '{endpoint}': an address of this mirror\n"
 
 
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [(None, "no token"), ("# only this\n", "no token"), ("short\n", ":1: shorter than 16")],
+)
+def test_file_of_tokens_that_serve_refuses_is_refused(
+    check: Check, tmp_path: Path, text: str | None, why: str
+) -> None:
+    file = tmp_path / "tokens"
+    if text is not None:
+        file.write_text(text)
+    admin = f"admin:\n  listen: 127.0.0.1:5999\n  token_file: {file}\n"
+    code, _, err = check(HUB + admin)
+    assert code == 78
+    assert why in err
+    assert "short\n" not in err
+
+
 def test_serve_checks_named_files_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "m.yaml"
     file.write_text(f"{HUB}tls: {{certificate: /none, key: /none}}\n")

@@ -535,7 +535,27 @@ def test_single_file_is_printed_without_its_path(capsys: pytest.CaptureFixture[s
     assert main(["clients", "--config", str(SHIPPED), "--client", "docker"]) == 0
     said = capsys.readouterr()
     assert json.loads(said.out) == {"registry-mirrors": ["http://127.0.0.1:5100"]}
-    assert all(line.startswith("oci-mirror: docker: ") for line in said.err.splitlines())
+    first, *others = said.err.splitlines()
+    assert "reached from this machine only" in first
+    assert others
+    assert all(line.startswith("oci-mirror: docker: ") for line in others)
+
+
+def test_note_of_docker_names_docker_hub_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mirror.yaml"
+    file.write_text(
+        "upstreams: {docker.io: {endpoints: [https://a.example]}, ghcr.io: {endpoints: "
+        "[https://b.example]}}\n"
+    )
+    command = ["clients", "--config", str(file), "--mirror", "http://m:1", "--for"]
+    assert main([*command, "docker"]) == 0
+    said = capsys.readouterr().err
+    assert ("https://a.example" in said, "ghcr.io" in said) == (True, False)
+    assert "this machine only" not in said
+    assert main([*command, "containerd"]) == 0
+    assert "ghcr.io: if the mirror fails" in capsys.readouterr().err
 
 
 def test_mirror_that_listens_on_all_interfaces_needs_the_url_option(

@@ -48,7 +48,7 @@ def test_longer_grace_keeps_content(run: Run, tmp_path: Path) -> None:
     assert content(data, b"orphan").exists()
 
 
-@pytest.mark.parametrize("grace", ["0", "9m", "soon"])
+@pytest.mark.parametrize("grace", ["0", "9m", "3600", "soon"])
 def test_grace_that_is_too_short_is_wrong_usage(run: Run, tmp_path: Path, grace: str) -> None:
     fill(tmp_path)
     assert run(URL, "gc", "--grace", grace).code == 2

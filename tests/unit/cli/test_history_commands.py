@@ -16,8 +16,10 @@ import pytest
 
 from mirror.cli.history import build_rows
 from mirror.cli.main import main
+from mirror.cli.savings import _remarks
 from mirror.cli.schemas import SCHEMAS
 from mirror.history.stored_pull import TagDigest
+from mirror.history.sums import Saving
 from mirror.observability.events import (
     CURRENT_RECORD,
     BytesFetched,
@@ -145,6 +147,7 @@ def test_explain_without_a_history_says_so(run: Callable[..., tuple[int, str, st
     code, out, err = run("explain")
     assert (code, out) == (0, "")
     assert "the history is empty" in err
+    assert "a request is in it a second after its end" in err
 
 
 def test_explain_of_an_image_without_requests_names_it_and_the_begin_of_the_history(
@@ -213,6 +216,14 @@ def test_savings_shows_bytes_billable_requests_and_other_disk_sizes(
     assert (total["billable"], total["billed"], total["billable_saved"]) == (2, 1, 1)
     assert total["hit_ratio"] == round(1 / 3, 4)
     assert [row["name"] for row in by_kind["disk"]] == ["0.5x", "1x", "2x", "4x"]
+
+
+def test_savings_explains_rows_that_surprise() -> None:
+    plain, warmed = Saving("docker.io", bytes_sent=2), Saving("", bytes_fetched=1)
+    assert list(_remarks([("upstream", plain)])) == []
+    negative, other = _remarks([("network", plain), ("network", warmed)])
+    assert "`warm` and `prefetch`" in negative
+    assert other.startswith("(other): work without a client")
 
 
 def test_savings_says_what_the_prediction_is_drawn_from(

@@ -168,7 +168,7 @@ def test_verify_says_that_nothing_restores_damaged_hosted_content(site: Site) ->
     code, out, _ = site.run("verify")
     assert code == 1
     assert "push the image again, or restore it from a backup" in out
-    assert "mend it with" not in out
+    assert "repair it with" not in out
     # It is in quarantine now.
     code, out, _ = site.run("verify", "--json", f"{NAME}/team/app:v1")
     (problem,) = map(json.loads, out.splitlines())
@@ -179,7 +179,7 @@ def test_verify_says_that_nothing_restores_damaged_hosted_content(site: Site) ->
 def test_verify_names_the_command_if_an_upstream_has_the_content_too(site: Site) -> None:
     blob(site, Digest.of(LAYERS[0])).write_bytes(b"wrong")
     _, out, _ = site.run("verify")
-    assert "mend it with: oci-mirror verify --repair docker.io/library/nginx:1" in out
+    assert "repair it with: oci-mirror verify --repair docker.io/library/nginx:1" in out
 
 
 def test_hosted_image_whose_manifest_is_lost_is_listed_as_partial(site: Site) -> None:

@@ -108,6 +108,7 @@ def test_pods_are_leased_by_the_digests_that_their_nodes_have_pulled(
         (["--file", "/missing"], 1, "/missing: No such file or directory"),
         (["--lease", "0s"], 2, "from 1s to ten years"),
         (["--lease", "soon"], 2, "not a duration"),
+        (["--lease", "30"], 2, "30: name a unit: 30s, 30m, 30h, 30d"),
         (["--token-file", "x"], 2, "are for --from-kubernetes"),
         (["--release"], 2, "--release needs --source"),
         (["--from-kubernetes"], 1, "this is no pod of a cluster"),

@@ -40,7 +40,7 @@ def test_table_has_a_line_for_each_image_with_its_state(filled: Site) -> None:
     assert title.split()[:3] == ["UPSTREAM", "REPOSITORY", "TAG"]
     assert first.split()[:4] == ["docker.io", "library/app", "v1", "linux/amd64"]
     assert first.split()[-1] == "complete"
-    assert second.endswith("partial (lacks 1 part, 4.9KiB)")
+    assert second.endswith("partial (lacks 1 part, at least 4.9KiB)")
     assert third.split()[-4:] == ["66", "min", "ago", "complete"]
 
 
@@ -59,6 +59,7 @@ def test_json_has_the_fields_of_the_schema(filled: Site) -> None:
         (("nothing",), []),
         (("--filter", "tag=v1"), [ALL[0], ALL[2]]),
         (("--filter", "state=partial"), [ALL[1]]),
+        (("--filter", "state=absent"), []),
         (("--filter", "upstream=ghcr.io"), [ALL[2]]),
         (("--filter", "repository=library/*"), ALL[:2]),
         (("--filter", "platform=linux/*"), ALL),
@@ -67,7 +68,7 @@ def test_json_has_the_fields_of_the_schema(filled: Site) -> None:
         (("--filter", "kind=referrer"), []),
         (("--sort", "size"), [ALL[2], ALL[1], ALL[0]]),
         (("--sort", "unique", "--reverse"), ALL),
-        (("--sort", "checked"), [ALL[0], ALL[1], ALL[2]]),
+        (("--sort", "confirmed"), [ALL[0], ALL[1], ALL[2]]),
         (("--reverse",), ALL[::-1]),
     ],
     ids=" ".join,
@@ -89,7 +90,7 @@ def test_rows_without_a_value_are_sorted_last(filled: Site) -> None:
     body = filled.data.image("app:v3", "four")
     filled.data.rows = [row for row in filled.data.rows if ":v3" not in row[0]]
 
-    assert names(filled, "--sort", "checked")[-1] == f"docker.io/library/app@{text(body)}"
+    assert names(filled, "--sort", "confirmed")[-1] == f"docker.io/library/app@{text(body)}"
 
 
 @pytest.mark.parametrize("filters", ["tag", "size=1", "=", ""])
@@ -168,3 +169,44 @@ def test_terminal_of_any_width_has_whole_digests_and_sizes_on_one_line(
         assert size_text(row["size"]) in line.split()
     assert any(str(Digest.of(body))[:19] in line for line in lines)
     assert ("PLATFORMS" in lines[0]) is (width >= 120)
+    assert "STATE" in lines[0]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_whole_digests_leave_names_and_the_state_whole(
+    filled: Site, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("listing", "ls"):
+        monkeypatch.setattr(f"mirror.cli.{module}.is_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(width))
+
+    title, first, second, _ = filled.lines("ls", "--no-trunc")
+
+    assert title.split()[-2:] == ["UNIQUE", "STATE"]
+    assert first.startswith("app ")
+    assert second.endswith("partial (lacks 1 part, at least 4.9KiB)")
+
+
+def test_reason_of_a_block_is_short_on_a_terminal_only(
+    filled: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = "CVE-2026-1234: " + "word " * 60 + "end"
+    block = Block(ALL[0], reason, 1.0)
+    filled.data.mark(lambda marks: replace(marks, blocks={ALL[0]: block}))
+    monkeypatch.setenv("COLUMNS", "80")
+    assert reason in filled.lines("ls", "app:v1")[1]
+    for module in ("listing", "ls"):
+        monkeypatch.setattr(f"mirror.cli.{module}.is_terminal", lambda: True)
+    lines = filled.lines("ls", "app:v1")
+    assert len(lines) < 9
+    assert filled.rows("ls", "app:v1")[0]["blocked_why"] == reason
+    shown = " ".join(filled.lines("show", "app:v1"))
+    assert reason in " ".join(shown.split())
+
+
+def test_tags_without_content_are_listed_by_their_state(site: Site) -> None:
+    site.data.remove(site.data.image("app:v1", "one"))
+    site.data.image("app:v2", "two")
+
+    assert names(site) == ALL[1:2]
+    assert names(site, "--filter", "state=absent") == ALL[:1]

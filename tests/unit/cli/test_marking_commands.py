@@ -6,6 +6,7 @@ import asyncio
 import json
 import shutil
 import sqlite3
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,11 @@ import pytest
 
 from mirror.cli.main import main
 from mirror.cli.schemas import SCHEMAS
+from mirror.observability.events import TagMoved
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store.layout import Layout
 from mirror.store.marks import Marks, protected_roots, read_marks
+from tests.unit.history.kit import recording
 from tests.unit.store.kit import fill_up, image, index_of, opened, pulled, small_disk
 
 LAYERS = (b"layer of v1", b"layer of v2")
@@ -238,6 +241,30 @@ def test_rollback_to_an_incomplete_image_asks_the_upstream(
     filled.run("rollback", "app", "--to", str(Digest.of(OLD)), code=1)
     assert "127.0.0.1" in filled.notes or "upstream" in filled.notes
     assert filled.marks == Marks(), "nothing is frozen at an image that nobody has"
+
+
+def test_rollback_knows_the_digests_that_history_shows(filled: Filled) -> None:
+    """Also after ``rm`` has removed the tag, and the index has forgotten them."""
+
+    async def see() -> None:
+        with recording(filled.layout.root, time.time()) as made:
+            old = str(Digest.of(OLD))
+            moved = TagMoved("docker.io", "library/app", "gone", "", old, time.time(), None)
+            made.recorder.observe(moved)
+            made.write()
+
+    asyncio.run(see())
+    [row] = filled.rows("history", "app:gone")
+    [frozen] = filled.rows("rollback", "app:gone", "--to", row["digest"][:12])
+    assert frozen["digest"] == row["digest"] == str(Digest.of(OLD))
+
+
+def test_rollback_lets_the_digest_go_that_it_rolls_back_from(filled: Filled) -> None:
+    filled.run("rollback", "app", "--to", Digest.of(OLD).hex[:6])
+    states = {row["digest"]: row["state"] for row in filled.rows("ls", "app")}
+    assert "frozen" in states.pop(str(Digest.of(OLD)))
+    assert states
+    assert not any("frozen" in state for state in states.values())
 
 
 def test_rollback_to_an_incomplete_image_of_the_upstream_says_what_is_missing(

@@ -26,7 +26,7 @@ def test_images_that_go_are_printed_with_the_reason(run: Run, tmp_path: Path) ->
     assert lines[0].split() == ["IMAGE", "FREES", "WHY"]
     assert [line.split()[0] for line in lines[1:3]] == [f"{NAME}:1.0", f"{NAME}:1.1"]
     assert lines[1].endswith("not one of the last 1, last used 40 d ago")
-    assert lines[3] == "kept 1 image: in use, or among the latest"
+    assert lines[3] == "kept 1 image: one of the last 1 of its repository"
     assert lines[4].startswith("2 images removed, ")
     assert not content(data, LAYERS[1]).exists()
     assert content(data, LAYERS[2]).exists()
@@ -55,6 +55,27 @@ def test_unclear_request_is_wrong_usage(
 ) -> None:
     fill(tmp_path)
     assert run(URL, "prune", *arguments).code == 2
+
+
+def test_images_that_are_younger_than_the_age_are_kept_with_that_reason(
+    run: Run, tmp_path: Path
+) -> None:
+    fill(tmp_path)
+    out = run(URL, "prune", "--older-than", "60d").out
+    assert "images: used within 60 d\n" in out
+
+
+@pytest.mark.parametrize("age", ["30", "0", " 1.5"])
+def test_age_without_a_unit_is_refused_and_removes_nothing(
+    run: Run, tmp_path: Path, age: str
+) -> None:
+    """Whoever forgets the d of 30d would remove all that was not used for 30 seconds."""
+    data = fill(tmp_path)
+    done = run(URL, "prune", "--older-than", age)
+    assert (done.code, done.out) == (2, "")
+    unit = age.strip()
+    assert f"{unit}: name a unit: {unit}s, {unit}m, {unit}h, {unit}d" in done.err
+    assert content(data, LAYERS[0]).exists()
 
 
 def test_rules_of_the_configuration_decide_without_options(

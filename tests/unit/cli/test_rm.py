@@ -32,6 +32,12 @@ def test_removed_image_is_printed_with_what_stays(run: Run, tmp_path: Path) -> N
     assert content(data, LAYERS[0]).exists(), "another image has it"
 
 
+def test_pattern_is_wrong_usage_that_names_the_command_for_patterns(run: Run) -> None:
+    result = run(URL, "rm", "ghcr.io/org/*")
+    assert result.code == 2
+    assert "rm takes no pattern: use `oci-mirror prune --match 'ghcr.io/org/*'`" in result.err
+
+
 def test_dry_run_removes_nothing(run: Run, tmp_path: Path) -> None:
     data = fill(tmp_path)
     result = run(URL, "rm", "--dry-run", f"{NAME}:1.1")

@@ -29,8 +29,8 @@ def test_tree_and_summary_are_printed(filled: Site) -> None:
 
     assert lines[0] == "docker.io/library/app:v1"
     assert f"  digest     {text(INDEX)}" in lines
-    assert "  not here   linux/arm64" in lines
-    assert "  state      partial (lacks 1 part, 2.9KiB)" in lines
+    assert "  missing    linux/arm64" in lines
+    assert "  state      partial (lacks 1 part, at least 2.9KiB)" in lines
     tree = lines[lines.index("") + 1 :]
     assert [line.partition("  sha256:")[0].rstrip() for line in tree[1:]] == [
         "index",
@@ -49,7 +49,7 @@ def test_tree_and_summary_are_printed(filled: Site) -> None:
 def test_json_has_a_row_for_each_content(filled: Site) -> None:
     rows = filled.rows("show", "app:v1")
 
-    assert [(row["depth"], row["type"], row["is_here"]) for row in rows] == [
+    assert [(row["depth"], row["type"], row["is_cached"]) for row in rows] == [
         (0, "index", True),
         (1, "manifest", True),
         (2, "config", True),
@@ -83,7 +83,7 @@ def test_earlier_digest_of_a_tag_is_shown_with_the_one_that_is_not_here(site: Si
     new = content("new")
     site.data.name("app:v1", new, earlier=[old], media_type=OCI_MANIFEST)
 
-    assert f"  upstream   {text(new)} (not here)" in site.lines("show", "app:v1")
+    assert f"  upstream   {text(new)} (not in the cache)" in site.lines("show", "app:v1")
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def test_damage_is_a_failure_and_names_the_command_that_mends_it(run: Run, tmp_p
     result = run(URL, "verify", f"{NAME}:1.1")
     assert result.code == 1
     assert result.out.splitlines()[0].startswith(f"damaged {NAME}:1.1 sha256:")
-    assert f"  mend it with: oci-mirror verify --repair {NAME}:1.1" in result.out.splitlines()
+    assert f"  repair it with: oci-mirror verify --repair {NAME}:1.1" in result.out.splitlines()
     assert not content(data, LAYERS[1]).exists()
 
 
@@ -48,25 +48,47 @@ def test_summary_counts_damage_apart_from_what_the_next_pull_fetches(
         assert result.out.endswith("4 images checked: 1 problem; 1 image lacks content\n")
 
 
-def test_image_without_a_manifest_is_found_by_its_name(run: Run, tmp_path: Path) -> None:
-    data = fill(tmp_path)
-    name = f"{NAME}:1.1"
+def manifest_of_1_1(run: Run, data: Path) -> tuple[Path, Digest]:
     digest = Digest.parse(rows("ls", run(URL, "ls", "app:1.1", "--json"))[0]["digest"])
-    (data / "blobs" / digest.algorithm / digest.hex).unlink()
+    return data / "blobs" / digest.algorithm / digest.hex, digest
+
+
+@pytest.mark.parametrize("command", ["pin", "freeze"])
+def test_mark_of_an_evicted_image_is_noted_and_no_loss(
+    run: Run, tmp_path: Path, command: str
+) -> None:
+    manifest, _ = manifest_of_1_1(run, fill(tmp_path))
+    manifest.unlink()
+    note = f"{NAME}:1.1 is not complete here: what arrives of it is kept"
+    assert note in run(URL, command, f"{NAME}:1.1").err
+    assert run(URL, "verify", "app:1.1").code == 0
+    listed = run(URL, "ls", "app:1.1", "--all")
+    assert "it was evicted, or is lost" in listed.out.replace("\n", " ")
+    assert "nothing of" not in listed.err
+
+
+def test_image_without_a_manifest_is_found_by_its_name(run: Run, tmp_path: Path) -> None:
+    name = f"{NAME}:1.1"
+    manifest, digest = manifest_of_1_1(run, fill(tmp_path))
+    body = manifest.read_bytes()
+    manifest.unlink()
     result = run(URL, "verify", "app:1.1")
     assert result.code == 0
     assert result.out.splitlines() == [
-        f"absent {name} {digest}: its manifest is not here: it was evicted, or is lost",
+        f"absent {name} {digest}: its manifest is not in the cache: it was evicted, or is lost",
         f"  fetch it with: oci-mirror warm {name}",
-        "0 contents (0B) hashed, 0 images checked: 0 problems; 1 image is not here",
+        "0 contents (0B) hashed, 0 images checked: 0 problems; 1 image is not in the cache",
     ]
     assert run(URL, "ls", "app:1.1", "--json").out == ""
     (row,) = rows("ls", run(URL, "ls", "app:1.1", "--all", "--json"))
     assert (row["state"][0], row["missing_parts"]) == ("absent", 1)
-    run(URL, "pin", f"{NAME}:1.1")
+    manifest.write_bytes(body)
+    run(URL, "pin", name)
+    manifest.unlink()
     assert run(URL, "verify", "app:1.1").code == 1
     listed = run(URL, "ls", "app:1.1")
-    state = "absent (its manifest is not here: it is lost, although a mark keeps it), pinned"
+    why = "its manifest is not in the cache: it is lost, although a mark keeps it"
+    state = f"absent ({why}), pinned"
     assert state in listed.out
     assert f"nothing of {NAME} is evicted or removed, since the manifest of {name}" in listed.err
 
@@ -93,8 +115,8 @@ async def test_command_that_is_named_for_a_damaged_manifest_mends_it(
         manifest = tmp_path / "data" / "blobs" / digest.algorithm / digest.hex
         damage(manifest)
         result = await run_in_thread(run, registry.url, "verify")
-        (command,) = (line for line in result.out.splitlines() if "mend it with" in line)
-        assert command == f"  mend it with: oci-mirror verify --repair {NAME}:v1"
+        (command,) = (line for line in result.out.splitlines() if "repair it with" in line)
+        assert command == f"  repair it with: oci-mirror verify --repair {NAME}:v1"
         assert not manifest.exists()
         mended = await run_in_thread(run, registry.url, *command.split()[4:])
     assert mended.code == 0

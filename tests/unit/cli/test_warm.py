@@ -44,7 +44,8 @@ async def test_image_that_fails_is_one_line_on_standard_error(run: Run) -> None:
         result = await run_in_thread(run, registry.url, "app:v1", "app:v2", "quay.io/o/a:1")
 
     assert result.code == 1
-    assert len(result.out.splitlines()) == 1
+    assert len(result.out.splitlines()) == 2
+    assert result.out.splitlines()[-1] == "1 complete, 2 failed"
     lines = sorted(result.err.splitlines())
     assert [line.partition(": ")[2].partition(": ")[0] for line in lines] == [
         "docker.io/library/app:v2",

@@ -21,6 +21,17 @@ def stored(**fields: Any) -> StoredPull:
     return StoredPull(**{**given, "repository": "library/app", **fields})
 
 
+def test_frozen_tag_is_named_before_the_hit() -> None:
+    frozen, hit = explain(stored(**TAG, outcome="hit", is_frozen=True))
+    assert frozen.startswith("The tag is frozen")
+    assert hit.startswith("Hit")
+
+
+def test_content_that_was_not_stored_is_said_with_the_reason() -> None:
+    _, uncached = explain(stored(**BLOB, outcome="miss", uncached="full"))
+    assert "not stored: there was no room on the disk" in uncached
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
@@ -59,6 +70,13 @@ def stored(**fields: Any) -> StoredPull:
             (
                 "Miss: an image of this repository refers to it, but it was not on the disk: it was"
                 " not pulled yet, or was evicted or removed (rm, prune)."
+            ),
+        ),
+        (
+            {**BLOB, "outcome": "miss", "is_known": True, "is_damaged": True},
+            (
+                "Miss: it was on the disk, and damaged: it was moved to quarantine/, and fetched"
+                " again."
             ),
         ),
         (

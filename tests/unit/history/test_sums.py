@@ -51,3 +51,9 @@ def test_groups_are_sorted_by_saved_bytes() -> None:
         ("other/a", -8),
     ]
     assert named("network") == [("10.0.0.0/24", 60), ("10.0.1.0/24", 10), ("", -8)]
+
+
+def test_rest_of_many_names_is_one_sum() -> None:
+    found = build_savings(COUNTS, "network", 1)
+    assert [one.name for one in found] == ["10.0.0.0/24", ""]
+    assert sum(one.requests for one in found) == build_total(COUNTS).requests

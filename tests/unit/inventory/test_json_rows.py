@@ -31,7 +31,7 @@ def test_row_has_sizes_in_bytes_and_times_in_utc(data: DataDirectory) -> None:
         "size": size,
         "unique": size,
         "last_used": time_text(NOW - 1000),
-        "checked": time_text(NOW - 10),
+        "confirmed": time_text(NOW - 10),
         "state": ["complete"],
         "missing_parts": 0,
         "missing_bytes": 0,

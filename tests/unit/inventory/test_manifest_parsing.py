@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 
 import pytest
 
@@ -11,7 +10,6 @@ from mirror.inventory import manifest_parsing
 from mirror.inventory.model import ContentType, StoredManifest
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
 from mirror.oci.reference import Digest
-from mirror.store.records import MALFORMED
 from tests.unit.inventory.kit import (
     CONFIG_TYPE,
     LAYER_TYPE,
@@ -125,49 +123,3 @@ def test_platform_text_is_that_of_a_whole_platform(platform: object, expected: s
 @pytest.mark.parametrize(("body", "expected"), [(CONFIG, "linux/amd64"), (b"{", None)])
 def test_platform_of_a_config_is_read_from_its_fields(body: bytes, expected: str | None) -> None:
     assert manifest_parsing.platform_of_config(body) == expected
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        IMAGE,
-        index(entry(IMAGE, "amd64"), descriptor(LAYER, "")),
-        manifest(CONFIG, [], subject=descriptor(IMAGE, OCI_MANIFEST), artifactType="a/b"),
-        json.dumps({**json.loads(IMAGE), "layers": [descriptor(LAYER, "", urls=["u"])]}).encode(),
-        b"[]",
-    ],
-    ids=["image", "index", "referrer", "elsewhere", "opaque"],
-)
-def test_cached_text_gives_the_same_manifest(body: bytes) -> None:
-    parsed = parse(body)
-
-    loaded = manifest_parsing.load_manifest(parsed.text, manifest_parsing.dump_manifest(parsed))
-
-    assert loaded.parts == parsed.parts
-    assert manifest_parsing.dump_manifest(loaded) == manifest_parsing.dump_manifest(parsed)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda facts, digests, sizes: [],
-        lambda facts, digests, sizes: [facts, digests],
-        lambda facts, digests, sizes: [facts, "", sizes],
-        lambda facts, digests, sizes: [facts, digests, "1"],
-        lambda facts, digests, sizes: [facts, digests, f"{sizes}x"],
-        lambda facts, digests, sizes: [json.dumps(json.loads(facts)[:-1]), digests, sizes],
-        lambda facts, digests, sizes: [facts.replace("config layer", "config x"), digests, sizes],
-        lambda facts, digests, sizes: [facts.replace('"manifest"', '"blob"'), digests, sizes],
-        lambda facts, digests, sizes: [facts.replace('"",""', '"a/b",""'), digests, sizes],
-    ],
-    ids=[
-        *("nothing", "no sizes", "no digests", "fewer sizes", "size", "fewer facts"),
-        *("type of a part", "type", "platforms"),
-    ],
-)
-def test_damaged_cached_row_is_refused(damage: Callable[..., list[str]]) -> None:
-    parsed = parse(IMAGE)
-    row = "\n".join(damage(*manifest_parsing.dump_manifest(parsed).split("\n")))
-
-    with pytest.raises(MALFORMED):
-        manifest_parsing.load_manifest(parsed.text, row)

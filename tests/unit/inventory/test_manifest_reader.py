@@ -8,6 +8,8 @@ import pytest
 
 from mirror.inventory import manifest_parsing, manifest_reader
 from mirror.inventory.manifest_cache import ManifestCache
+from mirror.inventory.manifest_pages import load_page
+from mirror.inventory.model import StoredManifest
 from mirror.oci.descriptor import OCI_MANIFEST
 from tests.unit.inventory.kit import DataDirectory, config, content, entry, index, manifest, text
 
@@ -34,6 +36,12 @@ def cache_of(data: DataDirectory) -> ManifestCache:
     return ManifestCache(data.layout.root / "manifests.db")
 
 
+def cached(data: DataDirectory) -> dict[str, StoredManifest]:
+    """The manifests in all pages of the cache."""
+    pages = map(load_page, cache_of(data).load().values())
+    return {one.text: one for page in pages for one in page}
+
+
 def test_manifest_is_parsed_once_for_all_runs(data: DataDirectory, parsed: list[str]) -> None:
     data.add(CONFIG, LAYER, IMAGE, INDEX)
     data.name("app:v1", INDEX)
@@ -51,19 +59,33 @@ def test_lost_cache_is_filled_again(data: DataDirectory, parsed: list[str]) -> N
 
     assert len(data.read().manifests) == 1
     assert len(parsed) == 2
-    assert len(cache_of(data).load()) == 1
+    assert len(cached(data)) == 1
 
 
-def test_damaged_row_is_parsed_again_and_others_are_not(
-    data: DataDirectory, parsed: list[str]
+def test_damaged_page_is_parsed_again_and_others_are_not(
+    data: DataDirectory, parsed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(manifest_reader, "_PAGE_MANIFESTS", 1)
     one, two = data.image("app:v1", "one"), data.image("app:v2", "two")
     data.read()
-    cache_of(data).try_save([(text(one), "[")])
+    cache_of(data).try_save({0: b"["})
     parsed.clear()
 
     assert set(data.read().manifests) == {text(one), text(two)}
     assert parsed == [text(one)]
+    assert set(data.read().manifests) == set(cached(data)) == {text(one), text(two)}
+    assert parsed == [text(one)]
+
+
+def test_new_manifests_fill_up_the_last_page(
+    data: DataDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest_reader, "_PAGE_MANIFESTS", 2)
+    for tag, sizes in (("v1", [1]), ("v2", [2]), ("v3", [2, 1])):
+        data.image(f"app:{tag}", tag)
+        data.read()
+
+        assert [len(load_page(page)) for page in cache_of(data).load().values()] == sizes
 
 
 def test_platform_is_read_once_its_config_has_come(data: DataDirectory) -> None:
@@ -74,7 +96,7 @@ def test_platform_is_read_once_its_config_has_come(data: DataDirectory) -> None:
     data.add(CONFIG)
 
     assert data.find("app:v1").platforms == ("linux/amd64",)
-    assert '"linux/amd64"' in cache_of(data).load()[text(IMAGE)]
+    assert cached(data)[text(IMAGE)].platform == "linux/amd64"
 
 
 def test_config_without_a_platform_is_read_once(
@@ -91,19 +113,19 @@ def test_config_without_a_platform_is_read_once(
     assert data.find("app:v1").platforms == ()
 
 
-def test_rows_of_manifests_that_left_the_disk_go_once_they_are_many(
+def test_manifests_that_left_the_disk_leave_the_cache_once_they_are_many(
     data: DataDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = data.image("app:v1", "one"), data.image("app:v2", "two")
     data.read()
     data.remove(one)
     data.read()
-    assert set(cache_of(data).load()) == {text(one), text(two)}
+    assert set(cached(data)) == {text(one), text(two)}
 
-    monkeypatch.setattr(manifest_reader, "_MAX_GONE_ROWS", 0)
+    monkeypatch.setattr(manifest_reader, "_MAX_UNUSED", 0)
     data.read()
 
-    assert set(cache_of(data).load()) == {text(two)}
+    assert set(cached(data)) == {text(two)}
 
 
 def test_link_in_place_of_a_manifest_is_not_followed(data: DataDirectory) -> None:

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from mirror.inventory.model import ContentType, is_named
+from mirror.inventory.model import ContentType
+from mirror.inventory.name_patterns import is_named
 from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.image_name import ImageName
 from mirror.oci.reference import Digest

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from mirror.inventory.scan import list_contents, scan, stat_contents
+from mirror.inventory.scan import list_contents, stat_contents
 from mirror.oci.reference import Digest
 from tests.unit.inventory.kit import NOW, DataDirectory, content, text
 
@@ -19,11 +19,13 @@ def test_content_is_listed_with_size_and_last_use(data: DataDirectory) -> None:
     path.write_bytes(b"b")
     os.utime(path, (NOW + 100, NOW + 100))
 
-    found = scan(data.layout, NOW)
+    found = list_contents(data.layout)
 
-    assert (found[digest].size, found[digest].used) == (7, NOW - 5)
-    assert found[sha512].used == NOW
-    assert list_contents(data.layout) == {str(digest), str(sha512)}
+    assert found == {str(digest), str(sha512)}
+    assert stat_contents(data.layout, found, NOW) == {
+        str(digest): (7, NOW - 5),
+        str(sha512): (1, NOW),
+    }
 
 
 def test_foreign_entries_are_passed_over(data: DataDirectory) -> None:
@@ -35,12 +37,10 @@ def test_foreign_entries_are_passed_over(data: DataDirectory) -> None:
     (directory / ("1" * 64)).symlink_to(digest.hex)
     os.mkfifo(directory / ("2" * 64))
 
-    assert set(scan(data.layout, NOW)) == {digest}
     assert list_contents(data.layout) == {str(digest)}
 
 
 def test_directory_that_is_missing_has_no_content(data: DataDirectory) -> None:
-    assert scan(data.layout, NOW) == {}
     assert list_contents(data.layout) == frozenset()
 
 
@@ -50,8 +50,6 @@ def test_directory_that_cannot_be_listed_is_an_error(data: DataDirectory) -> Non
 
     with pytest.raises(NotADirectoryError):
         list_contents(data.layout)
-    with pytest.raises(NotADirectoryError):
-        scan(data.layout, NOW)
 
 
 def test_status_of_content_that_is_gone_is_left_out(data: DataDirectory) -> None:

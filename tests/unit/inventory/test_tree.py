@@ -110,7 +110,7 @@ def test_row_of_a_node_has_its_descriptor(data: DataDirectory) -> None:
         "artifact_type": None,
         "platform": "linux/amd64",
         "size": len(body),
-        "is_here": True,
+        "is_cached": True,
         "name": image.name,
         "shared_with": [],
     }

@@ -62,7 +62,7 @@ def _clear_memory(mirror: Mirror) -> None:
 
 
 def counts(report: ForgetReport) -> tuple[tuple[str, ...], int, int, int]:
-    return report.tags, report.manifests, report.blobs, report.refusals
+    return report.tags, report.manifests, report.blobs, report.negatives
 
 
 async def test_next_pull_of_a_forgotten_tag_asks_the_upstream_and_keeps_the_bytes(
@@ -159,7 +159,7 @@ async def test_remembered_404_of_a_digest_is_forgotten(tmp_path: Path) -> None:
         with pytest.raises(NotFound):
             await pull_blob(mirror, APP, b"layer")
         whole = ImageName(APP.repository, None)
-        assert (await forget(mirror.store, whole, NONE)).refusals == 1
+        assert (await forget(mirror.store, whole, NONE)).negatives == 1
         assert await pull_blob(mirror, APP, b"layer") is Outcome.MISS
         assert not (await forget(mirror.store, image(f"app@{digest}"), NONE)).has_changed
 

@@ -1,4 +1,4 @@
-"""Verification: findings with a command that mends them, and the repair."""
+"""Verification: findings with a command that repairs them, and the repair."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ async def test_image_whose_manifest_is_gone_is_found(tmp_path: Path, kind: str) 
         if kind == "tag":
             assert problem.problem == "absent"
             assert problem.command == f"oci-mirror warm {NAME}"
-            assert problem.what == "its manifest is not here: it was evicted, or is lost"
+            assert problem.what == "its manifest is not in the cache: it was evicted, or is lost"
             assert not report.has_damage
         else:
             assert problem.problem == "lost"
@@ -155,7 +155,7 @@ async def test_pin_of_a_manifest_that_was_never_here_is_no_damage(tmp_path: Path
         report = await checked(store, tmp_path)
         (problem,) = report.problems
         assert (problem.problem, problem.digest) == ("absent", str(other))
-        assert problem.what == "its manifest is not here: it was never here"
+        assert problem.what == "its manifest is not in the cache: it was never here"
         assert not report.has_damage
 
 
@@ -241,7 +241,7 @@ async def test_repair_fetches_damaged_content_through_its_repository(tmp_path: P
         upstream = Upstream(store, LAYERS[0])
         report = await repaired(store, tmp_path, upstream)
         assert upstream.requests == [(APP, digest, Kind.BLOB)]
-        assert [problem.is_mended for problem in report.problems] == [True]
+        assert [problem.is_repaired for problem in report.problems] == [True]
         assert not report.has_damage
         assert on_disk(tmp_path) == before
 
@@ -260,7 +260,7 @@ async def test_repair_of_a_damaged_index_also_fetches_what_it_then_lacks(tmp_pat
         kinds = {digest: kind for _, digest, kind in upstream.requests}
         assert kinds[Digest.of(root)] is kinds[Digest.of(child)] is Kind.MANIFEST
         assert kinds[Digest.of(LAYERS[1])] is Kind.BLOB
-        assert all(problem.is_mended for problem in report.problems)
+        assert all(problem.is_repaired for problem in report.problems)
 
 
 async def test_layer_of_a_signature_is_fetched_as_a_blob(tmp_path: Path) -> None:
@@ -290,5 +290,5 @@ async def test_incomplete_image_is_completed(tmp_path: Path) -> None:
     async with opened(tmp_path, [NOW]) as store:
         await pull(store, image(*LAYERS[:2]), "v1", [CONFIG, LAYERS[0]])
         report = await repaired(store, tmp_path, Upstream(store, LAYERS[1]))
-        assert [problem.is_mended for problem in report.problems] == [True]
+        assert [problem.is_repaired for problem in report.problems] == [True]
         assert inventory_of(tmp_path).images[0].is_complete

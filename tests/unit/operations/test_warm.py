@@ -13,6 +13,7 @@ from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST, referrers_tag
 from mirror.oci.platform import Platform
 from mirror.oci.reference import Digest
 from mirror.operations.warm import ContentProgress, ImageReport, WarmOptions, warm
+from mirror.store import space
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.server_kit import running
 from tests.unit.operations.kit import add_index, add_referrer, image, on_disk, opened
@@ -179,6 +180,18 @@ async def test_content_that_does_not_fit_on_the_disk_is_a_failure(tmp_path: Path
         (report,) = await warm_once(tmp_path, registry, "app:v1", **more)
 
     assert "not on the disk" in report.error
+
+
+async def test_disk_that_another_program_fills_is_not_called_a_small_quota(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with FakeRegistry() as registry:
+        registry.add_image(b"x" * 300_000, tag="v1")
+        monkeypatch.setattr(space, "free_bytes", lambda path: 10_000)
+        (report,) = await warm_once(tmp_path, registry, "app:v1")
+
+    assert "the disk is full: free space on it" in report.error
+    assert "max_size" not in report.error
 
 
 async def test_running_fetches_are_bounded_over_all_images(tmp_path: Path) -> None:

@@ -197,7 +197,10 @@ async def test_frozen_tag_is_served_from_its_digest_without_a_request_for_the_ta
             status, headers, _ = await server.ask(method, server.manifest("latest"), ACCEPT)
             assert (status, headers["Docker-Content-Digest"]) == (200, str(first))
         assert fake.requests == []
-        assert (await server.records())[-1].outcome is Outcome.HIT
+        records = await server.records()
+        assert records[-1].outcome is Outcome.HIT
+        # Also of the last one, whose response was stored.
+        assert all(one.trace is not None and one.trace.is_frozen for one in records)
         await mark(server, lambda marks: Marks())
         if policy == "Always":
             _, headers, _ = await server.get(server.manifest("latest"), ACCEPT)

@@ -89,7 +89,9 @@ async def test_small_blob_that_was_damaged_is_quarantined_and_fetched_again_at_t
         file_of(kit, SMALL).write_bytes(bytes(len(SMALL)))
         # Its verification is young, and its times are ours: only its bytes tell.
         os.utime(file_of(kit, SMALL), ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert not kit.store.blobs.is_damaged(Digest.of(SMALL))
         assert await blob(kit, Digest.of(SMALL)) == (SMALL, Outcome.MISS)
+        assert kit.store.blobs.is_damaged(Digest.of(SMALL))
         assert [event.where for event in kit.events if isinstance(event, DigestMismatched)] == [
             "disk"
         ]

@@ -35,8 +35,8 @@ from tests.unit.store.kit import fill_up, pin, small_disk
 ONE, TWO, THREE = (Digest.of(data) for data in (b"one", b"two", b"three"))
 NAME = "docker.io/library/app:1.0"
 ALL = Marks(
-    pins={NAME: Pin(NAME, ONE, 1.5)},
-    freezes={NAME: Freeze(NAME, TWO, 2.5, (THREE,))},
+    pins={NAME: Pin(NAME, ONE, 1.5, (ONE,))},
+    freezes={NAME: Freeze(NAME, TWO, 2.5, (THREE,), (THREE,))},
     blocks={
         "ghcr.io/bad/*": Block("ghcr.io/bad/*", 'a "reason"\n', 3.5, frozenset({ONE, THREE})),
         str(TWO): Block(str(TWO), "", 4.5),

@@ -230,3 +230,28 @@ def test_pin_of_a_manifest_that_was_never_here_keeps_nothing_else(fixture: Fixtu
     name = f"docker.io/library/app@{missing}"
     fixture.mark(lambda one: Marks(pins={name: Pin(name, missing, 0.0)}))
     assert fixture.protected() == {missing}
+
+
+@pytest.mark.parametrize("kind", [Pin, Freeze])
+def test_mark_of_an_evicted_manifest_keeps_nothing_else(
+    fixture: Fixture, kind: type[Pin] | type[Freeze]
+) -> None:
+    """The rest of the repository can still be evicted. Bytes that were damaged are another case."""
+    access_to(fixture, "docker.io/library/app", IMAGES[0], LAYERS[0], LAYERS[3])
+    digest = Digest.of(IMAGES[0])
+    path = fixture.layout.blob(digest)
+    path.unlink()
+    mark = kind(NAME, digest, 0.0, absent=(digest,))
+    found = {"pins" if isinstance(mark, Pin) else "freezes": {NAME: mark}}
+    fixture.mark(lambda one: Marks(**found))  # type: ignore[arg-type] # one of two kinds
+    assert fixture.protected() == {digest}
+    assert find_holding(fixture.layout, fixture.marks) == []
+    path.write_bytes(b"damaged")
+    assert Digest.of(LAYERS[3]) in fixture.protected()
+
+
+def test_current_digest_of_a_frozen_tag_is_not_protected(fixture: Fixture) -> None:
+    """After a rollback it is the image that nobody shall get."""
+    fixture.mark(lambda one: Marks(freezes={NAME: Freeze(NAME, Digest.of(IMAGES[0]), 0.0)}))
+    fixture.current[NAME] = Digest.of(IMAGES[1])
+    assert fixture.protected() == whole(IMAGES[0], LAYERS[0])

@@ -534,6 +534,7 @@ async def test_full_disk_without_anything_to_evict_is_reported_until_there_is_ro
             follower.close()
             end(store, content)
             assert uncached(events) == ["full"]
+            assert content.progress.uncached == "full"
             assert store.unwritable_reason == (
                 "the disk is full, and no more content can be evicted"
             )

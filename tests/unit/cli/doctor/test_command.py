@@ -86,6 +86,18 @@ def test_terminal_gets_colours_and_control_characters_are_escaped(
     assert out.startswith("\x1b[33mwarning \x1b[0m a: b: c\\x1b[2J\n")
 
 
+def test_finding_is_broken_at_blanks_to_fit_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mirror.cli.listing.is_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    command._print_group([Finding("port", "one", Status.OK, "word " * 9, "more " * 9)])
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first.startswith("\x1b[32mok      \x1b[0m port: one: word")
+    assert max(map(len, others)) <= 40
+    assert {line[:9] for line in others} == {" " * 9}
+
+
 def test_fault_of_one_check_is_a_finding_and_the_other_checks_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

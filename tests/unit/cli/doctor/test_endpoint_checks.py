@@ -19,6 +19,7 @@ from mirror.cli.doctor.endpoint_checks import (
     read_samples,
 )
 from mirror.cli.doctor.findings import Finding, Status
+from mirror.cli.doctor.grouping import group_by_remedy, lines
 from mirror.config.settings import Settings, Upstream
 from mirror.observability.events import RateLimitSeen
 from mirror.oci.reference import Repository, Tag
@@ -113,8 +114,12 @@ async def test_endpoint_that_speaks_no_tls_says_so() -> None:
 
 
 async def test_name_that_does_not_resolve_is_a_problem() -> None:
-    found = endpoint(await report("http://registry.invalid"))
-    assert (found.status, "resolve" in found.message) == (Status.PROBLEM, True)
+    result = await report("http://registry.invalid", "http://other.invalid")
+    findings = [one for one in result.findings if one.check == "endpoint"]
+    assert {one.status for one in findings} == {Status.PROBLEM}
+    ((line,),) = (list(lines(group)) for group in group_by_remedy(findings))
+    assert line.startswith("endpoint: a.example http://registry.invalid, a.example http://other")
+    assert "the name of its host cannot be resolved" in line
 
 
 async def test_pull_policy_never_asks_nothing() -> None:

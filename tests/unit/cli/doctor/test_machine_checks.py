@@ -18,6 +18,7 @@ from mirror.cli.doctor.findings import Finding, Status
 from mirror.config.settings import Settings
 from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest, Tag
+from mirror.store.layout import Layout
 from mirror.store.marks import Marks, Pin
 from tests.unit.store.kit import image, opened, pulled
 
@@ -180,6 +181,18 @@ async def test_marks_that_keep_a_whole_repository_are_named(tmp_path: Path) -> N
     assert found.status is Status.PROBLEM
     assert f"the manifest of {name} is damaged or missing" in found.message
     assert f"oci-mirror verify --repair {name}" in found.remedy
+
+
+def test_damaged_content_in_quarantine_is_a_warning(tmp_path: Path) -> None:
+    layout, digest = Layout(tmp_path), Digest.of(b"content")
+    assert list(machine_checks.check_quarantine(layout)) == []
+    path = layout.quarantine(digest)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"damaged")
+    (found,) = machine_checks.check_quarantine(layout)
+    assert found.status is Status.WARNING
+    assert found.message.startswith("1 content (7B) had wrong bytes on the disk")
+    assert digest.hex[:12] in found.message
 
 
 def test_port_is_free_or_of_another_program(tmp_path: Path) -> None:
