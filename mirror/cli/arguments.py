@@ -12,7 +12,7 @@ from typing import Any, Final, TypeAlias
 from mirror.cli.output import UsageError
 from mirror.config.load import DEFAULT_FILE, FILE_VARIABLE, load
 from mirror.config.settings import Settings
-from mirror.oci.errors import InvalidRequest
+from mirror.oci.errors import DigestInvalid, InvalidRequest
 from mirror.oci.image_name import ImageName
 
 Commands: TypeAlias = "argparse._SubParsersAction[Any]"
@@ -80,4 +80,7 @@ def image_name(text: str) -> ImageName:
     try:
         return ImageName.parse(text)
     except InvalidRequest as error:
-        raise argparse.ArgumentTypeError(f"'{text}' is no image name: {error.message}") from None
+        why = error.message
+        if isinstance(error, DigestInvalid):
+            why += " (`oci-mirror ls --no-trunc` prints them whole)"
+        raise argparse.ArgumentTypeError(f"'{text}' is no image name: {why}") from None

@@ -44,7 +44,7 @@ def add_parser(commands: Commands) -> None:
 
 
 def _one_image(text: str) -> ImageName:
-    if set("*?[") & set(text):
+    if set("*?") & set(text):
         raise argparse.ArgumentTypeError(
             f"'{text}': rm takes no pattern: use `oci-mirror prune --match '{text}'`"
         )

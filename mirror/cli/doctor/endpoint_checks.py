@@ -172,7 +172,7 @@ async def _check_endpoint(
                 )
                 if look.failure:
                     # Endpoints with the same failure are one line.
-                    same = Checked(subject.check, "", target=subject.subject)
+                    same = Checked(subject.check, subject="", target=subject.subject)
                     return [same.problem(look.failure, look.remedy)]
                 if look.clock_offset is not None:
                     report.clock_offsets.append(look.clock_offset)

@@ -15,6 +15,7 @@ from typing import Any
 import jsonschema
 import pytest
 
+import mirror.operations.asking  # noqa: F401 - its import would count as a slow callback
 from mirror.cli.main import main
 from mirror.cli.schemas import SCHEMAS
 from mirror.observability.events import TagMoved

@@ -38,6 +38,11 @@ def test_pattern_is_wrong_usage_that_names_the_command_for_patterns(run: Run) ->
     assert "rm takes no pattern: use `oci-mirror prune --match 'ghcr.io/org/*'`" in result.err
 
 
+def test_short_digest_is_wrong_usage_that_says_where_whole_ones_are(run: Run) -> None:
+    result = run(URL, "rm", "app@sha256:28c80384092d")
+    assert (result.code, "`oci-mirror ls --no-trunc` prints them whole" in result.err) == (2, True)
+
+
 def test_dry_run_removes_nothing(run: Run, tmp_path: Path) -> None:
     data = fill(tmp_path)
     result = run(URL, "rm", "--dry-run", f"{NAME}:1.1")

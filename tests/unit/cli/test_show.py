@@ -89,7 +89,7 @@ def test_earlier_digest_of_a_tag_is_shown_with_the_one_that_is_not_here(site: Si
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("app:v9", "of this repository there is docker.io/library/app:v1"),
+        ("app:v9", "of its repository it has docker.io/library/app:v1"),
         ("missing", "`oci-mirror warm docker.io/library/missing:latest` fetches it"),
     ],
 )
