@@ -60,7 +60,10 @@ def _measure(run: Run) -> Iterator[str]:
         maker.save()
         contents = sum(1 for _ in (mirror.data_dir / "blobs" / "sha256").iterdir())
         url = f"http://{listen}/"
-        with mirror, tempfile.TemporaryDirectory(prefix="page-") as profile:
+        with (
+            mirror,
+            tempfile.TemporaryDirectory(prefix="page-", ignore_cleanup_errors=True) as profile,
+        ):
             (first, _), *later = asyncio.run(_visits(url, run.rounds + 1, Path(profile)))
         paint, rows = (statistics.median(seconds) for seconds in zip(*later, strict=True))
         verdict = "" if max(first, paint) <= BOUND_S else "MISSED"

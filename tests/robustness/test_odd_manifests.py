@@ -237,7 +237,7 @@ async def test_clients_of_a_signed_manifest_share_one_request(tmp_path: Path) ->
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         stored = signed(SCHEMA1), DOCKER_SCHEMA1_SIGNED
         fake.manifests["library/app", str(digest)] = stored
-        fake.fault("manifests", Fault(delay=0.5))  # Until then, all clients have come.
+        fake.fault("manifests", Fault(delay=1.5))  # Until then, all clients have come.
         results = await asyncio.gather(*(pull_schema1(server, digest) for _ in range(20)))
         assert set(results) == {(200, DOCKER_SCHEMA1_SIGNED, str(digest), stored[0])}
         assert fake.count("GET") <= 3
