@@ -180,6 +180,7 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
         digest=_TEXT_OR_NULL,
         client=_TEXT_OR_NULL,
         user_agent=_TEXT_OR_NULL,
+        user=_TEXT_OR_NULL,
         command=_TEXT_OR_NULL,
         request_id=_TEXT,
         error=_TEXT_OR_NULL,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench import index_costs, store_costs
-from mirror import server as server_module
+from mirror import housekeeping
 from mirror.observability.events import IndexDamaged, IndexRestored, LogMessage
 from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.reference import Digest, Repository, Tag
@@ -173,7 +173,7 @@ async def test_housekeeping_goes_on_and_is_logged_after_any_exception(
     for name in calls:
         monkeypatch.setattr(Store, name, failing(calls, name))
     for interval in ("_MEASURE_INTERVAL_S", "_INDEX_INTERVAL_S", "_SAVE_INTERVAL_S"):
-        monkeypatch.setattr(server_module, interval, 0.01)
+        monkeypatch.setattr(housekeeping, interval, 0.01)
     async with running(tmp_path) as server:
         await until(lambda: min(calls.values()) >= 3)
         failures = {
@@ -242,7 +242,7 @@ async def test_server_that_started_on_a_full_disk_tells_so_until_there_is_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(index_directory, "_RETRY_INTERVAL_S", 0.0)
-    monkeypatch.setattr(server_module, "_INDEX_INTERVAL_S", 0.05)
+    monkeypatch.setattr(housekeeping, "_INDEX_INTERVAL_S", 0.05)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with small_disk(tmp_path / "disk", "20m") as root:
         async with FakeRegistry() as fake:

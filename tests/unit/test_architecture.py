@@ -96,7 +96,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "history": {"history", *QUEUED_WRITES, *SHARED},
     "notifications": {
         *("access.rules", "notifications", "store.disk", "upstream.outbound"),
-        "upstream.registries",
+        *("observability.notification_events", "upstream.registries"),
         *("upstream.transport", *QUEUED_WRITES, *SHARED),
     },
     "composition": {"hosted", "pull", "store", "upstream", *SHARED},

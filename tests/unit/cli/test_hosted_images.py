@@ -61,7 +61,7 @@ def test_hosted_image_is_listed_with_its_push(site: Site) -> None:
     assert hosted["name"] == f"{NAME}/team/app:v1"
     assert hosted["state"] == ["complete", "hosted"]
     assert (hosted["digest"], hosted["current_digest"]) == (str(TAGGED), str(TAGGED))
-    assert (hosted["unique"], hosted["stale_why"], hosted["checked"]) == (0, None, None)
+    assert (hosted["unique"], hosted["stale_why"], hosted["confirmed"]) == (0, None, None)
     assert hosted["pushed"] is not None
     assert names(site, "--filter", "state=hosted", "*/team/*") == [hosted["name"]]
 

@@ -38,6 +38,7 @@ EXPECTED = {
     "UploadOutOfOrder": (416, "BLOB_UPLOAD_INVALID"),
     "UploadUnknown": (404, "BLOB_UPLOAD_UNKNOWN"),
     "QuotaExceeded": (403, "DENIED"),
+    "TagImmutable": (409, "DENIED"),
     "LoginRequired": (401, "UNAUTHORIZED"),
     "NamesDamaged": (503, "UNAVAILABLE"),
     "MethodUnsupported": (405, "UNSUPPORTED"),
