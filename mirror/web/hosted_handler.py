@@ -298,6 +298,8 @@ class HostedHandler:
                 raise SizeInvalid("the chunk is not as long as its Content-Range")
             if parsed.digest is None:
                 await feed.flush()
+                feed.close()
+                await feed.wait_closed()  # The client may go on at another process.
                 return self._reply_progress(
                     request, pull, parsed.repository, parsed.id, feed.position
                 )
