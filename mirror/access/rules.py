@@ -88,7 +88,7 @@ class Rules:
             identity = Identity(user=identity.user, groups=identity.groups | more)
         name = str(repository)
         # In image names, docker.io/app also means docker.io/library/app.
-        short = name.replace("docker.io/library/", "docker.io/", 1)
+        short = repository.short_name
         for rule in self._rules:
             if rule.is_for(identity) and (rule.is_about(name) or rule.is_about(short)):
                 return action in rule.actions

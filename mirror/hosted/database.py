@@ -186,10 +186,12 @@ class Database:
         result: T = write.future.result()
         return result
 
-    def write_later(self, change: Callable[[Connection], object]) -> None:
-        """Make a change soon, without waiting. Not durable, and nobody is told if it fails."""
-        self._waiting.append(_Write(change, is_durable=False, future=self._loop.create_future()))
+    def write_later(self, change: Callable[[Connection], T]) -> asyncio.Future[T]:
+        """Make a change soon, without waiting. Not durable. The future need not be waited for."""
+        write = _Write(change, is_durable=False, future=self._loop.create_future())
+        self._waiting.append(write)
         self._writing.submit(self._commit_waiting)
+        return write.future
 
     async def close(self) -> None:
         """Finish the writes that wait, and close all connections."""

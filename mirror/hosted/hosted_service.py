@@ -149,15 +149,31 @@ class HostedService:
         )
         await self._database.write(mark, is_durable=False)
 
-    async def delete_blob(self, repository: str, digest: Digest, actor: Actor = SERVER) -> None:
-        """Delete a blob of a repository. Raises ``BlobUnknown``.
+    async def delete_blob(
+        self,
+        repository: str,
+        digest: Digest,
+        actor: Actor = SERVER,
+        *,
+        may_change_immutable: bool = False,
+    ) -> None:
+        """Delete a blob of a repository.
 
         Args:
             repository: The repository.
             digest: The digest of the blob.
             actor: Who deletes it.
+            may_change_immutable: Whether the images of immutable tags may lose it.
+
+        Raises:
+            BlobUnknown: The repository does not have it.
+            TagImmutable: The image of an immutable tag has it.
         """
-        delete = partial(name_rows.delete_blob, repository=repository, digest=digest)
+
+        def delete(connection: Connection) -> int | None:
+            if not may_change_immutable:
+                self._immutable_tags.check_deletion(connection, repository, digest)
+            return name_rows.delete_blob(connection, repository, digest)
 
         def tell(size: int | None) -> None:
             if size is not None:
@@ -204,7 +220,7 @@ class HostedService:
         all_tags = [*([] if isinstance(reference, Digest) else [reference]), *tags]
 
         def check(connection: Connection) -> None:
-            self._immutable_tags.check_push(connection, repository, digest, all_tags)
+            self._immutable_tags.check_push(connection, repository, manifest, all_tags)
             name_rows.check_parts(
                 connection, repository, manifest, may_be_sparse=self.settings.sparse_indexes
             )
@@ -293,11 +309,11 @@ class HostedService:
             repository: The repository.
             reference: A digest, or a tag, whose manifest stays.
             actor: Who deletes it.
-            may_change_immutable: Whether immutable tags may be deleted.
+            may_change_immutable: Whether immutable tags, and their images, may be deleted.
 
         Raises:
             ManifestUnknown: The repository does not have it.
-            TagImmutable: It would take an immutable tag away.
+            TagImmutable: It would take an immutable tag away, or a part of its image.
         """
 
         def delete(connection: Connection) -> ManifestRow | None:

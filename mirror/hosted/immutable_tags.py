@@ -1,16 +1,17 @@
-"""Tags that name one manifest for good.
+"""Tags that name one manifest for good, with all that this manifest refers to.
 
-Lives here: which tags these are, and the refusal. Must not know: who may delete them.
+Lives here: which tags these are, and the refusals. Must not know: who may delete them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from sqlite3 import Connection
 
 from mirror.config.settings import Hosted
 from mirror.hosted import name_rows
+from mirror.hosted.pushed_manifest import PushedManifest
 from mirror.oci.errors import TagImmutable
 from mirror.oci.reference import Digest, Reference, Tag
 from mirror.oci.tag_selection import TagSelection
@@ -35,12 +36,24 @@ class ImmutableTagRules:
         )
 
     def check_push(
-        self, connection: Connection, repository: str, digest: Digest, tags: Iterable[Tag]
+        self,
+        connection: Connection,
+        repository: str,
+        manifest: PushedManifest,
+        tags: Iterable[Tag],
     ) -> None:
         """Check that ``tags`` may name a manifest. Raises ``TagImmutable``.
 
-        A tag may be pushed again with the digest that it has.
+        A tag may be pushed again with the digest and the media type that it has.
         """
+        digest = manifest.digest
+        earlier = name_rows.manifest_by_digest(connection, repository, digest)
+        if earlier is not None and earlier.media_type != manifest.media_type:
+            protector = self._protector_of(connection, repository, digest)
+            if protector is not None:
+                raise TagImmutable(
+                    f"the tag {protector} is immutable: this manifest stays {earlier.media_type}"
+                )
         for tag in tags:
             if not self.is_immutable(repository, str(tag)):
                 continue
@@ -51,20 +64,24 @@ class ImmutableTagRules:
                 )
 
     def check_deletion(self, connection: Connection, repository: str, reference: Reference) -> None:
-        """Check that a deletion takes no immutable tag away. Raises ``TagImmutable``.
+        """Check that a deletion takes nothing of an immutable tag. Raises ``TagImmutable``.
 
         Args:
             connection: The database.
             repository: The repository.
-            reference: A tag, or the digest of a manifest with all its tags.
+            reference: A tag, or the digest of a blob or a manifest.
         """
-        for tag in self._tags_of(connection, repository, reference):
-            if self.is_immutable(repository, tag):
-                raise TagImmutable(f"the tag {tag} is immutable: only an admin can delete it")
-
-    def _tags_of(
-        self, connection: Connection, repository: str, reference: Reference
-    ) -> Sequence[str]:
         if isinstance(reference, Digest):
-            return name_rows.tags_of(connection, repository, reference)
-        return [str(reference)]
+            tag = self._protector_of(connection, repository, reference)
+        else:
+            tag = str(reference) if self.is_immutable(repository, str(reference)) else None
+        if tag is not None:
+            raise TagImmutable(f"the tag {tag} is immutable: only an admin can delete it")
+
+    def _protector_of(self, connection: Connection, repository: str, digest: Digest) -> str | None:
+        """Return an immutable tag whose image has a content. None if there is none."""
+        names = (repository, f"{self._name}/{repository}")
+        if not any(fnmatchcase(name, pattern) for name in names for pattern, _ in self._rules):
+            return None
+        tags = name_rows.tags_above(connection, repository, digest)
+        return next((tag for tag in tags if self.is_immutable(repository, tag)), None)

@@ -9,7 +9,7 @@ A repository is its path (``team/app``), without the name of the server, which m
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from sqlite3 import Connection
 from typing import Any, Final
@@ -203,18 +203,24 @@ def add_manifest(
             *(json.dumps(manifest.annotations, separators=(",", ":")), now, user),
         ),
     )
-    if added.rowcount:
-        connection.executemany(
-            "INSERT INTO parts VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
-            [(repository, digest, str(part)) for part in manifest.parts],
-        )
-    else:
-        # The same bytes may be pushed again with another type.
+    if not added.rowcount:
+        # The same bytes may be pushed again with another type, as which they may have more parts.
         connection.execute(
-            "UPDATE manifests SET media_type = ?, pushed_at = max(pushed_at, ?)"
-            " WHERE repository = ? AND digest = ?",
-            (manifest.media_type, now, repository, digest),
+            "UPDATE manifests SET pushed_by = CASE media_type WHEN :type THEN pushed_by ELSE :user"
+            " END, media_type = :type, pushed_at = max(pushed_at, :now)"
+            " WHERE repository = :repository AND digest = :digest",
+            {
+                "type": manifest.media_type,
+                "user": user,
+                "now": now,
+                "repository": repository,
+                "digest": digest,
+            },
         )
+    connection.executemany(
+        "INSERT INTO parts VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
+        [(repository, digest, str(part)) for part in manifest.parts],
+    )
     # What it lists, and what refers to it, belongs to something again.
     connection.executemany(
         "UPDATE manifests SET orphaned_at = 0"
@@ -233,13 +239,20 @@ def add_manifest(
     )
 
 
-def tags_of(connection: Connection, repository: str, digest: Digest) -> list[str]:
-    """Return the tags that name a manifest of a repository, in order."""
+def tags_above(connection: Connection, repository: str, digest: Digest) -> Iterator[str]:
+    """Yield the tags whose image has a content: the manifest that they name, or a part of it.
+
+    The nearest come first, and no more rows are read than are asked for.
+    """
+    # CROSS JOIN keeps the order: from the content up.
     rows = connection.execute(
-        "SELECT tag FROM tags WHERE repository = ? AND digest = ? ORDER BY tag",
-        (repository, str(digest)),
+        "WITH RECURSIVE above (digest) AS (VALUES (:digest) UNION SELECT p.manifest"
+        " FROM above a CROSS JOIN parts p ON p.repository = :repository AND p.digest = a.digest)"
+        " SELECT t.tag FROM above a CROSS JOIN tags t"
+        " ON t.repository = :repository AND t.digest = a.digest",
+        {"repository": repository, "digest": str(digest)},
     )
-    return [row[0] for row in rows]
+    return (row[0] for row in rows)
 
 
 def mark_manifest_used(

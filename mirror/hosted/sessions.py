@@ -5,18 +5,21 @@ Must not know: HTTP, who may push.
 
 Theory of operation: an upload is a row, which says whose it is and what it has reserved of the
 quota, and a file, whose length is how far it has come. Both outlive their process. A request that
-feeds an upload holds the lock of the file. To finish an upload, its bytes are verified, synced, and
-renamed to content; then the row of the blob is written, in the same transaction that deletes the
-row of the upload. A crash before that leaves the upload, or content that no row names.
+feeds an upload holds the lock of the file. Before it unlocks the file, what the upload has reserved
+falls back to the length of the file: an upload that nobody feeds keeps nothing from others. To
+finish an upload, its bytes are verified, synced, and renamed to content; then the row of the blob
+is written, in the same transaction that deletes the row of the upload. A crash before that leaves
+the upload, or content that no row names.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from sqlite3 import Connection
 from typing import Final, TypeVar, TypeVarTuple
@@ -140,23 +143,40 @@ class UploadSessions:
             QuotaExceeded: The quota does not have so many bytes left.
             StorageUnavailable: The disk refuses.
         """
-        row = await self._find(upload_id, repository, user)
+        if not upload_files.is_upload_id(upload_id):
+            raise UploadUnknown(_GONE)
         await self._wait_for_closing(upload_id)
         opened = await self._run(upload_files.open_to_feed, self._layout, upload_id)
         if opened is None:
             raise UploadUnknown(_GONE)
         fd, position = opened
+        try:
+            # Under the lock: the request before this one has given back what it had reserved.
+            row = await self._find(upload_id, repository, user)
+        except BaseException:
+            if fd is not None:
+                os.close(fd)
+            raise
         if fd is None:
             raise UploadOutOfOrder("another request feeds this upload", position)
         running_hash = self._hashes.pop(upload_id, None)
         if running_hash is None or running_hash.position > position:
             running_hash = RunningHash("sha256")
 
+        def before_unlock(length: int) -> asyncio.Future[None] | None:
+            if feed.reserved <= length:
+                return None
+            return self._database.write_later(
+                partial(upload_rows.release, upload_id=upload_id, length=length)
+            )
+
         def on_closed() -> None:
             self._hashes[upload_id] = running_hash
             del self._writers[upload_id]
 
-        writer = UploadWriter(fd, position, running_hash, self._writing, self._memory, on_closed)
+        writer = UploadWriter(
+            *(fd, position, running_hash, self._writing, self._memory, before_unlock, on_closed)
+        )
         self._writers[upload_id] = writer
         feed = UploadFeed(row, writer, self._reserve, self._store.space.make_room_on_disk)
         try:
@@ -290,7 +310,7 @@ class UploadSessions:
         """End the uploads that nobody has fed for a day. Returns their number.
 
         The server calls this now and then. Also removes rows without files, files without rows, and
-        uploads of another boot.
+        uploads of another boot, and releases what dead processes have reserved.
         """
         rows = await self._database.read(upload_rows.all_uploads)
         ended = await self._run(self._remove_abandoned, rows)
@@ -301,7 +321,21 @@ class UploadSessions:
 
         if ended:
             await self._database.write(end, is_durable=False)
+        for row in await self._run(self._with_surplus, rows):
+            # Its process has died. Closing an upload gives back what it has reserved in vain.
+            with suppress(UploadOutOfOrder, UploadUnknown):
+                (await self.open(row.id, row.repository, row.user)).close()
         return len(ended)
+
+    def _with_surplus(self, rows: list[UploadRow]) -> list[UploadRow]:
+        """Return the uploads that have reserved more than they have, in a thread."""
+        before = self._now() - _ORPHAN_TTL_S
+        return [
+            row
+            for row in rows
+            if row.started_at < before
+            and row.reserved > (upload_files.upload_length(self._layout, row.id) or 0)
+        ]
 
     def _remove_abandoned(self, rows: list[UploadRow]) -> list[str]:
         """Remove files, in a thread. Returns the ids of the rows that have no file now."""
@@ -343,7 +377,8 @@ class UploadFeed:
         """
         self.row = row
         self.writer = writer
-        self._reserved = row.reserved
+        self.reserved = row.reserved
+        """Bytes that the upload may reach."""
         self._reserve = reserve
         self._make_room = make_room
         self._has_room_until = 0
@@ -356,9 +391,9 @@ class UploadFeed:
 
     async def reserve(self, size: int) -> None:
         """Reserve as much of the quota as ``size`` bytes of the upload need, and of the disk."""
-        if size > self._reserved:
+        if size > self.reserved:
             await self._reserve(self.row.id, size)
-            self._reserved = size
+            self.reserved = size
         if size > self._has_room_until:
             await self._make_room(size - self.position)
             self._has_room_until = size
@@ -366,13 +401,13 @@ class UploadFeed:
     async def write(self, chunk: bytes) -> None:
         """Append bytes. Raises ``QuotaExceeded``, ``StorageUnavailable``, ``UploadUnknown``."""
         end = self.position + len(chunk)
-        if end > self._reserved:
+        if end > self.reserved:
             try:
                 await self.reserve(end + _UPLOAD_STEP_BYTES)
             except QuotaExceeded:
                 await self.reserve(end)
         elif end > self._has_room_until:
-            await self.reserve(self._reserved)
+            await self.reserve(self.reserved)
         await self.writer.write(chunk)
 
     async def flush(self) -> None:
@@ -380,8 +415,12 @@ class UploadFeed:
         await self.writer.flush()
 
     def close(self) -> None:
-        """Unlock the upload, once no thread writes to it."""
+        """Unlock the upload, once no thread writes to it and it reserves no more than it has."""
         self.writer.close()
+
+    async def wait_closed(self) -> None:
+        """Return once the upload is unlocked, so that another process can feed it."""
+        await self.writer.closed.wait()
 
 
 @contextmanager

@@ -65,6 +65,13 @@ def reserve(connection: Connection, upload_id: str, reserved: int, hosted: Hoste
     return found is not None
 
 
+def release(connection: Connection, upload_id: str, length: int) -> None:
+    """Let an upload reserve no more than ``length`` bytes: nobody feeds it."""
+    connection.execute(
+        "UPDATE uploads SET reserved = min(reserved, ?) WHERE id = ?", (length, upload_id)
+    )
+
+
 def check_quota(connection: Connection, repository: str, hosted: Hosted) -> None:
     """Check that all hosted content, and what uploads have reserved, is within the quota.
 

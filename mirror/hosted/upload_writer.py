@@ -64,6 +64,7 @@ class UploadWriter:
         running_hash: RunningHash,
         threads: Executor,
         memory: MemoryBudget,
+        before_unlock: Callable[[int], asyncio.Future[Any] | None],
         on_closed: Callable[[], object],
     ) -> None:
         """Start at the end of the file.
@@ -74,6 +75,8 @@ class UploadWriter:
             running_hash: The hash of at most ``position`` bytes of it.
             threads: Write and hash.
             memory: Limits the bytes that wait, of all uploads of this process.
+            before_unlock: Called with the bytes that are in the file, once there will be no more.
+                The file is closed when the future that it returns is done. None: at once.
             on_closed: Called once the file is closed, and unlocked.
         """
         self.fd = fd
@@ -82,12 +85,14 @@ class UploadWriter:
         self.running_hash = running_hash
         self._threads = threads
         self._memory = memory
+        self._before_unlock = before_unlock
         self._on_closed = on_closed
         self._loop = asyncio.get_running_loop()
         self._written = position
         self._pending: list[bytes | bytearray] = []
         self._job: asyncio.Future[int] | None = None
         self._error: Exception | None = None
+        self._is_unlocking = False
         self.is_closing = False
         """Whether no more bytes are accepted. A thread may still write some."""
         self.closed = asyncio.Event()
@@ -123,12 +128,20 @@ class UploadWriter:
         self._close_if_idle()
 
     def _close_if_idle(self) -> None:
-        if self.is_closing and self._job is None and not self.closed.is_set():
+        if self.is_closing and self._job is None and not self._is_unlocking:
+            self._is_unlocking = True
             self._pending = []
-            os.close(self.fd)
-            self.closed.set()
             self._memory.hold(self, 0)
-            self._on_closed()
+            last_step = self._before_unlock(self._written)
+            if last_step is None:
+                self._unlock()
+            else:
+                last_step.add_done_callback(self._unlock)
+
+    def _unlock(self, _: object = None) -> None:
+        os.close(self.fd)
+        self.closed.set()
+        self._on_closed()
 
     def _start_next_batch(self) -> None:
         if self._job is None and self._pending and self._error is None:

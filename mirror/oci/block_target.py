@@ -57,5 +57,5 @@ def is_match(repository: Repository, pattern: str) -> bool:
     As in the names that users write, ``docker.io/app`` also means ``docker.io/library/app``.
     """
     name = str(repository)
-    short = name.replace("docker.io/library/", "docker.io/", 1)
+    short = repository.short_name
     return fnmatchcase(name, pattern) or (short != name and fnmatchcase(short, pattern))

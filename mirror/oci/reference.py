@@ -121,6 +121,12 @@ class Repository:
             raise NameInvalid("not a repository name")
         return cls(upstream, path)
 
+    @property
+    def short_name(self) -> str:
+        """The name as users write it: ``docker.io/app`` for ``docker.io/library/app``."""
+        is_hub = self.upstream == "docker.io"
+        return f"{self.upstream}/{self.path.removeprefix('library/') if is_hub else self.path}"
+
     def __str__(self) -> str:
         return f"{self.upstream}/{self.path}"
 

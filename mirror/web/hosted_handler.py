@@ -11,6 +11,7 @@ import asyncio
 import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Final, assert_never
 
 from aiohttp import web
@@ -213,12 +214,12 @@ class HostedHandler:
             case ManifestChange():
                 pull.reference = str(parsed.reference)
                 if is_deletion:
-                    await self._delete_manifest(request, pull, parsed, actor)
+                    await self._delete(request, pull, parsed, actor)
                     return self._reply(pull, 202)
                 return await self._put_manifest(request, pull, parsed, actor)
             case BlobDeletion():
                 pull.reference = str(parsed.digest)
-                await self._service.delete_blob(pull.repository, parsed.digest, actor)
+                await self._delete(request, pull, parsed, actor)
                 return self._reply(pull, 202)
             case unknown:
                 assert_never(unknown)
@@ -298,6 +299,8 @@ class HostedHandler:
                 raise SizeInvalid("the chunk is not as long as its Content-Range")
             if parsed.digest is None:
                 await feed.flush()
+                feed.close()
+                await feed.wait_closed()  # The client may go on at another process.
                 return self._reply_progress(
                     request, pull, parsed.repository, parsed.id, feed.position
                 )
@@ -348,18 +351,26 @@ class HostedHandler:
             headers["OCI-Tag"] = ", ".join(map(str, parsed.tags))
         return self._reply(pull, 201, headers)
 
-    async def _delete_manifest(
-        self, request: web.BaseRequest, pull: RequestRecord, parsed: ManifestChange, actor: Actor
+    async def _delete(
+        self,
+        request: web.BaseRequest,
+        pull: RequestRecord,
+        parsed: ManifestChange | BlobDeletion,
+        actor: Actor,
     ) -> None:
-        repository, reference = parsed.repository, parsed.reference
+        repository = parsed.repository
+        if isinstance(parsed, BlobDeletion):
+            delete = partial(self._service.delete_blob, repository.path, parsed.digest, actor)
+        else:
+            delete = partial(
+                self._service.delete_manifest, repository.path, parsed.reference, actor
+            )
         try:
-            await self._service.delete_manifest(repository.path, reference, actor)
+            await delete()
         except TagImmutable:
             if not await self._is_allowed(request, pull, AccessAction.ADMIN, repository):
                 raise
-            await self._service.delete_manifest(
-                repository.path, reference, actor, may_change_immutable=True
-            )
+            await delete(may_change_immutable=True)
 
     # --- responses ------------------------------------------------------------------------------
 

@@ -88,6 +88,19 @@ def test_first_rule_that_fits_decides_also_with_a_no() -> None:
     assert not rules.is_allowed(DEV, other, Right.DELETE)
 
 
+def test_only_names_of_docker_hub_have_a_short_form() -> None:
+    rules = Rules(
+        access_section(
+            rule(f"{HOST}/docker.io/nginx", "ci", "push"), rule("docker.io/nginx", "ci", "pull")
+        ),
+        HOST,
+    )
+    assert rules.is_allowed(CI, repository("docker.io/library/nginx"), Right.PULL)
+    assert rules.is_allowed(CI, repository(f"{HOST}/docker.io/nginx"), Right.PUSH)
+    hidden = repository(f"{HOST}/docker.io/library/nginx")
+    assert not rules.is_allowed(CI, hidden, Right.PUSH)
+
+
 def test_admin_may_do_everything_and_others_are_no_admins() -> None:
     rules = Rules(
         access_section(

@@ -8,11 +8,19 @@ import pytest
 
 from mirror.config.settings import Hosted
 from mirror.hosted.immutable_tags import ImmutableTagRules
+from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
 from mirror.oci.errors import Denied, TagImmutable
-from mirror.oci.reference import Tag
+from mirror.oci.reference import Digest, Tag
 from mirror.web.hosted_access import AccessAction, AccessAttempt
 from tests.server_kit import Server, running
-from tests.unit.hosted.kit import PushClient, hosted_kit, manifest_of
+from tests.unit.hosted.kit import (
+    CONFIG,
+    CONFIG_DIGEST,
+    PushClient,
+    hosted_kit,
+    index_of,
+    manifest_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +71,41 @@ async def test_immutable_tag_is_not_deleted_by_tag_or_by_digest(
         await kit.service.delete_manifest("app", reference, may_change_immutable=True)
 
 
+async def test_immutable_tag_keeps_all_that_its_image_has(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path, immutable_tags=["*:v*"]) as kit:
+        child = await kit.push_image(b"layer", tag=None)
+        index = index_of(manifest_of(b"layer"))
+        await kit.service.put_manifest("app", Tag("v1"), (), index, OCI_INDEX)
+        with pytest.raises(TagImmutable, match="v1 is immutable: only an admin"):
+            await kit.service.delete_manifest("app", child)
+        for blob in (CONFIG, b"layer"):
+            with pytest.raises(TagImmutable, match="v1 is immutable: only an admin"):
+                await kit.service.delete_blob("app", Digest.of(blob))
+        # What other images have, and the same content in other repositories, is not protected.
+        await kit.push_image(b"free", tag="latest")
+        await kit.service.delete_blob("app", Digest.of(b"free"))
+        await kit.push_image(b"layer", repository="other", tag="latest")
+        await kit.service.delete_blob("other", Digest.of(b"layer"))
+        await kit.service.delete_manifest("app", child, may_change_immutable=True)
+        await kit.service.delete_blob("app", Digest.of(b"layer"), may_change_immutable=True)
+
+
+@pytest.mark.parametrize("tag", ["v1", None])
+async def test_manifest_of_an_immutable_tag_keeps_its_media_type(
+    tmp_path: Path, tag: str | None
+) -> None:
+    async with hosted_kit(tmp_path, immutable_tags=["*:v*"]) as kit:
+        digest = await kit.push_image(b"layer", tag=tag, mediaType=None)
+        body = manifest_of(b"layer", mediaType=None)
+        if tag is None:
+            index = index_of(body)
+            await kit.service.put_manifest("app", Tag("v1"), (), index, OCI_INDEX)
+        with pytest.raises(TagImmutable, match="v1 is immutable: this manifest stays"):
+            await kit.service.put_manifest("app", digest, (), body, "application/vnd.evil+json")
+        assert (await kit.service.find_manifest("app", digest)).media_type == OCI_MANIFEST
+        await kit.service.put_manifest("app", digest, (), body, OCI_MANIFEST)
+
+
 async def allow_all(attempt: AccessAttempt) -> str:
     return "root"
 
@@ -89,5 +132,7 @@ async def check_door(server: Server, status: int) -> None:
     refused = await client.put_manifest(manifest_of(b"two"), "v1")
     assert (refused.status, refused.code) == (409, "DENIED")
     assert b"the tag v1 is immutable" in refused.body
+    blob = await client.ask("DELETE", f"{client.base}/blobs/{CONFIG_DIGEST}")
+    assert blob.status == status
     deleted = await client.ask("DELETE", f"{client.base}/manifests/v1")
     assert deleted.status == status

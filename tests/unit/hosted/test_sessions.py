@@ -35,6 +35,7 @@ async def feed_some(kit: HostedKit, upload_id: str, data: bytes, **keys: int) ->
         return feed.position
     finally:
         feed.close()
+        await feed.wait_closed()
 
 
 async def finish(kit: HostedKit, upload_id: str, digest: Digest = DIGEST) -> int:
@@ -72,6 +73,7 @@ async def test_two_processes_do_not_feed_one_upload_at_once(tmp_path: Path) -> N
             await two.service.uploads.open(upload_id, "app", "")
         assert caught.value.offset == 1000
         feed.close()
+        await feed.wait_closed()
         assert await feed_some(two, upload_id, DATA[1000:]) == len(DATA)
         # The first process knows the hash of 1000 bytes only.
         assert await finish(one, upload_id) == len(DATA)
@@ -114,6 +116,54 @@ async def test_stream_of_unknown_length_ends_at_the_quota(tmp_path: Path) -> Non
             await feed.write(b"x")
         feed.close()
         assert await kit.service.uploads.position(upload_id, "app", "") <= 500_000
+
+
+async def test_broken_request_gives_back_what_it_has_reserved_and_not_received(
+    tmp_path: Path,
+) -> None:
+    async with hosted_kit(tmp_path, max_size="1MB") as kit:
+        uploads = kit.service.uploads
+        upload_id = await uploads.begin("app", "", None)
+        feed = await uploads.open(upload_id, "app", "", size=1_000_000)
+        with pytest.raises(QuotaExceeded):
+            await kit.push_blob(b"other")
+        await feed.write(DATA[:1000])
+        feed.close()
+        await feed.wait_closed()
+        assert await reserved(kit) == {upload_id: 1000}
+        await kit.push_blob(b"other")
+        # The upload can go on, within the quota.
+        await feed_some(kit, upload_id, DATA[1000:], start=1000, size=len(DATA) - 1000)
+        assert await finish(kit, upload_id) == len(DATA)
+
+
+async def test_upload_gives_back_its_surplus_before_another_process_can_feed_it(
+    tmp_path: Path,
+) -> None:
+    async with hosted_kit(tmp_path) as one, hosted_kit(tmp_path) as two:
+        upload_id = await one.service.uploads.begin("app", "", None)
+        feed = await one.service.uploads.open(upload_id, "app", "", size=500_000)
+        feed.close()
+        await feed.wait_closed()
+        other = await two.service.uploads.open(upload_id, "app", "", size=400_000)
+        assert await reserved(two) == {upload_id: 400_000}
+        other.close()
+        await other.wait_closed()
+
+
+async def test_reservation_of_a_killed_process_ends_with_the_next_look_at_uploads(
+    tmp_path: Path,
+) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        uploads = kit.service.uploads
+        upload_id, fed = [await uploads.begin("app", "", 500_000) for _ in range(2)]
+        feed = await uploads.open(fed, "app", "")
+        os.utime(upload_files.path_of(kit.store.layout, upload_id), (NOW, NOW))
+        kit.clock[0] = NOW + 100
+        assert await uploads.end_abandoned() == 0
+        await uploads.position(upload_id, "app", "")  # Waits until it is closed.
+        assert await reserved(kit) == {upload_id: 0, fed: 500_000}
+        feed.close()
 
 
 async def test_one_repository_has_a_quota_of_its_own(tmp_path: Path) -> None:

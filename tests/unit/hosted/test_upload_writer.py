@@ -31,7 +31,9 @@ async def test_bytes_are_written_and_hashed_in_order(
     fd = os.open(tmp_path / "upload", os.O_RDWR | os.O_CREAT)
     running_hash = RunningHash(algorithm)
     writer = UploadWriter(
-        fd, 0, running_hash, threads, MemoryBudget(100_000), lambda: closed.append(True)
+        *(fd, 0, running_hash, threads, MemoryBudget(100_000)),
+        before_unlock=lambda _: None,
+        on_closed=lambda: closed.append(True),
     )
     for start in range(0, len(DATA), 70_001):
         await writer.write(DATA[start : start + 70_001])
@@ -53,7 +55,9 @@ async def test_hash_that_is_behind_waits_and_catches_up_from_the_file(
     running_hash = RunningHash("sha256")
     running_hash.update(DATA[:100_000])
     fd = os.open(path, os.O_RDWR)
-    writer = UploadWriter(fd, 300_000, running_hash, threads, MemoryBudget(10**6), lambda: None)
+    writer = UploadWriter(
+        *(fd, 300_000, running_hash, threads, MemoryBudget(10**6), lambda _: None, lambda: None)
+    )
     await writer.write(DATA[300_000:])
     await writer.flush()
     assert running_hash.position == 100_000

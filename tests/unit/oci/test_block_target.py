@@ -54,6 +54,7 @@ def test_target_that_could_be_misread_is_refused(text: str) -> None:
         ("docker.io/app?", "docker.io/library/app", False),
         ("ghcr.io/app*", "ghcr.io/library/app", False),
         ("ghcr.io/*", "docker.io/library/app", False),
+        ("ghcr.io/docker.io/app", "ghcr.io/docker.io/library/app", False),
     ],
 )
 def test_pattern_matches_whole_names_and_short_ones_of_docker_hub(
