@@ -34,7 +34,7 @@ _PERIODS: Final = {
     "30d": 30 * 86400.0,
 }
 """``--last`` -> seconds. The counters are kept for 30 days."""
-_MAX_NAMES: Final = 100
+_MAX_TABLE_ROWS: Final = 100
 """Rows of the table. Networks of clients may be tens of thousands: ``--json`` has all of them."""
 _DISK_ONLY: Final = ("max_size", "recorded_hit_ratio", "is_reliable")
 """Fields of the rows of predictions."""
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         counts = history.counts(now - _PERIODS[arguments.last], now)
         trace = history.access_trace()
     begin = time_text(min((count.start for count in counts), default=None))
-    most = None if arguments.is_json else _MAX_NAMES
+    most = None if arguments.is_json else _MAX_TABLE_ROWS
     saved = [(arguments.by, one) for one in build_savings(counts, arguments.by, most)]
     saved.append(("total", build_total(counts)))
     rows: list[dict[str, Any]] = [
