@@ -29,14 +29,14 @@ class TagDigests:
     """
 
     served: tuple[Digest, ...] = ()
-    """What clients get, if need be without the upstream: the digests of its freeze, or the newest
-    ones that are on the disk. If none is, the current ones. Empty: the tag is not known here."""
+    """The digests that clients get, if need be without the upstream: those of its freeze, or the
+    newest ones that are on the disk. If none is, the current ones. Empty: the tag is not known."""
     current: tuple[Digest, ...] = ()
-    """What the upstream had when it was last asked."""
+    """The digests that the upstream had when it was last asked."""
 
     @property
     def all(self) -> tuple[Digest, ...]:
-        """What a client may have got, or may get."""
+        """The digests that a client may have got, or may get."""
         return tuple(dict.fromkeys((*self.served, *self.current)))
 
 
@@ -60,10 +60,10 @@ def _choose(layout: Layout, name: ImageName, records: list[TagRecord]) -> TagDig
     current = tuple(dict.fromkeys(record.digest for record in records))
     freeze = read_marks(layout).freezes.get(str(name))
     if freeze is not None:
-        return TagDigests(tuple(freeze.digests), current)
+        return TagDigests(served=tuple(freeze.digests), current=current)
     here = (_newest_here(layout, record) for record in records)
     served = tuple(dict.fromkeys(digest for digest in here if digest is not None))
-    return TagDigests(served or current, current)
+    return TagDigests(served=served or current, current=current)
 
 
 def _newest_here(layout: Layout, record: TagRecord) -> Digest | None:
