@@ -42,7 +42,10 @@ def run_in_use(arguments: argparse.Namespace) -> int:
     """Run the command, and return its exit code."""
     layout = find_layout(load_settings(arguments))
     if arguments.release:
-        asyncio.run(in_use.release(layout, arguments.source, time.time()))
+        if not asyncio.run(in_use.release(layout, arguments.source, time.time())):
+            raise CommandFailed(
+                f"{arguments.source} had no lease: `oci-mirror in-use` lists the sources"
+            )
         if not arguments.is_json:
             print_line(f"{arguments.source} has no lease any more")
         return 0

@@ -89,11 +89,10 @@ def _print_summary(inventory: Inventory, image: Image) -> None:
     from mirror.inventory.json_rows import image_row
 
     row = image_row(inventory, image)
+    where = "" if image.current_root in inventory.manifests else " (not in the cache)"
     lines = [
         f"digest     {image.root}",
-        f"upstream   {image.current_root} (not in the cache)"
-        if image.current_root != image.root
-        else None,
+        f"upstream   {image.current_root}{where}" if image.current_root != image.root else None,
         f"platforms  {', '.join(image.platforms) or '-'}",
         f"missing    {', '.join(image.missing_platforms)}" if image.missing_platforms else None,
         f"size       {size_text(image.size)}, of which rm frees {size_text(row['unique'])}",

@@ -174,6 +174,8 @@ def _rates(pull: StoredPull) -> Iterator[str]:
             source = "another process's fetch" if pull.is_fetched_elsewhere else "the disk"
             yield f"The client waited for {source} for {share}."
         return
+    if pull.outcome == Outcome.ERROR:
+        return  # It was not the client that ended it.
     rate = _rate(pull.bytes_sent, sending - pull.source_wait)
     yield f"The client read {rate}: the client, or its network, is the bottleneck."
 

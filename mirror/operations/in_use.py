@@ -3,8 +3,9 @@
 Lives here: the list of a source, the digests that it means, the leases of them. Must not know:
 where a list comes from, arguments of a command line.
 
-A list names images by digest or by tag. A tag means the digest that it has here now: a source that
-knows the digest should name it. A newer list of a source replaces the older one.
+A list names images by digest or by tag. A tag means what clients get of it, and what the upstream
+has for it: a source that knows the digest should name it. A newer list of a source replaces the
+older one.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from mirror.oci.errors import InvalidRequest, StorageUnavailable
+from mirror.oci.errors import InvalidRequest
 from mirror.oci.image_name import ImageName
 from mirror.oci.reference import Digest, Tag
 from mirror.operations.kubernetes import UsedImage
 from mirror.operations.marking import change
+from mirror.operations.tag_digests import read_tag_digests
 from mirror.store import disk
 from mirror.store.index import Index
 from mirror.store.layout import Layout
@@ -62,7 +64,7 @@ async def lease(
         OSError: The marks cannot be written.
     """
     until = now + seconds
-    digests, unknown = await _resolve(index, images)
+    digests, unknown = await _resolve(layout, index, images)
 
     def put(marks: Marks) -> Marks:
         return replace_leases(marks, source, digests, until, now)
@@ -72,15 +74,23 @@ async def lease(
     return Leased(source, until, frozenset(digests), cached, unknown)
 
 
-async def release(layout: Layout, source: str, now: float) -> None:
-    """End all leases of a source. Raises as :func:`lease`.
+async def release(layout: Layout, source: str, now: float) -> int:
+    """End all leases of a source. Returns how many were in force. Raises as :func:`lease`.
 
     Args:
         layout: The data directory.
         source: Names the list.
         now: Seconds since the epoch.
     """
-    await change(layout, lambda marks: replace_leases(marks, source, (), now, now))
+    ended = 0
+
+    def put(marks: Marks) -> Marks:
+        nonlocal ended
+        ended = sum(one.source == source and one.until > now for one in marks.all_leases())
+        return replace_leases(marks, source, (), now, now)
+
+    await change(layout, put)
+    return ended
 
 
 def list_leases(layout: Layout, now: float) -> list[Leased]:
@@ -112,14 +122,14 @@ def parse_list(text: str) -> list[UsedImage]:
 
 
 async def _resolve(
-    index: Index, images: Iterable[UsedImage]
+    layout: Layout, index: Index, images: Iterable[UsedImage]
 ) -> tuple[set[Digest], tuple[str, ...]]:
     """Return the digests of a list, and the names that mean none."""
     digests: set[Digest] = set()
     unknown: set[str] = set()
     for image in images:
         try:
-            found = await _digests_of(index, image)
+            found = await _digests_of(layout, index, image)
         except InvalidRequest:
             found = ()
         digests.update(found)
@@ -128,7 +138,7 @@ async def _resolve(
     return digests, tuple(sorted(unknown))
 
 
-async def _digests_of(index: Index, image: UsedImage) -> Collection[Digest]:
+async def _digests_of(layout: Layout, index: Index, image: UsedImage) -> Collection[Digest]:
     """Return the digests that an image means. Raises ``InvalidRequest`` for a malformed one."""
     if image.digest:
         return [Digest.parse(image.digest)]
@@ -136,10 +146,7 @@ async def _digests_of(index: Index, image: UsedImage) -> Collection[Digest]:
     if not isinstance(name.reference, Tag):
         assert isinstance(name.reference, Digest)
         return [name.reference]
-    links = await index.links([str(name)], ())
-    if links is None:
-        raise StorageUnavailable("the index cannot be read, so nothing was leased")
-    return links.current
+    return (await read_tag_digests(layout, index, name)).all
 
 
 def _count_cached(layout: Layout, digests: Collection[Digest]) -> int:

@@ -18,17 +18,16 @@ from mirror.oci.errors import (
     DigestInvalid,
     ManifestUnknown,
     NameInvalid,
-    StorageUnavailable,
     TagInvalid,
 )
 from mirror.oci.image_name import ImageName
 from mirror.oci.reference import Digest, Repository, Tag
+from mirror.operations import tag_digests
 from mirror.store import disk
 from mirror.store.index import Index
 from mirror.store.layout import Layout
 from mirror.store.marks import Block, Freeze, Marks, Pin, change_marks
 from mirror.store.protection import read_parts
-from mirror.store.records import TagRecord
 from mirror.threads import HangingCalls, run_in_thread
 
 MAX_REASON_CHARS: Final = 500
@@ -78,7 +77,7 @@ async def pin(layout: Layout, index: Index, names: Sequence[ImageName], now: flo
         StorageUnavailable: The index or the marks cannot be read.
         OSError: The marks cannot be written.
     """
-    pins = [await _pin_of(index, name.with_default_tag(), now) for name in names]
+    pins = [await _pin_of(layout, index, name.with_default_tag(), now) for name in names]
     absent = await _find_absent(layout, [one.digest for one in pins])
 
     def add(marks: Marks) -> Marks:
@@ -89,10 +88,18 @@ async def pin(layout: Layout, index: Index, names: Sequence[ImageName], now: flo
     return [marks.pins[one.name] for one in pins]
 
 
-async def _pin_of(index: Index, name: ImageName, now: float) -> Pin:
+async def _pin_of(layout: Layout, index: Index, name: ImageName, now: float) -> Pin:
     if isinstance(name.reference, Digest):
         return Pin(str(name), name.reference, now)
-    return Pin(str(name), (await find_digests(index, name))[0], now)
+    return Pin(str(name), (await _find_served(layout, index, name))[0], now)
+
+
+async def _find_served(layout: Layout, index: Index, name: ImageName) -> tuple[Digest, ...]:
+    """Return the digests that clients get of a tag. There is at least one."""
+    served = (await tag_digests.read_tag_digests(layout, index, name)).served
+    if not served:
+        raise tag_digests.not_here(name)
+    return served
 
 
 def _pin_in(marks: Marks, new: Pin, absent: tuple[Digest, ...]) -> Pin:
@@ -205,15 +212,12 @@ async def unblock(layout: Layout, target: Target) -> Block | None:
 
 
 async def _digests_of(layout: Layout, index: Index, target: Target) -> set[Digest]:
-    """Return the manifests of a target: those that it names now, and their children."""
+    """Return the manifests of a target: those that it names, and their children."""
     match target:
         case Digest() | ImageName(_, Digest()):
             digests = {target if isinstance(target, Digest) else _digest_of(target)}
-        case ImageName(_, Tag()):
-            links = await index.links([str(target)], ())
-            if links is None:
-                raise StorageUnavailable("the index cannot be read, so nothing was blocked")
-            digests = set(links.current)
+        case ImageName(_, Tag()) as name:
+            digests = set((await tag_digests.read_tag_digests(layout, index, name)).all)
         case _:
             return set()
     queue = list(digests)
@@ -253,7 +257,7 @@ async def freeze(layout: Layout, index: Index, name: ImageName, now: float) -> F
         OSError: The marks cannot be written.
     """
     name = _with_tag(name)
-    digest, *variants = await find_current(index, name)
+    digest, *variants = await _find_served(layout, index, name)
     absent = await _find_absent(layout, [digest, *variants])
     new = Freeze(str(name), digest, now, variants=tuple(variants), absent=absent)
 
@@ -321,49 +325,17 @@ async def roll_back(
 # --- images ---------------------------------------------------------------------------------------
 
 
-async def find_digests(index: Index, name: ImageName) -> list[Digest]:
-    """Return the digests that a tag has and has had, newest first. There is at least one.
-
-    A registry may send another manifest to clients that do not accept every media type. Those
-    digests are the last ones.
-
-    Raises ``ManifestUnknown`` if the tag is not in the cache, and ``StorageUnavailable`` if the
-    index cannot be read.
-    """
-    records = await _find_records(index, name)
-    return list(dict.fromkeys(digest for record in records for digest in record.digests))
-
-
 async def _find_all_digests(layout: Layout, index: Index, name: ImageName) -> list[Digest]:
     """Return the digests of a tag that ``oci-mirror history`` lists: the index forgets some."""
     assert isinstance(name.reference, Tag)
     earlier = await run_in_thread(find_tag_digests, layout, name.repository, name.reference)
     try:
-        known = await find_digests(index, name)
+        known = await tag_digests.find_digests(index, name)
     except ManifestUnknown:
         if not earlier:
             raise
         known = []
     return list(dict.fromkeys([*known, *earlier]))
-
-
-async def find_current(index: Index, name: ImageName) -> list[Digest]:
-    """Return the digest that a tag has now, and those that it has for other clients, each once.
-
-    Raises as :func:`find_digests`.
-    """
-    records = await _find_records(index, name)
-    return list(dict.fromkeys(record.digest for record in records))
-
-
-async def _find_records(index: Index, name: ImageName) -> list[TagRecord]:
-    assert isinstance(name.reference, Tag)
-    records = await index.tag_records(name.repository, name.reference)
-    if records is None:
-        raise StorageUnavailable("the index cannot be read, so it is not known what the tag has")
-    if not records:
-        raise ManifestUnknown(f"{name} is not in the cache: pull it through the mirror first")
-    return records
 
 
 def choose_digest(name: ImageName, had: Sequence[Digest], prefix: str) -> Digest:

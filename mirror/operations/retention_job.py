@@ -157,7 +157,10 @@ async def run_rules(settings: Settings, now: float) -> dict[str, Any]:
         except OSError as error:
             document = {"error": f"{error.filename}: {error.strerror or error}", "items": []}
         document["finished_at"] = datetime.now(UTC).isoformat(timespec="seconds")
-        save_report(layout, RETENTION_REPORT, document)
+        try:
+            save_report(layout, RETENTION_REPORT, document)
+        except OSError as error:  # What was removed is gone all the same.
+            document["error"] = document["error"] or f"{RETENTION_REPORT}: {error.strerror}"
         return document
 
 

@@ -318,8 +318,10 @@ class Sender:
         position = start
         while stop is None or position < stop:
             waiting_since = self._loop.time()
-            extent = await source.wait(position, stop)
-            self._trace.source_wait += self._loop.time() - waiting_since
+            try:
+                extent = await source.wait(position, stop)
+            finally:  # A source that fails has been waited for, too.
+                self._trace.source_wait += self._loop.time() - waiting_since
             if extent is None:
                 break
             limit = _MAX_SEND_BYTES if position > start else _FIRST_SEND_BYTES

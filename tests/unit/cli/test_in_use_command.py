@@ -78,6 +78,7 @@ def test_newer_list_of_a_source_replaces_the_older_one_and_release_ends_it(
         assert protected_roots(read_marks(layout), 0.0) == {digest}
     assert run("--release", "--source", "site a") == "site a has no lease any more\n"
     assert run("--json") == ""
+    assert "site a had no lease" in run("--release", "--source", "site a", code=1)
 
 
 def test_pods_are_leased_by_the_digests_that_their_nodes_have_pulled(

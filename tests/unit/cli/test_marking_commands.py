@@ -98,6 +98,30 @@ def test_pin_is_listed_until_it_is_taken_away(filled: Filled) -> None:
     assert set(filled.marks.pins) == {f"{NAME}@{Digest.of(OLD)}"}
 
 
+def test_mark_of_a_tag_that_has_moved_means_what_clients_get(filled: Filled) -> None:
+    """A client's HEAD has found that the tag has moved. Nobody has pulled the new content."""
+    old, new = Digest.of(OLD), Digest.of(INDEX)
+    filled.layout.blob(new).unlink()
+    filled.run("pin", "app")
+    filled.run("freeze", "app")
+    filled.run("block", "app:latest")
+    assert filled.marks.pins[f"{NAME}:latest"].digest == old
+    assert filled.marks.freezes[f"{NAME}:latest"].digests == (old,)
+    assert filled.marks.blocks[f"{NAME}:latest"].digests == {old, new}
+
+
+def test_block_and_lease_of_a_tag_that_is_rolled_back_mean_both_digests(
+    filled: Filled, tmp_path: Path
+) -> None:
+    filled.run("rollback", "app", "--to", str(Digest.of(OLD)))
+    filled.run("block", "app:latest")
+    expected = {Digest.of(OLD), Digest.of(INDEX)}
+    assert filled.marks.blocks[f"{NAME}:latest"].digests == expected | {Digest.of(NEW)}
+    (tmp_path / "list").write_text("app\n")
+    filled.run("in-use", "--file", str(tmp_path / "list"))
+    assert {one.digest for one in filled.marks.leases.values()} == expected
+
+
 def test_pin_of_an_image_that_is_not_here_pins_none_of_them(filled: Filled) -> None:
     assert filled.run("pin", "app", "app:missing", code=1) == ""
     assert filled.notes == (

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.reference import Digest
+from mirror.store.marks import Freeze
 from tests.unit.cli.inventory_kit import Site
 from tests.unit.inventory.kit import config, content, entry, index, manifest, text
 
@@ -84,6 +87,18 @@ def test_earlier_digest_of_a_tag_is_shown_with_the_one_that_is_not_here(site: Si
     site.data.name("app:v1", new, earlier=[old], media_type=OCI_MANIFEST)
 
     assert f"  upstream   {text(new)} (not in the cache)" in site.lines("show", "app:v1")
+
+
+def test_current_digest_of_a_frozen_tag_is_shown_as_what_it_is(site: Site) -> None:
+    old = site.data.image("app:v1", "old")
+    site.data.rows = []
+    new = site.data.image("app:v1", "new")
+    site.data.rows = []
+    site.data.name("app:v1", new, earlier=[old], media_type=OCI_MANIFEST)
+    freeze = Freeze("docker.io/library/app:v1", Digest.of(old), since=0.0)
+    site.data.mark(lambda marks: replace(marks, freezes={freeze.name: freeze}))
+
+    assert f"  upstream   {text(new)}" in site.lines("show", "app:v1")
 
 
 @pytest.mark.parametrize(

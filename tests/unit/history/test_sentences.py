@@ -210,6 +210,12 @@ def test_upstream_that_sends_slowly_is_the_bottleneck() -> None:
     ]
 
 
+def test_client_is_no_bottleneck_of_a_response_that_the_upstream_has_broken() -> None:
+    given = {"bytes_sent": 10_000_000, "stages": {"send": 13.2}, "source_wait": 4.9}
+    pull = stored(**BLOB, outcome="error", error="connection refused", **given)
+    assert explain(pull)[1:] == []
+
+
 def test_wait_for_another_process_and_for_the_disk_are_told_apart() -> None:
     given = {**BLOB, "bytes_sent": 10_000_000, "stages": {"send": 5.0}, "source_wait": 4.8}
     assert explain(stored(**given, outcome="join"))[-1] == (

@@ -5,6 +5,10 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import aiohttp
+import pytest
+
+from mirror.config.settings import Limits
 from mirror.observability.events import Outcome
 from mirror.oci.reference import Digest
 from tests.fakes.access import AccessRules, own_scope
@@ -36,6 +40,22 @@ async def test_fetch_is_measured_once_for_all_its_readers(tmp_path: Path) -> Non
             assert pull.trace.size == len(DATA)
             sending = sum(seconds for name, seconds in pull.stages if name == "send")
             assert 0 < pull.trace.source_wait <= sending
+
+
+async def test_wait_for_a_fetch_that_fails_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mirror.pull.fetch.STALL_GRACE_S", 0.2)
+    limits = Limits(connect=1.0, headers=1.0, first_byte=1.0, idle=0.2)
+    async with FakeRegistry() as fake, running(tmp_path, fake.url, limits=limits) as server:
+        digest = fake.add_blob(DATA)
+        fake.fault(f"blobs/{digest}", Fault(ignore_range=True, stall_at=1_000_000, times=None))
+        with pytest.raises(aiohttp.ClientError):
+            await server.get(server.blob(digest))
+        (pull,) = await server.records()
+        assert pull.outcome is Outcome.ERROR
+        assert pull.trace is not None
+        assert pull.trace.source_wait >= 0.2
 
 
 async def test_request_that_waits_for_a_token_has_the_stage(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -75,6 +76,19 @@ async def test_failed_run_says_why_in_its_report(tmp_path: Path) -> None:
     document = await run_rules(settings_of(tmp_path), NOW)
     assert "marks.json is damaged" in document["error"]
     assert on_disk(tmp_path) == before
+
+
+async def test_report_that_the_full_disk_does_not_take_is_a_failed_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    await three_versions(tmp_path)
+    monkeypatch.setattr(retention_job, "save_report", refuse)
+    document = await run_rules(settings_of(tmp_path), NOW)
+    assert document["error"] == "retention.json: No space left on device"
+    assert names(tmp_path) == {"docker.io/library/app:1.2"}
 
 
 async def test_server_runs_the_rules_in_a_process_and_reports(tmp_path: Path) -> None:
