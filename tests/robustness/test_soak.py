@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import socket
 import sqlite3
 import threading
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
+from typing import Final
 
 import pytest
 
@@ -66,11 +68,18 @@ OWN_ROWS = 1
 """Rows of a table that are about no content: a note of a restore."""
 
 
+_HISTORY: Final = "/history/history."
+_FOREIGN: Final = re.compile(rf"^/dev/|{_HISTORY}")
+
+
 @dataclass(frozen=True, slots=True)
 class Use:
     """Resources that the worker processes hold."""
 
     descriptors: int
+    """Those of devices, and of the history, are left out."""
+    history: int
+    """Descriptors of the history. Each worker opens it at its first write."""
     threads: int
     memory: int
     """Resident memory in bytes."""
@@ -80,7 +89,8 @@ def use(mirror: Mirror) -> Use:
     """Return the sum over all workers."""
     found = [
         (
-            len([name for name in descriptors(pid) if not name.startswith("/dev/")]),
+            len([name for name in descriptors(pid) if not _FOREIGN.search(name)]),
+            len([name for name in descriptors(pid) if _HISTORY in name]),
             len(list(Path(f"/proc/{pid}/task").iterdir())),
             int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096,
         )
@@ -282,6 +292,8 @@ def test_soak_leaves_right_content_and_the_resources_of_before(
                 trouble.set_clock(120)
             wait_until(partial(clients.pull, number), f"pull of {number}")
         assert after.descriptors <= before.descriptors + 4, (before, after)
+        # The database and its two files.
+        assert after.history <= 3 * WORKERS, (before, after)
         # Pools start their threads when they are needed, and keep them.
         assert after.threads <= WORKERS * (1 + POOLS), (before, after)
         assert after.memory <= 1.5 * before.memory, (before, after)

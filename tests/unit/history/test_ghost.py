@@ -229,8 +229,6 @@ def ratios(predictions: list[Prediction]) -> dict[float, float]:
     [
         pytest.param(1, 40.0, id="slow"),
         pytest.param(1, 0.1, id="the disk turns over within seconds"),
-        pytest.param(2, 40.0, id="slow, 2", marks=pytest.mark.long),
-        pytest.param(2, 0.1, id="within seconds, 2", marks=pytest.mark.long),
         pytest.param(3, 2.0, id="within minutes", marks=pytest.mark.long),
         pytest.param(4, 0.01, id="within a second", marks=pytest.mark.long),
     ],
