@@ -133,8 +133,8 @@ def _find_protected(settings: Settings) -> Protected:
     if not (marks.pins or marks.freezes or marks.leases):
         return Protected()
     inventory = load_inventory(settings)
-    sizes = {digest: size for digest, (size, _) in inventory.files.items()}
-    return Protected.of_sizes((one, sizes.get(one, 0)) for one in inventory.protected)
+    files, protected = inventory.files, inventory.protected
+    return Protected.of_sizes((one, files[one][0] if one in files else 0) for one in protected)
 
 
 def explain_predictions(predictions: Sequence[Prediction], trace: AccessTrace) -> Iterator[str]:

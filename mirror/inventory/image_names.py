@@ -44,7 +44,7 @@ class TagName(NamedTuple):
 
 
 class Name(NamedTuple):
-    """A name, with its manifest on disk unless it is said that it is absent.
+    """A name, and the manifest that it has. All but absent names have that manifest on disk.
 
     A tuple: there are 10,000 of them.
     """
@@ -75,16 +75,6 @@ class Name(NamedTuple):
         if self.tag is None:
             return f"{self.repository}@{self.root}"
         return f"{self.repository}:{self.tag}"
-
-    @property
-    def digest(self) -> Digest:
-        """The newest manifest of it on disk."""
-        return Digest.parse(self.root)
-
-    @property
-    def current(self) -> Digest:
-        """The manifest that the upstream has named last."""
-        return Digest.parse(self.current_root)
 
 
 @dataclass(frozen=True, slots=True)

@@ -239,7 +239,7 @@ class _Builder:
         """Return the operator's reason for a block. Empty: none was given. None: no block."""
         if not self.marks.blocks:
             return None
-        reason = self.restrictions.reason_for(name.repository, name.tag or name.digest)
+        reason = self.restrictions.reason_for(name.repository, name.tag or Digest.parse(name.root))
         if reason is None:
             # A block of a part counts: the image cannot be pulled without it.
             blocked = self.restrictions.digests

@@ -48,10 +48,10 @@ class Keepers:
         self._leases = {str(one.digest) for one in marks.leases.values() if one.until > now}
         self._keepers: dict[tuple[str, DigestText], dict[str, Keeper]] = {}
         for pin in marks.pins.values():
-            self._add("pinned", pin, pin.digest)
+            self._add("pinned", pin, str(pin.digest))
         for freeze in marks.freezes.values():
             for digest in freeze.digests:
-                self._add("frozen", freeze, digest)
+                self._add("frozen", freeze, str(digest))
         kept = set[Digest]().union(*kept_manifests(marks).values())
         self.absent: set[DigestText] = set(map(str, kept - expected_manifests(marks)))
         """Manifests that were not on the disk when they were pinned or frozen."""
@@ -62,13 +62,14 @@ class Keepers:
         for name in names if marks.pins else ():
             one = marks.pins.get(name.text)
             if one is not None:
-                self._add("pinned", one, name.digest)
-                self._add("pinned", one, name.current)
-                self.tags |= {name.root, name.current_root}
+                roots = {name.root, name.current_root}
+                for root in roots:
+                    self._add("pinned", one, root)
+                self.tags |= roots
 
-    def _add(self, mark: str, named: Pin | Freeze, digest: Digest) -> None:
+    def _add(self, mark: str, named: Pin | Freeze, root: DigestText) -> None:
         keeper = Keeper(mark, f"{_REMEDIES[mark]} {named.name}")
-        key = repository_part(named.name), str(digest)
+        key = repository_part(named.name), root
         self._keepers.setdefault(key, {}).setdefault(mark, keeper)
 
     def has_mark_of(self, name: Name) -> bool:

@@ -83,7 +83,7 @@ class Protection:
         self.digests: set[Digest] = set()
         """All content that must stay, as of the last :meth:`update`."""
         self.holding: list[str] = []
-        """Marked images for which all of their repositories stays (:func:`find_holding`)."""
+        """Marked images for which all content of their repository stays (:func:`find_holding`)."""
 
     def update(self) -> None:
         """Find what is protected now. Does nothing unless the marks have changed.

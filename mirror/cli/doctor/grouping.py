@@ -16,7 +16,7 @@ from mirror.oci.text import printable
 _MAX_FINDING_CHARS: Final = 2000
 """Characters of a line: what a terminal can show."""
 _NAMED_TARGETS: Final = 3
-"""Targets that a line names, if there are more than one above this."""
+"""Targets that a line names. If there is only one more, it is named, too."""
 
 
 def group_by_remedy(findings: Iterable[Finding]) -> Iterator[list[Finding]]:

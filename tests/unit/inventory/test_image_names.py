@@ -39,7 +39,7 @@ def listed(rows: list[tuple[str, str]], present: set[str] = ALL) -> list[str]:
 def test_tag_and_its_digest_are_one_name() -> None:
     (name,) = parse_names([tag_row("v1", ONE), manifest_row(ONE)]).images(ALL)
 
-    assert (name.text, name.digest, name.current) == (f"{APP}:v1", ONE, ONE)
+    assert (name.text, name.root, name.current_root) == (f"{APP}:v1", str(ONE), str(ONE))
     assert name.checked == 5.0
 
 
@@ -54,7 +54,7 @@ def test_tag_that_moved_to_content_that_is_not_here_has_its_newest_earlier_diges
 
     first, second = parse_names(rows).images({str(ONE), str(TWO)})
 
-    assert (first.digest, first.current) == (TWO, THREE)
+    assert (first.root, first.current_root) == (str(TWO), str(THREE))
     assert second.text == f"{APP}@{ONE}"
 
 
@@ -67,7 +67,7 @@ def test_variant_is_a_name_of_its_own_only_with_another_manifest() -> None:
     other = [tag_row("v1", TWO, variant=" a/b"), tag_row("v1", ONE)]
 
     assert listed(same) == [f"{APP}:v1"]
-    assert [(n.digest, n.variant) for n in parse_names(other).images(ALL)] == [
+    assert [(Digest.parse(n.root), n.variant) for n in parse_names(other).images(ALL)] == [
         (ONE, ""),
         (TWO, " a/b"),
     ]
@@ -122,7 +122,7 @@ def test_tag_of_the_index_comes_before_the_saved_one() -> None:
     names = parse_names([tag_row("v1", ONE), manifest_row(ONE)])
     names.add_saved([NamedManifest(APP, Tag("v1"), TWO, "a/b", 1)])
 
-    assert [(name.text, name.digest) for name in names.images(ALL)] == [
+    assert [(name.text, Digest.parse(name.root)) for name in names.images(ALL)] == [
         (f"{APP}:v1", ONE),
         (f"{APP}@{TWO}", TWO),
     ]

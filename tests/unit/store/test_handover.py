@@ -54,6 +54,15 @@ def follow(content: Ingest) -> Follower:
     return follower
 
 
+async def lead_and_follow(processes: list[Kit]) -> tuple[Ingest, Ingest, Follower]:
+    """Start a fetch in one process, and follow it in another one."""
+    leader = Ingest(processes[0].ingest_context, DIGEST, None)
+    assert await leader.try_lead() is Role.LEADER
+    other = Ingest(processes[1].ingest_context, DIGEST, None)
+    assert await other.try_lead() is Role.FOLLOWER
+    return leader, other, follow(other)
+
+
 async def in_vain(content: Ingest) -> MirrorError:
     """Run a fetch that has to fail, and return its error."""
     try:
@@ -251,11 +260,7 @@ async def test_follower_of_content_without_a_size_sees_its_end_before_it_is_publ
         real(*arguments)
 
     monkeypatch.setattr(disk, "publish", publish)
-    leader = Ingest(processes[0].ingest_context, DIGEST, None)
-    assert await leader.try_lead() is Role.LEADER
-    other = Ingest(processes[1].ingest_context, DIGEST, None)
-    assert await other.try_lead() is Role.FOLLOWER
-    theirs = follow(other)
+    leader, other, theirs = await lead_and_follow(processes)
     async with asyncio.timeout(30), asyncio.TaskGroup() as group:
         group.create_task(go_on(other))
         group.create_task(bring(leader, size=None))
@@ -272,11 +277,7 @@ async def test_follower_of_content_without_a_size_sees_its_end_before_it_is_publ
 async def test_follower_publishes_what_a_dead_process_has_fetched_and_not_published(
     processes: list[Kit],
 ) -> None:
-    leader = Ingest(processes[0].ingest_context, DIGEST, None)
-    assert await leader.try_lead() is Role.LEADER
-    other = Ingest(processes[1].ingest_context, DIGEST, None)
-    assert await other.try_lead() is Role.FOLLOWER
-    theirs = follow(other)
+    leader, other, theirs = await lead_and_follow(processes)
     async with asyncio.timeout(30), asyncio.TaskGroup() as group:
         following = group.create_task(go_on(other))
         await leader.declare(len(DATA))
