@@ -15,6 +15,7 @@ from mirror.oci.reference import Digest
 from tests.real import images
 from tests.real.clients import Containerd, Podman, Skopeo
 from tests.real.deployment import Deployment, deploy
+from tests.real.process import free_port
 from tests.real.server import ROOT
 from tests.real.test_documented_commands import JSON_RUNS, errors_of, expected_codes
 
@@ -55,7 +56,9 @@ def test_json_of_every_command_fits_its_schema_after_real_clients_pulled(
     used.write_text(f"{NAME}\n{OTHER}\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # ``verify`` starts a process that hashes.
-    with deploy("open") as deployment:
+    door = f"127.0.0.1:{free_port()}"
+    with deploy("open", hosted={"name": "registry.example.internal", "listen": door}) as deployment:
+        images.push(f"http://{door}", "team/app", images.image(5), "v1")
         monkeypatch.setenv("OCI_MIRROR_CONFIG", str(deployment.mirror.config_file))
         fill_by_clients(deployment)
         plant_garbage_and_damage(deployment)
@@ -64,9 +67,7 @@ def test_json_of_every_command_fits_its_schema_after_real_clients_pulled(
         earlier = deployment.pushed["library/app:1"].digest
         words = {"NAME": NAME, "OTHER": OTHER, "EARLIER": earlier, "SOURCE": str(used)}
         printed: dict[str, list[dict[str, object]]] = {}
-        # This mirror hosts nothing.
-        runs = [run for run in JSON_RUNS if run != "ls --uploads"]
-        for run in (*runs, f"verify {DAMAGED} --repair", "verify"):
+        for run in (*JSON_RUNS, f"verify {DAMAGED} --repair", "verify"):
             arguments = [words.get(word, word) for word in run.split()]
             code = main([*arguments, "--json"])
             said = capsys.readouterr()
