@@ -3,8 +3,8 @@
 Lives here: which requests may feed an upload, in which order, and the end of abandoned uploads.
 Must not know: HTTP, who may push.
 
-Theory of operation: an upload is a row, which says whose it is and what it has reserved of the
-quota, and a file, whose length is how far it has come. Both outlive their process. A request that
+Theory of operation: an upload has a row (owner, reserved bytes) and a file (its length is the
+progress). Both outlive their process. A request that
 feeds an upload holds the lock of the file. Before it unlocks the file, what the upload has reserved
 falls back to the length of the file: an upload that nobody feeds keeps nothing from others. To
 finish an upload, its bytes are verified, synced, and renamed to content; then the row of the blob
@@ -322,7 +322,8 @@ class UploadSessions:
         if ended:
             await self._database.write(end, is_durable=False)
         for row in await self._run(self._with_surplus, rows):
-            # Its process has died. Closing an upload gives back what it has reserved in vain.
+            # Its process has died. Closing an upload releases the bytes that it reserved
+            # and did not use.
             with suppress(UploadOutOfOrder, UploadUnknown):
                 (await self.open(row.id, row.repository, row.user)).close()
         return len(ended)
