@@ -35,7 +35,7 @@ from mirror.threads import parse_in_thread_if_large, run_in_thread
 _MAX_PAGE: Final = 10_000
 """Names on one page at most, whatever the client's ``n`` is: at most 1.3 MB of JSON."""
 
-_LOST: Final = "the content of this blob is lost: push it again"
+_BLOB_LOST: Final = "the content of this blob is lost: push it again"
 
 
 class HostedService:
@@ -129,7 +129,7 @@ class HostedService:
         """Return the bytes of a small blob. Raises ``BlobUnknown`` if they are lost or damaged."""
         body = await self._store.blobs.read(digest, limit)
         if body is None:
-            raise BlobUnknown(_LOST)
+            raise BlobUnknown(_BLOB_LOST)
         return body
 
     async def open_blob(self, digest: Digest, size: int) -> Reader:
@@ -139,7 +139,7 @@ class HostedService:
         """
         reader = await self._store.blobs.find(digest, size)
         if reader is None:
-            raise BlobUnknown(_LOST)
+            raise BlobUnknown(_BLOB_LOST)
         return reader
 
     async def mark_blob_used(self, repository: str, digest: Digest) -> None:
