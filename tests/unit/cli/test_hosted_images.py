@@ -176,6 +176,36 @@ def test_verify_says_that_nothing_restores_damaged_hosted_content(site: Site) ->
     assert problem["command"] is None
 
 
+def test_verify_reports_broken_hosted_content_of_no_image_in_each_run_until_it_is_pushed(
+    site: Site,
+) -> None:
+    body = b"no manifest names it yet"
+
+    async def push(kit: HostedKit) -> None:
+        await kit.push_blob(body, "team/app")
+
+    def verified() -> tuple[int, list[tuple[str, str]]]:
+        code, out, _ = site.run("verify", "--json")
+        rows = [json.loads(line) for line in out.splitlines()]
+        assert all(row["is_hosted"] and "push the image again" in row["what"] for row in rows)
+        return code, [(row["problem"], row["digest"]) for row in rows]
+
+    digest = Digest.of(body)
+    change(site, push)
+    assert verified() == (0, [])
+    blob(site, digest).write_bytes(b"wrong")
+    for _ in range(2):
+        assert verified() == (1, [("damaged", str(digest))])
+    site.run("gc", "--grace", "0s")
+    assert verified() == (1, [("damaged", str(digest))])
+    # As if later damage had taken its place in quarantine/.
+    site.data.layout.quarantine(digest).unlink()
+    for _ in range(2):
+        assert verified() == (1, [("lost", str(digest))])
+    change(site, push)
+    assert verified() == (0, [])
+
+
 def test_verify_names_the_command_if_an_upstream_has_the_content_too(site: Site) -> None:
     blob(site, Digest.of(LAYERS[0])).write_bytes(b"wrong")
     _, out, _ = site.run("verify")
