@@ -214,7 +214,7 @@ def test_verify_reports_broken_hosted_content_of_no_image_in_each_run_until_it_i
         ("pin", f"{NAME}/team/app:v1"),
         ("pin", f"{NAME}/team/app@{TAGGED}"),
         ("freeze", f"{NAME}/team/app:v1"),
-        ("rollback", f"{NAME}/team/app:v1", str(TAGGED)),
+        ("rollback", f"{NAME}/team/app:v1", "--to", str(TAGGED)),
     ],
 )
 def test_hosted_image_is_refused_a_mark_that_it_does_not_need(
