@@ -21,6 +21,8 @@ LOGGED_IN: Final = "authenticated"
 """In ``who``: every client that has logged in."""
 GROUP: Final = "group:"
 """In ``who``: what comes before the name of a group."""
+LOCAL: Final = "local:"
+"""Begins the name of a user of this machine, who has run a command. Nobody logs in with such."""
 MAX_USER_CHARS: Final = 256
 """Characters of the name of a user or a group: the ``sub`` of a CI job has up to 200."""
 _USER_NAME: Final = re.compile(r"[!-9;-~][!-~]*")  # Printable ASCII without spaces.
@@ -36,8 +38,8 @@ def check_name(text: str) -> str:
     """Check the name of a user or a group. Raises ``ValueError``."""
     if not _USER_NAME.fullmatch(text) or len(text) > MAX_USER_CHARS:
         raise ValueError(f"a name has 1 to {MAX_USER_CHARS} printable characters and no space")
-    if text in (EVERYBODY, LOGGED_IN) or text.startswith(GROUP):
-        raise ValueError(f"{text} has a meaning of its own in rules: use another name")
+    if text in (EVERYBODY, LOGGED_IN) or text.startswith((GROUP, LOCAL)):
+        raise ValueError(f"{text} has a meaning of its own in rules or logs: use another name")
     return text
 
 
