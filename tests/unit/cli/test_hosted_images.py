@@ -127,6 +127,26 @@ def test_uploads_in_progress_are_listed_with_their_user_and_progress(site: Site)
     assert "uploads" in next(line for line in site.lines("du") if line.startswith("hosted"))
 
 
+def test_rm_of_an_upload_cancels_that_of_any_user(site: Site) -> None:
+    async def begin(kit: HostedKit) -> None:
+        for user in ("ci", "other"):
+            await kit.service.uploads.begin("team/app", user, 100)
+
+    change(site, begin)
+    first, other = (row["id"] for row in site.rows("ls", "--uploads"))
+    assert site.lines("rm", "--upload", first) == [
+        f"removed {first} (0B): the upload was cancelled"
+    ]
+    assert [row["id"] for row in site.rows("ls", "--uploads")] == [other]
+    assert not (site.data.layout.uploads / first).exists()
+    code, _, errors = site.run("rm", "--upload", first)
+    assert code == 1
+    assert errors.count("\n") == 1
+    assert "there is no such upload" in errors
+    assert "`oci-mirror ls --uploads --json` lists them" in errors
+    assert site.run("rm")[0] == site.run("rm", "--upload", other, f"{NAME}/team/app:v1")[0] == 2
+
+
 def test_uploads_without_hosted_repositories_are_an_error_with_a_remedy(site: Site) -> None:
     site.config.write_text(CONFIG.format(data_dir=site.data.layout.root))
     code, _, errors = site.run("ls", "--uploads")
