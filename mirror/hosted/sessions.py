@@ -15,6 +15,7 @@ the upload, or content that no row names.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import secrets
 from collections.abc import Awaitable, Callable, Iterator
@@ -167,7 +168,7 @@ class UploadSessions:
             if feed.reserved <= length:
                 return None
             return self._database.write_later(
-                partial(upload_rows.release, upload_id=upload_id, length=length)
+                partial(upload_rows.release_reservation, upload_id=upload_id, length=length)
             )
 
         def on_closed() -> None:
@@ -248,6 +249,7 @@ class UploadSessions:
         Raises:
             DigestInvalid: The bytes hash to another digest.
             StorageUnavailable: The disk refuses.
+            UploadUnknown: An operator has ended it.
         """
         writer, upload_id = feed.writer, feed.row.id
         await writer.flush()
@@ -264,7 +266,8 @@ class UploadSessions:
         self._store.on_pushed(digest, size, is_new=is_new)
 
         def record(connection: Connection) -> None:
-            upload_rows.end_upload(connection, upload_id)
+            if not upload_rows.end_upload(connection, upload_id):
+                raise UploadUnknown(_GONE)
             name_rows.add_blob(connection, feed.row.repository, digest, size, self._now())
 
         await self._database.write(record)
@@ -305,6 +308,22 @@ class UploadSessions:
         await self._run(upload_files.remove, self._layout, upload_id)
         end = partial(upload_rows.end_upload, upload_id=upload_id)
         await self._database.write(end, is_durable=False)
+
+    async def end(self, upload_id: str) -> int:
+        """End an upload of any user. Returns its bytes.
+
+        A request that feeds it goes on, and cannot finish it. Its file goes then, within minutes.
+
+        Raises ``UploadUnknown``.
+        """
+        size = await self._run(upload_files.upload_length, self._layout, upload_id)
+        end = partial(upload_rows.end_upload, upload_id=upload_id)
+        if not await self._database.write(end):
+            raise UploadUnknown(_GONE)
+        await self._run(
+            upload_files.remove_abandoned, self._layout, upload_id, self._now(), -math.inf
+        )
+        return size or 0
 
     async def end_abandoned(self) -> int:
         """End the uploads that nobody has fed for a day. Returns their number.

@@ -296,3 +296,21 @@ async def test_uploads_hold_little_memory_together(tmp_path: Path) -> None:
                 group.create_task(push(seed))
         assert most <= sessions._MEMORY_BYTES + 20 * 100_000
         assert uploads._memory.total == 0
+
+
+async def test_upload_that_an_operator_ends_cannot_be_finished(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        uploads = kit.service.uploads
+        upload_id = await uploads.begin("app", "ci", 4)
+        feed = await uploads.open(upload_id, "app", "ci")
+        try:
+            await feed.write(b"data")
+            await uploads.end(upload_id)
+            with pytest.raises(UploadUnknown):
+                await uploads.finish(feed, Digest.of(b"data"))
+        finally:
+            feed.close()
+        with pytest.raises(BlobUnknown):
+            await kit.service.blob_size("app", Digest.of(b"data"))
+        with pytest.raises(UploadUnknown):
+            await uploads.end(upload_id)
