@@ -99,15 +99,27 @@ def remove(layout: Layout, upload_id: str) -> None:
     path_of(layout, upload_id).unlink(missing_ok=True)
 
 
-def remove_abandoned(layout: Layout, upload_id: str, now: float, ttl: float) -> bool:
+def remove_abandoned(
+    layout: Layout, upload_id: str, now: float, ttl: float, empty_ttl: float
+) -> bool:
     """Remove the file of an upload that nobody has fed for ``ttl`` seconds.
+
+    Args:
+        layout: The data directory.
+        upload_id: Its id.
+        now: Seconds since the epoch.
+        ttl: See above.
+        empty_ttl: The same for an upload without a byte.
 
     Returns:
         True if there is no such file now. False if it was fed since, or is being fed.
     """
     try:
         with open_locked(path_of(layout, upload_id)) as fd:
-            if fd is None or now - os.fstat(fd).st_mtime < ttl:
+            if fd is None:
+                return False
+            status = os.fstat(fd)
+            if now - status.st_mtime < (ttl if status.st_size else empty_ttl):
                 return False
             remove(layout, upload_id)
             return True
