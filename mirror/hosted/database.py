@@ -25,6 +25,7 @@ from sqlite3 import Connection
 from typing import Any, Final, Generic, TypeVar
 
 from mirror.oci.errors import MirrorError, NamesDamaged, StorageUnavailable
+from mirror.store.private_directory import make_private_directory
 from mirror.threads import run_in_thread
 
 T = TypeVar("T")
@@ -270,7 +271,7 @@ def open_checked(path: Path) -> Connection:
     Raises ``NamesDamaged`` if it is damaged, of another version, or if its directory refuses.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_private_directory(path.parent)
         is_new = not path.exists()
         connection = _connect(path, "rwc")
         try:

@@ -328,8 +328,9 @@ class UploadSessions:
     async def end_abandoned(self) -> int:
         """End the uploads that nobody has fed for a day, or for an hour without a byte.
 
-        Returns their number. The server calls this now and then. Also removes rows without files, files without rows, and
-        uploads of another boot, and releases what dead processes have reserved.
+        Returns their number. The server calls this now and then. Also removes rows without files,
+        files without rows, and uploads of another boot, and releases what dead processes have
+        reserved.
         """
         rows = await self._database.read(upload_rows.all_uploads)
         ended = await self._run(self._remove_abandoned, rows)

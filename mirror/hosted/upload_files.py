@@ -24,6 +24,7 @@ from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest
 from mirror.store.disk import Layout, is_at, open_locked, open_whole, try_lock
 from mirror.store.ingest_writer import ShortWrite, write_all
+from mirror.store.private_directory import make_private_directory
 
 # 128 random bits (secrets.token_hex). Nothing else becomes part of a path.
 _UPLOAD_ID: Final = re.compile(r"[0-9a-f]{32}", re.ASCII)
@@ -50,7 +51,7 @@ def path_of(layout: Layout, upload_id: str) -> Path:
 def create(layout: Layout, upload_id: str) -> None:
     """Create the empty file of a new upload. Raises ``OSError``."""
     path = path_of(layout, upload_id)
-    path.parent.mkdir(parents=True, exist_ok=True)  # An operator may have removed it.
+    make_private_directory(path.parent)  # An operator may have removed it.
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     os.close(os.open(path, flags, 0o644))
 
@@ -229,7 +230,7 @@ def store_body(layout: Layout, digest: Digest, body: bytes, now: float) -> tuple
         StorageUnavailable: See :func:`publish_upload`.
     """
     draft = path_of(layout, secrets.token_hex(16))
-    draft.parent.mkdir(parents=True, exist_ok=True)
+    make_private_directory(draft.parent)
     fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:
         try_lock(fd)  # No sweep removes it.

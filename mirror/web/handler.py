@@ -116,6 +116,7 @@ class Handler:
                 common_headers,
                 self._forwarded_prefix,
                 is_sole=is_push_door,
+                is_open=lambda: access is None or not access.is_enforced,
             )
         self._access = access
         self._is_push_door = is_push_door
