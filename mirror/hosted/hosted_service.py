@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
@@ -36,7 +36,7 @@ _MAX_PAGE: Final = 10_000
 """Names on one page at most, whatever the client's ``n`` is: at most 1.3 MB of JSON."""
 
 _NAMES_STEP: Final = 500
-"""Names that are read at a time: deciding which of them are visible takes a few milliseconds."""
+"""Names that are read at a time: deciding which of them are visible takes a millisecond."""
 
 _LOST: Final = "the content of this blob is lost: push it again"
 
@@ -365,7 +365,7 @@ class HostedService:
         self,
         count: int | None,
         last: str,
-        is_visible: Callable[[Repository], Awaitable[bool]] | None = None,
+        is_visible: Callable[[Repository], bool] | None = None,
     ) -> tuple[list[str], bool]:
         """Return one page of the repositories that have a manifest, and True if there are more.
 
@@ -384,7 +384,7 @@ class HostedService:
             find = partial(name_rows.repositories_page, count=_NAMES_STEP, last=names[-1])
             names = await self._database.read(find)
             for name in names:
-                if is_visible and not await is_visible(Repository(self.settings.name, name)):
+                if is_visible and not is_visible(Repository(self.settings.name, name)):
                     continue
                 if len(found) == limit:
                     return found, True

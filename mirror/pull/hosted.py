@@ -165,9 +165,5 @@ class HostedPulls:
             last: The page starts after this name. Empty: the first page.
             is_visible: Returns whether the client may know of a repository. None: of all.
         """
-
-        async def may_be_named(repository: Repository) -> bool:
-            return is_visible is None or is_visible(repository)
-
-        found, has_more = await self._hosted.repositories(count, last, may_be_named)
+        found, has_more = await self._hosted.repositories(count, last, is_visible)
         return RepositoriesResult(tuple(found), has_more)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Final, assert_never
@@ -46,6 +46,10 @@ _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 BuildHeaders = Callable[[RequestRecord], dict[str, str]]
 """Returns the header fields that every response has."""
+FindVisible = Callable[
+    [web.BaseRequest, RequestRecord], Awaitable[Callable[[Repository], bool] | None]
+]
+"""Returns a function that says which repositories a list may name. None: all."""
 FindPrefix = Callable[[web.BaseRequest], str]
 """Returns the prefix that a trusted proxy has removed from the paths of a request."""
 
@@ -59,6 +63,7 @@ class HostedHandler:
         authorize: Authorize,
         common_headers: BuildHeaders,
         find_prefix: FindPrefix,
+        find_visible: FindVisible,
         *,
         is_sole: bool,
         is_open: Callable[[], bool],
@@ -70,6 +75,7 @@ class HostedHandler:
             authorize: Says who the client is, and raises if it may not do something.
             common_headers: See :data:`BuildHeaders`.
             find_prefix: See :data:`FindPrefix`.
+            find_visible: See :data:`FindVisible`.
             is_sole: True on a listener of its own: every request is for this door.
             is_open: Returns whether everybody who reaches the door may do everything.
         """
@@ -79,6 +85,7 @@ class HostedHandler:
         self._authorize = authorize
         self._common_headers = common_headers
         self._find_prefix = find_prefix
+        self._find_visible = find_visible
         self._is_sole = is_sole
         self._is_open = is_open
         self._own_names = self._hosts | {self.name}
@@ -185,7 +192,7 @@ class HostedHandler:
         self, request: web.BaseRequest, pull: RequestRecord, parsed: paths.RepositoriesRequest
     ) -> web.StreamResponse:
         """Send one page of the repositories that the client may pull from."""
-        is_visible = partial(self._is_allowed, request, pull, AccessAction.PULL)
+        is_visible = await self._find_visible(request, pull)
         count = parsed.count
         found, has_more = await self._service.repositories(count, parsed.last, is_visible)
         headers = {}
