@@ -27,7 +27,7 @@ from typing import Final
 from cachetools import LRUCache
 
 from mirror.access.access_tokens import hash_token
-from mirror.access.failure_limit import FailureLimit, network_of
+from mirror.access.failure_limit import FailureLimit, counted_address
 from mirror.access.identity import ANONYMOUS, Identity
 from mirror.access.issuers import TokenRefused, is_jwt
 from mirror.access.login_credentials import LoginCredentials
@@ -165,7 +165,7 @@ class ClientLogins:
 
     async def _is_password_right(self, check: Callable[[], bool], key: bytes, client: str) -> bool:
         """Return the result of ``check``, called in a thread when it is its turn."""
-        network = network_of(client)
+        network = counted_address(client)
         if self._waiting[network] >= _MAX_CLIENT_WAITING or self._waiting.total() >= _MAX_WAITING:
             raise TooManyRequests("too many clients log in at the same time: try again")
         self._waiting[network] += 1

@@ -35,7 +35,7 @@ class UploadRow:
     started_at: float
     """Seconds since the epoch."""
     owner: str
-    """Whose limit it counts for: the user, or the address of an anonymous one."""
+    """The user, or the address of an anonymous one. Each has a limit of uploads."""
 
 
 def begin_upload(connection: Connection, row: UploadRow, hosted: Hosted) -> str | None:

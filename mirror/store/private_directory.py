@@ -11,9 +11,6 @@ from __future__ import annotations
 import stat
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
-
-_PRIVATE: Final = 0o700
 
 
 def make_private_directory(path: Path) -> None:
@@ -22,10 +19,10 @@ def make_private_directory(path: Path) -> None:
     Raises ``OSError`` if it cannot be created.
     """
     try:
-        path.mkdir(mode=_PRIVATE)
+        path.mkdir(mode=stat.S_IRWXU)
     except FileNotFoundError:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.mkdir(mode=_PRIVATE, exist_ok=True)
+        path.mkdir(mode=stat.S_IRWXU, exist_ok=True)
     except FileExistsError:
         close_to_others(path)
 

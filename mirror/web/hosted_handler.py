@@ -16,7 +16,7 @@ from typing import Final, assert_never
 
 from aiohttp import web
 
-from mirror.access.failure_limit import network_of
+from mirror.access.failure_limit import counted_address
 from mirror.hosted.hosted_service import HostedService
 from mirror.hosted.sessions import UploadFeed
 from mirror.observability.events import Kind, Outcome, RequestRecord
@@ -261,7 +261,7 @@ class HostedHandler:
             return self._reply_created(request, pull, parsed.repository, parsed.mount)
         uploads = self._service.uploads
         size = request.content_length if parsed.digest is not None else None
-        owner = user or network_of(actor.client)
+        owner = user or counted_address(actor.client)
         upload_id = await uploads.begin(repository, user, size, parsed.algorithm, owner=owner)
         if parsed.digest is None:
             return self._reply_progress(request, pull, parsed.repository, upload_id, 0)
