@@ -38,7 +38,7 @@ _MAX_PAGE: Final = 10_000
 _NAMES_STEP: Final = 500
 """Names that are read at a time: deciding which of them are visible takes a millisecond."""
 
-_LOST: Final = "the content of this blob is lost: push it again"
+_BLOB_LOST: Final = "the content of this blob is lost: push it again"
 
 
 class HostedService:
@@ -132,7 +132,7 @@ class HostedService:
         """Return the bytes of a small blob. Raises ``BlobUnknown`` if they are lost or damaged."""
         body = await self._store.blobs.read(digest, limit)
         if body is None:
-            raise BlobUnknown(_LOST)
+            raise BlobUnknown(_BLOB_LOST)
         return body
 
     async def open_blob(self, digest: Digest, size: int) -> Reader:
@@ -142,7 +142,7 @@ class HostedService:
         """
         reader = await self._store.blobs.find(digest, size)
         if reader is None:
-            raise BlobUnknown(_LOST)
+            raise BlobUnknown(_BLOB_LOST)
         return reader
 
     async def mark_blob_used(self, repository: str, digest: Digest) -> None:

@@ -184,7 +184,7 @@ class UploadSessions:
             if feed.reserved <= length:
                 return None
             return self._database.write_later(
-                partial(upload_rows.release, upload_id=upload_id, length=length)
+                partial(upload_rows.release_reservation, upload_id=upload_id, length=length)
             )
 
         def on_closed() -> None:

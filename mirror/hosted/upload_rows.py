@@ -97,7 +97,7 @@ def reserve(connection: Connection, upload_id: str, reserved: int, hosted: Hoste
     return found is not None
 
 
-def release(connection: Connection, upload_id: str, length: int) -> None:
+def release_reservation(connection: Connection, upload_id: str, length: int) -> None:
     """Let an upload reserve no more than ``length`` bytes: nobody feeds it."""
     connection.execute(
         "UPDATE uploads SET reserved = min(reserved, ?) WHERE id = ?", (length, upload_id)

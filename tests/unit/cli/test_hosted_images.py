@@ -7,6 +7,7 @@ import json
 import sqlite3
 from collections.abc import Callable, Coroutine
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from mirror.observability.hosted_events import Actor
 from mirror.oci.descriptor import OCI_INDEX
 from mirror.oci.reference import Digest
+from mirror.store.marks import Pin, change_marks
 from tests.unit.cli.inventory_kit import CONFIG, Site
 from tests.unit.hosted.kit import CONFIG as HOSTED_CONFIG
 from tests.unit.hosted.kit import HostedKit, hosted_kit, index_of, manifest_of
@@ -174,6 +176,71 @@ def test_verify_says_that_nothing_restores_damaged_hosted_content(site: Site) ->
     (problem,) = map(json.loads, out.splitlines())
     assert (code, problem["problem"], problem["is_hosted"]) == (1, "damaged", True)
     assert problem["command"] is None
+
+
+def test_verify_reports_broken_hosted_content_of_no_image_in_each_run_until_it_is_pushed(
+    site: Site,
+) -> None:
+    body = b"no manifest names it yet"
+
+    async def push(kit: HostedKit) -> None:
+        await kit.push_blob(body, "team/app")
+
+    def verified() -> tuple[int, list[tuple[str, str]]]:
+        code, out, _ = site.run("verify", "--json")
+        rows = [json.loads(line) for line in out.splitlines()]
+        assert all(row["is_hosted"] and "push the image again" in row["what"] for row in rows)
+        return code, [(row["problem"], row["digest"]) for row in rows]
+
+    digest = Digest.of(body)
+    change(site, push)
+    assert verified() == (0, [])
+    blob(site, digest).write_bytes(b"wrong")
+    for _ in range(2):
+        assert verified() == (1, [("damaged", str(digest))])
+    site.run("gc", "--grace", "0s")
+    assert verified() == (1, [("damaged", str(digest))])
+    # As if later damage had taken its place in quarantine/.
+    site.data.layout.quarantine(digest).unlink()
+    for _ in range(2):
+        assert verified() == (1, [("lost", str(digest))])
+    change(site, push)
+    assert verified() == (0, [])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("pin", f"{NAME}/team/app:v1"),
+        ("pin", f"{NAME}/team/app@{TAGGED}"),
+        ("freeze", f"{NAME}/team/app:v1"),
+        ("rollback", f"{NAME}/team/app:v1", "--to", str(TAGGED)),
+    ],
+)
+def test_hosted_image_is_refused_a_mark_that_it_does_not_need(
+    site: Site, words: tuple[str, ...]
+) -> None:
+    code, out, errors = site.run(*words)
+    assert (code, out) == (2, "")
+    assert "is hosted here: it is never evicted, and needs no pin" in errors
+    assert site.rows("pin") == []
+
+
+def test_pin_of_an_image_that_is_hosted_since_then_is_not_absent(site: Site) -> None:
+    pins = {
+        name: Pin(name, Digest.of(name.encode()), 1.0)
+        for name in (f"{NAME}/team/app:v1", f"{NAME}/team/gone:v1", "docker.io/library/gone:v1")
+    }
+    change_marks(site.data.layout, lambda marks: replace(marks, pins=pins))
+    absent = names(site, "--all", "--filter", "state=absent")
+    assert absent == ["docker.io/library/gone:v1"]
+    _, out, _ = site.run("verify")
+    assert f"absent {NAME}" not in out
+
+
+def test_block_of_a_hosted_repository_gets_no_warning(site: Site) -> None:
+    _, _, errors = site.run("block", f"{NAME}/team/*")
+    assert errors == ""
 
 
 def test_verify_names_the_command_if_an_upstream_has_the_content_too(site: Site) -> None:
