@@ -130,8 +130,7 @@ class UploadSessions:
         ended = await self._database.write(begin, is_durable=False)
         await self._run(upload_files.create, self._layout, upload_id)
         if ended is not None:
-            remove = upload_files.remove_abandoned
-            await self._run(remove, self._layout, ended, self._now(), -math.inf, -math.inf)
+            await self._remove_unless_fed(ended)
         if algorithm != "sha256":
             self._hashes[upload_id] = RunningHash(algorithm)
         return upload_id
@@ -336,10 +335,13 @@ class UploadSessions:
         end = partial(upload_rows.end_upload, upload_id=upload_id)
         if not await self._database.write(end):
             raise UploadUnknown(_GONE)
-        await self._run(
-            upload_files.remove_abandoned, self._layout, upload_id, self._now(), -math.inf
-        )
+        await self._remove_unless_fed(upload_id)
         return size or 0
+
+    async def _remove_unless_fed(self, upload_id: str) -> None:
+        """Remove the file of an upload that has ended. While it is fed, that is left for later."""
+        remove = upload_files.remove_abandoned
+        await self._run(remove, self._layout, upload_id, self._now(), -math.inf, -math.inf)
 
     async def end_abandoned(self) -> int:
         """End the uploads that nobody has fed for a day, or for an hour without a byte.
