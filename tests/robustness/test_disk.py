@@ -247,7 +247,7 @@ def test_disk_that_stays_full_is_told_by_the_metric_and_the_readiness_report(
 
 
 @pytest.mark.row("D2-full-disk")
-def test_hosted_images_can_be_deleted_once_a_spare_file_is_gone_on_a_full_disk(tmp_path: Path) -> None:
+def test_hosted_images_go_once_a_spare_file_is_gone_on_a_full_disk(tmp_path: Path) -> None:
     """As docs/hosting.md says: pulls go on, and nothing is changed before there is some space."""
     name, push = "registry.example", f"127.0.0.1:{free_port()}"
     spare, filler = tmp_path / "disk/spare", tmp_path / "disk/filler"
