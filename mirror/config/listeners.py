@@ -12,7 +12,7 @@ from pydantic import AfterValidator, model_validator
 
 from mirror.config import values
 from mirror.config.hosted_rules import HostedRetentionRule, ImmutableTagsOrText
-from mirror.config.section import FilePath, FiniteDuration, Host, Section, Size, key_error
+from mirror.config.section import Age, FilePath, Host, Section, Size, key_error
 
 
 class Tls(Section):
@@ -102,7 +102,7 @@ class Hosted(Section):
     Rules that remove images from hosted repositories, each with match, older_than, keep_last, tags,
     about and age. Immutable tags stay. Empty: only deletion removes images.
     """
-    grace: FiniteDuration = 86400.0
+    grace: Age = 86400.0
     """
     Time for which content stays that nothing refers to any more: blobs that no manifest names, and
     images that a rule has removed. Clients push blobs before the manifest that names them.

@@ -121,6 +121,17 @@ def parse_duration(raw: object) -> float:
     return seconds
 
 
+def parse_age(raw: object) -> float:
+    """Read a duration that decides what is removed, and return seconds. Text must have a unit.
+
+    Who forgets the ``d`` of ``30d`` does not mean 30 seconds. Raises ``ValueError``.
+    """
+    if isinstance(raw, str) and _NUMBER.fullmatch(raw.strip()):
+        units = ", ".join(f"{raw.strip()}{unit}" for unit in "smhd")
+        raise ValueError(f"name a unit: {units}")
+    return parse_duration(raw)
+
+
 def parse_ratio(raw: object) -> float:
     """Read a ratio above 0 and up to 1: ``0.95`` or ``95%``. Raises ``ValueError``."""
     divisor = 1.0
@@ -162,6 +173,11 @@ POSITIVE_DURATION_SCHEMA: Final[dict[str, Any]] = {
     "exclusiveMinimum": 0,
 }
 """JSON Schema of a finite duration above 0."""
+AGE_SCHEMA: Final[dict[str, Any]] = {
+    "type": "string",
+    "pattern": rf"^\s*({_NUMBER_TEXT}(ms|s|m|h|d|w))+\s*$",
+}
+"""JSON Schema of a finite duration with a unit, as :func:`parse_age` reads it."""
 RATIO_SCHEMA: Final[dict[str, Any]] = {
     **_NUMBER_OR_STRING,
     "exclusiveMinimum": 0,
@@ -205,6 +221,12 @@ def format_duration(seconds: float) -> str:
     return exact or (
         f"{seconds:.9f}".rstrip("0").rstrip(".") if seconds < 1e6 else f"{seconds:.0f}"
     )
+
+
+def format_age(seconds: float) -> str:
+    """Return the shortest text that :func:`parse_age` reads as exactly ``seconds``."""
+    text = format_duration(seconds)
+    return f"{text}s" if text[-1].isdigit() else text
 
 
 # --- checks ---------------------------------------------------------------------------------------

@@ -51,6 +51,15 @@ def test_section_that_cannot_work_or_is_open_is_refused(
     assert caught.value.path[:2] == ("hosted", path)
 
 
+@pytest.mark.parametrize("rules", [{"retention": [{"older_than": "30"}]}, {"grace": "30"}])
+def test_time_after_which_images_go_needs_a_unit(rules: dict[str, Any]) -> None:
+    with pytest.raises(InvalidSetting, match="name a unit: 30s, 30m, 30h, 30d"):
+        read({"name": "registry.example", "listen": "127.0.0.1:5101", **rules})
+    if "retention" in rules:
+        with pytest.raises(InvalidSetting, match="name a unit: 30s, 30m, 30h, 30d"):
+            build({"upstreams": UPSTREAMS, **rules})
+
+
 def test_host_names_need_a_mirror_that_listens_on_loopback() -> None:
     hosted = {"name": "registry.example", "hosts": ["push.example"]}
     assert read(hosted, listen="[::1]:5100").hosts == ("push.example",)
