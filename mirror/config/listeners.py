@@ -117,8 +117,38 @@ class Hosted(Section):
     @model_validator(mode="after")
     def _check_door(self) -> Self:
         if self.listen is None and not self.hosts:
-            raise key_error(("listen",), "is needed, or hosts: nobody could push")
+            raise key_error(
+                ("listen",),
+                "is needed for pushes (a port of its own), or hosts (names on the mirror's port)",
+            )
         return self
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        of_one = self.max_repository_size
+        if of_one is not None and of_one > self.max_size:
+            raise key_error(
+                ("max_repository_size",),
+                f"is more than max_size ({values.format_size(self.max_size)}), which then counts",
+            )
+        return self
+
+    def check_hosts(self, listen: str) -> None:
+        """Refuse host names by which clients of the mirror call it. Raises an error of pydantic.
+
+        Args:
+            listen: Address and port of the mirror's own listener.
+        """
+        own_host, own_port = values.split_host(listen)
+        for index, text in enumerate(self.hosts):
+            host, port = values.split_host(text)
+            is_own = host == own_host.lower() or values.is_loopback_host(host)
+            if is_own and port in (None, own_port):
+                raise key_error(
+                    ("hosted", "hosts", index),
+                    f"would take the mirror's own requests at {listen}: use a name of its own, or"
+                    " hosted.listen",
+                )
 
     def check_reach(self, listen: str) -> None:
         """Refuse a door that other machines can reach while everybody may push.

@@ -354,12 +354,30 @@ class Settings(Section):
         names = self.upstream_names()
         for name in self.hosted.names():
             if name in names:
-                raise key_error(("hosted", "name"), f"{name} is already a name of {names[name]}")
+                raise key_error(
+                    ("hosted", "name"),
+                    f"{name} is already a name of the upstream {names[name]}: choose another one",
+                )
         owners = {host: name for name, one in self.upstreams.items() for host in one.hosts}
         for index, host in enumerate(self.hosted.hosts):
             if host in owners:
                 message = f"{host} is already a name of {owners[host]}"
                 raise key_error(("hosted", "hosts", index), message)
+        self.hosted.check_hosts(self.listen)
+        return self
+
+    @model_validator(mode="after")
+    def _check_listeners(self) -> Self:
+        listeners: list[tuple[KeyPath, str]] = [(("listen",), self.listen)]
+        if self.admin is not None:
+            listeners.append((("admin", "listen"), self.admin.listen))
+        if self.hosted is not None and self.hosted.listen is not None:
+            listeners.append((("hosted", "listen"), self.hosted.listen))
+        for index, (key, address) in enumerate(listeners):
+            for other_key, other in listeners[:index]:
+                if values.may_collide(address, other):
+                    name = ".".join(map(str, other_key))
+                    raise key_error(key, f"is the port of {name} ({other}): use another one")
         return self
 
     @model_validator(mode="after")

@@ -295,6 +295,30 @@ def is_loopback_only(listen: str) -> bool:
         return host.lower() == "localhost"
 
 
+def is_loopback_host(host: str) -> bool:
+    """Return whether a host name or an address without a port is that of this machine alone."""
+    return is_loopback_only(f"[{host}]:0" if ":" in host else f"{host}:0")
+
+
+def may_collide(listen: str, other: str) -> bool:
+    """Return whether only one of two listeners, each ``address:port``, can be opened."""
+    (host, port), (other_host, other_port) = split_host(listen), split_host(other)
+    if port != other_port or not port:
+        return False
+    address, other_address = _listen_address(host), _listen_address(other_host)
+    if isinstance(address, str) or isinstance(other_address, str):
+        return address == other_address
+    is_any = address.is_unspecified or other_address.is_unspecified
+    return address == other_address or (is_any and address.version == other_address.version)
+
+
+def _listen_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | str:
+    try:
+        return ipaddress.ip_address("127.0.0.1" if host.lower() == "localhost" else host)
+    except ValueError:
+        return host.lower()
+
+
 def check_http_url(text: str) -> str:
     """Check an absolute http(s) URL without a query."""
     if "?" in check_webhook_url(text):
