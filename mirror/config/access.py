@@ -35,8 +35,8 @@ _PUBLIC_ISSUERS: Final = {
     "https://app.terraform.io": "terraform_organization_name: ORGANISATION",
     "https://oauth2.sigstore.dev/auth": "email: ci@example.com",
 }
-"""Issuers that give everybody a token -> a claim that says whose it is. Those of CircleCI, Bitbucket
-and Fly.io have the organisation in their names."""
+"""Issuers that give everybody a token -> a claim that says whose it is. The names of those of
+CircleCI, Bitbucket and Fly.io have the organisation already."""
 
 RuleAction: TypeAlias = Literal["pull", "push", "delete", "admin"]
 
