@@ -101,7 +101,7 @@ async def open_mirror(
 
 @asynccontextmanager
 async def open_hosted(
-    settings: Settings, store: Store, now: Callable[[], float], emit: Observer
+    settings: Settings, store: Store, now: Callable[[], float], emit: Observer | None
 ) -> AsyncIterator[HostedService | None]:
     """Open the hosted repositories. None without the section ``hosted``.
 
@@ -109,7 +109,7 @@ async def open_hosted(
         settings: The configuration.
         store: The open data directory.
         now: Returns the Unix time in seconds.
-        emit: Receives the changes of repositories.
+        emit: Receives the changes of repositories. None: a server tells of them.
 
     Raises:
         NamesDamaged: The names cannot be used.

@@ -14,17 +14,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from sqlite3 import Connection
 from typing import Final
 
 from mirror.hosted import collection_rows
+from mirror.hosted.change_rows import record_change
 from mirror.hosted.collection_rows import NeedlessRow, cutoff_of
 from mirror.hosted.database import Database
+from mirror.observability.hosted_events import HostedChange
 
 _ROWS_PER_WRITE: Final = 100
 """Rows of one transaction, in which no push can commit: about 15 ms."""
 
-OnCollected = Callable[[NeedlessRow], None]
-"""Called with each row after its deletion is durable."""
+ChangeOf = Callable[[NeedlessRow], HostedChange]
+"""Returns what is recorded of the deletion of a row, in the same transaction."""
 
 
 async def find_needless(database: Database, now: float, grace: float) -> list[NeedlessRow]:
@@ -46,7 +49,7 @@ async def find_needless(database: Database, now: float, grace: float) -> list[Ne
 
 
 async def collect(
-    database: Database, now: float, grace: float, on_collected: OnCollected
+    database: Database, now: float, grace: float, change_of: ChangeOf
 ) -> list[NeedlessRow]:
     """Remove what nothing needs. Returns it.
 
@@ -56,16 +59,19 @@ async def collect(
         database: The names.
         now: Seconds since the epoch.
         grace: Seconds for which what nothing needs is kept after its last use.
-        on_collected: Called with each row after its deletion is durable.
+        change_of: Returns what is recorded of the deletion of a row.
     """
     cutoff = cutoff_of(now, grace)
     collected: list[NeedlessRow] = []
 
-    async def delete(rows: list[NeedlessRow]) -> int:
-        change = partial(collection_rows.delete_needless, rows=rows, cutoff=cutoff)
-        deleted = await database.write(change)
+    def delete_recorded(connection: Connection, rows: list[NeedlessRow]) -> list[NeedlessRow]:
+        deleted = collection_rows.delete_needless(connection, rows, cutoff)
         for row in deleted:
-            on_collected(row)
+            record_change(connection, change_of(row))
+        return deleted
+
+    async def delete(rows: list[NeedlessRow]) -> int:
+        deleted = await database.write(partial(delete_recorded, rows=rows))
         collected.extend(deleted)
         return len(deleted)
 

@@ -25,24 +25,22 @@ from typing import Any, Final
 
 from mirror.config.settings import Hosted
 from mirror.hosted import restored_rows, upload_files
+from mirror.hosted.change_rows import record_change
 from mirror.hosted.database import Database
 from mirror.hosted.pushed_manifest import PushedManifest, read_pushed_manifest
-from mirror.observability.events import HostedChange
+from mirror.observability.hosted_events import SERVER, Actor, HostedChange
 from mirror.oci.descriptor import MANIFEST_LIMIT
 from mirror.oci.errors import DigestInvalid, InvalidRequest, StorageUnavailable
 from mirror.oci.headers import media_type_of
 from mirror.oci.image_name import parse_with_reference
 from mirror.oci.reference import Digest, Reference, Repository, Tag
 from mirror.operations.backup_files import INDEX, METADATA, BackupSource, StoredBytes
-from mirror.operations.hosted_retention import Tell
 from mirror.operations.write_backup import FORMAT_VERSION
 from mirror.store.disk import try_lock
 from mirror.store.ingest_writer import ShortWrite, write_all
 from mirror.store.store import Store
 from mirror.threads import run_in_thread
 
-RESTORE_USER: Final = "restore"
-"""The user of the changes that a restore makes."""
 _REF_NAME: Final = "org.opencontainers.image.ref.name"
 _MAX_NESTING: Final = 8
 """Indexes within indexes."""
@@ -100,7 +98,7 @@ async def restore_backup(
     path: Path,
     *,
     may_replace: bool,
-    tell: Tell = lambda change: None,
+    actor: Actor = SERVER,
 ) -> RestoreReport:
     """Restore all images of a backup.
 
@@ -109,7 +107,7 @@ async def restore_backup(
         hosted: The quota, and the name of the registry.
         path: A directory or a tar file.
         may_replace: Whether tags that name another manifest now are replaced.
-        tell: Called with each change after it is durable.
+        actor: Who restores.
 
     Raises what :meth:`Restore.run` raises.
     """
@@ -117,7 +115,7 @@ async def restore_backup(
     try:
         database = await Database.open(store.layout.hosted_names)
         try:
-            restore = Restore(source, hosted, database, store, tell)
+            restore = Restore(source, hosted, database, store, actor)
             return await restore.run(may_replace=may_replace)
         finally:
             await database.close()
@@ -134,7 +132,7 @@ class Restore:
         hosted: Hosted,
         database: Database,
         store: Store,
-        tell: Tell,
+        actor: Actor,
     ) -> None:
         """Read nothing yet.
 
@@ -143,13 +141,13 @@ class Restore:
             hosted: The quota, and the name of the registry.
             database: The names.
             store: The content.
-            tell: Called with each change after it is durable.
+            actor: Who restores.
         """
         self._source = source
         self._hosted = hosted
         self._database = database
         self._store = store
-        self._tell = tell
+        self._actor = actor
         self._limit = asyncio.Semaphore(_PARALLEL)
         self._done: set[tuple[str, Digest]] = set()
         self._uses: Mapping[tuple[str, str], _Use] = {}
@@ -234,6 +232,7 @@ class Restore:
                     restored_rows.set_tag(
                         connection, name.repository, tag, manifest, use.pushed_at, use.pushed_by
                     )
+                    record_change(connection, self._change(name, manifest))
                 return is_free or may_replace
 
             if not await self._database.write(set_tag):
@@ -241,8 +240,10 @@ class Restore:
                     f"{name.repository}:{tag} was pushed with another manifest meanwhile"
                 )
                 return
+        else:
+            change = self._change(name, manifest)
+            await self._database.write(partial(record_change, change=change))
         self.report.images += 1
-        self._tell(self._change(name, manifest))
 
     async def _restore_manifest(
         self, repository: str, digest: Digest, media_type: str, depth: int
@@ -385,8 +386,8 @@ class Restore:
             tag=str(name.reference) if isinstance(name.reference, Tag) else "",
             media_type=manifest.media_type,
             size=manifest.size,
-            user=RESTORE_USER,
-            client="",
+            user=self._actor.user,
+            client=self._actor.client,
             at=self._store.now(),
         )
 

@@ -26,7 +26,7 @@ NAME = "registry.example"
 TOKEN = "0123456789abcdef-token"
 KEY = Signer("one")
 RULES = [
-    rule(f"{NAME}/team/**", ["ci", "robot", "job"], "pull", "push", "delete"),
+    rule(f"{NAME}/team/**", ["ci", "robot", "k8s:job"], "pull", "push", "delete"),
     rule(f"{NAME}/**", "reader", "pull"),
 ]
 
@@ -40,7 +40,12 @@ def hosting(tmp_path: Path) -> Iterator[tuple[Mirror, str]]:
     run("htpasswd", "-bB", "-C", "6", users, "reader", "reader's")
     (tmp_path / "tokens.yaml").write_text(f"- {{name: robot, token: {TOKEN}}}\n")
     (tmp_path / "jwks.json").write_bytes(key_set(KEY))
-    issuer = {"issuer": ISSUER, "jwks": str(tmp_path / "jwks.json"), "audience": AUDIENCE}
+    issuer = {
+        "issuer": ISSUER,
+        "jwks": str(tmp_path / "jwks.json"),
+        "audience": AUDIENCE,
+        "user_prefix": "k8s:",
+    }
     access = {
         "users": str(users),
         "tokens": str(tmp_path / "tokens.yaml"),

@@ -102,8 +102,8 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     },
     "composition": {"hosted", "pull", "store", "upstream", *SHARED},
     "operations": {
-        *("operations", "composition", "config.prefetch", "history", "hosted", "inventory", "pull"),
-        *("store", *SHARED),
+        *("operations", "composition", "config.access", "config.prefetch", "history", "hosted"),
+        *("inventory", "pull", "store", *SHARED),
     },
     # Its listener cuts off clients as that of ``web`` does.
     "admin": {

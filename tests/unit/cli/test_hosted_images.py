@@ -7,12 +7,14 @@ import json
 import sqlite3
 from collections.abc import Callable, Coroutine
 from contextlib import closing
+from os import geteuid
 from pathlib import Path
+from pwd import getpwuid
 from typing import Any
 
 import pytest
 
-from mirror.observability.hosted_events import Actor
+from mirror.observability.hosted_events import Actor, HostedChange
 from mirror.oci.descriptor import OCI_INDEX
 from mirror.oci.reference import Digest
 from tests.unit.cli.inventory_kit import CONFIG, Site
@@ -143,6 +145,42 @@ def test_rm_of_a_tag_leaves_the_manifest_and_rm_of_the_digest_deletes_it(site: S
     assert "no other image needs" in "".join(site.lines("rm", f"{NAME}/team/app@{TAGGED}"))
     assert names(site, "team/app*") == []
     assert blob(site, TAGGED).exists(), "its blobs are still in the repository"
+
+
+def told(site: Site) -> list[HostedChange]:
+    """Return the changes that the next server tells of."""
+    changes: list[HostedChange] = []
+
+    async def start(kit: HostedKit) -> None:
+        changes.extend(await kit.told_changes())
+
+    change(site, start)
+    return changes
+
+
+def test_next_server_tells_of_the_changes_of_commands_and_their_user(site: Site) -> None:
+    site.lines("rm", f"{NAME}/team/app:v1")
+    site.lines("rm", f"{NAME}/team/app@{TAGGED}")
+    user = f"local:{getpwuid(geteuid()).pw_name}"
+    assert [(one.action, one.tag, one.digest, one.user, one.client) for one in told(site)] == [
+        ("delete", "v1", TAGGED, user, ""),
+        ("delete", "", TAGGED, user, ""),
+    ]
+    assert told(site) == []
+
+
+def test_immutable_image_is_removed_with_force_only(site: Site) -> None:
+    rules = f"hosted: {{name: {NAME}, listen: '127.0.0.1:0', immutable_tags: ['**:v*']}}\n"
+    site.config.write_text(CONFIG.format(data_dir=site.data.layout.root) + rules)
+    for name in (f"{NAME}/team/app:v1", f"{NAME}/team/app@{TAGGED}"):
+        code, out, _ = site.run("rm", name)
+        assert code == 1
+        assert "kept" in out
+        assert "the tag v1 is immutable: only an admin can delete it, with --force" in out
+    assert names(site, "team/app*") == [f"{NAME}/team/app:v1"]
+    site.lines("rm", "--force", f"{NAME}/team/app:v1")
+    assert names(site, "team/app*") == [f"{NAME}/team/app@{TAGGED}"]
+    assert [one.tag for one in told(site)] == ["v1"]
 
 
 def test_dry_run_of_rm_deletes_no_hosted_image(site: Site) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from mirror.hosted.collection import collect
 from mirror.hosted.snapshot import drop_stale_snapshot, opened_snapshot
-from mirror.observability.events import HostedChange
+from mirror.observability.hosted_events import Actor
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
 from mirror.oci.errors import QuotaExceeded, StorageUnavailable
 from mirror.oci.reference import Digest, Tag
@@ -27,6 +27,7 @@ from tests.unit.hosted.kit import (
     CONFIG,
     NOW,
     HostedKit,
+    change_of,
     descriptor,
     hosted_kit,
     index_of,
@@ -88,7 +89,7 @@ async def restore(kit: HostedKit, source: Path, *, may_replace: bool = False) ->
         kit.service.settings,
         source,
         may_replace=may_replace,
-        tell=kit.events.append,
+        actor=Actor("local:root"),
     )
 
 
@@ -118,8 +119,8 @@ async def test_everything_comes_back_on_an_empty_data_directory(tmp_path: Path, 
         assert restored.contents == report.contents
         assert await state_of(kit) == before
         assert await kit.read_blob(Digest.of(LAYER), "team/app") == LAYER
-        changes = [one for one in kit.events if isinstance(one, HostedChange)]
-        assert {(one.action, one.user) for one in changes} == {("push", "restore")}
+        changes = await kit.told_changes()
+        assert {(one.action, one.user) for one in changes} == {("push", "local:root")}
         again = await restore(kit, target)
         assert (again.contents, again.problems) == (0, [])
         assert await state_of(kit) == before
@@ -153,7 +154,7 @@ async def test_content_that_is_deleted_while_a_backup_reads_stays_until_its_end(
         with opened_snapshot(kit.store.layout) as snapshot:
             for row in list(snapshot.manifests()):
                 await kit.service.delete_manifest(row.repository, row.digest)
-            await collect(kit.database, NOW + 10**6, 0.0, lambda row: None)
+            await collect(kit.database, NOW + 10**6, 0.0, change_of)
             assert (await kit.service.usage()).contents == 0
             await kit.store.evictor.remove([blob])
             assert kit.store.catalog.has_blob(digest)
