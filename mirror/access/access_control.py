@@ -86,7 +86,7 @@ class AccessControl:
         return use
 
     def _report(self, why: str) -> None:
-        self._emit(LogMessage("warning", "access", (("why", why),)))
+        self._emit(LogMessage("warning", "credentials cannot be used", (("why", why),)))
 
     def refresh(self) -> None:
         """Read the files of credentials that have changed. Blocks for them; they are small."""

@@ -452,6 +452,12 @@ class ConfigError(Exception):
     Raised by ``config`` and ``cli``, before a server runs, so no client sees it.
     """
 
+    def __init__(self, message: str, others: Sequence[str] = ()) -> None:
+        more = f" (and {len(others)} more)" if others else ""
+        super().__init__(f"{message}{more}")
+        self.lines = (message, *others)
+        """All that is wrong, one line for each setting."""
+
 
 # --- the text of any error ------------------------------------------------------------------------
 

@@ -134,7 +134,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     },
     "cli": {
         *("cli", "operations", "inventory", "composition", "notifications", "processes"),
-        *("access.login_credentials", "admin.tokens"),
+        *("access.login_credentials", "admin.tokens", "config.access", "config.rule_coverage"),
         *(*LOADING, *BELOW_SERVER),
     },
     "__main__": {"cli"},

@@ -295,8 +295,8 @@ async def test_replaced_secret_signs_beside_the_old_one_without_a_restart(tmp_pa
     ("text", "why"),
     [
         ("", "no secret: make one with"),
-        ("short\n", "secret:1: not the base64 form of 24 to 64 bytes"),
-        ("# key\nwhsec_" + "A" * 20, "secret:2: not the base64"),
+        ("short\n", "secret: line 1: not the base64 form of 24 to 64 bytes"),
+        ("# key\nwhsec_" + "A" * 20, "secret: line 2: not the base64"),
         ("\n".join(SECRETS * 2), "more than 4 secrets"),
         ("A" * 5000, "larger than 4096 bytes"),
     ],
