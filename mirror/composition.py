@@ -21,7 +21,9 @@ from mirror.pull.hosted import HostedPulls
 from mirror.pull.marks_watch import MarksWatch
 from mirror.pull.service import PullService
 from mirror.single_flight import SingleFlight
+from mirror.store.private_directory import close_to_others
 from mirror.store.store import Store
+from mirror.threads import run_in_thread
 from mirror.upstream.registries import Registries, open_registries
 
 
@@ -71,6 +73,8 @@ async def open_mirror(
     """
     store = await Store.open(settings.data_dir, settings.storage, emit, now)
     try:
+        if settings.access is not None:  # There is content that not everybody may read.
+            await run_in_thread(close_to_others, store.layout.root)
         async with (
             SingleFlight() as single_flight,
             open_registries(settings, emit, single_flight) as registries,

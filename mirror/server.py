@@ -387,6 +387,7 @@ async def start_server(
         build = partial(Handler, settings, mirror.service, health, render_metrics, emit)
         options: dict[str, Any] = {
             "access_log": None,
+            "auto_decompress": False,
             "keepalive_timeout": KEEPALIVE_TIMEOUT_S,
             "max_field_size": _MAX_FIELD_BYTES,
             "read_bufsize": _REQUEST_BUFFER_BYTES,

@@ -14,7 +14,7 @@ from mirror.cli.arguments import Commands, add_config, add_json, image_name, loa
 from mirror.cli.cleaning import add_dry_run, print_items, summary
 from mirror.cli.data_directory import load_inventory, opened_store
 from mirror.cli.exit_codes import EX_FAILED
-from mirror.cli.output import CommandFailed, print_line, print_note
+from mirror.cli.output import CommandFailed, UsageError, print_line, print_note
 
 if TYPE_CHECKING:
     from mirror.config.settings import Settings
@@ -34,7 +34,16 @@ def add_parser(commands: Commands) -> None:
         "server.",
     )
     parser.add_argument(
-        "images", metavar="IMAGE", nargs="+", type=_one_image, help="name of an image"
+        "images", metavar="IMAGE", nargs="*", type=_one_image, help="name of an image"
+    )
+    parser.add_argument(
+        "--upload",
+        dest="uploads",
+        metavar="ID",
+        action="append",
+        default=[],
+        help="cancel an upload in progress to a hosted repository instead (ls --uploads --json "
+        "lists their ids). May be repeated",
     )
     parser.add_argument(
         "--force",
@@ -57,8 +66,21 @@ def _one_image(text: str) -> ImageName:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command. Raises ``CommandFailed`` if an image is not known; nothing is removed."""
+    """Run the command.
+
+    Raises:
+        CommandFailed: An image is not known. Nothing is removed.
+        UsageError: There are neither images nor uploads, or both.
+    """
     settings = load_settings(arguments)
+    if bool(arguments.images) is bool(arguments.uploads):
+        raise UsageError("name images to remove, or uploads to cancel with --upload ID")
+    if arguments.uploads:
+        if arguments.is_dry_run:
+            raise UsageError("--dry-run is about images: leave it out, or --upload")
+        report = asyncio.run(_end_uploads(settings, arguments.uploads))
+        print_items(report, is_json=arguments.is_json)
+        return 0
     inventory = load_inventory(settings)
     images = find_images(inventory, arguments.images)
     report = asyncio.run(
@@ -118,3 +140,10 @@ async def _remove(
             local_actor(),
             may_change_immutable=may_change_immutable,
         )
+
+
+async def _end_uploads(settings: Settings, upload_ids: list[str]) -> CleaningReport:
+    from mirror.operations.hosted_removal import end_uploads
+
+    async with opened_store(settings) as store:
+        return await end_uploads(settings, store, upload_ids)

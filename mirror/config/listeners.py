@@ -114,6 +114,10 @@ class Hosted(Section):
         alias = re.sub("[^a-z0-9.-]+", "_", self.name).strip("_")
         return {self.name: self.name, alias: self.name}
 
+    def has_image(self, image: str) -> bool:
+        """Return whether an image, by its whole name, is of a hosted repository."""
+        return image.startswith(f"{self.name}/")
+
     @model_validator(mode="after")
     def _check_door(self) -> Self:
         if self.listen is None and not self.hosts:

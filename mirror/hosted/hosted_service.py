@@ -36,7 +36,10 @@ from mirror.threads import parse_in_thread_if_large, run_in_thread
 _MAX_PAGE: Final = 10_000
 """Names on one page at most, whatever the client's ``n`` is: at most 1.3 MB of JSON."""
 
-_LOST: Final = "the content of this blob is lost: push it again"
+_NAMES_STEP: Final = 500
+"""Names that are read at a time: deciding which of them are visible takes a millisecond."""
+
+_BLOB_LOST: Final = "the content of this blob is lost: push it again"
 
 
 class HostedService:
@@ -159,7 +162,7 @@ class HostedService:
         """Return the bytes of a small blob. Raises ``BlobUnknown`` if they are lost or damaged."""
         body = await self._store.blobs.read(digest, limit)
         if body is None:
-            raise BlobUnknown(_LOST)
+            raise BlobUnknown(_BLOB_LOST)
         return body
 
     async def open_blob(self, digest: Digest, size: int) -> Reader:
@@ -169,7 +172,7 @@ class HostedService:
         """
         reader = await self._store.blobs.find(digest, size)
         if reader is None:
-            raise BlobUnknown(_LOST)
+            raise BlobUnknown(_BLOB_LOST)
         return reader
 
     async def mark_blob_used(self, repository: str, digest: Digest) -> None:
@@ -377,12 +380,35 @@ class HostedService:
         found = await self._database.read(find)
         return found[:limit], len(found) > limit > 0
 
-    async def repositories(self, count: int | None, last: str) -> tuple[list[str], bool]:
-        """Return one page of the repositories that have a manifest, and True if there are more."""
+    async def repositories(
+        self,
+        count: int | None,
+        last: str,
+        is_visible: Callable[[Repository], bool] | None = None,
+    ) -> tuple[list[str], bool]:
+        """Return one page of the repositories that have a manifest, and True if there are more.
+
+        Neither says anything about a repository that is not visible.
+
+        Args:
+            count: Names on the page at most. None: as many as one page may have.
+            last: The page begins after this name. Empty: with the first one.
+            is_visible: Returns whether the client may know of a repository. None: of all.
+        """
         limit = _MAX_PAGE if count is None else min(count, _MAX_PAGE)
-        find = partial(name_rows.repositories_page, count=limit + 1, last=last)
-        found = await self._database.read(find)
-        return found[:limit], len(found) > limit > 0
+        found: list[str] = []
+        names = [last]
+        while limit and names:
+            # In steps: between them, the event loop serves others.
+            find = partial(name_rows.repositories_page, count=_NAMES_STEP, last=names[-1])
+            names = await self._database.read(find)
+            for name in names:
+                if is_visible and not is_visible(Repository(self.settings.name, name)):
+                    continue
+                if len(found) == limit:
+                    return found, True
+                found.append(name)
+        return found, False
 
     async def referrers(
         self, repository: str, subject: Digest, artifact_type: str | None

@@ -133,6 +133,12 @@ class TooLarge(MirrorError):
     code = "SIZE_INVALID"
 
 
+class EncodingUnsupported(MirrorError):
+    """The body of a request has a ``Content-Encoding``. Raised by ``web``. Code ``UNSUPPORTED``."""
+
+    code = "UNSUPPORTED"
+
+
 class UploadOutOfOrder(MirrorError):
     """A chunk does not begin where the upload ends, or another request feeds the upload now.
 

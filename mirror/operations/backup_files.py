@@ -232,7 +232,7 @@ def opened_target(path: Path) -> Iterator[BackupTarget]:
     busy = StorageUnavailable(f"{path}: another process writes this backup")
     if path.suffix == ".tar":
         draft = path.with_name(f"{path.name}.tmp")
-        with open(os.open(draft, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "wb") as file:
+        with open(os.open(draft, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "wb") as file:
             if not disk.try_lock(file.fileno()) or not disk.is_at(file.fileno(), draft):
                 raise busy
             file.truncate(0)
@@ -242,7 +242,7 @@ def opened_target(path: Path) -> Iterator[BackupTarget]:
                 if disk.is_at(file.fileno(), draft):
                     draft.unlink()
         return
-    path.mkdir(parents=True, exist_ok=True)
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         if not disk.try_lock(fd):

@@ -17,7 +17,7 @@ from mirror.config.settings import Settings
 from mirror.inventory.keeping import HOSTED
 from mirror.inventory.model import Image, Inventory
 from mirror.observability.hosted_events import Actor
-from mirror.oci.errors import Denied, ManifestUnknown, TagImmutable
+from mirror.oci.errors import Denied, ManifestUnknown, TagImmutable, UploadUnknown
 from mirror.operations.cleaning_report import CleaningReport, Item
 from mirror.operations.removal import plan_removal, remove_images
 from mirror.store.store import Store
@@ -87,6 +87,44 @@ async def remove_by_name(
                 report.items.append(_kept(image, error.message))
             else:
                 report.items += _deleted(image, whys)
+    return report
+
+
+async def end_uploads(
+    settings: Settings, store: Store, upload_ids: Iterable[str]
+) -> CleaningReport:
+    """End uploads in progress, of any user. Says which have ended.
+
+    Args:
+        settings: The configuration.
+        store: The open data directory.
+        upload_ids: Ids, as ``ls --uploads --json`` lists them.
+
+    Raises:
+        UploadUnknown: There is no such upload. Those before it have ended.
+        NamesDamaged: The names cannot be used.
+        StorageUnavailable: They cannot be written.
+    """
+    report = CleaningReport()
+    async with open_hosted(settings, store, store.now, None) as service:
+        for upload_id in upload_ids:
+            if service is None:
+                raise UploadUnknown("nothing is hosted: the configuration has no hosted")
+            try:
+                size = await service.uploads.end(upload_id)
+            except UploadUnknown as error:
+                raise UploadUnknown(
+                    f"{upload_id}: {error.message}; `oci-mirror ls --uploads --json` lists them"
+                ) from None
+            report.items.append(
+                Item(
+                    action="removed",
+                    kind="leftover",
+                    name=upload_id,
+                    bytes=size,
+                    why="the upload was cancelled",
+                )
+            )
     return report
 
 

@@ -34,6 +34,7 @@ from mirror.oci.errors import (
     ContentLost,
     Denied,
     Draining,
+    EncodingUnsupported,
     InvalidRequest,
     LoginRequired,
     MethodUnsupported,
@@ -64,6 +65,7 @@ _STATUS: Final[dict[type, int]] = {
     NotFound: 404,
     MethodUnsupported: 405,
     TooLarge: 413,
+    EncodingUnsupported: 415,
     RangeNotSatisfiable: 416,
     UploadOutOfOrder: 416,
     UpstreamRateLimited: 429,
@@ -104,6 +106,8 @@ def error_headers(error: MirrorError) -> dict[str, str]:
         headers["Allow"] = ", ".join(error.allowed)
     elif isinstance(error, LoginRequired):
         headers["WWW-Authenticate"] = error.challenge
+    elif isinstance(error, EncodingUnsupported):
+        headers["Accept-Encoding"] = "identity"  # RFC 9110, section 12.5.3.
     elif isinstance(error, UploadOutOfOrder):
         headers["Location"] = error.location
         headers["Range"] = f"0-{max(0, error.offset - 1)}"

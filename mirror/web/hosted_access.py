@@ -23,7 +23,7 @@ class AccessAction(StrEnum):
     PING = "ping"
     """``/v2/``: clients look there whether they have to log in."""
     LIST = "list"
-    """List repositories. Each one is asked for with ``PULL`` as well."""
+    """List repositories. The list has those that the client may pull from."""
     PULL = "pull"
     PUSH = "push"
     DELETE = "delete"

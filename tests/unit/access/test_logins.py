@@ -217,6 +217,20 @@ async def test_crowd_of_logins_is_bounded(tmp_path: Path, monkeypatch: pytest.Mo
         assert await logins.user(basic("ann", "ann's")) == "ann"
 
 
+async def test_guesses_of_one_address_leave_room_for_logins_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_MAX_WAITING", 6)
+    monkeypatch.setattr(module, "_MAX_CLIENT_WAITING", 3)
+    async with kit(tmp_path) as logins:
+        guesses = [logins.user(basic("ann", f"no {n}"), f"2001:db8::{n}") for n in range(8)]
+        asked = [*guesses, logins.user(basic("ann", "ann's"), "192.0.2.1")]
+        *refused, user = await asyncio.gather(*asked, return_exceptions=True)
+        assert user == "ann"
+        assert sum(isinstance(result, TooManyRequests) for result in refused) == 5
+        assert not logins.logins._waiting
+
+
 async def test_nothing_that_is_remembered_has_a_password(tmp_path: Path) -> None:
     async with kit(tmp_path) as logins:
         await logins.user(basic("ann", "ann's"))
