@@ -764,7 +764,7 @@ async def test_announced_length_beyond_the_quota_is_denied_before_a_byte_is_take
         writer.close()
         refused = await client.start(f"?digest={DIGEST}", random_bytes(2_000_000, 1))
         assert (refused.status, refused.code) == (403, "DENIED")
-        assert "max_size is 1MiB" in json.loads(refused.body)["errors"][0]["message"]
+        assert "hosted.max_size (1MiB)" in json.loads(refused.body)["errors"][0]["message"]
 
 
 async def test_push_is_recorded_with_its_bytes(tmp_path: Path) -> None:
