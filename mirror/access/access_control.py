@@ -160,7 +160,7 @@ class AccessControl:
             return identity
         if identity.is_anonymous:
             raise self._challenge(f"log in to {_VERBS[action]} this repository")
-        raise Denied(f"the user {identity.user} may not {_VERBS[action]} this repository")
+        raise _deny(identity, action)
 
     async def check_pull(
         self, authorization: str | None, client: str, repository: Repository
@@ -188,8 +188,11 @@ class AccessControl:
         if self.is_allowed(identity, repository, AccessRight.PULL):
             return identity
         if identity.is_anonymous:
-            raise Denied("pulling from this repository needs credentials, sent in advance")
-        raise Denied(f"the user {identity.user} may not pull from this repository")
+            raise Denied(
+                "pulling from this repository needs credentials, and this listener asks for none:"
+                " configure the client to send them (oci-mirror clients --credentials-file)"
+            )
+        raise _deny(identity, AccessRight.PULL)
 
     async def may_list(
         self, authorization: str | None, client: str
@@ -210,3 +213,10 @@ class AccessControl:
 
     def _challenge(self, message: str) -> LoginRequired:
         return LoginRequired(message, f'Basic realm="{self._realm}"')
+
+
+def _deny(identity: Identity, action: AccessRight) -> Denied:
+    """Return the error for a user who may not do something. It names the user, for the log."""
+    error = Denied(f"the user {identity.user} may not {_VERBS[action]} this repository")
+    error.user = identity.user
+    return error

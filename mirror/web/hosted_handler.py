@@ -110,14 +110,17 @@ class HostedHandler:
     ) -> str:
         """Return the name of the user. Raises ``LoginRequired`` or ``Denied``."""
         authorization = request.headers.get("Authorization")
-        pull.user = await self._authorize(
-            AccessAttempt(
-                action=action,
-                repository=repository,
-                authorization=authorization,
-                client=pull.client,
-            )
+        attempt = AccessAttempt(
+            action=action,
+            repository=repository,
+            authorization=authorization,
+            client=pull.client,
         )
+        try:
+            pull.user = await self._authorize(attempt)
+        except Denied as error:
+            pull.user = error.user
+            raise
         return pull.user
 
     async def respond(

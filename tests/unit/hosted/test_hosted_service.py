@@ -125,7 +125,7 @@ async def test_wrong_digest_of_a_manifest_stores_nothing(tmp_path: Path) -> None
     async with hosted_kit(tmp_path) as kit:
         await kit.push_blob(CONFIG)
         body = manifest_of()
-        with pytest.raises(DigestInvalid, match="hashes to sha256:.* not to sha256:"):
+        with pytest.raises(DigestInvalid, match=r"hashes to sha256:.* not to sha256:"):
             await kit.service.put_manifest("app", Digest.of(b"other"), (), body, OCI_MANIFEST)
         assert not kit.store.catalog.has_blob(Digest.of(body))
 
