@@ -27,6 +27,7 @@ from mirror.oci.errors import (
     EncodingUnsupported,
     LoginRequired,
     NameInvalid,
+    NameUnknown,
     SizeInvalid,
     StorageUnavailable,
     TagImmutable,
@@ -159,9 +160,14 @@ class HostedHandler:
         self, request: web.BaseRequest, pull: RequestRecord, path: str, query: str
     ) -> web.StreamResponse | paths.Request:
         names = {self.name: self.name}
-        parsed = paths.parse(
-            request.method, path, query, upstreams=names, default=self.name, upstream=self.name
-        )
+        try:
+            parsed = paths.parse(
+                request.method, path, query, upstreams=names, default=self.name, upstream=self.name
+            )
+        except NameUnknown:
+            raise NameUnknown(
+                f"this listener serves only {self.name}: pull all others from the mirror's listener"
+            ) from None
         match parsed:
             case paths.PingRequest():
                 await self._ask(request, pull, AccessAction.PING, None)

@@ -500,7 +500,9 @@ async def test_mirror_serves_hosted_repositories_like_an_upstream_and_takes_no_p
             assert (status, json.loads(body)["manifests"]) == (200, [])
             status, _, _ = await server.ask("POST", f"{url}/blobs/uploads/{query}")
             assert status == 405
-        status, _, _ = await server.get(f"{server.push_url}/v2/team/app/manifests/v1?ns=docker.io")
+        url = f"{server.push_url}/v2/team/app/manifests/v1?ns=docker.io"
+        status, _, refused = await server.get(url)
+        assert b"serves only registry.example: pull all others from the mirror" in refused
         assert status == 404, "the door reaches no upstream"
 
 
