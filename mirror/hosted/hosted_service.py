@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
 from sqlite3 import Connection
-from typing import Any, Final
+from typing import Final
 
 from mirror.config.settings import Hosted
 from mirror.hosted import collection_rows, name_rows, upload_files, upload_rows
@@ -21,10 +21,11 @@ from mirror.hosted.database import Database
 from mirror.hosted.immutable_tags import ImmutableTagRules
 from mirror.hosted.name_rows import USE_STEP_S, ManifestRow
 from mirror.hosted.pushed_manifest import PushedManifest, read_pushed_manifest
+from mirror.hosted.referrer_rows import referrers_page
 from mirror.hosted.sessions import UploadSessions, disk_errors
 from mirror.observability.events import HostedChange, HostedMeasured, Observer
 from mirror.observability.hosted_events import SERVER, Actor, ChangeAction
-from mirror.oci.descriptor import MANIFEST_LIMIT
+from mirror.oci.descriptor import MANIFEST_LIMIT, ReferrersPage
 from mirror.oci.errors import BlobUnknown, DigestInvalid, ManifestUnknown, NameUnknown
 from mirror.oci.headers import OCTET_STREAM
 from mirror.oci.reference import Digest, Reference, Repository, Tag
@@ -366,11 +367,24 @@ class HostedService:
         return found[:limit], len(found) > limit > 0
 
     async def referrers(
-        self, repository: str, subject: Digest, artifact_type: str | None
-    ) -> list[dict[str, Any]]:
-        """Return the descriptors of the manifests whose subject is ``subject``."""
+        self,
+        repository: str,
+        subject: Digest,
+        artifact_type: str | None,
+        last: str = "",
+        max_bytes: int = MANIFEST_LIMIT,
+    ) -> ReferrersPage:
+        """Return one page of the manifests whose subject is ``subject``.
+
+        See :func:`mirror.hosted.referrer_rows.referrers_page` for the arguments.
+        """
         find = partial(
-            name_rows.referrers, repository=repository, subject=subject, artifact_type=artifact_type
+            referrers_page,
+            repository=repository,
+            subject=subject,
+            artifact_type=artifact_type,
+            last=last,
+            max_bytes=max_bytes,
         )
         return await self._database.read(find)
 
