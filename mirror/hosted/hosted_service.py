@@ -29,6 +29,7 @@ from mirror.oci.descriptor import MANIFEST_LIMIT, ReferrersPage
 from mirror.oci.errors import BlobUnknown, DigestInvalid, ManifestUnknown, NameUnknown
 from mirror.oci.headers import OCTET_STREAM
 from mirror.oci.reference import Digest, Reference, Repository, Tag
+from mirror.store.disk import find_whole
 from mirror.store.reader import Reader
 from mirror.store.store import Store
 from mirror.threads import parse_in_thread_if_large, run_in_thread
@@ -118,17 +119,19 @@ class HostedService:
     async def blob_size(self, repository: str, digest: Digest) -> int:
         """Return the bytes of a blob. Raises ``BlobUnknown``, also if its content is lost.
 
-        Then a client pushes it again, which repairs it.
+        Then a client pushes it again, which repairs it. Raises ``StorageUnavailable`` if the disk
+        does not answer.
         """
         find = partial(name_rows.blob_size, repository=repository, digest=digest)
         size = await self._database.read(find)
-        if size is None or not self._store.catalog.has_blob(digest):
-            raise BlobUnknown("the repository does not have this blob")
+        with disk_errors("the blob cannot be read"):
+            if size is None or not find_whole(self._store.layout, digest):
+                raise BlobUnknown("the repository does not have this blob")
         return size
 
     async def read_blob(self, digest: Digest, limit: int) -> bytes:
         """Return the bytes of a small blob. Raises ``BlobUnknown`` if they are lost or damaged."""
-        body = await self._store.blobs.read(digest, limit)
+        body = await self._store.blobs.read_hosted(digest, limit)
         if body is None:
             raise BlobUnknown(_LOST)
         return body
@@ -136,9 +139,10 @@ class HostedService:
     async def open_blob(self, digest: Digest, size: int) -> Reader:
         """Open a blob of ``size`` bytes for reading. The caller closes the reader.
 
-        Raises ``BlobUnknown`` if its content is lost or damaged.
+        Raises ``BlobUnknown`` if its content is lost or damaged, ``StorageUnavailable`` if the disk
+        cannot read it.
         """
-        reader = await self._store.blobs.find(digest, size)
+        reader = await self._store.blobs.find_hosted(digest, size)
         if reader is None:
             raise BlobUnknown(_LOST)
         return reader
@@ -272,7 +276,7 @@ class HostedService:
 
     async def read_manifest(self, row: ManifestRow) -> bytes:
         """Return the bytes of a manifest. Raises ``ManifestUnknown`` if they are lost."""
-        body = await self._store.blobs.read(row.digest, MANIFEST_LIMIT)
+        body = await self._store.blobs.read_hosted(row.digest, MANIFEST_LIMIT)
         if body is None:
             raise ManifestUnknown("the content of this manifest is lost: push it again")
         return body

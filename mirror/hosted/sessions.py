@@ -436,10 +436,10 @@ class UploadFeed:
 
 
 @contextmanager
-def disk_errors() -> Iterator[None]:
+def disk_errors(what: str = "the upload cannot be stored") -> Iterator[None]:
     """Turn the errors of the disk into ``StorageUnavailable``."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise StorageUnavailable(f"the upload cannot be stored: {reason}") from error
+        raise StorageUnavailable(f"{what}: {reason}") from error
