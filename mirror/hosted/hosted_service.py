@@ -37,6 +37,8 @@ from mirror.threads import parse_in_thread_if_large, run_in_thread
 _MAX_PAGE: Final = 10_000
 """Names on one page at most, whatever the client's ``n`` is: at most 1.3 MB of JSON."""
 
+_MARK_TIMEOUT_S: Final = 1.0
+"""Seconds that a client waits for the record of its use. One commit takes milliseconds."""
 _LOST: Final = "the content of this blob is lost: push it again"
 
 
@@ -152,7 +154,17 @@ class HostedService:
         mark = partial(
             name_rows.mark_blob_used, repository=repository, digest=digest, now=self._now()
         )
-        await self._database.write(mark, is_durable=False)
+        await self._write_mark(mark)
+
+    async def _write_mark(self, mark: Callable[[Connection], None]) -> None:
+        """Record a use. Returns after :data:`_MARK_TIMEOUT_S` if another process holds the lock.
+
+        Then no collection can remove anything either, and the record is the next write of ours.
+        """
+        marked = self._database.write_later(mark)
+        await asyncio.wait({marked}, timeout=_MARK_TIMEOUT_S)
+        if marked.done():
+            marked.result()
 
     async def delete_blob(
         self,
@@ -289,7 +301,7 @@ class HostedService:
             reference=reference,
             now=self._now(),
         )
-        await self._database.write(mark, is_durable=False)
+        await self._write_mark(mark)
 
     def mark_pulled(self, repository: str, row: ManifestRow) -> None:
         """Record the pull of a manifest soon. No client waits for it."""

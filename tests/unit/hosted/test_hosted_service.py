@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from pathlib import Path
 
 import pytest
 
 from mirror.config.settings import Storage
+from mirror.hosted import hosted_service
 from mirror.observability.events import HostedChange
 from mirror.observability.hosted_events import Actor
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
@@ -174,6 +176,26 @@ async def test_use_of_a_blob_is_recorded_once_in_a_while(tmp_path: Path) -> None
             kit.clock[0] = pushed + seconds
             await kit.service.mark_blob_used("app", DIGEST)
             assert await used_at() == expected
+
+
+async def test_use_is_recorded_later_while_another_process_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosted_service, "_MARK_TIMEOUT_S", 0.01)
+    async with hosted_kit(tmp_path) as kit:
+        await kit.push_blob(LAYER)
+        kit.clock[0] += 10_000
+        other = sqlite3.connect(kit.store.layout.hosted_names, isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        async with asyncio.timeout(5):
+            await kit.service.mark_blob_used("app", DIGEST)
+            await kit.service.mark_manifest_used("app", Tag("v1"))
+        other.execute("COMMIT")
+        other.close()
+        await kit.push_blob(b"next")
+        used = "SELECT used_at FROM blobs WHERE digest = ?"
+        rows = await kit.database.read(lambda c: c.execute(used, (str(DIGEST),)).fetchall())
+        assert rows == [(kit.clock[0],)]
 
 
 async def test_each_change_has_one_event_after_its_commit(tmp_path: Path) -> None:
