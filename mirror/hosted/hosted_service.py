@@ -150,21 +150,31 @@ class HostedService:
         return reader
 
     async def mark_blob_used(self, repository: str, digest: Digest) -> None:
-        """Record that a client may be about to push a manifest that names a blob."""
+        """Record that a client may be about to push a manifest that names a blob.
+
+        Raises ``BlobUnknown`` if that is not recorded in time, and a collection may soon remove it.
+        """
         mark = partial(
             name_rows.mark_blob_used, repository=repository, digest=digest, now=self._now()
         )
-        await self._write_mark(mark)
+        if await self._write_mark(mark):
+            return
+        # A collection of another process may have the lock before us.
+        oldest = self._now() - self.settings.grace / 2
+        find = partial(name_rows.is_needed_blob, repository=repository, digest=digest, since=oldest)
+        if not await self._database.read(find):
+            raise BlobUnknown("the repository may lose this blob: push it again")
 
-    async def _write_mark(self, mark: Callable[[Connection], None]) -> None:
-        """Record a use. Returns after :data:`_MARK_TIMEOUT_S` if another process holds the lock.
+    async def _write_mark(self, mark: Callable[[Connection], None]) -> bool:
+        """Record a use. False after :data:`_MARK_TIMEOUT_S` if another process holds the lock.
 
-        Then no collection can remove anything either, and the record is the next write of ours.
+        Then no collection can remove anything yet, and the record is the next write of ours.
         """
         marked = self._database.write_later(mark)
         await asyncio.wait({marked}, timeout=_MARK_TIMEOUT_S)
         if marked.done():
             marked.result()
+        return marked.done()
 
     async def delete_blob(
         self,

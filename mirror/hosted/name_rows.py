@@ -92,6 +92,15 @@ def mark_blob_used(connection: Connection, repository: str, digest: Digest, now:
     )
 
 
+def is_needed_blob(connection: Connection, repository: str, digest: Digest, since: float) -> bool:
+    """Return whether a manifest names a blob, or it was used after ``since``."""
+    row = connection.execute(
+        "SELECT 1 FROM unnamed_blobs WHERE repository = ? AND digest = ? AND used_at < ?",
+        (repository, str(digest), since),
+    ).fetchone()
+    return row is None
+
+
 def delete_blob(connection: Connection, repository: str, digest: Digest) -> int | None:
     """Delete a blob of a repository. Returns its bytes; None if the repository does not have it."""
     size = blob_size(connection, repository, digest)

@@ -190,6 +190,9 @@ async def test_use_is_recorded_later_while_another_process_writes(
         async with asyncio.timeout(5):
             await kit.service.mark_blob_used("app", DIGEST)
             await kit.service.mark_manifest_used("app", Tag("v1"))
+            kit.clock[0] += kit.service.settings.grace
+            with pytest.raises(BlobUnknown, match="push it again"):
+                await kit.service.mark_blob_used("app", DIGEST)
         other.execute("COMMIT")
         other.close()
         await kit.push_blob(b"next")
