@@ -32,8 +32,10 @@ T = TypeVar("T")
 
 SCHEMA_VERSION: Final = 1
 """``user_version`` of a database that this version writes."""
-_BUSY_TIMEOUT_S: Final = 10.0
-"""Seconds to wait for a write of another process. One commit takes milliseconds."""
+_BUSY_TIMEOUT_S: Final = 5.0
+"""Seconds to wait for a write of another process. One commit takes milliseconds.
+
+A write may wait twice: for the commit before it, and for its own."""
 _MAX_BATCH: Final = 256
 """Writes of one commit. Each waits for all of them, which takes about 20 ms."""
 _READERS: Final = 2

@@ -445,6 +445,13 @@ class StorageUnavailable(MirrorError):
     code = "UNAVAILABLE"
 
 
+class ContentUnreadable(StorageUnavailable):
+    """The disk reports an error for content that it has. The content stays, and may be intact.
+
+    Raised by ``store``, for hosted content only: cached content is fetched again.
+    """
+
+
 class NamesDamaged(MirrorError):
     """The database of the hosted repositories cannot be used. It is never replaced.
 

@@ -44,7 +44,7 @@ class HostedContents:
 
     def __init__(self, layout: Layout) -> None:
         """Open nothing yet. The database need not exist."""
-        self._layout = layout
+        self.layout = layout
         self._database = layout.hosted_names
         self._local = threading.local()
 
@@ -60,16 +60,23 @@ class HostedContents:
         query = f"SELECT digest FROM contents WHERE digest IN ({marks})"  # noqa: S608 - question marks
         found = {wanted[row[0]] for row in self._query(query, list(wanted))}
         # In this order: a backup holds the lock before it copies what the database has.
-        if len(found) < len(wanted) and is_locked(self._layout.snapshot_lock):
+        if len(found) < len(wanted) and is_locked(self.layout.snapshot_lock):
             found |= {wanted[text] for text in self._find_in_snapshot(query, list(wanted))}
         return found
 
     def _find_in_snapshot(self, query: str, wanted: list[str]) -> Iterable[str]:
         try:
-            with closing(_connect(self._layout.snapshot)) as connection:
+            with closing(_connect(self.layout.snapshot)) as connection:
                 return [row[0] for row in connection.execute(query, wanted)]
         except sqlite3.Error:
             return wanted  # It is being made, or has just been removed. All may be in it.
+
+    def may_have(self, digest: Digest) -> bool:
+        """Return whether a hosted repository has content, or may have it. Never raises."""
+        try:
+            return bool(self.find([digest]))
+        except StorageUnavailable:
+            return True
 
     def without(self, contents: Iterable[Listed]) -> Iterator[Listed]:
         """Return ``contents`` without what is hosted. Raises ``StorageUnavailable``."""
