@@ -331,7 +331,11 @@ async def test_repetitions_are_counted_and_measured_as_other_requests_are(tmp_pa
         async def samples() -> dict[str, float]:
             _, _, body = await server.get(f"{server.url}/metrics")
             lines = [line.rpartition(" ") for line in body.decode().splitlines()]
-            return {name: float(value) for name, _, value in lines if "manifest" in name and name[0] != "#"}
+            return {
+                name: float(value)
+                for name, _, value in lines
+                if "manifest" in name and name[0] != "#"
+            }
 
         client, request = Client(server), a_request()
         size = len((await client.send(request)).partition(b"\r\n\r\n")[2])
