@@ -37,7 +37,11 @@ _MAX_BATCH: Final = 256
 """Writes of one commit. Each waits for all of them, which takes about 20 ms."""
 _READERS: Final = 2
 """Threads that read: a read takes less than a millisecond of the processor."""
-_DAMAGE_REMEDY: Final = "restore it from a backup, or remove it to lose all hosted names"
+DAMAGE_REMEDY: Final = (
+    "stop the server, move names.db, names.db-wal and names.db-shm away, and run oci-mirror restore"
+    " BACKUP; without a backup, all hosted names are lost"
+)
+"""What brings the names back. It is the same text wherever they are found damaged."""
 
 _SCHEMA: Final = """
 CREATE TABLE manifests (
@@ -312,11 +316,19 @@ def _prepare(connection: Connection, path: Path) -> None:
             connection.execute(statement)
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     elif version != SCHEMA_VERSION:
-        raise NamesDamaged(f"{path}: its version is {version}, and this program reads 1")
+        raise NamesDamaged(wrong_version(path, version))
     connection.execute("COMMIT")
     problem = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if problem != "ok":
-        raise NamesDamaged(f"{path}: damaged: {_DAMAGE_REMEDY}")
+        raise NamesDamaged(f"{path}: damaged: {DAMAGE_REMEDY}")
+
+
+def wrong_version(path: Path, version: int) -> str:
+    """Return what to do about a database that another version of this program has written."""
+    return (
+        f"{path}: its version is {version}, and this program reads {SCHEMA_VERSION}: use the"
+        " program that has written it"
+    )
 
 
 def _statements(script: str) -> list[str]:
@@ -342,5 +354,5 @@ def _translate(error: sqlite3.Error, path: Path) -> MirrorError:
     if isinstance(error, sqlite3.OperationalError) and "malformed" not in str(error):
         return StorageUnavailable(f"{path}: {error}")
     if isinstance(error, sqlite3.DatabaseError):
-        return NamesDamaged(f"{path}: {error}: {_DAMAGE_REMEDY}")
+        return NamesDamaged(f"{path}: {error}: {DAMAGE_REMEDY}")
     return StorageUnavailable(f"{path}: {error}")

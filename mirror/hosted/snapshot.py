@@ -22,7 +22,7 @@ from pathlib import Path
 from sqlite3 import Connection
 from typing import Final
 
-from mirror.hosted.database import SCHEMA_VERSION
+from mirror.hosted.database import SCHEMA_VERSION, wrong_version
 from mirror.oci.descriptor import INDEX_TYPES
 from mirror.oci.errors import NamesDamaged, StorageUnavailable
 from mirror.oci.reference import Digest, Tag
@@ -173,10 +173,7 @@ def _copy(layout: Layout) -> None:
     with closing(_connect(layout.hosted_names.absolute().as_uri())) as connection:
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         if version != SCHEMA_VERSION:
-            raise NamesDamaged(
-                f"{layout.hosted_names}: its version is {version}, and this program reads"
-                f" {SCHEMA_VERSION}"
-            )
+            raise NamesDamaged(wrong_version(layout.hosted_names, version))
         connection.execute("VACUUM INTO ?", (str(draft),))
     draft.rename(layout.snapshot)
 

@@ -110,3 +110,21 @@ def test_tag_that_was_moved_is_kept_without_force(run: Run, tmp_path: Path) -> N
     assert "1 tags name another manifest here, such as team/app:v1" in done.err
     assert run(URL, "restore", target, "--force", more=HOSTED).code == 0
     assert json.loads((tmp_path / "backup" / "oci-layout").read_text())
+
+
+def test_damaged_names_are_brought_back_as_the_error_says(run: Run, tmp_path: Path) -> None:
+    data, target = tmp_path / "data", str(tmp_path / "backup")
+    push(data)
+    assert run(URL, "backup", target, more=HOSTED).code == 0
+    names = data / "hosted" / "names.db"
+    names.write_bytes(b"no database" * 1000)
+    done = run(URL, "restore", target, more=HOSTED)
+    assert done.code == 1
+    assert (
+        "move names.db, names.db-wal and names.db-shm away, and run oci-mirror restore" in done.err
+    )
+    for file in names.parent.glob("names.db*"):
+        file.rename(tmp_path / file.name)
+    done = run(URL, "restore", target, more=HOSTED)
+    assert (done.code, done.err) == (0, "")
+    assert done.out == "1 images restored; 0 contents, 0B were not here\n"

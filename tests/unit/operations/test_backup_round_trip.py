@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from mirror.hosted.collection import collect
@@ -203,12 +203,27 @@ def check(first: list[Any], second: list[Any], target: str) -> None:
     asyncio.run(round_trip(first, second, target))
 
 
+NO_TAG = 4
+LOST_LAYER = [("image", "a", 0, 0, NO_TAG), ("index", "a", 1, 1, 0), ("delete-blob", "a", 0, 0, 0)]
+OTHER_TYPE = [("untyped", "a", 0, 0, NO_TAG), ("index", "a", 1, 1, 0)]
+ALSO_A_LAYER = [("image", "a", 0, 0, NO_TAG), ("as-layer", "a", 0, 1, 0)]
+DELETED_IN_ONE = [
+    *[("image", "a", 0, 0, NO_TAG), ("image", "team/app", 0, 0, 0)],
+    *[("index", "a", 1, 1, 0), ("delete", "a", 0, 1, 0)],
+]
+ORPHAN = [("image", "a", 0, 0, 0), ("signature", "a", 1, 1, NO_TAG), ("delete", "a", 0, 1, 0)]
+
 given_steps = given(first=steps, second=steps, target=st.sampled_from(["backup", "backup.tar"]))
 relaxed = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
 @given_steps
-@settings(max_examples=6, deadline=None, suppress_health_check=relaxed)
+@example(LOST_LAYER, [], "backup")
+@example(OTHER_TYPE, [], "backup.tar")
+@example(ALSO_A_LAYER, [], "backup")
+@example(DELETED_IN_ONE, [], "backup")
+@example([], ORPHAN, "backup")
+@settings(max_examples=4, deadline=None, suppress_health_check=relaxed)
 def test_every_answer_is_the_same_after_backup_and_restore(
     first: list[Any], second: list[Any], target: str
 ) -> None:
