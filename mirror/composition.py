@@ -21,7 +21,9 @@ from mirror.pull.hosted import HostedPulls
 from mirror.pull.marks_watch import MarksWatch
 from mirror.pull.service import PullService
 from mirror.single_flight import SingleFlight
+from mirror.store.private_directory import close_to_others
 from mirror.store.store import Store
+from mirror.threads import run_in_thread
 from mirror.upstream.registries import Registries, open_registries
 
 
@@ -71,6 +73,8 @@ async def open_mirror(
     """
     store = await Store.open(settings.data_dir, settings.storage, emit, now)
     try:
+        if settings.access is not None:  # There is content that not everybody may read.
+            await run_in_thread(close_to_others, store.layout.root)
         async with (
             SingleFlight() as single_flight,
             open_registries(settings, emit, single_flight) as registries,
@@ -101,7 +105,7 @@ async def open_mirror(
 
 @asynccontextmanager
 async def open_hosted(
-    settings: Settings, store: Store, now: Callable[[], float], emit: Observer
+    settings: Settings, store: Store, now: Callable[[], float], emit: Observer | None
 ) -> AsyncIterator[HostedService | None]:
     """Open the hosted repositories. None without the section ``hosted``.
 
@@ -109,7 +113,7 @@ async def open_hosted(
         settings: The configuration.
         store: The open data directory.
         now: Returns the Unix time in seconds.
-        emit: Receives the changes of repositories.
+        emit: Receives the changes of repositories. None: a server tells of them.
 
     Raises:
         NamesDamaged: The names cannot be used.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from mirror.access.access_control import AccessControl
@@ -37,6 +38,9 @@ CERTIFICATE_INTERVAL_S: Final = 5.0
 _ACCESS_INTERVAL_S: Final = 1.0
 """Seconds between two looks at the files of users, tokens and keys: a user who is removed can do
 nothing after that."""
+_CHANGES_INTERVAL_S: Final = 1.0
+"""Seconds between two looks for changes that commands have made. It is also the time that observers
+have to write one down, before its record goes."""
 _UPLOADS_INTERVAL_S: Final = 600.0
 """Seconds between two searches for abandoned uploads. They end after a day."""
 
@@ -83,7 +87,8 @@ def start_housekeeping(
         start(
             "hosted-upkeep", _RETENTION_CHECK_S, lambda: upkeep.run_if_due(mirror.settings, now())
         )
-        start("hosted", _MEASURE_INTERVAL_S, mirror.hosted.measure)
+        start("hosted", _MEASURE_INTERVAL_S, partial(mirror.hosted.measure, emit))
+        start("changes", _CHANGES_INTERVAL_S, mirror.hosted.changes.tell_others)
 
 
 def start_job(

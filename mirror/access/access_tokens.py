@@ -86,8 +86,16 @@ def hash_token(token: str) -> bytes:
     return hashlib.sha256(token.encode(errors="replace")).digest()
 
 
-def parse_tokens(raw: bytes) -> ParsedFile[AccessTokens]:
-    """Parse a file of tokens. Entries that cannot be used are problems, and all others count."""
+def parse_tokens(
+    raw: bytes, reserved: tuple[str, ...] = (), reserved_groups: tuple[str, ...] = ()
+) -> ParsedFile[AccessTokens]:
+    """Parse a file of tokens. Entries that cannot be used are problems, and all others count.
+
+    Args:
+        raw: The bytes of the file.
+        reserved: What begins the names of users of issuers, and of none here.
+        reserved_groups: What begins the names of groups of issuers, and of none here.
+    """
     tokens: dict[bytes, AccessToken] = {}
     problems: list[str] = []
     try:
@@ -104,6 +112,7 @@ def parse_tokens(raw: bytes) -> ParsedFile[AccessTokens]:
     for number, entry in enumerate(entries, 1):
         try:
             digest, token = _read_entry(entry)
+            _check_reserved(token.identity, reserved, reserved_groups)
         except ValueError as error:
             problems.append(f"token {number}: {error}")
             continue
@@ -111,6 +120,14 @@ def parse_tokens(raw: bytes) -> ParsedFile[AccessTokens]:
             problems.append(f"token {number}: listed twice")
         tokens.setdefault(digest, token)
     return ParsedFile(tokens, tuple(problems))
+
+
+def _check_reserved(identity: Identity, users: tuple[str, ...], groups: tuple[str, ...]) -> None:
+    """Raise ``ValueError`` for a name that belongs to an issuer."""
+    if identity.user.startswith(users):
+        raise ValueError("name begins with the user_prefix of an issuer")
+    if any(group.startswith(groups) for group in identity.groups):
+        raise ValueError("groups: one begins with the groups_prefix of an issuer")
 
 
 def _read_entry(entry: Any) -> tuple[bytes, AccessToken]:

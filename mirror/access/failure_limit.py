@@ -20,7 +20,7 @@ _IPV6_PREFIX: Final = 64
 
 
 class FailureLimit:
-    """Counts the failures of each address. Time heals: see :data:`RECOVERY_S`."""
+    """Counts the failures of each address. One is forgotten every :data:`RECOVERY_S`."""
 
     def __init__(self) -> None:
         """Start without failures."""
@@ -29,12 +29,12 @@ class FailureLimit:
 
     def seconds_to_wait(self, client: str, now: float) -> float:
         """Return the seconds until an address may try again. 0: at once."""
-        failures = self._count(_network_of(client), now)
+        failures = self._count(counted_address(client), now)
         return max(0.0, (failures - MAX_LOGIN_FAILURES + 1) * RECOVERY_S)
 
     def record(self, client: str, now: float) -> None:
         """Count a failure of an address at ``now``, in seconds."""
-        network = _network_of(client)
+        network = counted_address(client)
         failures = self._count(network, now)
         self._failures[network] = failures + 1, now
         self._failures.move_to_end(network)
@@ -46,7 +46,8 @@ class FailureLimit:
         return max(0.0, failures - max(0.0, now - last) / RECOVERY_S)
 
 
-def _network_of(client: str) -> str:
+def counted_address(client: str) -> str:
+    """Return the address of a client as it is counted: an IPv6 address as its network."""
     try:
         address = ipaddress.ip_address(client)
     except ValueError:

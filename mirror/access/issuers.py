@@ -22,7 +22,9 @@ LEEWAY_S: Final = 30.0
 _MAX_JWT_CHARS: Final = 16 * 1024
 """Characters of a token: those with many groups have a few thousand."""
 _MAX_GROUPS: Final = 256
-"""Groups of a token that count: each decision compares them with those of the rules."""
+"""Groups of a token at most: each decision compares them with those of the rules."""
+_MAX_TIME: Final = 253_402_300_799
+"""Seconds since the epoch of the end of the year 9999, which is that of no clock."""
 _JWT: Final = re.compile(r"eyJ[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 """A JWT begins with a JSON object, ``{"``, in base64url."""
 
@@ -139,6 +141,9 @@ def _time_claim(claims: dict[str, Any], name: str) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TokenRefused(f"its claim {name} is not a number")
+    # JSON parsers of Python accept NaN, Infinity and 1e999, and compare them with any time.
+    if not 0 <= value <= _MAX_TIME:
+        raise TokenRefused(f"its claim {name} is not a time")
     return float(value)
 
 
@@ -152,7 +157,15 @@ def _identity_of(claims: dict[str, Any], issuer: Issuer) -> Identity:
         listed = [listed] if isinstance(listed, str) else listed
         if not isinstance(listed, list):
             raise TokenRefused(f"its claim {issuer.groups_claim} is not a list")
-        groups = [f"{issuer.groups_prefix}{name}" for name in listed[:_MAX_GROUPS]]
+        # All count, or the token does not: a rule may refuse something to the group left out.
+        if len(listed) > _MAX_GROUPS:
+            raise TokenRefused(
+                f"its claim {issuer.groups_claim} has {len(listed)} groups, and at most"
+                f" {_MAX_GROUPS} are allowed: let the issuer put fewer into it"
+            )
+        if not all(isinstance(name, str) for name in listed):
+            raise TokenRefused(f"its claim {issuer.groups_claim} lists a group that is not text")
+        groups = [issuer.groups_prefix + name for name in listed]
     try:
         return Identity(user=check_name(issuer.user_prefix + user), groups=frozenset(groups))
     except ValueError as error:

@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from mirror.access.access_tokens import AccessTokens, parse_tokens
@@ -81,8 +82,6 @@ class LoginCredentials:
         self.passwords = None if users is None else PasswordCheck(users.content)
         """Checks passwords. None: there is no file of users."""
         self.tokens: AccessTokens = {} if self._tokens is None else self._tokens.content
-        self._local_names = {token.identity.user for token in self.tokens.values()}
-        self._local_names |= set(() if users is None else users.content)
 
     def _files(self) -> Sequence[WatchedFile[Any]]:
         sources = [one.source for one in self.issuers.values()]
@@ -121,9 +120,6 @@ class LoginCredentials:
                 raise
             await self._wait_for_keys(source)
             valid = check_token(token, issuer.settings, issuer.keys(self._now()), self._now)
-        if valid.identity.user in self._local_names:
-            # Otherwise an issuer could name a user of the files.
-            raise TokenRefused("its user has the name of one in access.users or access.tokens")
         return valid
 
     async def _wait_for_keys(self, source: FetchedKeySet) -> None:
@@ -158,13 +154,17 @@ def check_files(access: AccessSection) -> None:
 def _users_of(access: AccessSection) -> WatchedFile[Users] | None:
     if access.users is None:
         return None
-    return WatchedFile("access.users", access.users, parse_users)
+    parse = partial(parse_users, reserved=access.user_prefixes)
+    return WatchedFile("access.users", access.users, parse)
 
 
 def _tokens_of(access: AccessSection) -> WatchedFile[AccessTokens] | None:
     if access.tokens is None:
         return None
-    return WatchedFile("access.tokens", access.tokens, parse_tokens)
+    parse = partial(
+        parse_tokens, reserved=access.user_prefixes, reserved_groups=access.group_prefixes
+    )
+    return WatchedFile("access.tokens", access.tokens, parse)
 
 
 def _key_source(index: int, issuer: Issuer, fetch: FetchKeys) -> WatchedFile[Keys] | FetchedKeySet:

@@ -17,6 +17,7 @@ import binascii
 import hmac
 import re
 import secrets
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from typing import Final
 from cachetools import LRUCache
 
 from mirror.access.access_tokens import hash_token
-from mirror.access.failure_limit import FailureLimit
+from mirror.access.failure_limit import FailureLimit, counted_address
 from mirror.access.identity import ANONYMOUS, Identity
 from mirror.access.issuers import TokenRefused, is_jwt
 from mirror.access.login_credentials import LoginCredentials
@@ -40,6 +41,8 @@ _THREADS: Final = 2
 """Checks of passwords at the same time: each takes a processor."""
 _MAX_WAITING: Final = 256
 """Checks that wait for a thread: with a cost of 10, the last one waits for eight seconds."""
+_MAX_CLIENT_WAITING: Final = 64
+"""The same of one address, so that its guesses do not take the place of all others."""
 _EMPTY: Final = re.compile(r"basic +Og== *", re.IGNORECASE)
 """``Authorization`` of a client that was asked for credentials, and has none (skopeo): ``:``."""
 _BASIC: Final = re.compile(r"basic +([A-Za-z0-9+/_-]+={0,2}) *", re.IGNORECASE | re.ASCII)
@@ -47,7 +50,10 @@ _BEARER: Final = re.compile(r"bearer +([A-Za-z0-9._~+/=-]+) *", re.IGNORECASE | 
 
 
 class LoginFailed(Exception):
-    """The credentials are wrong. The text is for the log."""
+    """The credentials are wrong.
+
+    The text is shown to the client, so it says nothing of which part was wrong.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +74,8 @@ class ClientLogins:
         self._results: LRUCache[bytes, _LoginResult] = LRUCache(_MAX_RESULTS)
         self._failures = FailureLimit()
         self._turn = asyncio.Semaphore(_THREADS)
-        self._waiting = 0
+        self._waiting: Counter[str] = Counter()
+        """Checks that wait, of each address that has some."""
         self._generation = 0
         self._threads = ThreadPoolExecutor(_THREADS, "password")
 
@@ -161,9 +168,10 @@ class ClientLogins:
 
     async def _is_password_right(self, check: Callable[[], bool], key: bytes, client: str) -> bool:
         """Return the result of ``check``, called in a thread when it is its turn."""
-        if self._waiting >= _MAX_WAITING:
-            raise TooManyRequests("too many clients log in at the same time")
-        self._waiting += 1
+        network = counted_address(client)
+        if self._waiting[network] >= _MAX_CLIENT_WAITING or self._waiting.total() >= _MAX_WAITING:
+            raise TooManyRequests("too many clients log in at the same time: try again")
+        self._waiting[network] += 1
         try:
             async with self._turn:
                 # Another request with the same credentials, or failures, may have come first.
@@ -174,7 +182,8 @@ class ClientLogins:
                 loop = asyncio.get_running_loop()
                 return await loop.run_in_executor(self._threads, check)
         finally:
-            self._waiting -= 1
+            self._waiting[network] -= 1
+            self._waiting += Counter()  # Drops those at zero.
 
 
 def _parse(authorization: str) -> tuple[str | None, str]:

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Final
 
 from mirror.access.identity import ANONYMOUS, AccessRight, Identity
-from mirror.config.access import EVERYBODY, GROUP, LOGGED_IN, AccessSection
+from mirror.config.access import EVERYBODY, GROUP, LOGGED_IN, AccessRule, AccessSection
 from mirror.oci.reference import Repository
 
 _MAX_DECISIONS: Final = 16_384
@@ -24,9 +24,8 @@ _MAX_DECISIONS: Final = 16_384
 class _CompiledRule:
     """A rule, in the form in which a decision needs it."""
 
-    def __init__(
-        self, repositories: tuple[str, ...], who: tuple[str, ...], may: tuple[str, ...]
-    ) -> None:
+    def __init__(self, rule: AccessRule) -> None:
+        repositories, who, may = rule.repositories, rule.who, rule.may
         self.repositories = frozenset(repositories)
         self._patterns = [compile_pattern(pattern) for pattern in repositories]
         self.is_for_everybody = EVERYBODY in who
@@ -64,9 +63,7 @@ class Rules:
             access: The section of the configuration.
             hosted_name: Name of the host of the hosted repositories. None: there are none.
         """
-        self._rules = [
-            _CompiledRule(rule.repositories, rule.who, rule.may) for rule in access.rules
-        ]
+        self._rules = [_CompiledRule(rule) for rule in access.rules]
         self._may_pull_mirrored = access.anonymous_pull
         self._hosted_name = hosted_name
         self._groups_of = _groups_of(access.groups)

@@ -28,8 +28,11 @@ Users: TypeAlias = Mapping[str, bytes]
 """Name -> bcrypt hash."""
 
 
-def parse_users(raw: bytes) -> ParsedFile[Users]:
-    """Parse an htpasswd file. Lines that cannot be used are problems, and all others count."""
+def parse_users(raw: bytes, reserved: tuple[str, ...] = ()) -> ParsedFile[Users]:
+    """Parse an htpasswd file. Lines that cannot be used are problems, and all others count.
+
+    ``reserved``: what begins the names of users of issuers, and of none here.
+    """
     users: dict[str, bytes] = {}
     problems: list[str] = []
     for number, line in enumerate(raw.decode("utf-8-sig", errors="replace").splitlines(), 1):
@@ -40,6 +43,9 @@ def parse_users(raw: bytes) -> ParsedFile[Users]:
             check_name(name)
         except ValueError as error:
             problems.append(f"line {number}: {error}")
+            continue
+        if name.startswith(reserved):
+            problems.append(f"line {number}: the name begins with the user_prefix of an issuer")
             continue
         match = _HASH.fullmatch(hashed)
         if not colon or match is None:
@@ -61,7 +67,8 @@ class PasswordCheck:
         self._users = users
         costs = Counter(hashed[4:6] for hashed in users.values())
         cost = int(max(costs, key=lambda one: costs[one])) if costs else 4
-        # Nobody has the password of this hash. It costs what most others cost.
+        # Nobody has the password of this hash. It has the most frequent cost, so an unknown user
+        # takes as long as a known one.
         self._other = bcrypt.gensalt(cost) + b"." * 31
 
     def is_right(self, user: str, password: str) -> bool:

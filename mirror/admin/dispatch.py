@@ -18,7 +18,6 @@ from aiohttp import web
 from mirror.admin import problems
 from mirror.admin.admin_api import Api, Call
 from mirror.admin.fields import read_json_fields, read_query_fields
-from mirror.admin.guard import is_same_site, may_be_host
 from mirror.admin.json_values import JsonObject
 from mirror.admin.operations import API_PREFIX, OPERATIONS, Operation
 from mirror.admin.page_files import PageFile, PageFiles
@@ -27,6 +26,7 @@ from mirror.admin.tokens import CallerRole, Tickets, Tokens
 from mirror.config.settings import Admin
 from mirror.observability.events import LogMessage, Observer
 from mirror.oci.errors import MirrorError
+from mirror.web.browser_guard import is_same_site, may_be_host
 
 Methods: TypeAlias = dict[str, Operation]
 

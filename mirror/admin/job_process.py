@@ -34,6 +34,7 @@ from mirror.operations.forget import forget
 from mirror.operations.gc import DEFAULT_GRACE_S, collect_garbage, find_garbage
 from mirror.operations.hosted_collection import collect_hosted_garbage, find_hosted_garbage
 from mirror.operations.hosted_removal import plan_removal_by_name, remove_by_name
+from mirror.operations.local_actor import ADMIN_API
 from mirror.operations.prune import choose, prune
 from mirror.operations.retention import PruneRule
 from mirror.operations.verify import Subset, VerifyReport, repair, verify
@@ -125,7 +126,15 @@ async def _remove(settings: Settings, given: JsonObject) -> JsonObject:
         return _cleaning_result(plan_removal_by_name(inventory, images, whys))
 
     async def run(store: Store) -> JsonObject:
-        report = await remove_by_name(settings, store, inventory, images, whys, _on_event)
+        report = await remove_by_name(
+            settings,
+            store,
+            inventory,
+            images,
+            whys,
+            ADMIN_API,
+            may_change_immutable=given.get("force", False),
+        )
         return _cleaning_result(report)
 
     return await _with_store(settings, run)
@@ -154,7 +163,9 @@ async def _gc(settings: Settings, given: JsonObject) -> JsonObject:
 
     async def run(store: Store) -> JsonObject:
         # First: the files of what nothing needs are garbage then.
-        items = await collect_hosted_garbage(store, hosted, None, partial(_read, settings))
+        items = await collect_hosted_garbage(
+            store, hosted, None, partial(_read, settings), ADMIN_API
+        )
         report = await collect_garbage(store, _read(settings), DEFAULT_GRACE_S)
         report.items[:0] = items
         return _cleaning_result(report)

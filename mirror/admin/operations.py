@@ -107,7 +107,11 @@ JOBS: Final[Mapping[str, tuple[str, tuple[Field, ...]]]] = {
     "forget": ("Forget what is known of an image, also remembered 404 responses.", (_IMAGE,)),
     "remove": (
         "Remove images, and the content that no other image needs. Of a hosted one: its name.",
-        (_IMAGES, _DRY_RUN),
+        (
+            _IMAGES,
+            Field("force", _YES, "Hosted images of immutable tags, too.", default=False),
+            _DRY_RUN,
+        ),
     ),
     "gc": ("Remove content that nothing refers to, and left-over files.", (_DRY_RUN,)),
     "prune": (

@@ -52,7 +52,9 @@ class StoreMarks:
 
     async def pin(self, image: str) -> JsonObject:
         """Keep an image for ever."""
-        (pin,) = await marking.pin(self._layout, self._index, [ImageName.parse(image)], self._now())
+        name = ImageName.parse(image)
+        marking.check_not_hosted([name], self._mirror.settings.hosted)
+        (pin,) = await marking.pin(self._layout, self._index, [name], self._now())
         return {"text": f"pinned {pin.name}"}
 
     async def unpin(self, image: str) -> JsonObject:
@@ -65,6 +67,7 @@ class StoreMarks:
     async def freeze(self, image: str, digest: str | None) -> JsonObject:
         """Serve a tag as one digest."""
         name = ImageName.parse(image)
+        marking.check_not_hosted([name], self._mirror.settings.hosted)
         if digest is None:
             freeze = await marking.freeze(self._layout, self._index, name, self._now())
         else:

@@ -108,7 +108,10 @@ def _restore(arguments: argparse.Namespace) -> int:
 async def _restore_all(
     settings: Settings, hosted: Hosted, source: Path, *, may_replace: bool
 ) -> RestoreReport:
+    from mirror.operations.local_actor import local_actor
     from mirror.operations.restore import restore_backup
 
     async with opened_store(settings) as store:
-        return await restore_backup(store, hosted, source, may_replace=may_replace)
+        return await restore_backup(
+            store, hosted, source, may_replace=may_replace, actor=local_actor()
+        )

@@ -116,13 +116,14 @@ async def _collect_hosted(
 ) -> list[Item]:
     """Collect hosted content, whose files no name reaches then. ``grace``: None: as configured."""
     from mirror.operations.hosted_collection import collect_hosted_garbage, find_hosted_garbage
+    from mirror.operations.local_actor import local_actor
 
     layout = find_layout(settings)
     if is_dry_run:
         return await find_hosted_garbage(layout, settings.hosted, time.time(), grace)
     async with opened_store(settings) as store:
         read = partial(load_inventory, settings)
-        return await collect_hosted_garbage(store, settings.hosted, grace, read)
+        return await collect_hosted_garbage(store, settings.hosted, grace, read, local_actor())
 
 
 def _rows(report: CleaningReport) -> Iterator[dict[str, Any]]:

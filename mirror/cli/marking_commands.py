@@ -36,10 +36,13 @@ _PIN_COLUMNS: Final = (
 
 
 def _pin(arguments: argparse.Namespace) -> int:
-    layout = find_layout(load_settings(arguments))
+    settings = load_settings(arguments)
+    layout = find_layout(settings)
     if not arguments.images:
         _print_table(_PIN_COLUMNS, map(_pin_row, read_marks(layout).pins.values()), arguments)
         return 0
+
+    marking.check_not_hosted(arguments.images, settings.hosted)
 
     async def pin() -> list[Pin]:
         async with opened_index(layout) as index:
@@ -107,7 +110,8 @@ def _check_registry(target: Target, settings: Settings) -> None:
         if str(target) == f"docker.io/library/{name}":
             raise UsageError(f"{name} is a registry: block '{name}/*' for all of it")
     registry = str(target).partition("/")[0]
-    if not _has_wildcard(registry) and registry not in settings.upstreams:
+    hosted = () if settings.hosted is None else settings.hosted.names()
+    if not _has_wildcard(registry) and registry not in (*settings.upstreams, *hosted):
         print_note(f"warning: {registry} is not one of upstreams, so nothing matches {target}")
 
 
@@ -143,11 +147,14 @@ def _block_row(block: Block) -> dict[str, Any]:
 
 
 def _freeze(arguments: argparse.Namespace) -> int:
-    layout = find_layout(load_settings(arguments))
+    settings = load_settings(arguments)
+    layout = find_layout(settings)
     if not arguments.images:
         rows = map(_freeze_row, read_marks(layout).freezes.values())
         _print_table(_PIN_COLUMNS, rows, arguments)
         return 0
+
+    marking.check_not_hosted(arguments.images, settings.hosted)
 
     async def freeze() -> list[Freeze]:
         async with opened_index(layout) as index:
@@ -179,6 +186,7 @@ def _unfreeze(arguments: argparse.Namespace) -> int:
 def _rollback(arguments: argparse.Namespace) -> int:
     settings = load_settings(arguments)
     layout = find_layout(settings)
+    marking.check_not_hosted([arguments.image], settings.hosted)
     done = asyncio.run(_roll_back(settings, layout, arguments.image, arguments.to))
     one = done.freeze
     row = {**_freeze_row(one), "missing": done.missing}

@@ -156,12 +156,15 @@ def _has_conditions(arguments: argparse.Namespace) -> bool:
 def _prune_hosted(settings: Settings, *, is_dry_run: bool) -> list[Item]:
     """Apply the rules of ``hosted.retention``. Conditions of the command are about the cache."""
     from mirror.operations.hosted_retention import run_hosted_retention
+    from mirror.operations.local_actor import local_actor
     from mirror.store.marks import read_marks
 
     layout = find_layout(settings)
     marks = read_marks(layout)
     return asyncio.run(
-        run_hosted_retention(layout, settings.hosted, marks, time.time(), is_dry_run=is_dry_run)
+        run_hosted_retention(
+            layout, settings.hosted, marks, time.time(), local_actor(), is_dry_run=is_dry_run
+        )
     )
 
 

@@ -14,8 +14,7 @@ from mirror.cli.arguments import Commands, add_config, add_json, image_name, loa
 from mirror.cli.cleaning import add_dry_run, print_items, summary
 from mirror.cli.data_directory import load_inventory, opened_store
 from mirror.cli.exit_codes import EX_FAILED
-from mirror.cli.messages import print_warnings
-from mirror.cli.output import CommandFailed, print_line, print_note
+from mirror.cli.output import CommandFailed, UsageError, print_line, print_note
 
 if TYPE_CHECKING:
     from mirror.config.settings import Settings
@@ -35,7 +34,22 @@ def add_parser(commands: Commands) -> None:
         "server.",
     )
     parser.add_argument(
-        "images", metavar="IMAGE", nargs="+", type=_one_image, help="name of an image"
+        "images", metavar="IMAGE", nargs="*", type=_one_image, help="name of an image"
+    )
+    parser.add_argument(
+        "--upload",
+        dest="uploads",
+        metavar="ID",
+        action="append",
+        default=[],
+        help="cancel an upload in progress to a hosted repository instead (ls --uploads --json "
+        "lists their ids). May be repeated",
+    )
+    parser.add_argument(
+        "--force",
+        dest="may_change_immutable",
+        action="store_true",
+        help="also delete hosted images of immutable tags (hosted.immutable_tags)",
     )
     add_dry_run(parser)
     add_config(parser)
@@ -52,11 +66,32 @@ def _one_image(text: str) -> ImageName:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command. Raises ``CommandFailed`` if an image is not known; nothing is removed."""
+    """Run the command.
+
+    Raises:
+        CommandFailed: An image is not known. Nothing is removed.
+        UsageError: There are neither images nor uploads, or both.
+    """
     settings = load_settings(arguments)
+    if bool(arguments.images) is bool(arguments.uploads):
+        raise UsageError("name images to remove, or uploads to cancel with --upload ID")
+    if arguments.uploads:
+        if arguments.is_dry_run:
+            raise UsageError("--dry-run is about images: leave it out, or --upload")
+        report = asyncio.run(_end_uploads(settings, arguments.uploads))
+        print_items(report, is_json=arguments.is_json)
+        return 0
     inventory = load_inventory(settings)
     images = find_images(inventory, arguments.images)
-    report = asyncio.run(_remove(settings, inventory, images, is_dry_run=arguments.is_dry_run))
+    report = asyncio.run(
+        _remove(
+            settings,
+            inventory,
+            images,
+            is_dry_run=arguments.is_dry_run,
+            may_change_immutable=arguments.may_change_immutable,
+        )
+    )
     print_items(report, is_json=arguments.is_json)
     if not arguments.is_json:
         print_line(summary(report, "image", report.removed("image")))
@@ -82,12 +117,33 @@ def find_images(inventory: Inventory, names: list[ImageName]) -> list[Image]:
 
 
 async def _remove(
-    settings: Settings, inventory: Inventory, images: list[Image], *, is_dry_run: bool
+    settings: Settings,
+    inventory: Inventory,
+    images: list[Image],
+    *,
+    is_dry_run: bool,
+    may_change_immutable: bool,
 ) -> CleaningReport:
     from mirror.operations.hosted_removal import plan_removal_by_name, remove_by_name
+    from mirror.operations.local_actor import local_actor
 
     whys = dict.fromkeys(images, "as asked for")
     if is_dry_run:
         return plan_removal_by_name(inventory, images, whys)
     async with opened_store(settings) as store:
-        return await remove_by_name(settings, store, inventory, images, whys, print_warnings)
+        return await remove_by_name(
+            settings,
+            store,
+            inventory,
+            images,
+            whys,
+            local_actor(),
+            may_change_immutable=may_change_immutable,
+        )
+
+
+async def _end_uploads(settings: Settings, upload_ids: list[str]) -> CleaningReport:
+    from mirror.operations.hosted_removal import end_uploads
+
+    async with opened_store(settings) as store:
+        return await end_uploads(settings, store, upload_ids)

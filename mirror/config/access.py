@@ -7,6 +7,7 @@ proves who it is, what the files hold.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Final, Literal, Self, TypeAlias
 
 from pydantic import AfterValidator, Field, model_validator
@@ -20,6 +21,8 @@ LOGGED_IN: Final = "authenticated"
 """In ``who``: every client that has logged in."""
 GROUP: Final = "group:"
 """In ``who``: what comes before the name of a group."""
+LOCAL: Final = "local:"
+"""Begins the name of a user of this machine, who has run a command. Nobody logs in with such."""
 MAX_USER_CHARS: Final = 256
 """Characters of the name of a user or a group: the ``sub`` of a CI job has up to 200."""
 _USER_NAME: Final = re.compile(r"[!-9;-~][!-~]*")  # Printable ASCII without spaces.
@@ -35,8 +38,8 @@ def check_name(text: str) -> str:
     """Check the name of a user or a group. Raises ``ValueError``."""
     if not _USER_NAME.fullmatch(text) or len(text) > MAX_USER_CHARS:
         raise ValueError(f"a name has 1 to {MAX_USER_CHARS} printable characters and no space")
-    if text in (EVERYBODY, LOGGED_IN) or text.startswith(GROUP):
-        raise ValueError(f"{text} has a meaning of its own in rules: use another name")
+    if text in (EVERYBODY, LOGGED_IN) or text.startswith((GROUP, LOCAL)):
+        raise ValueError(f"{text} has a meaning of its own in rules or logs: use another name")
     return text
 
 
@@ -101,13 +104,16 @@ class Issuer(Section):
     """The claim that is the name of the user."""
     user_prefix: str = ""
     """
-    Put before the name. With more than one issuer, each needs one, so that none can name the users
-    of another.
+    Put before the name. Needed beside users, tokens, or another issuer, so that no token of this
+    one has the name of another user, or of one who was removed.
     """
     groups_claim: NonEmptyText | None = None
     """The claim that lists the groups of the user. Default: tokens have no groups."""
     groups_prefix: str = ""
-    """Put before the name of each group."""
+    """
+    Put before the name of each group. Needed with groups_claim beside groups, tokens, or another
+    issuer with groups.
+    """
     claims: dict[str, NonEmptyText] = Field(default={})
     """
     Claims that a token must have, with their values. An issuer that everybody can use, such as that
@@ -196,7 +202,8 @@ class AccessSection(Section):
             if not values.is_loopback_only(address):
                 raise key_error(
                     ("access", "allow_plain_http"),
-                    f"is needed, or tls: passwords would be sent to {address} ({key}) in plain",
+                    f"set tls, or allow_plain_http: true; otherwise passwords cross the network to"
+                    f" {address} ({key}) unencrypted",
                 )
 
     @model_validator(mode="after")
@@ -205,16 +212,25 @@ class AccessSection(Section):
         for index, name in enumerate(names):
             if name in names[:index]:
                 raise key_error(("issuers", index, "issuer"), "is listed twice")
-        if len(names) > 1:
-            prefixes = [one.user_prefix for one in self.issuers]
-            for index, prefix in enumerate(prefixes):
-                others = prefixes[:index] + prefixes[index + 1 :]
-                if any(other.startswith(prefix) for other in others):
-                    raise key_error(
-                        ("issuers", index, "user_prefix"),
-                        "must differ from that of other issuers, and begin none of them",
-                    )
+        users = {"users": self.users, "tokens": self.tokens}
+        _check_prefixes("user_prefix", users, [one.user_prefix for one in self.issuers])
+        groups = {"groups": self.groups, "tokens": self.tokens}
+        prefixes = [None if one.groups_claim is None else one.groups_prefix for one in self.issuers]
+        _check_prefixes("groups_prefix", groups, prefixes)
+        for name in self.groups:
+            if name.startswith(self.group_prefixes):
+                raise key_error(("groups", name), "begins with the groups_prefix of an issuer")
         return self
+
+    @property
+    def user_prefixes(self) -> tuple[str, ...]:
+        """Return what begins the names of users of issuers, and of no others."""
+        return tuple(one.user_prefix for one in self.issuers)
+
+    @property
+    def group_prefixes(self) -> tuple[str, ...]:
+        """Return what begins the names of groups of issuers, and of no others."""
+        return tuple(one.groups_prefix for one in self.issuers if one.groups_claim is not None)
 
     @model_validator(mode="after")
     def _check_rules(self) -> Self:
@@ -222,3 +238,34 @@ class AccessSection(Section):
             if rule.is_for_all:
                 raise key_error(("rules", index + 1), "is never used: the rule before it fits all")
         return self
+
+
+def _check_prefixes(key: str, local: Mapping[str, object], prefixes: Sequence[str | None]) -> None:
+    """Check that each name belongs to one issuer, or to the files, whether it is in use or not.
+
+    Otherwise a token could have the name of a user who was removed, for whom rules are left.
+
+    Args:
+        key: The key of an issuer with its prefix.
+        local: The other sources of names: key of the section -> its value.
+        prefixes: The prefix of each issuer. None: it gives no such names.
+
+    Raises an error of pydantic.
+    """
+    source = next((name for name, value in local.items() if value), None)
+    for index, prefix in enumerate(prefixes):
+        if prefix is None:
+            continue
+        others = [one for one in (*prefixes[:index], *prefixes[index + 1 :]) if one is not None]
+        if any(other.startswith(prefix) for other in others):
+            raise key_error(
+                ("issuers", index, key),
+                f'"{prefix}" must differ from that of other issuers, and begin none of them: use a '
+                f'name of the issuer, such as "issuer{index}:"',
+            )
+        if not prefix and source is not None:
+            raise key_error(
+                ("issuers", index, key),
+                f'"" is not enough beside access.{source}: its tokens could have names of that. Use'
+                f' a prefix, such as "issuer{index}:", also in groups and rules',
+            )

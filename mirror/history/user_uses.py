@@ -20,6 +20,7 @@ from typing import Any, Final
 from mirror.observability.events import Event, Outcome, RequestEnded
 from mirror.oci.text import time_text
 from mirror.store.layout import Layout
+from mirror.store.private_directory import make_private_directory
 
 SAVE_USERS_INTERVAL_S: Final = 60.0
 """Seconds between two writes of the file: so much is lost in a crash."""
@@ -105,7 +106,7 @@ class UserUses:
             uses, self._uses = self._uses, {}
             if not uses:
                 return
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            make_private_directory(self._path.parent)
             rows = [(one.name, one.used_at, one.pushed_at, one.requests) for one in uses.values()]
             try:
                 with (

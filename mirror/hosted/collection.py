@@ -5,10 +5,10 @@ which rows are needless (``collection_rows.py``), when a collection is due.
 
 Theory of operation: there is no mark phase. ``parts`` says at any time which manifests refer to a
 content, and a row is deleted in the same transaction that finds that none does. A push checks the
-parts of a manifest in its transaction, too. So the two cannot overtake each other. A backup that
-runs keeps the files of what it has seen (``snapshot.py``). What a client
+parts of a manifest in its transaction, too. So the two cannot overtake each other. What a client
 was told of and has not used yet (a blob that it has pushed, mounted, or found by ``HEAD``) is
-needed for the grace time. Files go last, and only after the rows are durably gone.
+needed for the grace time. Files go last, and only after the rows are durably gone: the store
+keeps each content of which ``store/hosted_contents.py`` finds a row, also one of a running backup.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from sqlite3 import Connection
 from typing import Final
 
 from mirror.hosted import collection_rows
+from mirror.hosted.change_rows import record_change
 from mirror.hosted.collection_rows import NeedlessRow, cutoff_of
 from mirror.hosted.database import Database
+from mirror.observability.hosted_events import HostedChange
 
 _ROWS_PER_WRITE: Final = 100
 """Rows of one transaction, in which no push can commit: about 15 ms."""
 
-OnCollected = Callable[[NeedlessRow], None]
-"""Called with each row after its deletion is durable."""
+ChangeOf = Callable[[NeedlessRow], HostedChange]
+"""Returns what is recorded of the deletion of a row, in the same transaction."""
 
 
 async def find_needless(database: Database, now: float, grace: float) -> list[NeedlessRow]:
@@ -55,7 +57,7 @@ def _collect_in_copy(connection: Connection, cutoff: float) -> list[NeedlessRow]
 
 
 async def collect(
-    database: Database, now: float, grace: float, on_collected: OnCollected
+    database: Database, now: float, grace: float, change_of: ChangeOf
 ) -> list[NeedlessRow]:
     """Remove what nothing needs. Returns it.
 
@@ -65,16 +67,19 @@ async def collect(
         database: The names.
         now: Seconds since the epoch.
         grace: Seconds for which what nothing needs is kept after its last use.
-        on_collected: Called with each row after its deletion is durable.
+        change_of: Returns what is recorded of the deletion of a row.
     """
     cutoff = cutoff_of(now, grace)
     collected: list[NeedlessRow] = []
 
-    async def delete(rows: list[NeedlessRow]) -> int:
-        change = partial(collection_rows.delete_needless, rows=rows, cutoff=cutoff)
-        deleted = await database.write(change)
+    def delete_recorded(connection: Connection, rows: list[NeedlessRow]) -> list[NeedlessRow]:
+        deleted = collection_rows.delete_needless(connection, rows, cutoff)
         for row in deleted:
-            on_collected(row)
+            record_change(connection, change_of(row))
+        return deleted
+
+    async def delete(rows: list[NeedlessRow]) -> int:
+        deleted = await database.write(partial(delete_recorded, rows=rows))
         collected.extend(deleted)
         return len(deleted)
 

@@ -25,6 +25,7 @@ from sqlite3 import Connection
 from typing import Any, Final, Generic, TypeVar
 
 from mirror.oci.errors import MirrorError, NamesDamaged, StorageUnavailable
+from mirror.store.private_directory import make_private_directory
 from mirror.threads import run_in_thread
 
 T = TypeVar("T")
@@ -66,13 +67,17 @@ CREATE TABLE blobs (
     PRIMARY KEY (repository, digest)) WITHOUT ROWID;
 CREATE TABLE uploads (
     id TEXT PRIMARY KEY, repository TEXT NOT NULL, user TEXT NOT NULL, reserved INTEGER NOT NULL,
-    boot TEXT NOT NULL, started_at REAL NOT NULL) WITHOUT ROWID;
+    boot TEXT NOT NULL, started_at REAL NOT NULL, owner TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE contents (
     digest TEXT PRIMARY KEY, size INTEGER NOT NULL, names INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE released (digest TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE repositories (
     name TEXT PRIMARY KEY, bytes INTEGER NOT NULL, contents INTEGER NOT NULL,
     manifests INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE changes (
+    id TEXT PRIMARY KEY, action TEXT NOT NULL, repository TEXT NOT NULL, digest TEXT NOT NULL,
+    tag TEXT NOT NULL, media_type TEXT NOT NULL, size INTEGER NOT NULL, user TEXT NOT NULL,
+    client TEXT NOT NULL, at REAL NOT NULL, taken_at REAL NOT NULL);
 CREATE TABLE totals (
     one INTEGER PRIMARY KEY CHECK (one = 1), bytes INTEGER NOT NULL, contents INTEGER NOT NULL);
 INSERT INTO totals VALUES (1, 0, 0);
@@ -274,7 +279,7 @@ def open_checked(path: Path) -> Connection:
     Raises ``NamesDamaged`` if it is damaged, of another version, or if its directory refuses.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_private_directory(path.parent)
         is_new = not path.exists()
         connection = _connect(path, "rwc")
         try:

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from mirror.config.settings import Hosted
 from mirror.hosted import collection_rows, name_rows, upload_files, upload_rows
+from mirror.hosted.change_feed import ChangeFeed
 from mirror.hosted.database import Database
 from mirror.hosted.immutable_tags import ImmutableTagRules
 from mirror.hosted.name_rows import USE_STEP_S, ManifestRow
@@ -35,7 +36,10 @@ from mirror.threads import parse_in_thread_if_large, run_in_thread
 _MAX_PAGE: Final = 10_000
 """Names on one page at most, whatever the client's ``n`` is: at most 1.3 MB of JSON."""
 
-_LOST: Final = "the content of this blob is lost: push it again"
+_NAMES_STEP: Final = 500
+"""Names that are read at a time: deciding which of them are visible takes a millisecond."""
+
+_BLOB_LOST: Final = "the content of this blob is lost: push it again"
 
 
 class HostedService:
@@ -47,7 +51,7 @@ class HostedService:
         database: Database,
         store: Store,
         now: Callable[[], float],
-        emit: Observer,
+        emit: Observer | None,
     ) -> None:
         """Compose the parts. The caller owns ``database`` and ``store``.
 
@@ -56,38 +60,70 @@ class HostedService:
             database: The names.
             store: The content.
             now: Returns the seconds since the epoch.
-            emit: Receives a :class:`HostedChange` after each durable change.
+            emit: Receives a :class:`HostedChange` after each durable change. None: a server
+                tells of the changes that this process makes.
         """
         self.settings = hosted
+        self.changes = ChangeFeed(database, hosted.name, now, emit)
         self.uploads = UploadSessions(hosted, database, store, now)
         self._immutable_tags = ImmutableTagRules(hosted)
         self._database = database
         self._store = store
         self._now = now
-        self._emit = emit
         self._publishing = ThreadPoolExecutor(4, "publish-manifest")
 
     async def close(self) -> None:
         """End the threads. Running requests must have ended."""
         await self.uploads.close()
+        await self.changes.close()
         await run_in_thread(self._publishing.shutdown)
 
-    def _tell(
-        self, action: ChangeAction, repository: str, row: ManifestRow, actor: Actor, tag: str = ""
-    ) -> None:
-        """Emit the event of a change. Called after its commit."""
-        self._emit(
-            HostedChange(
-                action=action,
-                repository=Repository(self.settings.name, repository),
-                digest=row.digest,
-                tag=tag,
-                media_type=row.media_type,
-                size=row.size,
-                user=actor.user,
-                client=actor.client,
-                at=self._now(),
-            )
+    async def _change(
+        self,
+        change: Callable[[Connection], ManifestRow | None],
+        action: ChangeAction,
+        repository: str,
+        actor: Actor,
+        tags: Sequence[str] = ("",),
+    ) -> ManifestRow | None:
+        """Return the result of ``change``, once it is durable with its record, and tell of it.
+
+        Args:
+            change: Returns what it has changed. None: nothing.
+            action: What it does.
+            repository: The repository.
+            actor: Who does it.
+            tags: The changed tags; an empty one for a digest.
+        """
+
+        def record(connection: Connection) -> tuple[ManifestRow | None, list[HostedChange]]:
+            row = change(connection)
+            if row is None:
+                return None, []
+            changes = [self._change_of(action, repository, row, actor, tag) for tag in tags]
+            for one in changes:
+                self.changes.record(connection, one)
+            return row, changes
+
+        def tell(result: tuple[ManifestRow | None, list[HostedChange]]) -> None:
+            for one in result[1]:
+                self.changes.tell(one)
+
+        return (await self._database.write(record, on_committed=tell))[0]
+
+    def _change_of(
+        self, action: ChangeAction, repository: str, row: ManifestRow, actor: Actor, tag: str
+    ) -> HostedChange:
+        return HostedChange(
+            action=action,
+            repository=Repository(self.settings.name, repository),
+            digest=row.digest,
+            tag=tag,
+            media_type=row.media_type,
+            size=row.size,
+            user=actor.user,
+            client=actor.client,
+            at=self._now(),
         )
 
     # --- blobs ----------------------------------------------------------------------------------
@@ -102,17 +138,14 @@ class HostedService:
         if not self._store.catalog.has_blob(digest):
             return False
 
-        def mount(connection: Connection) -> int | None:
+        def mount(connection: Connection) -> ManifestRow | None:
             size = name_rows.mount_blob(connection, source, repository, digest, self._now())
-            if size is not None:
-                upload_rows.check_quota(connection, repository, self.settings)
-            return size
+            if size is None:
+                return None
+            upload_rows.check_quota(connection, repository, self.settings)
+            return ManifestRow(digest, OCTET_STREAM, size)
 
-        def tell(size: int | None) -> None:
-            if size is not None:
-                self._tell("mount", repository, ManifestRow(digest, OCTET_STREAM, size), actor)
-
-        return await self._database.write(mount, on_committed=tell) is not None
+        return await self._change(mount, "mount", repository, actor) is not None
 
     async def blob_size(self, repository: str, digest: Digest) -> int:
         """Return the bytes of a blob. Raises ``BlobUnknown``, also if its content is lost.
@@ -129,7 +162,7 @@ class HostedService:
         """Return the bytes of a small blob. Raises ``BlobUnknown`` if they are lost or damaged."""
         body = await self._store.blobs.read(digest, limit)
         if body is None:
-            raise BlobUnknown(_LOST)
+            raise BlobUnknown(_BLOB_LOST)
         return body
 
     async def open_blob(self, digest: Digest, size: int) -> Reader:
@@ -139,7 +172,7 @@ class HostedService:
         """
         reader = await self._store.blobs.find(digest, size)
         if reader is None:
-            raise BlobUnknown(_LOST)
+            raise BlobUnknown(_BLOB_LOST)
         return reader
 
     async def mark_blob_used(self, repository: str, digest: Digest) -> None:
@@ -170,16 +203,13 @@ class HostedService:
             TagImmutable: The image of an immutable tag has it.
         """
 
-        def delete(connection: Connection) -> int | None:
+        def delete(connection: Connection) -> ManifestRow | None:
             if not may_change_immutable:
                 self._immutable_tags.check_deletion(connection, repository, digest)
-            return name_rows.delete_blob(connection, repository, digest)
+            size = name_rows.delete_blob(connection, repository, digest)
+            return None if size is None else ManifestRow(digest, OCTET_STREAM, size)
 
-        def tell(size: int | None) -> None:
-            if size is not None:
-                self._tell("delete", repository, ManifestRow(digest, OCTET_STREAM, size), actor)
-
-        if await self._database.write(delete, on_committed=tell) is None:
+        if await self._change(delete, "delete", repository, actor) is None:
             raise BlobUnknown("the repository does not have this blob")
 
     # --- manifests ------------------------------------------------------------------------------
@@ -228,20 +258,17 @@ class HostedService:
         # Before anything is written. It is checked again in the transaction.
         await self._database.read(check)
 
-        def record(connection: Connection) -> None:
+        def record(connection: Connection) -> ManifestRow:
             check(connection)
             name_rows.add_manifest(
                 connection, repository, manifest, all_tags, self._now(), actor.user
             )
             upload_rows.check_quota(connection, repository, self.settings)
+            return ManifestRow(digest, manifest.media_type, manifest.size)
 
-        def tell(_: None) -> None:
-            row = ManifestRow(digest, manifest.media_type, manifest.size)
-            for tag in all_tags or ("",):
-                self._tell("push", repository, row, actor, str(tag))
-
+        names = [str(tag) for tag in all_tags] or [""]
         async with self._stored(digest, body):
-            await self._database.write(record, on_committed=tell)
+            await self._change(record, "push", repository, actor, names)
         return manifest
 
     @asynccontextmanager
@@ -325,12 +352,7 @@ class HostedService:
             return name_rows.delete_manifest(connection, repository, reference)
 
         tag = reference.name if isinstance(reference, Tag) else ""
-
-        def tell(row: ManifestRow | None) -> None:
-            if row is not None:
-                self._tell("delete", repository, row, actor, tag)
-
-        if await self._database.write(delete, on_committed=tell) is None:
+        if await self._change(delete, "delete", repository, actor, (tag,)) is None:
             raise ManifestUnknown("the repository does not have this manifest")
 
     # --- lists ----------------------------------------------------------------------------------
@@ -358,12 +380,35 @@ class HostedService:
         found = await self._database.read(find)
         return found[:limit], len(found) > limit > 0
 
-    async def repositories(self, count: int | None, last: str) -> tuple[list[str], bool]:
-        """Return one page of the repositories that have a manifest, and True if there are more."""
+    async def repositories(
+        self,
+        count: int | None,
+        last: str,
+        is_visible: Callable[[Repository], bool] | None = None,
+    ) -> tuple[list[str], bool]:
+        """Return one page of the repositories that have a manifest, and True if there are more.
+
+        Neither says anything about a repository that is not visible.
+
+        Args:
+            count: Names on the page at most. None: as many as one page may have.
+            last: The page begins after this name. Empty: with the first one.
+            is_visible: Returns whether the client may know of a repository. None: of all.
+        """
         limit = _MAX_PAGE if count is None else min(count, _MAX_PAGE)
-        find = partial(name_rows.repositories_page, count=limit + 1, last=last)
-        found = await self._database.read(find)
-        return found[:limit], len(found) > limit > 0
+        found: list[str] = []
+        names = [last]
+        while limit and names:
+            # In steps: between them, the event loop serves others.
+            find = partial(name_rows.repositories_page, count=_NAMES_STEP, last=names[-1])
+            names = await self._database.read(find)
+            for name in names:
+                if is_visible and not is_visible(Repository(self.settings.name, name)):
+                    continue
+                if len(found) == limit:
+                    return found, True
+                found.append(name)
+        return found, False
 
     async def referrers(
         self, repository: str, subject: Digest, artifact_type: str | None
@@ -380,10 +425,10 @@ class HostedService:
         """Return what all hosted repositories, and the uploads to them, take up."""
         return await self._database.read(name_rows.usage)
 
-    async def measure(self) -> None:
+    async def measure(self, emit: Observer) -> None:
         """Emit :class:`HostedMeasured`. The server calls this now and then."""
         usage = await self.usage()
-        self._emit(
+        emit(
             HostedMeasured(
                 repositories=usage.repositories,
                 contents=usage.contents,

@@ -3,8 +3,8 @@
 Lives here: which requests may feed an upload, in which order, and the end of abandoned uploads.
 Must not know: HTTP, who may push.
 
-Theory of operation: an upload is a row, which says whose it is and what it has reserved of the
-quota, and a file, whose length is how far it has come. Both outlive their process. A request that
+Theory of operation: an upload has a row (owner, reserved bytes) and a file (its length is the
+progress). Both outlive their process. A request that
 feeds an upload holds the lock of the file. Before it unlocks the file, what the upload has reserved
 falls back to the length of the file: an upload that nobody feeds keeps nothing from others. To
 finish an upload, its bytes are verified, synced, and renamed to content; then the row of the blob
@@ -15,6 +15,7 @@ the upload, or content that no row names.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import secrets
 from collections.abc import Awaitable, Callable, Iterator
@@ -49,6 +50,9 @@ Args = TypeVarTuple("Args")
 
 UPLOAD_TTL_S: Final = 86400.0
 """Seconds (one day) without a byte after which an upload has ended."""
+EMPTY_UPLOAD_TTL_S: Final = 3600.0
+"""Seconds (one hour) after which an upload without a byte has ended. Clients send the first one at
+once."""
 _ORPHAN_TTL_S: Final = 60.0
 """Seconds for which an upload may have a row without a file, or a file without a row: it begins, or
 ends."""
@@ -95,7 +99,13 @@ class UploadSessions:
         self._publishing = ThreadPoolExecutor(8, "publish-upload")
 
     async def begin(
-        self, repository: str, user: str, size: int | None, algorithm: str = "sha256"
+        self,
+        repository: str,
+        user: str,
+        size: int | None,
+        algorithm: str = "sha256",
+        *,
+        owner: str | None = None,
     ) -> str:
         """Begin an upload, and return its id.
 
@@ -104,17 +114,23 @@ class UploadSessions:
             user: The user. Only the same user can feed the upload.
             size: Bytes to reserve of the quota. None: they are not known.
             algorithm: The algorithm of the digest, as far as it is known.
+            owner: Whose limit the upload counts for. None: the user's.
 
         Raises:
             QuotaExceeded: The quota does not have that many bytes left.
-            TooManyRequests: There are too many uploads.
+            TooManyRequests: The owner has too many uploads.
             StorageUnavailable: The disk refuses.
         """
         upload_id = secrets.token_hex(16)
-        row = UploadRow(upload_id, repository, user, size or 0, self._boot, self._now())
+        row = UploadRow(
+            *(upload_id, repository, user, size or 0, self._boot, self._now()),
+            owner=user if owner is None else owner,
+        )
         begin = partial(upload_rows.begin_upload, row=row, hosted=self._hosted)
-        await self._database.write(begin, is_durable=False)
+        ended = await self._database.write(begin, is_durable=False)
         await self._run(upload_files.create, self._layout, upload_id)
+        if ended is not None:
+            await self._remove_unless_fed(ended)
         if algorithm != "sha256":
             self._hashes[upload_id] = RunningHash(algorithm)
         return upload_id
@@ -167,7 +183,7 @@ class UploadSessions:
             if feed.reserved <= length:
                 return None
             return self._database.write_later(
-                partial(upload_rows.release, upload_id=upload_id, length=length)
+                partial(upload_rows.release_reservation, upload_id=upload_id, length=length)
             )
 
         def on_closed() -> None:
@@ -247,6 +263,7 @@ class UploadSessions:
 
         Raises:
             DigestInvalid: The bytes hash to another digest.
+            UploadUnknown: The upload has ended meanwhile.
             StorageUnavailable: The disk refuses.
         """
         writer, upload_id = feed.writer, feed.row.id
@@ -264,7 +281,8 @@ class UploadSessions:
         self._store.on_pushed(digest, size, is_new=is_new)
 
         def record(connection: Connection) -> None:
-            upload_rows.end_upload(connection, upload_id)
+            if not upload_rows.end_upload(connection, upload_id):
+                raise UploadUnknown(_GONE)  # It had to give way to another one, or was cancelled.
             name_rows.add_blob(connection, feed.row.repository, digest, size, self._now())
 
         await self._database.write(record)
@@ -306,11 +324,31 @@ class UploadSessions:
         end = partial(upload_rows.end_upload, upload_id=upload_id)
         await self._database.write(end, is_durable=False)
 
-    async def end_abandoned(self) -> int:
-        """End the uploads that nobody has fed for a day. Returns their number.
+    async def end(self, upload_id: str) -> int:
+        """End an upload of any user. Returns its bytes.
 
-        The server calls this now and then. Also removes rows without files, files without rows, and
-        uploads of another boot, and releases what dead processes have reserved.
+        A request that feeds it goes on, and cannot finish it. Its file goes then, within minutes.
+
+        Raises ``UploadUnknown``.
+        """
+        size = await self._run(upload_files.upload_length, self._layout, upload_id)
+        end = partial(upload_rows.end_upload, upload_id=upload_id)
+        if not await self._database.write(end):
+            raise UploadUnknown(_GONE)
+        await self._remove_unless_fed(upload_id)
+        return size or 0
+
+    async def _remove_unless_fed(self, upload_id: str) -> None:
+        """Remove the file of an upload that has ended. While it is fed, that is left for later."""
+        remove = upload_files.remove_abandoned
+        await self._run(remove, self._layout, upload_id, self._now(), -math.inf, -math.inf)
+
+    async def end_abandoned(self) -> int:
+        """End the uploads that nobody has fed for a day, or for an hour without a byte.
+
+        Returns their number. The server calls this now and then. Also removes rows without files,
+        files without rows, and uploads of another boot, and releases what dead processes have
+        reserved.
         """
         rows = await self._database.read(upload_rows.all_uploads)
         ended = await self._run(self._remove_abandoned, rows)
@@ -322,7 +360,8 @@ class UploadSessions:
         if ended:
             await self._database.write(end, is_durable=False)
         for row in await self._run(self._with_surplus, rows):
-            # Its process has died. Closing an upload gives back what it has reserved in vain.
+            # Its process has died. Closing an upload releases the bytes that it reserved
+            # and did not use.
             with suppress(UploadOutOfOrder, UploadUnknown):
                 (await self.open(row.id, row.repository, row.user)).close()
         return len(ended)
@@ -341,14 +380,17 @@ class UploadSessions:
         """Remove files, in a thread. Returns the ids of the rows that have no file now."""
         now, layout, ended = self._now(), self._layout, []
         for row in rows:
-            ttl = UPLOAD_TTL_S if row.boot == self._boot else 0.0
+            is_of_this_boot = row.boot == self._boot
+            ttl, empty_ttl = (UPLOAD_TTL_S, EMPTY_UPLOAD_TTL_S) if is_of_this_boot else (0.0, 0.0)
             is_starting = now - row.started_at < _ORPHAN_TTL_S
-            if not is_starting and upload_files.remove_abandoned(layout, row.id, now, ttl):
+            if not is_starting and upload_files.remove_abandoned(
+                layout, row.id, now, ttl, empty_ttl
+            ):
                 ended.append(row.id)
         known = {row.id for row in rows}
         for upload_id in upload_files.list_ids(layout):
             if upload_id not in known:
-                upload_files.remove_abandoned(layout, upload_id, now, _ORPHAN_TTL_S)
+                upload_files.remove_abandoned(layout, upload_id, now, _ORPHAN_TTL_S, _ORPHAN_TTL_S)
         return ended
 
     async def close(self) -> None:

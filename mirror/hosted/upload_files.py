@@ -24,6 +24,7 @@ from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest
 from mirror.store.disk import Layout, is_at, open_locked, open_whole, try_lock
 from mirror.store.ingest_writer import ShortWrite, write_all
+from mirror.store.private_directory import make_private_directory
 
 # 128 random bits (secrets.token_hex). Nothing else becomes part of a path.
 _UPLOAD_ID: Final = re.compile(r"[0-9a-f]{32}", re.ASCII)
@@ -50,7 +51,7 @@ def path_of(layout: Layout, upload_id: str) -> Path:
 def create(layout: Layout, upload_id: str) -> None:
     """Create the empty file of a new upload. Raises ``OSError``."""
     path = path_of(layout, upload_id)
-    path.parent.mkdir(parents=True, exist_ok=True)  # An operator may have removed it.
+    make_private_directory(path.parent)  # An operator may have removed it.
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     os.close(os.open(path, flags, 0o644))
 
@@ -99,15 +100,27 @@ def remove(layout: Layout, upload_id: str) -> None:
     path_of(layout, upload_id).unlink(missing_ok=True)
 
 
-def remove_abandoned(layout: Layout, upload_id: str, now: float, ttl: float) -> bool:
+def remove_abandoned(
+    layout: Layout, upload_id: str, now: float, ttl: float, empty_ttl: float
+) -> bool:
     """Remove the file of an upload that nobody has fed for ``ttl`` seconds.
+
+    Args:
+        layout: The data directory.
+        upload_id: Its id.
+        now: Seconds since the epoch.
+        ttl: See above.
+        empty_ttl: The same for an upload without a byte.
 
     Returns:
         True if there is no such file now. False if it was fed since, or is being fed.
     """
     try:
         with open_locked(path_of(layout, upload_id)) as fd:
-            if fd is None or now - os.fstat(fd).st_mtime < ttl:
+            if fd is None:
+                return False
+            status = os.fstat(fd)
+            if now - status.st_mtime < (ttl if status.st_size else empty_ttl):
                 return False
             remove(layout, upload_id)
             return True
@@ -217,7 +230,7 @@ def store_body(layout: Layout, digest: Digest, body: bytes, now: float) -> tuple
         StorageUnavailable: See :func:`publish_upload`.
     """
     draft = path_of(layout, secrets.token_hex(16))
-    draft.parent.mkdir(parents=True, exist_ok=True)
+    make_private_directory(draft.parent)
     fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:
         try_lock(fd)  # No sweep removes it.

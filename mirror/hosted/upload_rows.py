@@ -16,6 +16,8 @@ from mirror.oci.errors import QuotaExceeded, TooManyRequests
 
 MAX_UPLOADS: Final = 4096
 """Uploads at a time. Each has a row and a file, for a day if it is abandoned."""
+MAX_OWNER_UPLOADS: Final = 512
+"""Uploads of one user, or of one address without a login, at a time. A client runs about five."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,23 +34,53 @@ class UploadRow:
     """Boot id of the machine when it began (:func:`mirror.store.disk.boot_id`)."""
     started_at: float
     """Seconds since the epoch."""
+    owner: str
+    """The user, or the address of an anonymous one. Each has a limit of uploads."""
 
 
-def begin_upload(connection: Connection, row: UploadRow, hosted: Hosted) -> None:
+def begin_upload(connection: Connection, row: UploadRow, hosted: Hosted) -> str | None:
     """Record a new upload.
 
+    Returns:
+        The id of the upload that has ended for it, None without one. If there are
+        :data:`MAX_UPLOADS`, the owner with the most of them loses one: so whoever has fewer than
+        another one can always begin one.
+
     Raises:
-        TooManyRequests: There are :data:`MAX_UPLOADS` already.
+        TooManyRequests: The owner has :data:`MAX_OWNER_UPLOADS` already, or there are
+            :data:`MAX_UPLOADS` and no owner has more.
         QuotaExceeded: The quota has fewer bytes left than ``row.reserved``, or none.
     """
-    count = connection.execute("SELECT count(*) FROM uploads").fetchone()[0]
-    if count >= MAX_UPLOADS:
-        raise TooManyRequests("too many uploads at the same time: finish or cancel some")
+    counts = dict(connection.execute("SELECT owner, count(*) FROM uploads GROUP BY owner"))
+    own = counts.get(row.owner, 0)
+    ended = None
+    if own >= MAX_OWNER_UPLOADS:
+        who = row.user or "this address"
+        raise TooManyRequests(
+            f"{who} has {own} uploads in progress: finish or cancel some"
+            " (without a byte, they end after an hour)"
+        )
+    if sum(counts.values()) >= MAX_UPLOADS:
+        largest = max(counts, key=lambda owner: counts[owner])
+        if counts[largest] <= own:
+            raise TooManyRequests("too many uploads at the same time: finish or cancel some")
+        ended = _end_least(connection, largest)
     connection.execute(
-        "INSERT INTO uploads VALUES (?, ?, ?, ?, ?, ?)",
-        (row.id, row.repository, row.user, row.reserved, row.boot, row.started_at),
+        "INSERT INTO uploads VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (row.id, row.repository, row.user, row.reserved, row.boot, row.started_at, row.owner),
     )
     check_quota(connection, row.repository, hosted)
+    return ended
+
+
+def _end_least(connection: Connection, owner: str) -> str:
+    """End the oldest upload of an owner, of those that have no byte if there are any."""
+    upload_id: str = connection.execute(
+        "SELECT id FROM uploads WHERE owner = ? ORDER BY reserved > 0, started_at, id LIMIT 1",
+        (owner,),
+    ).fetchone()[0]
+    end_upload(connection, upload_id)
+    return upload_id
 
 
 def reserve(connection: Connection, upload_id: str, reserved: int, hosted: Hosted) -> bool:
@@ -65,7 +97,7 @@ def reserve(connection: Connection, upload_id: str, reserved: int, hosted: Hoste
     return found is not None
 
 
-def release(connection: Connection, upload_id: str, length: int) -> None:
+def release_reservation(connection: Connection, upload_id: str, length: int) -> None:
     """Let an upload reserve no more than ``length`` bytes: nobody feeds it."""
     connection.execute(
         "UPDATE uploads SET reserved = min(reserved, ?) WHERE id = ?", (length, upload_id)

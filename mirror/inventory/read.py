@@ -96,6 +96,8 @@ def read_inventory(
     quarantined = frozenset(map(str, quarantined_digests(layout))) - present
     marked = {freeze.name: freeze.digest for freeze in marks.freezes.values()}
     marked |= {pin.name: pin.digest for pin in marks.pins.values()}
+    if hosted is not None:  # Hosted images are in names.db: a mark of one does not make it cached.
+        marked = {name: one for name, one in marked.items() if not hosted.has_image(name)}
     wanted = quarantined.union(map(str, protected_roots(marks, now)))
     find_absent = partial(names.absent, present, frozen, marked, wanted)
     return build_inventory(

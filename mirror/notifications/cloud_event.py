@@ -68,6 +68,7 @@ class CloudEvent:
             size=change.size,
             user=change.user,
             client=change.client,
+            id=change.id,
         )
 
     @classmethod

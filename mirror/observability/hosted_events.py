@@ -6,7 +6,8 @@ Must not know: who observes, how a change is made.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import uuid
+from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias
 
 from mirror.oci.reference import Digest, Repository
@@ -49,8 +50,9 @@ class HostedMeasured:
 class HostedChange:
     """A hosted repository has changed, and the change is durable.
 
-    Each tag that a push sets has an event of its own. Rules, collection and restore change
-    repositories, too: ``user`` is then the name of the rule or command, and ``client`` is empty.
+    Each tag that a push sets has an event of its own. Rules, collection and commands change
+    repositories, too: ``user`` is then the name of the rule, or that of the operating system's user
+    (``local:root``), and ``client`` is empty. A server that was killed may have told of it before.
     """
 
     action: ChangeAction
@@ -68,3 +70,5 @@ class HostedChange:
     """Address of the client. Empty: the server itself."""
     at: float
     """Seconds since the epoch."""
+    id: str = field(default_factory=lambda: uuid.uuid4().hex, compare=False)
+    """The same each time that observers are told of the change."""

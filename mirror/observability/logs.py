@@ -23,7 +23,7 @@ from mirror.config.settings import Log
 from mirror.config.values import format_size
 from mirror.observability import events
 from mirror.observability.events import Event, HostedChange, Kind, Outcome, RequestRecord
-from mirror.oci.text import printable, size_text
+from mirror.oci.text import printable, size_text, time_text
 from mirror.threads import Schedule
 
 _ENCODE: Final = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
@@ -353,6 +353,7 @@ def _change_fields(change: HostedChange) -> dict[str, object]:
         **tag,
         "digest": str(change.digest),
         "bytes": change.size,
+        "at": time_text(change.at),
     }
 
 

@@ -34,7 +34,7 @@ from mirror import __version__
 from mirror.observability import events
 from mirror.observability.events import Event, Kind, Outcome, RequestRecord
 from mirror.observability.hosted_metrics import HostedMetrics
-from mirror.observability.metric_labels import bounded_label, status_label
+from mirror.observability.metric_labels import STATUS_LABELS, bounded_label
 from mirror.observability.notification_metrics import NotificationMetrics
 from mirror.threads import Schedule, run_in_thread
 
@@ -455,7 +455,7 @@ class MetricsObserver:
 
     def _exchange_ended(self, event: events.ExchangeEnded) -> None:
         name = self._upstream(event.upstream)
-        status = status_label(event.status)
+        status = STATUS_LABELS.get(event.status, "other")
         self._upstream_requests.labels(
             name, event.endpoint, event.method, event.kind.value, status
         ).inc()

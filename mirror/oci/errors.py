@@ -133,6 +133,12 @@ class TooLarge(MirrorError):
     code = "SIZE_INVALID"
 
 
+class EncodingUnsupported(MirrorError):
+    """The body of a request has a ``Content-Encoding``. Raised by ``web``. Code ``UNSUPPORTED``."""
+
+    code = "UNSUPPORTED"
+
+
 class UploadOutOfOrder(MirrorError):
     """A chunk does not begin where the upload ends, or another request feeds the upload now.
 
@@ -256,8 +262,8 @@ class Unauthorized(MirrorError):
 class LoginRequired(MirrorError):
     """The client has to send credentials, or has sent wrong ones. Code ``UNAUTHORIZED``.
 
-    ``challenge`` is the value of ``WWW-Authenticate``. Raised at the door for pushes only: the
-    mirror's own door never challenges.
+    ``challenge`` is the value of ``WWW-Authenticate``. Raised at the push listener only: the
+    mirror's own listener never challenges.
     """
 
     code = "UNAUTHORIZED"

@@ -286,7 +286,7 @@ def opened_target(path: Path) -> Iterator[BackupTarget]:
     busy = StorageUnavailable(f"{path}: another process writes this backup")
     if path.suffix == ".tar":
         draft = path.with_name(f"{path.name}.tmp")
-        with open(os.open(draft, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "wb") as file:
+        with open(os.open(draft, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "wb") as file:
             if not disk.try_lock(file.fileno()) or not disk.is_at(file.fileno(), draft):
                 raise busy
             file.truncate(0)
@@ -297,7 +297,7 @@ def opened_target(path: Path) -> Iterator[BackupTarget]:
                     draft.unlink()
         return
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except FileExistsError:
         raise StorageUnavailable(
             f"{path}: is a file: name a directory, or a file that ends with .tar"

@@ -18,18 +18,17 @@ from mirror.hosted.collection import collect, find_needless
 from mirror.hosted.collection_rows import NeedlessRow
 from mirror.hosted.database import Database
 from mirror.inventory.model import Inventory
-from mirror.observability.events import HostedChange
+from mirror.observability.hosted_events import Actor, HostedChange
 from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest, Repository
 from mirror.operations.cleaning_report import CleaningReport, Item
-from mirror.operations.hosted_retention import Tell
 from mirror.store.layout import Layout
 from mirror.store.protection import ProtectionUnknown
 from mirror.store.store import Store
 from mirror.threads import run_in_thread
 
-COLLECTION_USER: Final = "collection"
-"""The user of the changes that a collection makes."""
+COLLECTION: Final = Actor(user="collection")
+"""The user of the changes that the collection of a server makes."""
 _MAX_RELEASED: Final = 100_000
 """Files of one run. The next one removes the rest."""
 
@@ -62,6 +61,7 @@ async def collect_hosted_garbage(
     hosted: Hosted | None,
     grace: float | None,
     read_inventory: Callable[[], Inventory],
+    actor: Actor,
 ) -> list[Item]:
     """Remove what nothing needs, for a command beside a server. Returns what went.
 
@@ -70,6 +70,7 @@ async def collect_hosted_garbage(
         hosted: Names the registry. None: nothing is hosted.
         grace: Seconds for which what nothing needs is kept. None: as configured.
         read_inventory: See :func:`collect_hosted`.
+        actor: Who runs the command.
 
     Raises what :func:`collect_hosted` raises, and ``NamesDamaged``.
     """
@@ -78,9 +79,7 @@ async def collect_hosted_garbage(
     database = await Database.open(store.layout.hosted_names)
     try:
         seconds = hosted.grace if grace is None else grace
-        report = await collect_hosted(
-            store, database, hosted, seconds, read_inventory, lambda change: None
-        )
+        report = await collect_hosted(store, database, hosted, seconds, read_inventory, actor)
     finally:
         await database.close()
     return report.items
@@ -92,7 +91,7 @@ async def collect_hosted(
     hosted: Hosted,
     grace: float,
     read_inventory: Callable[[], Inventory],
-    tell: Tell,
+    actor: Actor = COLLECTION,
 ) -> CleaningReport:
     """Remove what nothing needs, with its files. Says what went.
 
@@ -103,14 +102,14 @@ async def collect_hosted(
         grace: Seconds for which what nothing needs is kept.
         read_inventory: Returns the content of the data directory. Called in a thread, and only if
             there are files to remove.
-        tell: Called with each change after it is durable.
+        actor: The user of the changes.
 
     Raises:
         StorageUnavailable: The database, the index or the marks cannot be read.
         OSError: Another process does not release the eviction lock.
     """
     now = store.now()
-    collected = await collect(database, now, grace, lambda row: tell(_change(hosted, row, now)))
+    collected = await collect(database, now, grace, partial(_change, hosted, now, actor))
     freed = await _remove_files(store, database, read_inventory)
     report = CleaningReport()
     for row in collected:
@@ -157,7 +156,7 @@ def _item(hosted: Hosted, row: NeedlessRow, size: int) -> Item:
     )
 
 
-def _change(hosted: Hosted, row: NeedlessRow, now: float) -> HostedChange:
+def _change(hosted: Hosted, now: float, actor: Actor, row: NeedlessRow) -> HostedChange:
     return HostedChange(
         action="delete",
         repository=Repository(hosted.name, row.repository),
@@ -165,7 +164,7 @@ def _change(hosted: Hosted, row: NeedlessRow, now: float) -> HostedChange:
         tag="",
         media_type=row.media_type,
         size=row.size,
-        user=COLLECTION_USER,
-        client="",
+        user=actor.user,
+        client=actor.client,
         at=now,
     )

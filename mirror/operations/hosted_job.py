@@ -5,9 +5,9 @@ what nothing needs.
 
 To decide about 100,000 tags takes seconds of processor time, for which the requests of a server
 would wait. So the server starts ``python -m mirror.operations.hosted_job``, which gets its settings
-as JSON on standard input. It prints one line of JSON for each change that is durable, and its
-report at the end. The server reads line by line, and tells its observers. Of all processes of a
-data directory, the one that gets the lock of ``hosted.lock`` does the work.
+as JSON on standard input, and prints its report as JSON at the end. A server tells of the changes
+that it has recorded (:mod:`mirror.hosted.change_feed`). Of all processes of a data directory, the
+one that gets the lock of ``hosted.lock`` does the work.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -31,12 +30,11 @@ from mirror.hosted.database import Database
 from mirror.hosted.snapshot import drop_stale_snapshot
 from mirror.inventory.model import Inventory
 from mirror.inventory.read import read_inventory
-from mirror.observability.events import Event, HostedChange, LogMessage, Observer
+from mirror.observability.events import Event, LogMessage, Observer
 from mirror.oci.errors import MirrorError
-from mirror.oci.reference import Digest, Repository
 from mirror.operations.cleaning_report import CleaningReport, save_report
 from mirror.operations.hosted_collection import collect_hosted
-from mirror.operations.hosted_retention import Tell, apply_hosted_retention
+from mirror.operations.hosted_retention import apply_hosted_retention
 from mirror.store import disk
 from mirror.store.layout import Layout
 from mirror.store.marks import Marks, read_marks
@@ -53,8 +51,6 @@ _FIRST_RUN_S: Final = 60.0
 """Seconds after the start of a server before the first run."""
 _NICENESS: Final = 10
 """The server goes first."""
-_MAX_LINE_BYTES: Final = 2**20
-"""Bytes of one line of the process. The report has at most 1,000 items of 250 bytes."""
 
 
 # --- in the server --------------------------------------------------------------------------------
@@ -68,7 +64,7 @@ class HostedJob:
 
         Args:
             layout: The data directory.
-            emit: Receives each change, and a message at the end.
+            emit: Receives a message at the end.
         """
         self._layout = layout
         self._emit = emit
@@ -96,7 +92,6 @@ class HostedJob:
             *(sys.executable, "-m", "mirror.operations.hosted_job"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            limit=_MAX_LINE_BYTES,
         )
         assert process.stdin is not None, "it is a pipe"
         assert process.stdout is not None, "it is a pipe"
@@ -104,13 +99,8 @@ class HostedJob:
         try:
             process.stdin.write(json.dumps(document).encode())
             process.stdin.close()
-            async for line in process.stdout:
-                values = json.loads(line)
-                if "change" in values:
-                    self._emit(_change_of(values["change"]))
-                else:
-                    report = values["report"]
-        except (ValueError, KeyError, TypeError, ConnectionError) as error:
+            report = json.loads(await process.stdout.read())
+        except (ValueError, ConnectionError) as error:
             report = {"error": f"the process has ended without a report ({error})"}
         finally:
             with suppress(ProcessLookupError):
@@ -128,20 +118,6 @@ def _message(report: Mapping[str, Any]) -> Event:
     return LogMessage("info", "the upkeep of hosted content ended", fields)
 
 
-def _line_of(change: HostedChange) -> str:
-    values = asdict(change)
-    values["repository"] = [change.repository.upstream, change.repository.path]
-    values["digest"] = str(change.digest)
-    return json.dumps({"change": values})
-
-
-def _change_of(values: Mapping[str, Any]) -> HostedChange:
-    given = dict(values)
-    given["repository"] = Repository(*given["repository"])
-    given["digest"] = Digest.parse(given["digest"])
-    return HostedChange(**given)
-
-
 def _is_due(layout: Layout, now: float) -> bool:
     try:
         last = (layout.root / HOSTED_REPORT).stat().st_mtime
@@ -154,7 +130,7 @@ def _is_due(layout: Layout, now: float) -> bool:
 
 
 async def run_upkeep(
-    layout: Layout, storage: Storage, hosted: Hosted, now: float, tell: Tell
+    layout: Layout, storage: Storage, hosted: Hosted, now: float
 ) -> dict[str, Any]:
     """Apply the rules, collect, and save the report. Returns it as JSON values.
 
@@ -166,7 +142,6 @@ async def run_upkeep(
         storage: The settings of the storage.
         hosted: The rules and the grace time.
         now: Seconds since the epoch.
-        tell: Called with each change after it is durable.
     """
     fd = disk.lock_file(layout.root / _UPKEEP_LOCK)
     if fd is None or not _is_due(layout, now):
@@ -175,7 +150,7 @@ async def run_upkeep(
         return {"error": None, "is_skipped": True}
     try:
         try:
-            document = await _work(layout, storage, hosted, now, tell)
+            document = await _work(layout, storage, hosted, now)
         except MirrorError as error:
             document = {"error": error.message}
         except OSError as error:
@@ -187,21 +162,19 @@ async def run_upkeep(
         os.close(fd)
 
 
-async def _work(
-    layout: Layout, storage: Storage, hosted: Hosted, now: float, tell: Tell
-) -> dict[str, Any]:
+async def _work(layout: Layout, storage: Storage, hosted: Hosted, now: float) -> dict[str, Any]:
     marks = read_marks(layout)
     drop_stale_snapshot(layout)
     database = await Database.open(layout.hosted_names)
     try:
-        retained = await apply_hosted_retention(database, hosted, marks, now, tell)
+        retained = await apply_hosted_retention(database, hosted, marks, now)
         store = await Store.open(str(layout.root), storage, lambda event: None, lambda: now)
         try:
             refusal = store.removal_refusal()
             if refusal is not None:
                 return {"error": refusal}
             read = partial(_read_inventory, layout, hosted, marks, now)
-            collected = await collect_hosted(store, database, hosted, hosted.grace, read, tell)
+            collected = await collect_hosted(store, database, hosted, hosted.grace, read)
         finally:
             await store.close()
     finally:
@@ -221,22 +194,15 @@ def _read_inventory(layout: Layout, hosted: Hosted, marks: Marks, now: float) ->
 
 
 def main() -> int:
-    """Do the work for the settings on standard input. Prints the changes and the report."""
+    """Do the work for the settings on standard input. Prints the report."""
     with suppress(OSError):
         os.nice(_NICENESS)
     given = json.loads(sys.stdin.read())
     layout = Layout(Path(given["data_dir"]))
     hosted = Hosted.model_validate(given["hosted"])
     storage = Storage.model_validate(given["storage"])
-
-    def say(line: str) -> None:
-        sys.stdout.write(f"{line}\n")
-        sys.stdout.flush()
-
-    report = asyncio.run(
-        run_upkeep(layout, storage, hosted, time.time(), lambda change: say(_line_of(change)))
-    )
-    say(json.dumps({"report": report}))
+    report = asyncio.run(run_upkeep(layout, storage, hosted, time.time()))
+    sys.stdout.write(json.dumps(report))
     return 0
 
 

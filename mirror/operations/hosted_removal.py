@@ -16,15 +16,12 @@ from mirror.composition import open_hosted
 from mirror.config.settings import Settings
 from mirror.inventory.keeping import HOSTED
 from mirror.inventory.model import Image, Inventory
-from mirror.observability.events import Observer
 from mirror.observability.hosted_events import Actor
-from mirror.oci.errors import Denied, ManifestUnknown
+from mirror.oci.errors import Denied, ManifestUnknown, TagImmutable, UploadUnknown
 from mirror.operations.cleaning_report import CleaningReport, Item
 from mirror.operations.removal import plan_removal, remove_images
 from mirror.store.store import Store
 
-_OPERATOR: Final = Actor(user="oci-mirror rm")
-"""The user of these changes, in events and in the log."""
 _TAG_STAYS: Final = "its manifest stays, under its digest"
 _CONTENT_STAYS: Final = "oci-mirror gc removes what no other image needs"
 
@@ -52,7 +49,9 @@ async def remove_by_name(
     inventory: Inventory,
     images: Iterable[Image],
     whys: Mapping[Image, str],
-    emit: Observer,
+    actor: Actor,
+    *,
+    may_change_immutable: bool = False,
 ) -> CleaningReport:
     """Remove images from the cache, and delete hosted ones. Says what stays, and why.
 
@@ -62,7 +61,8 @@ async def remove_by_name(
         inventory: It, as it was when the images were chosen.
         images: The images. Those that a mark keeps stay.
         whys: Image -> the reason of its removal.
-        emit: Receives the changes of hosted repositories.
+        actor: Who removes them.
+        may_change_immutable: Whether hosted images of immutable tags go, too.
 
     Raises:
         NamesDamaged: The names of hosted repositories cannot be used.
@@ -73,16 +73,58 @@ async def remove_by_name(
     report = await remove_images(store, inventory, cached, whys)
     if not hosted:
         return report
-    async with open_hosted(settings, store, store.now, emit) as service:
+    async with open_hosted(settings, store, store.now, None) as service:
         assert service is not None, "an image is hosted only with the section"
         for image in hosted:
             try:
                 path, reference = image.repository.path, image.tag or image.digest
-                await service.delete_manifest(path, reference, _OPERATOR)
+                await service.delete_manifest(
+                    path, reference, actor, may_change_immutable=may_change_immutable
+                )
+            except TagImmutable as error:
+                report.items.append(_kept(image, f"{error.message}, with --force"))
             except (Denied, ManifestUnknown) as error:
                 report.items.append(_kept(image, error.message))
             else:
                 report.items += _deleted(image, whys)
+    return report
+
+
+async def end_uploads(
+    settings: Settings, store: Store, upload_ids: Iterable[str]
+) -> CleaningReport:
+    """End uploads in progress, of any user. Says which have ended.
+
+    Args:
+        settings: The configuration.
+        store: The open data directory.
+        upload_ids: Ids, as ``ls --uploads --json`` lists them.
+
+    Raises:
+        UploadUnknown: There is no such upload. Those before it have ended.
+        NamesDamaged: The names cannot be used.
+        StorageUnavailable: They cannot be written.
+    """
+    report = CleaningReport()
+    async with open_hosted(settings, store, store.now, None) as service:
+        for upload_id in upload_ids:
+            if service is None:
+                raise UploadUnknown("nothing is hosted: the configuration has no hosted")
+            try:
+                size = await service.uploads.end(upload_id)
+            except UploadUnknown as error:
+                raise UploadUnknown(
+                    f"{upload_id}: {error.message}; `oci-mirror ls --uploads --json` lists them"
+                ) from None
+            report.items.append(
+                Item(
+                    action="removed",
+                    kind="leftover",
+                    name=upload_id,
+                    bytes=size,
+                    why="the upload was cancelled",
+                )
+            )
     return report
 
 

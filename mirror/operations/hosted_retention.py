@@ -6,21 +6,22 @@ decides (:mod:`mirror.operations.retention`), when the rules run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from sqlite3 import Connection
-from typing import Final, TypeAlias
+from typing import Final
 
 from mirror.config.settings import Hosted
 from mirror.hosted import retention_rows
+from mirror.hosted.change_rows import record_change
 from mirror.hosted.database import Database
 from mirror.hosted.immutable_tags import ImmutableTagRules
 from mirror.hosted.retention_rows import HostedImageRow
 from mirror.inventory.image_names import Name
 from mirror.inventory.keeping import LEASED, Keepers
 from mirror.inventory.model import Image, Keeper
-from mirror.observability.events import HostedChange
+from mirror.observability.hosted_events import Actor, HostedChange
 from mirror.oci.reference import Digest, Repository
 from mirror.oci.tag_selection import TagSelection
 from mirror.operations.cleaning_report import CleaningReport, Item
@@ -28,14 +29,11 @@ from mirror.operations.retention import PruneDecision, PruneRule, decide
 from mirror.store.layout import Layout
 from mirror.store.marks import Marks
 
-RETENTION_USER: Final = "retention"
-"""The user of the changes that rules make."""
+RETENTION: Final = Actor(user="retention")
+"""The user of the changes that the rules make in a server."""
 _IMAGES_PER_WRITE: Final = 100
 """Images of one transaction, in which no push can commit: about 15 ms."""
 _KEPT_AS_IMMUTABLE: Final = Keeper("immutable", "delete it as an admin")
-
-Tell: TypeAlias = Callable[[HostedChange], None]
-"""Called with each change after it is durable."""
 
 
 def hosted_rules_of(hosted: Hosted, *, is_untagged: bool) -> list[PruneRule]:
@@ -54,7 +52,13 @@ def hosted_rules_of(hosted: Hosted, *, is_untagged: bool) -> list[PruneRule]:
 
 
 async def run_hosted_retention(
-    layout: Layout, hosted: Hosted | None, marks: Marks, now: float, *, is_dry_run: bool
+    layout: Layout,
+    hosted: Hosted | None,
+    marks: Marks,
+    now: float,
+    actor: Actor,
+    *,
+    is_dry_run: bool,
 ) -> list[Item]:
     """Apply the rules for a command beside a server. Returns what went and stayed.
 
@@ -63,6 +67,7 @@ async def run_hosted_retention(
         hosted: The rules. None: nothing is hosted.
         marks: Images that these keep stay.
         now: Seconds since the epoch.
+        actor: Who runs the command.
         is_dry_run: Change nothing.
 
     Raises ``StorageUnavailable``, ``NamesDamaged``.
@@ -73,8 +78,7 @@ async def run_hosted_retention(
     try:
         if is_dry_run:
             return (await plan_hosted_retention(database, hosted, marks, now)).items
-        change = apply_hosted_retention(database, hosted, marks, now, lambda change: None)
-        return (await change).items
+        return (await apply_hosted_retention(database, hosted, marks, now, actor)).items
     finally:
         await database.close()
 
@@ -97,7 +101,7 @@ async def plan_hosted_retention(
 
 
 async def apply_hosted_retention(
-    database: Database, hosted: Hosted, marks: Marks, now: float, tell: Tell
+    database: Database, hosted: Hosted, marks: Marks, now: float, actor: Actor = RETENTION
 ) -> CleaningReport:
     """Remove what the rules name. Says what went and stayed, and why.
 
@@ -109,19 +113,23 @@ async def apply_hosted_retention(
         hosted: The rules.
         marks: Images that these keep stay.
         now: Seconds since the epoch.
-        tell: Called with each change after it is durable.
+        actor: The user of the changes.
     """
     decided = await database.read(partial(_decide, hosted=hosted, marks=marks, now=now))
     report = CleaningReport()
     report.items += [_item(decision) for decision, _ in decided if not decision.is_removed]
+
+    def remove(connection: Connection, rows: Sequence[HostedImageRow]) -> list[HostedImageRow]:
+        removed = retention_rows.remove_unchanged(connection, rows, now)
+        for row in removed:
+            record_change(connection, _change(hosted, row, now, actor))
+        return removed
+
     doomed = iter([pair for pair in decided if pair[0].is_removed])
     while step := list(islice(doomed, _IMAGES_PER_WRITE)):
-        remove = partial(retention_rows.remove_unchanged, rows=[row for _, row in step], now=now)
-        removed = set(await database.write(remove))
-        for decision, row in step:
-            if row in removed:
-                report.items.append(_item(decision))
-                tell(_change(hosted, row, now))
+        rows = [row for _, row in step]
+        removed = set(await database.write(partial(remove, rows=rows)))
+        report.items += [_item(decision) for decision, row in step if row in removed]
     return report
 
 
@@ -188,7 +196,7 @@ def _item(decision: PruneDecision) -> Item:
     )
 
 
-def _change(hosted: Hosted, row: HostedImageRow, now: float) -> HostedChange:
+def _change(hosted: Hosted, row: HostedImageRow, now: float, actor: Actor) -> HostedChange:
     return HostedChange(
         action="delete",
         repository=Repository(hosted.name, row.repository),
@@ -196,7 +204,7 @@ def _change(hosted: Hosted, row: HostedImageRow, now: float) -> HostedChange:
         tag="" if row.tag is None else str(row.tag),
         media_type=row.media_type,
         size=row.size,
-        user=RETENTION_USER,
-        client="",
+        user=actor.user,
+        client=actor.client,
         at=now,
     )

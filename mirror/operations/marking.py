@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from mirror.config.listeners import Hosted
 from mirror.history.queries import find_tag_digests
 from mirror.oci.block_target import Target
 from mirror.oci.errors import (
@@ -56,6 +57,24 @@ async def change(layout: Layout, update: Callable[[Marks], Marks]) -> Marks:
     Raises like :func:`mirror.store.marks.change_marks`.
     """
     return await _CHANGES.run(object(), lambda: change_marks(layout, update))
+
+
+def check_not_hosted(names: Sequence[ImageName], hosted: Hosted | None) -> None:
+    """Refuse to keep images of hosted repositories: nothing but a deletion removes these.
+
+    Args:
+        names: The images to pin, freeze or roll back.
+        hosted: The settings of hosted repositories. None: there are none.
+
+    Raises:
+        NameInvalid: One of them is hosted.
+    """
+    for name in names:
+        if hosted is not None and hosted.has_image(str(name)):
+            raise NameInvalid(
+                f"{name.with_default_tag()} is hosted here: it is never evicted, and needs no pin "
+                "and no freeze. To keep its tag at its digest: hosted.immutable_tags"
+            )
 
 
 # --- pins -----------------------------------------------------------------------------------------

@@ -20,14 +20,15 @@ from typing import Final, TypeVar
 
 from mirror.config.settings import Hosted
 from mirror.hosted import name_rows, restored_rows
+from mirror.hosted.change_rows import record_change
 from mirror.hosted.database import Database
 from mirror.hosted.pushed_manifest import PushedManifest, read_pushed_manifest
 from mirror.hosted.snapshot import SavedManifest
+from mirror.observability.hosted_events import SERVER, Actor, HostedChange
 from mirror.oci.errors import InvalidRequest, ManifestRefused
 from mirror.oci.reference import Digest, Tag
 from mirror.operations.backup_files import METADATA, BackupSource
 from mirror.operations.backup_rows import MAX_LINE_BYTES, BackupTag, RepositoryRows, read_rows
-from mirror.operations.hosted_retention import Tell
 from mirror.operations.restore_layout import LayoutRestore
 from mirror.operations.restore_report import RestoreReport, check_moved_tags, restore_change
 from mirror.operations.restored_content import LeasedContent, RestoredContent
@@ -48,7 +49,7 @@ async def restore_backup(
     path: Path,
     *,
     may_replace: bool,
-    tell: Tell = lambda change: None,
+    actor: Actor = SERVER,
 ) -> RestoreReport:
     """Restore all images of a backup.
 
@@ -57,7 +58,7 @@ async def restore_backup(
         hosted: The quota, and the name of the registry.
         path: A directory or a tar file.
         may_replace: Whether tags that name another manifest now are replaced.
-        tell: Called with each change after it is durable.
+        actor: Who restores.
 
     Returns what was done, and which images could not be restored.
 
@@ -75,10 +76,10 @@ async def restore_backup(
             with source.opened(METADATA) as metadata:
                 has_rows = metadata is not None
             if has_rows:
-                restore = BackupRestore(source, content, hosted, database, store, tell)
+                restore = BackupRestore(source, content, hosted, database, store, actor)
                 report = await restore.run(may_replace=may_replace)
             else:
-                layout = LayoutRestore(source, content, hosted, database, store, tell)
+                layout = LayoutRestore(source, content, hosted, database, store, actor)
                 report = await layout.run(may_replace=may_replace)
             report.contents, report.bytes = content.copied, content.copied_bytes
             return report
@@ -99,7 +100,7 @@ class BackupRestore:
         hosted: Hosted,
         database: Database,
         store: Store,
-        tell: Tell,
+        actor: Actor,
     ) -> None:
         """Read nothing yet.
 
@@ -109,14 +110,14 @@ class BackupRestore:
             hosted: The quota, and the name of the registry.
             database: The names.
             store: Has the clock.
-            tell: Called with each change after it is durable.
+            actor: Who restores.
         """
         self._source = source
         self._content = content
         self._hosted = hosted
         self._database = database
         self._now = store.now
-        self._tell = tell
+        self._actor = actor
         self._report = RestoreReport()
         self._missing: set[Digest] = set()
 
@@ -167,9 +168,11 @@ class BackupRestore:
                 named.update(manifest.children)
         await self._restore_blobs(rows.repository, blobs)
         await self._restore_tags(rows, restored, may_replace=may_replace)
-        for digest, row in restored.items():
-            if digest not in named:
-                self._add_image(row, None)
+        roots = (row for digest, row in restored.items() if digest not in named)
+        while batch := list(islice(roots, _MAX_BATCH)):
+            changes = [self._change(row, None) for row in batch]
+            await self._database.write(partial(_record_changes, changes=changes))
+            self._report.images += len(batch)
 
     def _parse(
         self,
@@ -224,28 +227,27 @@ class BackupRestore:
     async def _restore_tags(
         self, rows: RepositoryRows, restored: dict[Digest, SavedManifest], *, may_replace: bool
     ) -> None:
+        def restore(connection: Connection, batch: list[BackupTag]) -> dict[Tag, str]:
+            refused = _set_tags(connection, rows.repository, batch, may_replace=may_replace)
+            done = [one for one in batch if one.tag not in refused and one.digest in restored]
+            changes = [self._change(restored[one.digest], one.tag) for one in done]
+            _record_changes(connection, changes)
+            return refused
+
         tags = iter(rows.tags)
         while batch := list(islice(tags, _MAX_BATCH)):
-            set_tags = partial(
-                _set_tags, repository=rows.repository, tags=batch, may_replace=may_replace
-            )
-            refused = await self._database.write(set_tags)
-            for one in batch:
-                if one.tag in refused:
-                    why = refused[one.tag]
-                    self._report.problems.append(f"{rows.repository}:{one.tag} {why}")
-                elif one.digest in restored:
-                    self._add_image(restored[one.digest], one.tag)
+            refused = await self._database.write(partial(restore, batch=batch))
+            for tag, why in refused.items():
+                self._report.problems.append(f"{rows.repository}:{tag} {why}")
+            self._report.images += len(batch) - len(refused)
 
-    def _add_image(self, row: SavedManifest, tag: Tag | None) -> None:
-        self._report.images += 1
-        self._tell(
-            restore_change(
-                self._hosted,
-                row.repository,
-                *(row.digest, tag, row.media_type, row.size),
-                at=self._now(),
-            )
+    def _change(self, row: SavedManifest, tag: Tag | None) -> HostedChange:
+        return restore_change(
+            self._hosted,
+            self._actor,
+            row.repository,
+            *(row.digest, tag, row.media_type, row.size),
+            at=self._now(),
         )
 
     def _add_problem(self, repository: str, digest: Digest, error: InvalidRequest) -> None:
@@ -253,6 +255,11 @@ class BackupRestore:
         if digest not in self._missing:
             self._missing.add(digest)
             self._report.problems.append(f"{repository}: {error.message}")
+
+
+def _record_changes(connection: Connection, changes: Iterable[HostedChange]) -> None:
+    for change in changes:
+        record_change(connection, change)
 
 
 def _set_tags(

@@ -18,14 +18,15 @@ from typing import Any, Final
 
 from mirror.config.settings import Hosted
 from mirror.hosted import restored_rows
+from mirror.hosted.change_rows import record_change
 from mirror.hosted.database import Database
 from mirror.hosted.pushed_manifest import PushedManifest, read_pushed_manifest
+from mirror.observability.hosted_events import Actor
 from mirror.oci.errors import InvalidRequest, StorageUnavailable
 from mirror.oci.headers import media_type_of
 from mirror.oci.image_name import parse_with_reference
 from mirror.oci.reference import Digest, Reference, Tag
 from mirror.operations.backup_files import INDEX, BackupSource
-from mirror.operations.hosted_retention import Tell
 from mirror.operations.restore_report import RestoreReport, check_moved_tags, restore_change
 from mirror.operations.restored_content import LeasedContent, RestoredContent
 from mirror.store.store import Store
@@ -58,7 +59,7 @@ class LayoutRestore:
         hosted: Hosted,
         database: Database,
         store: Store,
-        tell: Tell,
+        actor: Actor,
     ) -> None:
         """Read nothing yet.
 
@@ -68,14 +69,14 @@ class LayoutRestore:
             hosted: The quota, and the name of the registry.
             database: The names.
             store: Has the clock.
-            tell: Called with each change after it is durable.
+            actor: Who restores.
         """
         self._source = source
         self._content = content
         self._hosted = hosted
         self._database = database
         self._now = store.now
-        self._tell = tell
+        self._actor = actor
         self._done: set[tuple[str, Digest]] = set()
         self._report = RestoreReport()
 
@@ -123,30 +124,31 @@ class LayoutRestore:
     async def _restore(self, name: RestoredName, *, may_replace: bool) -> None:
         manifest = await self._restore_manifest(name.repository, name.digest, name.media_type, 0)
         tag = name.reference if isinstance(name.reference, Tag) else None
-        if tag is not None:
-
-            def set_tag(connection: Connection) -> bool:
-                is_free = restored_rows.may_set_tag(connection, name.repository, tag, name.digest)
-                if is_free or may_replace:
-                    restored_rows.set_tag(
-                        connection, name.repository, tag, name.digest, self._now(), ""
-                    )
-                return is_free or may_replace
-
-            if not await self._database.write(set_tag):
-                self._report.problems.append(
-                    f"{name.repository}:{tag} was pushed with another manifest meanwhile"
-                )
-                return
-        self._report.images += 1
-        self._tell(
-            restore_change(
-                self._hosted,
-                name.repository,
-                *(name.digest, tag, manifest.media_type, manifest.size),
-                at=self._now(),
-            )
+        change = restore_change(
+            self._hosted,
+            self._actor,
+            name.repository,
+            *(name.digest, tag, manifest.media_type, manifest.size),
+            at=self._now(),
         )
+
+        def record(connection: Connection) -> bool:
+            if tag is not None:
+                is_free = restored_rows.may_set_tag(connection, name.repository, tag, name.digest)
+                if not is_free and not may_replace:
+                    return False
+                restored_rows.set_tag(
+                    connection, name.repository, tag, name.digest, self._now(), ""
+                )
+            record_change(connection, change)
+            return True
+
+        if await self._database.write(record):
+            self._report.images += 1
+        else:
+            self._report.problems.append(
+                f"{name.repository}:{tag} was pushed with another manifest meanwhile"
+            )
 
     async def _restore_manifest(
         self, repository: str, digest: Digest, media_type: str, depth: int

@@ -11,12 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from mirror.config.settings import Hosted
-from mirror.observability.events import HostedChange
+from mirror.observability.hosted_events import Actor, HostedChange
 from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest, Repository, Tag
 
-RESTORE_USER: Final = "restore"
-"""The user of the changes that a restore makes."""
 _MAX_TAGS_SHOWN: Final = 5
 """Tags that an error names: it is one line."""
 
@@ -56,6 +54,7 @@ def check_moved_tags(tags: Sequence[str]) -> None:
 
 def restore_change(
     hosted: Hosted,
+    actor: Actor,
     repository: str,
     digest: Digest,
     tag: Tag | None,
@@ -68,6 +67,7 @@ def restore_change(
 
     Args:
         hosted: The name of the registry.
+        actor: Who restores.
         repository: The repository.
         digest: The manifest.
         tag: The tag. None: it has none.
@@ -82,7 +82,7 @@ def restore_change(
         tag=str(tag or ""),
         media_type=media_type,
         size=size,
-        user=RESTORE_USER,
-        client="",
+        user=actor.user,
+        client=actor.client,
         at=at,
     )

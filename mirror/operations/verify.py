@@ -31,6 +31,7 @@ from mirror.inventory.model import (
 from mirror.observability.events import Kind
 from mirror.oci.reference import Digest, Repository
 from mirror.operations.scrubbing import scrub_each
+from mirror.store import disk
 from mirror.store.layout import Layout
 from mirror.store.scrub import Scrubbed, ScrubResult
 from mirror.store.store import Store
@@ -60,7 +61,8 @@ ProblemKind: TypeAlias = Literal["damaged", "unreadable", "lost", "incomplete", 
 """- ``damaged``: content does not hash to its digest. Until it is fetched again, also later runs
   find it, in ``quarantine/``.
 - ``unreadable``: the disk cannot read content.
-- ``lost``: the manifest of an image that a mark keeps is not on the disk.
+- ``lost``: the manifest of an image that a mark keeps is not on the disk, or hosted content that
+  no image has.
 - ``incomplete``: an image lacks content.
 - ``absent``: the manifest of a tag is not on the disk. It was evicted, or is lost.
 
@@ -186,12 +188,15 @@ async def verify(
     found = {text: one.result for text, one in broken.items()}
     # What an earlier run has moved there, and nobody has fetched again.
     for text in inventory.quarantined:
-        if any(text in inventory.sharing.reached(image.root) for image in chosen):
+        is_hosted = images is None and text in inventory.hosted
+        if is_hosted or any(text in inventory.sharing.reached(image.root) for image in chosen):
             found[text] = "damaged"
     report.images = len(here)
     report.problems += _damage(inventory, found, places)
     report.problems += _incomplete(here, found)
     report.problems += _absent(image for image in chosen if image.absence and not image.is_referrer)
+    if images is None:
+        report.problems += await run_in_thread(_lost_hosted, store.layout, inventory)
     return report
 
 
@@ -315,6 +320,27 @@ def _absent(images: Iterable[Image]) -> Iterator[Problem]:
                 what=f"its manifest is not in the cache: {image.absence.value}",
                 command=_command(image.name) if image.is_lost else f"oci-mirror warm {image.name}",
             )
+
+
+def _lost_hosted(layout: Layout, inventory: Inventory) -> list[Problem]:
+    """Return a finding for each hosted content that is gone, and that no image reaches. Blocks."""
+    gone = inventory.hosted.difference(
+        inventory.present, inventory.quarantined, inventory.sharing.owners
+    )
+    return [
+        Problem(
+            problem="lost",
+            image=None,
+            digest=text,
+            bytes=0,
+            what=f"hosted content of no image is not on the disk{_NOTHING_RESTORES}",
+            command=None,
+            is_hosted=True,
+        )
+        for text in sorted(gone)
+        # It may have been pushed after the directories were listed.
+        if not disk.has_whole(layout, Digest.parse(text))
+    ]
 
 
 def _command(name: str) -> str:

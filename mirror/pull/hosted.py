@@ -165,19 +165,5 @@ class HostedPulls:
             last: The page starts after this name. Empty: the first page.
             is_visible: Returns whether the client may know of a repository. None: of all.
         """
-        found: list[str] = []
-        has_more = True
-        while has_more and (not found or len(found) < (count or 0)):
-            names, has_more = await self._hosted.repositories(count, last)
-            if not names:
-                break
-            visible = [
-                name
-                for name in names
-                if is_visible is None or is_visible(Repository(self.name, name))
-            ]
-            if count is not None and len(found) + len(visible) > count:
-                visible, has_more = visible[: count - len(found)], True
-            found += visible
-            last = names[-1]
+        found, has_more = await self._hosted.repositories(count, last, is_visible)
         return RepositoriesResult(tuple(found), has_more)

@@ -226,9 +226,21 @@ class PullService:
         if self._hosted is not None and repository.upstream == self._hosted_name:
             return await self._hosted.blob(repository, digest, pull, is_head=is_head)
         try:
-            return await self._mirrored_blob(
-                repository, digest, pull, is_head=is_head, select_spans=select_spans
-            )
+            small = self._small_blobs.get((repository, digest))
+            if small is None:
+                if await self._content.is_manifest(repository, digest):
+                    # Clients would take it for an octet stream (containerd).
+                    raise BlobUnknown("this digest is a manifest")
+                with pull.stage("index"):
+                    small = await self._read_small_blob(repository, digest)
+            if small is not None:
+                pull.outcome = Outcome.HIT
+                return small
+            request = ContentRequest(repository, digest, Kind.BLOB, pull, select_spans=select_spans)
+            if is_head:
+                size = await self._content.size_of_blob(request)
+                return BlobResult(digest, size=size, content=None)
+            reader = await self._content.open(request)
         except (NotFound, UpstreamError):
             if self._hosted is None:
                 raise
@@ -236,31 +248,6 @@ class PullService:
             if attached is None:
                 raise
             return attached
-
-    async def _mirrored_blob(
-        self,
-        repository: Repository,
-        digest: Digest,
-        pull: RequestRecord,
-        *,
-        is_head: bool,
-        select_spans: SpanSelector | None,
-    ) -> BlobResult:
-        small = self._small_blobs.get((repository, digest))
-        if small is None:
-            if await self._content.is_manifest(repository, digest):
-                # A client that got a manifest here would take it for an octet stream (containerd).
-                raise BlobUnknown("this digest is a manifest")
-            with pull.stage("index"):
-                small = await self._read_small_blob(repository, digest)
-        if small is not None:
-            pull.outcome = Outcome.HIT
-            return small
-        request = ContentRequest(repository, digest, Kind.BLOB, pull, select_spans=select_spans)
-        if is_head:
-            size = await self._content.size_of_blob(request)
-            return BlobResult(digest, size=size, content=None)
-        reader = await self._content.open(request)
         self._content.store.blobs.mark_used((digest,))
         return BlobResult(digest, size=reader.size, content=reader)
 

@@ -10,7 +10,7 @@ The statuses are chosen by what clients do next:
 - An upstream that is unavailable is 502, not 503: containerd repeats 500, 503 and 504 at its last
   host, and never 502.
 - 409, not 403, for a tag that cannot be moved: no other user may do it either.
-- 401 is sent at the door for pushes only, with a challenge. The mirror's own door sends 403 to a
+- 401 is sent at the push listener only, with a challenge. The mirror's own listener sends 403 to a
   client that may not read a repository, whether it has logged in or not.
 - 403, not 401, if the upstream requires credentials that this server does not have. A 401 must
   carry a challenge (RFC 9110, section 15.5.2). A challenge would make clients send us credentials
@@ -34,6 +34,7 @@ from mirror.oci.errors import (
     ContentLost,
     Denied,
     Draining,
+    EncodingUnsupported,
     InvalidRequest,
     LoginRequired,
     MethodUnsupported,
@@ -64,6 +65,7 @@ _STATUS: Final[dict[type, int]] = {
     NotFound: 404,
     MethodUnsupported: 405,
     TooLarge: 413,
+    EncodingUnsupported: 415,
     RangeNotSatisfiable: 416,
     UploadOutOfOrder: 416,
     UpstreamRateLimited: 429,
@@ -104,6 +106,8 @@ def error_headers(error: MirrorError) -> dict[str, str]:
         headers["Allow"] = ", ".join(error.allowed)
     elif isinstance(error, LoginRequired):
         headers["WWW-Authenticate"] = error.challenge
+    elif isinstance(error, EncodingUnsupported):
+        headers["Accept-Encoding"] = "identity"  # RFC 9110, section 12.5.3.
     elif isinstance(error, UploadOutOfOrder):
         headers["Location"] = error.location
         headers["Range"] = f"0-{max(0, error.offset - 1)}"

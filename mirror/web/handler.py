@@ -49,7 +49,7 @@ from mirror.oci.errors import (
 )
 from mirror.oci.headers import OCTET_STREAM, bounded_spans
 from mirror.oci.links import build_next
-from mirror.oci.reference import Digest
+from mirror.oci.reference import Digest, Repository
 from mirror.pull.results import is_never_fresh
 from mirror.pull.service import PullService
 from mirror.web import paths
@@ -102,12 +102,12 @@ class Handler:
             render_metrics: Returns (body, ``Content-Type``) for ``/metrics``.
             emit: Receives the events of each request.
             hosted: The hosted repositories. None: there are none.
-            authorize: Says who may do what at the door for pushes.
-            access: Says who may pull what at the mirror's door. None: everybody everything.
+            authorize: Says who may do what at the push listener.
+            access: Says who may pull what at the mirror's own listener. None: everybody everything.
             is_push_door: True if all requests to this listener are for the hosted repositories.
         """
         self._door: HostedHandler | None = None
-        """The door for pushes. None: nothing can be pushed through this listener."""
+        """The push listener. None: nothing can be pushed through this listener."""
         has_door = settings.hosted is not None and (is_push_door or settings.hosted.hosts)
         if hosted is not None and has_door:
             self._door = HostedHandler(
@@ -115,7 +115,9 @@ class Handler:
                 authorize,
                 common_headers,
                 self._forwarded_prefix,
+                self._find_visible,
                 is_sole=is_push_door,
+                is_open=lambda: access is None or not access.is_enforced,
             )
         self._access = access
         self._is_push_door = is_push_door
@@ -398,9 +400,7 @@ class Handler:
         pull.upstream = parsed.ns or ""
         if not self._has_catalog:
             raise NotFound("this mirror lists no repositories: set catalog to true to allow it")
-        is_visible = None
-        if self._access is not None:
-            is_visible = await find_visible(self._access, request, pull)
+        is_visible = await self._find_visible(request, pull)
         result = await self._service.repositories(parsed.ns, parsed.count, parsed.last, is_visible)
         page = {"repositories": list(result.names)}
         response = _build_json_response(json.dumps(page).encode(), pull)
@@ -409,6 +409,12 @@ class Handler:
             path = self._path_of_next("/v2/_catalog", parsed.count, request)
             response.headers["Link"] = build_next(path, query)
         return response
+
+    async def _find_visible(
+        self, request: web.BaseRequest, pull: RequestRecord
+    ) -> Callable[[Repository], bool] | None:
+        access = self._access
+        return None if access is None else await find_visible(access, request, pull)
 
     def _path_of_next(self, path: str, count: int | None, request: web.BaseRequest) -> str:
         """Return the path of the next page of the list at ``path``, for its ``Link``.

@@ -1,4 +1,4 @@
-"""What the door for pushes asks before it does something: who is the client, and may it do this?
+"""What the push listener asks before it does something: who is the client, and may it do this?
 
 Lives here: the question, and who answers it. Must not know: how users are known, which rules there
 are.
@@ -23,7 +23,7 @@ class AccessAction(StrEnum):
     PING = "ping"
     """``/v2/``: clients look there whether they have to log in."""
     LIST = "list"
-    """List repositories. Each one is asked for with ``PULL`` as well."""
+    """List repositories. The list has those that the client may pull from."""
     PULL = "pull"
     PUSH = "push"
     DELETE = "delete"

@@ -1,4 +1,4 @@
-"""The door for pushes: the requests that change hosted repositories, or are about an upload.
+"""The push listener: the requests that change hosted repositories, or are about an upload.
 
 Lives here: the protocol of pushes (Distribution specification, "Push" and "Content Management"),
 and the question whether the client may do it. Must not know: where content is kept, how users are
@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Final, assert_never
 
 from aiohttp import web
 
+from mirror.access.failure_limit import counted_address
 from mirror.hosted.hosted_service import HostedService
 from mirror.hosted.sessions import UploadFeed
 from mirror.observability.events import Kind, Outcome, RequestRecord
@@ -23,6 +24,7 @@ from mirror.observability.hosted_events import Actor
 from mirror.oci.descriptor import MANIFEST_LIMIT
 from mirror.oci.errors import (
     Denied,
+    EncodingUnsupported,
     LoginRequired,
     NameInvalid,
     SizeInvalid,
@@ -34,6 +36,7 @@ from mirror.oci.errors import (
 from mirror.oci.links import build_next
 from mirror.oci.reference import Digest, Repository
 from mirror.web import hosted_paths, paths
+from mirror.web.browser_guard import is_same_site, may_be_private_host
 from mirror.web.hosted_access import AccessAction, AccessAttempt, Authorize
 from mirror.web.hosted_paths import BlobDeletion, ManifestChange, StartUpload, UploadRequest
 
@@ -43,12 +46,16 @@ _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 BuildHeaders = Callable[[RequestRecord], dict[str, str]]
 """Returns the header fields that every response has."""
+FindVisible = Callable[
+    [web.BaseRequest, RequestRecord], Awaitable[Callable[[Repository], bool] | None]
+]
+"""Returns a function that says which repositories a list may name. None: all."""
 FindPrefix = Callable[[web.BaseRequest], str]
 """Returns the prefix that a trusted proxy has removed from the paths of a request."""
 
 
 class HostedHandler:
-    """Handles the requests at the door for pushes. Raises errors; ``Handler`` renders them."""
+    """Handles the requests at the push listener. Raises errors; ``Handler`` renders them."""
 
     def __init__(
         self,
@@ -56,28 +63,36 @@ class HostedHandler:
         authorize: Authorize,
         common_headers: BuildHeaders,
         find_prefix: FindPrefix,
+        find_visible: FindVisible,
         *,
         is_sole: bool,
+        is_open: Callable[[], bool],
     ) -> None:
         """Create the handler of one listener.
 
         Args:
-            service: Does what the client requests. Its settings name the door.
+            service: Does what the client requests. Its settings name the listener.
             authorize: Says who the client is, and raises if it may not do something.
             common_headers: See :data:`BuildHeaders`.
             find_prefix: See :data:`FindPrefix`.
-            is_sole: True on a listener of its own: every request is for this door.
+            find_visible: See :data:`FindVisible`.
+            is_sole: True on a listener of its own: every request is a push listener's.
+            is_open: Returns whether every client may do everything.
         """
         self.name = service.settings.name
+        self._prefixes = frozenset(service.settings.names())
         self._hosts = frozenset(host.lower() for host in service.settings.hosts)
         self._service = service
         self._authorize = authorize
         self._common_headers = common_headers
         self._find_prefix = find_prefix
+        self._find_visible = find_visible
         self._is_sole = is_sole
+        self._is_open = is_open
+        self._own_names = self._hosts | {self.name}
 
     def is_door_of(self, request: web.BaseRequest) -> bool:
-        """Return whether a request has come through this door."""
+        """Return whether a request has come to the push listener."""
         if self._is_sole:
             return True
         host = request.host.lower()
@@ -113,10 +128,30 @@ class HostedHandler:
 
         Raises ``MirrorError``.
         """
+        self._refuse_web_page(request)
         path, _, query = pull.path.partition("?")
         if hosted_paths.is_change(request.method, path):
             return await self._change(request, pull, path, query)
         return await self._allow_read(request, pull, path, query)
+
+    def _refuse_web_page(self, request: web.BaseRequest) -> None:
+        """Refuse what a page of another site makes a browser send. Raises ``Denied``.
+
+        With rules, a ``Host`` may be any name: the server may have names that it does not know of.
+        """
+        host = request.headers.get("Host", "")
+        if not is_same_site(request.headers, host, is_navigation=False):
+            raise Denied("a web page of another site has caused this request")
+        if (
+            not self._is_sole
+            or not self._is_open()
+            or not host
+            or may_be_private_host(host, self._own_names)
+        ):
+            return
+        raise Denied(
+            f"this server does not know the name {host}: add it to hosted.hosts, or use localhost"
+        )
 
     async def _allow_read(
         self, request: web.BaseRequest, pull: RequestRecord, path: str, query: str
@@ -144,9 +179,9 @@ class HostedHandler:
         return parsed
 
     async def _mark_found(self, parsed: paths.RepositoryRequest) -> None:
-        """Let no collection remove what a client finds here: it may push a manifest that names it.
+        """Record the use, so that a collection keeps what the client was told exists.
 
-        On a disk that refuses, it cannot push one, and can still pull.
+        The client may push a manifest that names it. If the disk refuses, it can still pull.
         """
         with suppress(StorageUnavailable):
             if isinstance(parsed, paths.BlobRequest):
@@ -158,24 +193,13 @@ class HostedHandler:
         self, request: web.BaseRequest, pull: RequestRecord, parsed: paths.RepositoriesRequest
     ) -> web.StreamResponse:
         """Send one page of the repositories that the client may pull from."""
-        found: list[str] = []
-        last, has_more, count = parsed.last, True, parsed.count
-        while has_more and (count is None or len(found) < count):
-            names, has_more = await self._service.repositories(count, last)
-            for index, name in enumerate(names):
-                last = name
-                repository = Repository(self.name, name)
-                if await self._is_allowed(request, pull, AccessAction.PULL, repository):
-                    found.append(name)
-                if count is not None and len(found) == count:
-                    has_more = has_more or index + 1 < len(names)
-                    break
-            if not names or count is None:
-                break
+        is_visible = await self._find_visible(request, pull)
+        count = parsed.count
+        found, has_more = await self._service.repositories(count, parsed.last, is_visible)
         headers = {}
-        if has_more and found:
+        if has_more:
             link = "_catalog" if count is not None else f"{self._find_prefix(request)}/v2/_catalog"
-            headers["Link"] = build_next(link, {"n": count, "last": last})
+            headers["Link"] = build_next(link, {"n": count, "last": found[-1]})
         body = json.dumps({"repositories": found}).encode()
         return self._reply(pull, 200, {"Content-Type": "application/json", **headers}, body)
 
@@ -198,12 +222,18 @@ class HostedHandler:
         self, request: web.BaseRequest, pull: RequestRecord, path: str, query: str
     ) -> web.StreamResponse:
         parsed = hosted_paths.parse_change(request.method, path, query, self.name)
+        codings = request.headers.getall("Content-Encoding", ())
+        if any(coding.strip().lower() not in ("", "identity") for coding in codings):
+            # Its digest and its lengths would be those of other bytes than are kept.
+            raise EncodingUnsupported("send the body as it is: no Content-Encoding is accepted")
         is_manifest = isinstance(parsed, ManifestChange)
         pull.kind = Kind.MANIFEST if is_manifest else Kind.BLOB
         pull.upstream, pull.repository = self.name, parsed.repository.path
         is_deletion = request.method == "DELETE" and not isinstance(parsed, UploadRequest)
         action = AccessAction.DELETE if is_deletion else AccessAction.PUSH
         user = await self._ask(request, pull, action, parsed.repository)
+        if action is AccessAction.PUSH:
+            self._refuse_prefix(parsed.repository)
         actor = Actor(user=user, client=pull.client)
         pull.outcome = Outcome.DELETED if is_deletion else Outcome.PUSHED
         match parsed:
@@ -224,6 +254,18 @@ class HostedHandler:
             case unknown:
                 assert_never(unknown)
 
+    def _refuse_prefix(self, repository: Repository) -> None:
+        """Refuse a push to the path that the mirror's own listener has for a hosted repository.
+
+        Raises ``NameInvalid``.
+        """
+        first, _, rest = repository.path.partition("/")
+        if first in self._prefixes:
+            raise NameInvalid(
+                f"leave out {first}: this address pushes to {self.name} only. Push to"
+                f" {rest or 'NAME'} here, without the prefix that the mirror's listener needs"
+            )
+
     async def _start_upload(
         self, request: web.BaseRequest, pull: RequestRecord, parsed: StartUpload, actor: Actor
     ) -> web.StreamResponse:
@@ -234,7 +276,8 @@ class HostedHandler:
             return self._reply_created(request, pull, parsed.repository, parsed.mount)
         uploads = self._service.uploads
         size = request.content_length if parsed.digest is not None else None
-        upload_id = await uploads.begin(repository, user, size, parsed.algorithm)
+        owner = user or counted_address(actor.client)
+        upload_id = await uploads.begin(repository, user, size, parsed.algorithm, owner=owner)
         if parsed.digest is None:
             return self._reply_progress(request, pull, parsed.repository, upload_id, 0)
         # One request has the whole blob.

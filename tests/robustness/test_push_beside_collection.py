@@ -18,7 +18,7 @@ from mirror.oci.reference import Digest, Tag
 from mirror.operations.restore import restore_backup
 from mirror.operations.write_backup import write_backup
 from mirror.threads import run_in_thread
-from tests.unit.hosted.kit import CONFIG, HostedKit, hosted_kit, index_of, manifest_of
+from tests.unit.hosted.kit import CONFIG, HostedKit, change_of, hosted_kit, index_of, manifest_of
 
 PUSHERS = 4
 BACKUPS = 2
@@ -131,7 +131,7 @@ async def push_beside_collections(kit: HostedKit, seed: int, rounds: int) -> Non
     async def collect_on() -> None:
         nonlocal collected
         while not done.is_set():
-            collected += len(await collect(kit.database, kit.clock[0], 0.0, lambda row: None))
+            collected += len(await collect(kit.database, kit.clock[0], 0.0, change_of))
             await remove_released(kit)
             if pick.random() < 0.2:  # Then clients may have been told too long ago.
                 kit.clock[0] += USE_STEP_S + 1
@@ -171,7 +171,7 @@ async def push_beside_collections(kit: HostedKit, seed: int, rounds: int) -> Non
             assert report.problems == []
             await check_all_is_whole(other)
     kit.clock[0] += 10 * USE_STEP_S
-    await collect(kit.database, kit.clock[0], 0.0, lambda row: None)
+    await collect(kit.database, kit.clock[0], 0.0, change_of)
     await check_all_is_whole(kit)
 
 

@@ -34,7 +34,9 @@ OBSERVERS = {
     "observability.metrics",
 }
 BELOW_SERVER = {"web", "pull", "store", "upstream", "history", *OBSERVERS, *SHARED}
-QUEUED_WRITES = {"store.batch_writer", "store.layout", "store.shared_database"}
+QUEUED_WRITES = {
+    *("store.batch_writer", "store.layout", "store.private_directory", "store.shared_database"),
+}
 ALLOWED_IMPORTS: dict[str, set[str]] = {
     "": set(),
     "oci": {"oci"},
@@ -73,8 +75,8 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     # The header Server-Timing and the log line format the stages of a request with the same code.
     # A response is sent from the extents of a reader. ``pull`` would only pass these types on.
     "web": {
-        *("web", "access.access_control", "access.identity", "pull", "hosted", "store.reader"),
-        *("observability.logs", *SHARED),
+        *("web", "access.access_control", "access.failure_limit", "access.identity", "pull"),
+        *("config.values", "hosted", "observability.logs", "store.reader", *SHARED),
     },
     "access": {"access", "config.access", *SHARED},
     # The start line prints the quota as the configuration does.
@@ -101,13 +103,13 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     },
     "composition": {"hosted", "pull", "store", "upstream", *SHARED},
     "operations": {
-        *("operations", "composition", "config.prefetch", "history", "hosted", "inventory", "pull"),
-        *("store", *SHARED),
+        *("operations", "composition", "config.access", "config.listeners", "config.prefetch"),
+        *("history", "hosted", "inventory", "pull", "store", *SHARED),
     },
-    # Its listener cuts off clients as that of ``web`` does.
+    # Its listener cuts off clients, and refuses requests of web pages, as that of ``web`` does.
     "admin": {
         *("admin", "composition", "config.values", "history", "inventory", "operations", "pull"),
-        *("store", "web.client_socket", *SHARED),
+        *("store", "web.browser_guard", "web.client_socket", *SHARED),
     },
     "housekeeping": {
         *("access", "composition", "operations", "pull.marks_watch", "web.doors", *SHARED),

@@ -81,3 +81,13 @@ def test_token_that_is_listed_twice_is_a_problem() -> None:
     parsed = parse_tokens(f"- {{name: a, token: {TOKEN}}}\n- {{name: b, token: {TOKEN}}}".encode())
     assert parsed.problems == ("token 2: listed twice",)
     assert [token.identity.user for token in parsed.content.values()] == ["a"]
+
+
+def test_names_that_an_issuer_may_give_are_refused() -> None:
+    raw = f"- {{name: 'ci:a', token: {TOKEN}}}\n- {{name: b, token: x{TOKEN}, groups: ['ci-b']}}"
+    parsed = parse_tokens(raw.encode(), reserved=("ci:",), reserved_groups=("ci-",))
+    assert not parsed.content
+    assert parsed.problems == (
+        "token 1: name begins with the user_prefix of an issuer",
+        "token 2: groups: one begins with the groups_prefix of an issuer",
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hmac
 import json
+from math import inf, nan
 from typing import Any
 
 import pytest
@@ -60,6 +61,11 @@ def test_token_without_a_key_id_is_tried_with_the_keys_that_fit() -> None:
         ({"exp": NOW - LEEWAY_S}, NOW),
         ({"exp": "soon"}, NOW),
         ({"exp": True}, NOW),
+        *(
+            ({name: value}, NOW)
+            for name in ("exp", "nbf", "iat")
+            for value in (nan, inf, -inf, -1, 10**400, 1e300, "1", False, [1], {"a": 1})
+        ),
         ({"nbf": NOW + LEEWAY_S + 1}, NOW),
         ({"iat": NOW + LEEWAY_S + 1}, NOW),
         ({}, NOW + 600 + LEEWAY_S),
@@ -73,6 +79,7 @@ def test_token_without_a_key_id_is_tried_with_the_keys_that_fit() -> None:
         ({"sub": "anonymous"}, NOW),
         ({"sub": "authenticated"}, NOW),
         ({"sub": "group:dev"}, NOW),
+        ({"sub": "local:root"}, NOW),
         ({"sub": "a\nb"}, NOW),
     ],
 )
@@ -158,6 +165,12 @@ def test_claims_give_the_user_and_the_groups() -> None:
     assert check(token, groups_claim="missing").identity.groups == frozenset()
     with pytest.raises(TokenRefused):
         check(RSA_KEY.sign(roles={"a": 1}), groups_claim="roles")
+
+
+@pytest.mark.parametrize("groups", [["a"] * 257, ["a", 7], ["a", None]])
+def test_token_whose_groups_cannot_all_count_is_refused(groups: list[object]) -> None:
+    with pytest.raises(TokenRefused, match="its claim roles"):
+        check(RSA_KEY.sign(roles=groups), groups_claim="roles")
 
 
 def test_token_must_have_the_required_claims() -> None:

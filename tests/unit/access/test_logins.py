@@ -59,7 +59,8 @@ class LoginKit:
 async def kit(root: Path, **issuer: Any) -> AsyncIterator[LoginKit]:
     (root / "htpasswd").write_text(htpasswd(ann="ann's", bob="bob's"))
     (root / "tokens").write_text(f"- {{name: ci, token: {TOKEN}}}\n")
-    entry = {"issuer": ISSUER, "jwks": URL, "audience": AUDIENCE, **issuer}
+    entry = {"issuer": ISSUER, "jwks": URL, "audience": AUDIENCE, "user_prefix": "k8s:"}
+    entry.update(issuer)
     access = access_section(
         users=str(root / "htpasswd"), tokens=str(root / "tokens"), issuers=[entry]
     )
@@ -86,7 +87,7 @@ async def kit(root: Path, **issuer: Any) -> AsyncIterator[LoginKit]:
 async def test_each_form_of_credentials_names_its_user(tmp_path: Path) -> None:
     async with kit(tmp_path) as logins:
         jwt = KEY.sign(sub="system:serviceaccount:ci:builder")
-        service_account = "system:serviceaccount:ci:builder"
+        service_account = "k8s:system:serviceaccount:ci:builder"
         for authorization, user in (
             (basic("ann", "ann's"), "ann"),
             (f"Bearer {TOKEN}", "ci"),
@@ -111,14 +112,18 @@ async def test_client_that_has_no_credentials_is_anonymous_and_fails_at_nothing(
         assert await logins.user(basic("ann", "ann's")) == "ann"
 
 
-async def test_issuer_cannot_name_a_user_of_the_files(tmp_path: Path) -> None:
+async def test_issuer_cannot_name_a_user_of_the_files_who_is_there_or_removed(
+    tmp_path: Path,
+) -> None:
     async with kit(tmp_path) as logins:
         for name in ("ann", "ci"):
-            assert await logins.user(f"Bearer {KEY.sign(sub=name)}") is None
-        assert await logins.user(f"Bearer {KEY.sign(sub='ann2')}") == "ann2"
-        assert "has the name of one in access.users" in logins.reports[0]
-    async with kit(tmp_path, user_prefix="k8s:") as logins:
+            assert await logins.user(f"Bearer {KEY.sign(sub=name)}") == f"k8s:{name}"
+        (tmp_path / "htpasswd").write_text(htpasswd(bob="bob's"))
+        (tmp_path / "tokens").write_text(f"- {{name: 'k8s:ann', token: {TOKEN}}}\n")
+        logins.logins.refresh()
+        assert await logins.user(f"Bearer {TOKEN}") is None
         assert await logins.user(f"Bearer {KEY.sign(sub='ann')}") == "k8s:ann"
+        assert "name begins with the user_prefix of an issuer" in logins.reports[-1]
 
 
 async def test_password_is_checked_once_a_minute(
@@ -154,7 +159,7 @@ async def test_token_and_jwt_end_in_time(tmp_path: Path) -> None:
         logins.logins.refresh()
         jwt = KEY.sign(exp=NOW + 5)
         assert await logins.user(f"Bearer {TOKEN}") == "ci"
-        assert await logins.user(f"Bearer {jwt}") == "job"
+        assert await logins.user(f"Bearer {jwt}") == "k8s:job"
         logins.clock[0] = NOW + 10
         assert await logins.user(f"Bearer {TOKEN}") is None
         logins.clock[0] = NOW + 35
@@ -178,14 +183,14 @@ async def test_change_of_a_file_ends_what_is_remembered(tmp_path: Path) -> None:
 async def test_key_that_is_rotated_is_fetched_at_its_first_token(tmp_path: Path) -> None:
     new = Signer("new")
     async with kit(tmp_path) as logins:
-        assert await logins.user(f"Bearer {KEY.sign()}") == "job"
+        assert await logins.user(f"Bearer {KEY.sign()}") == "k8s:job"
         assert logins.fetches == 1
         logins.key_sets[:] = [key_set(new)]
         assert await logins.user(f"Bearer {new.sign()}") is None, "fetched a moment ago"
         logins.clock[0] += KEYS_RETRY_S
         jwts = [f"Bearer {new.sign(sub=f'job-{n}')}" for n in range(3)]
         users = await asyncio.gather(*(logins.user(jwt) for jwt in jwts))
-        assert users == ["job-0", "job-1", "job-2"]
+        assert users == ["k8s:job-0", "k8s:job-1", "k8s:job-2"]
         assert logins.fetches == 2, "they share one fetch"
         logins.clock[0] += RESULT_TTL_S
         assert await logins.user(f"Bearer {KEY.sign()}") is None, "the old key is withdrawn"
@@ -209,6 +214,20 @@ async def test_crowd_of_logins_is_bounded(tmp_path: Path, monkeypatch: pytest.Mo
         results = await asyncio.gather(*asked, return_exceptions=True)
         assert sum(isinstance(result, TooManyRequests) for result in results) == 5
         assert await logins.user(basic("ann", "ann's")) == "ann"
+
+
+async def test_guesses_of_one_address_leave_room_for_logins_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_MAX_WAITING", 6)
+    monkeypatch.setattr(module, "_MAX_CLIENT_WAITING", 3)
+    async with kit(tmp_path) as logins:
+        guesses = [logins.user(basic("ann", f"no {n}"), f"2001:db8::{n}") for n in range(8)]
+        asked = [*guesses, logins.user(basic("ann", "ann's"), "192.0.2.1")]
+        *refused, user = await asyncio.gather(*asked, return_exceptions=True)
+        assert user == "ann"
+        assert sum(isinstance(result, TooManyRequests) for result in refused) == 5
+        assert not logins.logins._waiting
 
 
 async def test_nothing_that_is_remembered_has_a_password(tmp_path: Path) -> None:

@@ -85,3 +85,9 @@ def test_unknown_user_costs_a_hash_of_the_usual_cost(monkeypatch: pytest.MonkeyP
     assert not check.is_right("nobody", "x")
     assert hashes[0].startswith(b"$2b$06$")
     assert len(hashes[0]) == 60
+
+
+def test_name_that_an_issuer_may_give_is_refused() -> None:
+    parsed = parse_users(htpasswd(**{"ci-ann": "x", "bob": "y"}).encode(), reserved=("ci-",))
+    assert list(parsed.content) == ["bob"]
+    assert parsed.problems == ("line 1: the name begins with the user_prefix of an issuer",)

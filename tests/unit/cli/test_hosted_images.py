@@ -7,14 +7,18 @@ import json
 import sqlite3
 from collections.abc import Callable, Coroutine
 from contextlib import closing
+from dataclasses import replace
+from os import geteuid
 from pathlib import Path
+from pwd import getpwuid
 from typing import Any
 
 import pytest
 
-from mirror.observability.hosted_events import Actor
+from mirror.observability.hosted_events import Actor, HostedChange
 from mirror.oci.descriptor import OCI_INDEX
 from mirror.oci.reference import Digest
+from mirror.store.marks import Pin, change_marks
 from tests.unit.cli.inventory_kit import CONFIG, Site
 from tests.unit.hosted.kit import CONFIG as HOSTED_CONFIG
 from tests.unit.hosted.kit import HostedKit, hosted_kit, index_of, manifest_of
@@ -125,6 +129,26 @@ def test_uploads_in_progress_are_listed_with_their_user_and_progress(site: Site)
     assert "uploads" in next(line for line in site.lines("du") if line.startswith("hosted"))
 
 
+def test_rm_of_an_upload_cancels_that_of_any_user(site: Site) -> None:
+    async def begin(kit: HostedKit) -> None:
+        for user in ("ci", "other"):
+            await kit.service.uploads.begin("team/app", user, 100)
+
+    change(site, begin)
+    first, other = (row["id"] for row in site.rows("ls", "--uploads"))
+    assert site.lines("rm", "--upload", first) == [
+        f"removed {first} (0B): the upload was cancelled"
+    ]
+    assert [row["id"] for row in site.rows("ls", "--uploads")] == [other]
+    assert not (site.data.layout.uploads / first).exists()
+    code, _, errors = site.run("rm", "--upload", first)
+    assert code == 1
+    assert errors.count("\n") == 1
+    assert "there is no such upload" in errors
+    assert "`oci-mirror ls --uploads --json` lists them" in errors
+    assert site.run("rm")[0] == site.run("rm", "--upload", other, f"{NAME}/team/app:v1")[0] == 2
+
+
 def test_uploads_without_hosted_repositories_are_an_error_with_a_remedy(site: Site) -> None:
     site.config.write_text(CONFIG.format(data_dir=site.data.layout.root))
     code, _, errors = site.run("ls", "--uploads")
@@ -143,6 +167,42 @@ def test_rm_of_a_tag_leaves_the_manifest_and_rm_of_the_digest_deletes_it(site: S
     assert "no other image needs" in "".join(site.lines("rm", f"{NAME}/team/app@{TAGGED}"))
     assert names(site, "team/app*") == []
     assert blob(site, TAGGED).exists(), "its blobs are still in the repository"
+
+
+def told(site: Site) -> list[HostedChange]:
+    """Return the changes that the next server tells of."""
+    changes: list[HostedChange] = []
+
+    async def start(kit: HostedKit) -> None:
+        changes.extend(await kit.told_changes())
+
+    change(site, start)
+    return changes
+
+
+def test_next_server_tells_of_the_changes_of_commands_and_their_user(site: Site) -> None:
+    site.lines("rm", f"{NAME}/team/app:v1")
+    site.lines("rm", f"{NAME}/team/app@{TAGGED}")
+    user = f"local:{getpwuid(geteuid()).pw_name}"
+    assert [(one.action, one.tag, one.digest, one.user, one.client) for one in told(site)] == [
+        ("delete", "v1", TAGGED, user, ""),
+        ("delete", "", TAGGED, user, ""),
+    ]
+    assert told(site) == []
+
+
+def test_immutable_image_is_removed_with_force_only(site: Site) -> None:
+    rules = f"hosted: {{name: {NAME}, listen: '127.0.0.1:0', immutable_tags: ['**:v*']}}\n"
+    site.config.write_text(CONFIG.format(data_dir=site.data.layout.root) + rules)
+    for name in (f"{NAME}/team/app:v1", f"{NAME}/team/app@{TAGGED}"):
+        code, out, _ = site.run("rm", name)
+        assert code == 1
+        assert "kept" in out
+        assert "the tag v1 is immutable: only an admin can delete it, with --force" in out
+    assert names(site, "team/app*") == [f"{NAME}/team/app:v1"]
+    site.lines("rm", "--force", f"{NAME}/team/app:v1")
+    assert names(site, "team/app*") == [f"{NAME}/team/app@{TAGGED}"]
+    assert [one.tag for one in told(site)] == ["v1"]
 
 
 def test_dry_run_of_rm_deletes_no_hosted_image(site: Site) -> None:
@@ -174,6 +234,71 @@ def test_verify_says_that_nothing_restores_damaged_hosted_content(site: Site) ->
     (problem,) = map(json.loads, out.splitlines())
     assert (code, problem["problem"], problem["is_hosted"]) == (1, "damaged", True)
     assert problem["command"] is None
+
+
+def test_verify_reports_broken_hosted_content_of_no_image_in_each_run_until_it_is_pushed(
+    site: Site,
+) -> None:
+    body = b"no manifest names it yet"
+
+    async def push(kit: HostedKit) -> None:
+        await kit.push_blob(body, "team/app")
+
+    def verified() -> tuple[int, list[tuple[str, str]]]:
+        code, out, _ = site.run("verify", "--json")
+        rows = [json.loads(line) for line in out.splitlines()]
+        assert all(row["is_hosted"] and "push the image again" in row["what"] for row in rows)
+        return code, [(row["problem"], row["digest"]) for row in rows]
+
+    digest = Digest.of(body)
+    change(site, push)
+    assert verified() == (0, [])
+    blob(site, digest).write_bytes(b"wrong")
+    for _ in range(2):
+        assert verified() == (1, [("damaged", str(digest))])
+    site.run("gc", "--grace", "0s")
+    assert verified() == (1, [("damaged", str(digest))])
+    # As if later damage had taken its place in quarantine/.
+    site.data.layout.quarantine(digest).unlink()
+    for _ in range(2):
+        assert verified() == (1, [("lost", str(digest))])
+    change(site, push)
+    assert verified() == (0, [])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("pin", f"{NAME}/team/app:v1"),
+        ("pin", f"{NAME}/team/app@{TAGGED}"),
+        ("freeze", f"{NAME}/team/app:v1"),
+        ("rollback", f"{NAME}/team/app:v1", "--to", str(TAGGED)),
+    ],
+)
+def test_hosted_image_is_refused_a_mark_that_it_does_not_need(
+    site: Site, words: tuple[str, ...]
+) -> None:
+    code, out, errors = site.run(*words)
+    assert (code, out) == (2, "")
+    assert "is hosted here: it is never evicted, and needs no pin" in errors
+    assert site.rows("pin") == []
+
+
+def test_pin_of_an_image_that_is_hosted_since_then_is_not_absent(site: Site) -> None:
+    pins = {
+        name: Pin(name, Digest.of(name.encode()), 1.0)
+        for name in (f"{NAME}/team/app:v1", f"{NAME}/team/gone:v1", "docker.io/library/gone:v1")
+    }
+    change_marks(site.data.layout, lambda marks: replace(marks, pins=pins))
+    absent = names(site, "--all", "--filter", "state=absent")
+    assert absent == ["docker.io/library/gone:v1"]
+    _, out, _ = site.run("verify")
+    assert f"absent {NAME}" not in out
+
+
+def test_block_of_a_hosted_repository_gets_no_warning(site: Site) -> None:
+    _, _, errors = site.run("block", f"{NAME}/team/*")
+    assert errors == ""
 
 
 def test_verify_names_the_command_if_an_upstream_has_the_content_too(site: Site) -> None:

@@ -88,6 +88,34 @@ def test_issuers_cannot_name_the_users_of_each_other(prefixes: tuple[str, str]) 
         read({"issuers": issuers})
 
 
+@pytest.mark.parametrize("source", ["users", "tokens"])
+def test_issuer_beside_a_file_needs_a_prefix_for_users_who_are_removed(source: str) -> None:
+    with pytest.raises(InvalidSetting, match=f'"" is not enough beside access.{source}') as caught:
+        read({source: "/file", "issuers": [ISSUER]})
+    assert caught.value.path == ("access", "issuers", 0, "user_prefix")
+    assert read({source: "/file", "issuers": [{**ISSUER, "user_prefix": "ci:"}]}).issuers
+
+
+@pytest.mark.parametrize("more", [{"tokens": "/file"}, {"groups": {"dev": ["ann"]}}])
+def test_groups_of_an_issuer_need_a_prefix_beside_other_groups(more: dict[str, Any]) -> None:
+    issuer = {**ISSUER, "user_prefix": "ci:", "groups_claim": "groups"}
+    with pytest.raises(InvalidSetting, match='"" is not enough beside') as caught:
+        read({**more, "issuers": [issuer]})
+    assert caught.value.path == ("access", "issuers", 0, "groups_prefix")
+    assert read({**more, "issuers": [{**issuer, "groups_prefix": "ci:"}]}).issuers
+    with pytest.raises(InvalidSetting, match="begins with the groups_prefix") as caught:
+        read({"groups": {"ci:dev": ["ann"]}, "issuers": [{**issuer, "groups_prefix": "ci:"}]})
+    assert caught.value.path == ("access", "groups", "ci:dev")
+
+
+def test_issuers_cannot_name_the_groups_of_each_other() -> None:
+    first = {**ISSUER, "user_prefix": "a:", "groups_claim": "groups"}
+    second = {**ISSUER, "issuer": "https://2.example", "user_prefix": "b:"}
+    assert read({"issuers": [first, second]}).issuers
+    with pytest.raises(InvalidSetting, match="must differ"):
+        read({"issuers": [first, {**second, "groups_claim": "groups"}]})
+
+
 def test_issuer_is_listed_once() -> None:
     with pytest.raises(InvalidSetting, match="listed twice"):
         read({"issuers": [{**ISSUER, "user_prefix": prefix} for prefix in ("a:", "b:")]})
@@ -100,7 +128,7 @@ def test_door_beyond_loopback_needs_access_and_tls() -> None:
     with pytest.raises(InvalidSetting, match="add the section access, or use a loopback address"):
         build({"upstreams": UPSTREAMS, "hosted": HOSTED})
     with pytest.raises(
-        InvalidSetting, match=r"passwords would be sent to 0\.0\.0\.0:5101"
+        InvalidSetting, match=r"passwords cross the network to 0\.0\.0\.0:5101"
     ) as caught:
         read({"users": "u"}, hosted=HOSTED)
     assert caught.value.path == ("access", "allow_plain_http")
@@ -113,7 +141,7 @@ def test_door_beyond_loopback_needs_access_and_tls() -> None:
 
 
 def test_mirrors_listener_beyond_loopback_needs_tls_for_passwords() -> None:
-    with pytest.raises(InvalidSetting, match=r"sent to 0\.0\.0\.0:5100 \(listen\) in plain"):
+    with pytest.raises(InvalidSetting, match=r"to 0\.0\.0\.0:5100 \(listen\) unencr"):
         read({"tokens": "t"}, listen="0.0.0.0:5100")
     assert read({"tokens": "t"}, listen="0.0.0.0:5100", tls=TLS) is not None
     assert read({}, listen="0.0.0.0:5100") is not None

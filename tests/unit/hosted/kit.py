@@ -15,11 +15,12 @@ from multidict import CIMultiDictProxy
 from yarl import URL
 
 from mirror.config.settings import Hosted, Storage
+from mirror.hosted.collection_rows import NeedlessRow
 from mirror.hosted.database import Database
 from mirror.hosted.hosted_service import HostedService
-from mirror.observability.events import Event
+from mirror.observability.events import Event, HostedChange
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
-from mirror.oci.reference import Digest, Tag
+from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store.reader import read_all
 from mirror.store.store import Store
 from tests.server_kit import Server
@@ -42,6 +43,13 @@ class HostedKit:
     database: Database
     clock: list[float]
     events: list[Event] = field(default_factory=list)
+
+    async def told_changes(self) -> list[HostedChange]:
+        """Return the changes since the last call, also of other processes, and forget them."""
+        await self.service.changes.tell_others()
+        changes = [event for event in self.events if isinstance(event, HostedChange)]
+        self.events.clear()
+        return changes
 
     async def push_blob(self, data: bytes, repository: str = "app", user: str = "") -> Digest:
         """Push a blob by one request."""
@@ -102,6 +110,13 @@ async def hosted_kit(
             await database.close()
     finally:
         await store.close()
+
+
+def change_of(row: NeedlessRow) -> HostedChange:
+    """Return what a collection records of a row."""
+    repository = Repository("registry.example", row.repository)
+    kind = row.media_type
+    return HostedChange("delete", repository, row.digest, "", kind, row.size, "collection", "", NOW)
 
 
 # --- bodies ---------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from mirror.oci.reference import Digest, Tag
 from tests.unit.hosted.kit import (
     NOW,
     HostedKit,
+    change_of,
     descriptor,
     hosted_kit,
     index_of,
@@ -26,7 +27,7 @@ LATER = NOW + GRACE + USE_STEP_S + 1
 
 
 async def run(kit: HostedKit, now: float = LATER, grace: float = GRACE) -> list[NeedlessRow]:
-    return await collect(kit.database, now, grace, lambda row: None)
+    return await collect(kit.database, now, grace, change_of)
 
 
 async def digests(kit: HostedKit, now: float = LATER) -> set[Digest]:

@@ -113,8 +113,10 @@ async def test_totals_count_shared_content_once_and_each_repository_its_own(
 def test_damaged_database_is_refused_with_a_remedy_and_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "names.db"
     connection = open_checked(path)
+    connection.execute("BEGIN")
     for number in range(2000):
         add(connection, str(number))
+    connection.execute("COMMIT")
     connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     connection.close()
     intact = path.read_bytes()

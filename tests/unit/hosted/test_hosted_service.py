@@ -230,14 +230,14 @@ async def test_change_of_a_client_that_leaves_has_its_event(tmp_path: Path) -> N
 async def test_quota_of_a_repository_counts_shared_content_once_and_mounts_too(
     tmp_path: Path,
 ) -> None:
-    async with hosted_kit(tmp_path, max_repository_size="1MB") as kit:
-        large = b"x" * 700_000
+    async with hosted_kit(tmp_path, max_repository_size="10KiB") as kit:
+        large = b"x" * 7_000
         await kit.push_image(large, repository="one", tag="v1")
         await kit.push_blob(b"more", "one")
         body = manifest_of(large, b"more")
         await kit.service.put_manifest("one", Tag("v2"), (), body, OCI_MANIFEST)
-        await kit.push_blob(b"y" * 700_000, "two")
-        with pytest.raises(QuotaExceeded, match="max_repository_size is 1MB"):
+        await kit.push_blob(b"y" * 7_000, "two")
+        with pytest.raises(QuotaExceeded, match="max_repository_size is 10KiB"):
             await kit.service.mount("one", "two", Digest.of(large))
         assert await kit.service.mount("one", "three", Digest.of(large))
-        assert (await kit.service.usage()).bytes < 1_500_000
+        assert (await kit.service.usage()).bytes < 16_000

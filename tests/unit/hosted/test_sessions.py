@@ -186,10 +186,86 @@ async def test_number_of_uploads_is_bounded(
         await kit.service.uploads.begin("app", "", None)
 
 
+async def test_one_user_cannot_begin_all_uploads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upload_rows, "MAX_OWNER_UPLOADS", 2)
+    async with hosted_kit(tmp_path) as kit:
+        begin = kit.service.uploads.begin
+        await begin("app", "", None, owner="10.0.0.1")
+        first, _ = [await begin("app", "ann", None) for _ in range(2)]
+        with pytest.raises(
+            TooManyRequests, match="ann has 2 uploads in progress: finish or cancel"
+        ):
+            await begin("other", "ann", None)
+        await begin("app", "bob", None)
+        await begin("app", "", None, owner="10.0.0.1")
+        with pytest.raises(TooManyRequests, match="this address has 2 uploads"):
+            await begin("app", "", None, owner="10.0.0.1")
+        await begin("app", "", None, owner="10.0.0.2")
+        await kit.service.uploads.cancel(first, "app", "ann")
+        await begin("app", "ann", None)
+
+
+async def test_users_with_most_uploads_give_way_once_there_are_too_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many users collude: one who has fewer uploads than another can begin one."""
+    monkeypatch.setattr(upload_rows, "MAX_UPLOADS", 4)
+    async with hosted_kit(tmp_path) as kit:
+        uploads = kit.service.uploads
+        fed = await uploads.begin("app", "ann", None)
+        feed = await uploads.open(fed, "app", "ann")
+        await feed.write(DATA)
+        feed.close()
+        await feed.wait_closed()
+        empty = await uploads.begin("app", "ann", None)
+        await uploads.begin("app", "bob", None)
+        kept = await uploads.begin("app", "bob", None)
+        new = await uploads.begin("app", "cid", None)
+        ids = set(await reserved(kit))
+        assert ids == set(upload_files.list_ids(kit.store.layout))
+        assert empty not in ids
+        assert {fed, kept, new} <= ids
+        await uploads.begin("app", "cid", None)  # One of bob's ends.
+        assert len(await reserved(kit)) == 4
+        with pytest.raises(TooManyRequests, match="finish or cancel"):
+            await uploads.begin("app", "cid", None)
+
+
+async def test_upload_that_gave_way_while_it_was_fed_is_not_acknowledged(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        uploads = kit.service.uploads
+        upload_id = await uploads.begin("app", "ann", None)
+        feed = await uploads.open(upload_id, "app", "ann", size=len(DATA))
+        await feed.write(DATA)
+        await kit.database.write(lambda c: upload_rows.end_upload(c, upload_id))
+        with pytest.raises(UploadUnknown):
+            await uploads.finish(feed, DIGEST)
+        feed.close()
+        with pytest.raises(BlobUnknown):
+            await kit.service.blob_size("app", DIGEST)
+
+
+async def test_upload_without_a_byte_ends_after_an_hour(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        uploads = kit.service.uploads
+        empty, young, fed = [await uploads.begin("app", "", None) for _ in range(3)]
+        await feed_some(kit, fed, b"x")
+        for upload_id, age in ((empty, 3600), (young, 3599), (fed, 3600)):
+            path = upload_files.path_of(kit.store.layout, upload_id)
+            os.utime(path, (NOW + 100 - age, NOW + 100 - age))
+        kit.clock[0] = NOW + 100
+        assert await uploads.end_abandoned() == 1
+        assert set(await reserved(kit)) == {young, fed}
+
+
 async def test_abandoned_upload_ends_after_a_day_and_a_fed_one_does_not(tmp_path: Path) -> None:
     async with hosted_kit(tmp_path) as kit:
         uploads = kit.service.uploads
         left, fed, held = [await uploads.begin("app", "", None) for _ in range(3)]
+        for upload_id in (left, fed):
+            await feed_some(kit, upload_id, b"x")
         feed = await uploads.open(held, "app", "")
         for upload_id, age in ((left, UPLOAD_TTL_S), (fed, UPLOAD_TTL_S - 1), (held, 2e9)):
             path = upload_files.path_of(kit.store.layout, upload_id)
@@ -296,3 +372,21 @@ async def test_uploads_hold_little_memory_together(tmp_path: Path) -> None:
                 group.create_task(push(seed))
         assert most <= sessions._MEMORY_BYTES + 20 * 100_000
         assert uploads._memory.total == 0
+
+
+async def test_upload_that_an_operator_ends_cannot_be_finished(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        uploads = kit.service.uploads
+        upload_id = await uploads.begin("app", "ci", 4)
+        feed = await uploads.open(upload_id, "app", "ci")
+        try:
+            await feed.write(b"data")
+            await uploads.end(upload_id)
+            with pytest.raises(UploadUnknown):
+                await uploads.finish(feed, Digest.of(b"data"))
+        finally:
+            feed.close()
+        with pytest.raises(BlobUnknown):
+            await kit.service.blob_size("app", Digest.of(b"data"))
+        with pytest.raises(UploadUnknown):
+            await uploads.end(upload_id)

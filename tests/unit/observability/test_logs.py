@@ -254,6 +254,7 @@ def test_each_change_of_a_hosted_repository_is_one_line_however_many_there_are()
     assert (fields["user"], fields["client"]) == ("ci", "192.0.2.1")
     assert (fields["repository"], fields["tag"]) == ("registry.example/team/app", "v7")
     assert (fields["digest"], fields["bytes"]) == (str(Digest.of(b"")), 7)
+    assert fields["at"] == "1970-01-01T00:00:01Z", "also if a server tells of it later"
     assert written(a_change(), log=Log(format="json", level="warning")) == []
 
 

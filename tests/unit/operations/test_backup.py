@@ -15,7 +15,7 @@ import pytest
 
 from mirror.hosted.collection import collect
 from mirror.hosted.snapshot import drop_stale_snapshot, opened_snapshot
-from mirror.observability.events import HostedChange
+from mirror.observability.hosted_events import Actor
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
 from mirror.oci.errors import BlobUnknown, QuotaExceeded, StorageUnavailable
 from mirror.oci.reference import Digest, Tag
@@ -27,6 +27,7 @@ from tests.unit.hosted.kit import (
     CONFIG,
     NOW,
     HostedKit,
+    change_of,
     descriptor,
     hosted_kit,
     index_of,
@@ -88,7 +89,7 @@ async def restore(kit: HostedKit, source: Path, *, may_replace: bool = False) ->
         kit.service.settings,
         source,
         may_replace=may_replace,
-        tell=kit.events.append,
+        actor=Actor("local:root"),
     )
 
 
@@ -126,8 +127,8 @@ async def test_everything_comes_back_on_an_empty_data_directory(tmp_path: Path, 
         assert restored.contents == report.contents
         assert await state_of(kit) == before
         assert await kit.read_blob(Digest.of(LAYER), "team/app") == LAYER
-        changes = [one for one in kit.events if isinstance(one, HostedChange)]
-        assert {(one.action, one.user) for one in changes} == {("push", "restore")}
+        changes = await kit.told_changes()
+        assert {(one.action, one.user) for one in changes} == {("push", "local:root")}
         again = await restore(kit, target)
         assert (again.contents, again.problems) == (0, [])
         assert await state_of(kit) == before
@@ -140,7 +141,7 @@ async def test_second_backup_adds_what_is_new_and_removes_what_is_gone(tmp_path:
         backup(kit, target)
         assert backup(kit, target).added == 0
         await kit.service.delete_manifest("team/app", Digest.of(manifest_of(b"by digest")))
-        await collect(kit.database, NOW + 10**6, 0.0, lambda row: None)
+        await collect(kit.database, NOW + 10**6, 0.0, change_of)
         await kit.push_image(b"three", repository="team/app", tag="v2")
         report = backup(kit, target)
         assert report.added == 2
@@ -163,7 +164,7 @@ async def test_content_that_is_deleted_while_a_backup_reads_stays_until_its_end(
             for repository in list(snapshot.repositories()):
                 for row in list(snapshot.manifests(repository)):
                     await kit.service.delete_manifest(repository, row.digest)
-            await collect(kit.database, NOW + 10**6, 0.0, lambda row: None)
+            await collect(kit.database, NOW + 10**6, 0.0, change_of)
             assert (await kit.service.usage()).contents == 0
             await kit.store.evictor.remove([blob])
             assert kit.store.catalog.has_blob(digest)

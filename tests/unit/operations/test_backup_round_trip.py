@@ -26,6 +26,7 @@ from tests.unit.hosted.kit import (
     CONFIG,
     EMPTY_TYPE,
     HostedKit,
+    change_of,
     descriptor,
     hosted_kit,
     index_of,
@@ -104,7 +105,7 @@ class Pusher:
             await service.delete_blob(repository, Digest.of([*BLOBS, CONFIG, body][one % 5]))
         elif kind == "collect":
             grace = USE_STEP_S * one
-            await collect(self.kit.database, self.kit.clock[0], grace, lambda row: None)
+            await collect(self.kit.database, self.kit.clock[0], grace, change_of)
         elif kind == "pull":
             await service.mark_manifest_used(repository, Digest.of(body))
 

@@ -15,6 +15,7 @@ from mirror.hosted import retention_rows
 from mirror.inventory.model import Inventory
 from mirror.inventory.read import read_inventory
 from mirror.observability.events import Event, HostedChange, LogMessage
+from mirror.observability.hosted_events import Actor
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
 from mirror.oci.errors import ManifestUnknown
 from mirror.oci.image_name import ImageName
@@ -60,8 +61,9 @@ async def retain(
     )
     given = kit.database, hosted, marks or no_marks(), kit.clock[0]
     planned = await plan_hosted_retention(*given)
-    changes: list[HostedChange] = []
-    report = await apply_hosted_retention(*given, changes.append)
+    await kit.told_changes()
+    report = await apply_hosted_retention(*given)
+    changes = await kit.told_changes()
     assert sorted(map(repr, planned.items)) == sorted(map(repr, report.items))
     assert len(changes) == len(report.removed())
     return report.items
@@ -155,16 +157,15 @@ def inventory_of(kit: HostedKit) -> Inventory:
 
 
 async def collect_all(kit: HostedKit) -> tuple[list[Item], list[HostedChange]]:
-    changes: list[HostedChange] = []
+    await kit.told_changes()
     report = await collect_hosted(
         kit.store,
         kit.database,
         kit.service.settings,
         DAY,
         partial(inventory_of, kit),
-        changes.append,
     )
-    return report.items, changes
+    return report.items, await kit.told_changes()
 
 
 async def test_removed_image_goes_after_the_grace_with_its_files_and_events(
@@ -211,10 +212,12 @@ async def test_command_plans_and_collects_beside_the_server(tmp_path: Path) -> N
         planned = await find_hosted_garbage(layout, hosted, kit.clock[0], None)
         assert await find_hosted_garbage(layout, hosted, kit.clock[0], 10 * DAY) == []
         read = partial(inventory_of, kit)
-        done = await collect_hosted_garbage(kit.store, hosted, None, read)
+        done = await collect_hosted_garbage(kit.store, hosted, None, read, Actor("local:root"))
+        (told,) = await kit.told_changes()
+        assert (told.action, told.digest, told.user) == ("delete", blob, "local:root")
         assert planned == done
         assert [item.digest for item in done] == [str(blob)]
-        assert await collect_hosted_garbage(kit.store, None, None, read) == []
+        assert await collect_hosted_garbage(kit.store, None, None, read, Actor()) == []
 
 
 # --- the scheduled run ----------------------------------------------------------------------------
@@ -235,14 +238,15 @@ async def test_server_runs_the_upkeep_in_a_process_and_tells_of_each_change(tmp_
     await push_old_images(tmp_path)
     events: list[Event] = []
     await HostedJob(Layout(tmp_path), events.append).run(settings_of(tmp_path))
-    changes = [one for one in events if isinstance(one, HostedChange)]
-    assert [(one.tag, one.user) for one in changes] == [("v1", "retention"), ("", "collection")]
-    assert changes[1].digest == Digest.of(b"alone")
-    assert isinstance(events[-1], LogMessage)
-    assert dict(events[-1].fields) == {"images": 1, "contents": 1, "bytes": len(b"alone")}
+    (message,) = events
+    assert isinstance(message, LogMessage)
+    assert dict(message.fields) == {"images": 1, "contents": 1, "bytes": len(b"alone")}
     saved = json.loads((tmp_path / HOSTED_REPORT).read_bytes())
     assert saved["items"][0]["name"] == f"{NAME}/app:v1"
     async with hosted_kit(tmp_path) as kit:
+        changes = await kit.told_changes()
+        assert [(one.tag, one.user) for one in changes] == [("v1", "retention"), ("", "collection")]
+        assert changes[1].digest == Digest.of(b"alone")
         assert await tags_of(kit) == ["v2"]
         with pytest.raises(ManifestUnknown):
             await kit.service.find_manifest("app", Tag("v1"))
@@ -255,9 +259,9 @@ async def test_run_is_skipped_if_another_process_has_just_run(tmp_path: Path) ->
     hosted = settings_of(tmp_path).hosted
     assert hosted is not None
     layout = Layout(tmp_path)
-    document = await run_upkeep(layout, Storage(), hosted, NOW, lambda change: None)
+    document = await run_upkeep(layout, Storage(), hosted, NOW)
     assert document["is_skipped"]
-    document = await run_upkeep(layout, Storage(), hosted, NOW + 7200, lambda change: None)
+    document = await run_upkeep(layout, Storage(), hosted, NOW + 7200)
     assert (document["error"], document["images"]) == (None, 1)
 
 

@@ -35,6 +35,7 @@ EXPECTED = {
     "UploadInvalid": (400, "BLOB_UPLOAD_INVALID"),
     "SizeInvalid": (400, "SIZE_INVALID"),
     "TooLarge": (413, "SIZE_INVALID"),
+    "EncodingUnsupported": (415, "UNSUPPORTED"),
     "UploadOutOfOrder": (416, "BLOB_UPLOAD_INVALID"),
     "UploadUnknown": (404, "BLOB_UPLOAD_UNKNOWN"),
     "QuotaExceeded": (403, "DENIED"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mirror.admin.guard import is_same_site, may_be_host
+from mirror.web.browser_guard import is_same_site, may_be_host
 
 pytestmark = pytest.mark.row("HC13-admin-api")
 NAMES = ("mirror.example", "other.example:8443")

@@ -1,7 +1,7 @@
 """Refuse requests that another web site makes a browser send.
 
-Lives here: which ``Host`` and ``Origin`` are ours. Pure functions. Must not know: tokens, what a
-request asks for.
+Lives here: which ``Host`` and ``Origin`` are ours. Pure functions. Must not know: who the client
+is, what a request asks for.
 
 - **DNS rebinding.** A page of an attacker's name can have that name resolved to our address. Its
   requests are of its own origin then, but their ``Host`` has the attacker's name. A name is
@@ -18,6 +18,8 @@ from typing import Final
 
 from mirror.config.values import split_host
 
+_PRIVATE_ENDINGS: Final = (".localhost", ".internal")
+"""Domains that nobody can register (RFC 6761, section 6.3; ICANN resolution 2024.07.29.06)."""
 _OWN_SITES: Final = frozenset({"", "same-origin", "none"})
 """Values of ``Sec-Fetch-Site`` that no other site can cause. Programs other than browsers send no
 such field. ``none``: a person has typed the address."""
@@ -38,6 +40,29 @@ def may_be_host(host: str, names: Collection[str]) -> bool:
     configured = {one.lower() for one in names}
     if name == "localhost" or name in configured or f"{name}:{port}" in configured:
         return True
+    return _is_address(name)
+
+
+def may_be_private_host(host: str, names: Collection[str]) -> bool:
+    """Return whether a ``Host`` may be ours, or is one that no web site can have.
+
+    That is a name of one label (a container, a service of Compose), or one of a domain that nobody
+    can register (``host.docker.internal``). An attacker's name has a public domain.
+
+    Args:
+        host: See :func:`may_be_host`.
+        names: See :func:`may_be_host`.
+    """
+    if may_be_host(host, names):
+        return True
+    try:
+        name = split_host(host)[0].lower().removesuffix(".")
+    except ValueError:
+        return False
+    return "." not in name or name.endswith(_PRIVATE_ENDINGS)
+
+
+def _is_address(name: str) -> bool:
     try:
         ipaddress.ip_address(name)
     except ValueError:

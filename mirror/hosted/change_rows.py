@@ -1,0 +1,85 @@
+"""Changes of hosted repositories that observers have not been told of yet.
+
+Lives here: each query and each change, as a function of a connection. Must not know: observers,
+time, threads.
+
+A change is recorded in the transaction that makes it, by whichever process that is. So none can be
+lost between its commit and the log, or the queue of notifications.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from sqlite3 import Connection
+from typing import Final
+
+from mirror.observability.hosted_events import HostedChange
+from mirror.oci.reference import Digest, Repository
+
+UNTAKEN: Final = 0.0
+"""``taken_at`` of a change that no process tells its observers yet."""
+
+
+def record_change(connection: Connection, change: HostedChange, taken_at: float = UNTAKEN) -> None:
+    """Record a change that is made in the same transaction.
+
+    Args:
+        connection: The database.
+        change: The change.
+        taken_at: When this process has decided to tell of it itself, in seconds since the epoch.
+    """
+    connection.execute(
+        "INSERT INTO changes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            *(change.id, change.action, change.repository.path, str(change.digest), change.tag),
+            *(change.media_type, change.size, change.user, change.client, change.at, taken_at),
+        ),
+    )
+
+
+def has_changes(connection: Connection, before: float) -> bool:
+    """Return whether there are changes that no process has taken since ``before``."""
+    query = "SELECT 1 FROM changes WHERE taken_at < ? LIMIT 1"
+    return connection.execute(query, (before,)).fetchone() is not None
+
+
+def take_changes(
+    connection: Connection, registry: str, now: float, before: float, count: int
+) -> list[HostedChange]:
+    """Take the oldest changes, to tell of them. No other process gets them meanwhile.
+
+    Args:
+        connection: The database.
+        registry: Name of the hosted repositories.
+        now: Seconds since the epoch.
+        before: A process that has taken a change before this, and not removed it, has died.
+        count: Changes at most.
+    """
+    rows = connection.execute(
+        "SELECT id, action, repository, digest, tag, media_type, size, user, client, at"
+        " FROM changes WHERE taken_at < ? ORDER BY rowid LIMIT ?",
+        (before, count),
+    ).fetchall()
+    connection.executemany(
+        "UPDATE changes SET taken_at = ? WHERE id = ?", [(now, row[0]) for row in rows]
+    )
+    return [
+        HostedChange(
+            id=row[0],
+            action=row[1],
+            repository=Repository(registry, row[2]),
+            digest=Digest.parse(row[3]),
+            tag=row[4],
+            media_type=row[5],
+            size=row[6],
+            user=row[7],
+            client=row[8],
+            at=row[9],
+        )
+        for row in rows
+    ]
+
+
+def forget_changes(connection: Connection, changes: Iterable[HostedChange]) -> None:
+    """Remove changes that observers have been told of."""
+    connection.executemany("DELETE FROM changes WHERE id = ?", [(one.id,) for one in changes])
