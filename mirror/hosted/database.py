@@ -24,7 +24,7 @@ from pathlib import Path
 from sqlite3 import Connection
 from typing import Any, Final, Generic, TypeVar
 
-from mirror.oci.errors import MirrorError, NamesDamaged, StorageUnavailable
+from mirror.oci.errors import DAMAGED_NAMES_REMEDY, MirrorError, NamesDamaged, StorageUnavailable
 from mirror.store.private_directory import make_private_directory
 from mirror.threads import run_in_thread
 
@@ -38,11 +38,6 @@ _MAX_BATCH: Final = 256
 """Writes of one commit. Each waits for all of them, which takes about 20 ms."""
 _READERS: Final = 2
 """Threads that read: a read takes less than a millisecond of the processor."""
-DAMAGE_REMEDY: Final = (
-    "stop the server, move names.db, names.db-wal and names.db-shm away, and run oci-mirror restore"
-    " BACKUP; without a backup, all hosted names are lost"
-)
-"""What brings the names back. It is the same text wherever they are found damaged."""
 
 _SCHEMA: Final = """
 CREATE TABLE manifests (
@@ -325,7 +320,7 @@ def _prepare(connection: Connection, path: Path) -> None:
     connection.execute("COMMIT")
     problem = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if problem != "ok":
-        raise NamesDamaged(f"{path}: damaged: {DAMAGE_REMEDY}")
+        raise NamesDamaged(f"{path}: damaged: {DAMAGED_NAMES_REMEDY}")
 
 
 def wrong_version(path: Path, version: int) -> str:
@@ -359,5 +354,5 @@ def _translate(error: sqlite3.Error, path: Path) -> MirrorError:
     if isinstance(error, sqlite3.OperationalError) and "malformed" not in str(error):
         return StorageUnavailable(f"{path}: {error}")
     if isinstance(error, sqlite3.DatabaseError):
-        return NamesDamaged(f"{path}: {error}: {DAMAGE_REMEDY}")
+        return NamesDamaged(f"{path}: {error}: {DAMAGED_NAMES_REMEDY}")
     return StorageUnavailable(f"{path}: {error}")

@@ -28,6 +28,17 @@ def may_set_tag(connection: Connection, repository: str, tag: Tag, digest: Diges
     return current is None or current.digest == digest
 
 
+def has_manifest(connection: Connection, repository: str, digest: Digest) -> bool:
+    """Return whether a repository has a manifest.
+
+    Args:
+        connection: The database.
+        repository: The repository.
+        digest: The manifest.
+    """
+    return name_rows.manifest_by_digest(connection, repository, digest) is not None
+
+
 def restore_blob(
     connection: Connection, repository: str, digest: Digest, size: int, now: float, hosted: Hosted
 ) -> None:

@@ -26,7 +26,7 @@ FORMAT_VERSION: Final = 2
 MAX_LINE_BYTES: Final = 64 * 1024
 """Bytes of one line. Ours have less than 2,000."""
 _LAST_LINE: Final = "]}"
-_VERSION: Final = re.compile(r'\{"version": ([0-9]{1,9}),', re.ASCII)
+_VERSION_LINE: Final = re.compile(r'\{"version": ([0-9]{1,9}),', re.ASCII)
 _ANY_REGISTRY: Final = "r"
 """For the check of a repository's path: the name of the registry may have changed."""
 
@@ -121,7 +121,7 @@ def read_rows(lines: Iterable[bytes]) -> Iterator[RepositoryRows]:
 
 
 def _check_version(line: str) -> None:
-    match = _VERSION.match(line)
+    match = _VERSION_LINE.match(line)
     if match is None:
         raise StorageUnavailable(
             "the backup is not finished, or its oci-mirror.json is damaged: run the backup again"

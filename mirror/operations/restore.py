@@ -19,7 +19,7 @@ from sqlite3 import Connection
 from typing import Final, TypeVar
 
 from mirror.config.settings import Hosted
-from mirror.hosted import name_rows, restored_rows
+from mirror.hosted import restored_rows
 from mirror.hosted.change_rows import record_change
 from mirror.hosted.database import Database
 from mirror.hosted.pushed_manifest import PushedManifest, read_pushed_manifest
@@ -37,9 +37,9 @@ from mirror.threads import run_in_thread
 
 T = TypeVar("T")
 
-_MAX_BATCH: Final = 64
+_ROWS_AT_A_TIME: Final = 64
 """Rows of one transaction, and contents that are open at a time: about 15 ms."""
-_MAX_BATCH_BYTES: Final = 4 * 1024 * 1024
+_MAX_MANIFEST_BYTES: Final = 4 * 1024 * 1024
 """Bytes of the manifests of one batch: they are in memory together."""
 
 
@@ -169,7 +169,7 @@ class BackupRestore:
         await self._restore_blobs(rows.repository, blobs)
         await self._restore_tags(rows, restored, may_replace=may_replace)
         roots = (row for digest, row in restored.items() if digest not in named)
-        while batch := list(islice(roots, _MAX_BATCH)):
+        while batch := list(islice(roots, _ROWS_AT_A_TIME)):
             changes = [self._change(row, None) for row in batch]
             await self._database.write(partial(_record_changes, changes=changes))
             self._report.images += len(batch)
@@ -206,7 +206,7 @@ class BackupRestore:
         Such a row counts in the quota, and `verify` names it, as before.
         """
         rows = iter(blobs.items())
-        while batch := dict(islice(rows, _MAX_BATCH)):
+        while batch := dict(islice(rows, _ROWS_AT_A_TIME)):
             async with self._content.leased(batch) as leased:
                 for digest, content in leased.items():
                     if isinstance(content, InvalidRequest):
@@ -235,7 +235,7 @@ class BackupRestore:
             return refused
 
         tags = iter(rows.tags)
-        while batch := list(islice(tags, _MAX_BATCH)):
+        while batch := list(islice(tags, _ROWS_AT_A_TIME)):
             refused = await self._database.write(partial(restore, batch=batch))
             for tag, why in refused.items():
                 self._report.problems.append(f"{rows.repository}:{tag} {why}")
@@ -268,7 +268,7 @@ def _set_tags(
     """Set tags. Returns those that cannot be set, and why."""
     refused = {}
     for one in tags:
-        if name_rows.manifest_by_digest(connection, repository, one.digest) is None:
+        if not restored_rows.has_manifest(connection, repository, one.digest):
             refused[one.tag] = f"is not restored: its manifest {one.digest} is lost"
         elif may_replace or restored_rows.may_set_tag(connection, repository, one.tag, one.digest):
             restored_rows.set_tag(
@@ -283,7 +283,7 @@ def _batches(manifests: Iterable[SavedManifest]) -> Iterator[list[SavedManifest]
     batch: list[SavedManifest] = []
     size = 0
     for row in manifests:
-        if batch and (len(batch) == _MAX_BATCH or size + row.size > _MAX_BATCH_BYTES):
+        if batch and (len(batch) == _ROWS_AT_A_TIME or size + row.size > _MAX_MANIFEST_BYTES):
             yield batch
             batch, size = [], 0
         batch.append(row)

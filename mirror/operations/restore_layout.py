@@ -35,7 +35,7 @@ from mirror.threads import run_in_thread
 _REF_NAME: Final = "org.opencontainers.image.ref.name"
 _MAX_NESTING: Final = 8
 """Indexes within indexes."""
-_MAX_BATCH: Final = 64
+_CONTENTS_AT_A_TIME: Final = 64
 """Contents that are open at a time."""
 
 
@@ -132,7 +132,7 @@ class LayoutRestore:
             at=self._now(),
         )
 
-        def record(connection: Connection) -> bool:
+        def is_recorded(connection: Connection) -> bool:
             if tag is not None:
                 is_free = restored_rows.may_set_tag(connection, name.repository, tag, name.digest)
                 if not is_free and not may_replace:
@@ -143,7 +143,7 @@ class LayoutRestore:
             record_change(connection, change)
             return True
 
-        if await self._database.write(record):
+        if await self._database.write(is_recorded):
             self._report.images += 1
         else:
             self._report.problems.append(
@@ -165,13 +165,15 @@ class LayoutRestore:
             raise InvalidRequest(f"{digest}: too many indexes within each other")
         types = _types_of(body)
         for child in manifest.children:
-            if await run_in_thread(self._content.has, child):  # Otherwise the index is sparse.
+            if await run_in_thread(self._content.has_copy, child):  # Otherwise the index is sparse.
                 child_type = types.get(str(child), "")
                 await self._restore_manifest(repository, child, child_type, depth + 1)
         blobs = dict.fromkeys(manifest.blobs)
         for part in manifest.parts:  # A layer that a registry need not have, and that is there.
             if part not in blobs and part not in manifest.children:
-                blobs.update({part: None} if await run_in_thread(self._content.has, part) else {})
+                blobs.update(
+                    {part: None} if await run_in_thread(self._content.has_copy, part) else {}
+                )
         await self._restore_blobs(repository, iter(blobs))
 
         record = partial(
@@ -188,7 +190,7 @@ class LayoutRestore:
         return manifest
 
     async def _restore_blobs(self, repository: str, blobs: Iterator[Digest]) -> None:
-        while batch := list(islice(blobs, _MAX_BATCH)):
+        while batch := list(islice(blobs, _CONTENTS_AT_A_TIME)):
             wanted = [one for one in batch if (repository, one) not in self._done]
             async with self._content.leased(wanted) as leased:
                 sizes = _check_all(leased)

@@ -30,7 +30,7 @@ class RestoreReport:
     bytes: int = 0
     """Bytes of these."""
     problems: list[str] = field(default_factory=list)
-    """What was not restored, one sentence for each content or image."""
+    """A sentence for each content or image that was not restored."""
 
     def row(self) -> dict[str, Any]:
         """Return the report as JSON values."""

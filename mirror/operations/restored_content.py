@@ -99,7 +99,7 @@ class RestoredContent:
         """End the threads. Nothing is leased by now."""
         self._threads.shutdown()
 
-    def has(self, digest: Digest) -> bool:
+    def has_copy(self, digest: Digest) -> bool:
         """Return whether the backup has content, which may be damaged. Blocks."""
         with self._source.opened_blob(digest) as stored:
             return stored is not None

@@ -77,7 +77,7 @@ def _add_content(
     layout: Layout, target: BackupTarget, digest: Digest, size: int, report: BackupReport
 ) -> None:
     if not target.keep(digest, size):
-        if not _add_file(layout, target, digest, size):
+        if not _has_added(layout, target, digest, size):
             report.missing.append(digest)
             return
         report.added += 1
@@ -86,7 +86,7 @@ def _add_content(
     report.bytes += size
 
 
-def _add_file(layout: Layout, target: BackupTarget, digest: Digest, size: int) -> bool:
+def _has_added(layout: Layout, target: BackupTarget, digest: Digest, size: int) -> bool:
     """Add content to a backup. Returns False if it is lost or damaged here."""
     opened = disk.open_whole(layout, digest)
     if opened is None:
@@ -118,6 +118,18 @@ def _named_manifests(snapshot: Snapshot, name: str) -> Iterator[NamedManifest]:
     for path in snapshot.repositories():
         repository = Repository(name, path)
         for tag in snapshot.tags(path):
-            yield NamedManifest(repository, tag.tag, tag.digest, tag.media_type, tag.size)
+            yield NamedManifest(
+                repository,
+                tag=tag.tag,
+                digest=tag.digest,
+                media_type=tag.media_type,
+                size=tag.size,
+            )
         for row in snapshot.roots(path):
-            yield NamedManifest(repository, None, row.digest, row.media_type, row.size)
+            yield NamedManifest(
+                repository,
+                tag=None,
+                digest=row.digest,
+                media_type=row.media_type,
+                size=row.size,
+            )
