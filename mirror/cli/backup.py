@@ -21,7 +21,7 @@ from mirror.oci.text import printable, size_text
 
 if TYPE_CHECKING:
     from mirror.config.settings import Hosted, Settings
-    from mirror.operations.restore import RestoreReport
+    from mirror.operations.restore_report import RestoreReport
 
 _MAX_PROBLEMS: Final = 20
 """Problems that are printed, one a line."""
@@ -82,7 +82,7 @@ def _backup(arguments: argparse.Namespace) -> int:
             f"{arguments.target}; {size_text(report.added_bytes)} of it new"
         )
     for digest in report.missing[:_MAX_PROBLEMS]:
-        print_note(f"{digest} is lost on the disk, so the backup does not have it")
+        print_note(f"{digest} is lost or damaged on the disk, so the backup does not have it")
     return EX_FAILED if report.missing else 0
 
 

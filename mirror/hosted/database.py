@@ -24,7 +24,7 @@ from pathlib import Path
 from sqlite3 import Connection
 from typing import Any, Final, Generic, TypeVar
 
-from mirror.oci.errors import MirrorError, NamesDamaged, StorageUnavailable
+from mirror.oci.errors import DAMAGED_NAMES_REMEDY, MirrorError, NamesDamaged, StorageUnavailable
 from mirror.store.private_directory import make_private_directory
 from mirror.threads import run_in_thread
 
@@ -40,7 +40,6 @@ _MAX_BATCH: Final = 256
 """Writes of one commit. Each waits for all of them, which takes about 20 ms."""
 _READERS: Final = 2
 """Threads that read: a read takes less than a millisecond of the processor."""
-_DAMAGE_REMEDY: Final = "restore it from a backup, or remove it to lose all hosted names"
 
 _SCHEMA: Final = """
 CREATE TABLE manifests (
@@ -319,14 +318,19 @@ def _prepare(connection: Connection, path: Path) -> None:
             connection.execute(statement)
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     elif version != SCHEMA_VERSION:
-        raise NamesDamaged(
-            f"{path}: its version is {version}, and this program reads {SCHEMA_VERSION}: use the"
-            " newer program, or restore a backup"
-        )
+        raise NamesDamaged(wrong_version(path, version))
     connection.execute("COMMIT")
     problem = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if problem != "ok":
-        raise NamesDamaged(f"{path}: damaged: {_DAMAGE_REMEDY}")
+        raise NamesDamaged(f"{path}: damaged: {DAMAGED_NAMES_REMEDY}")
+
+
+def wrong_version(path: Path, version: int) -> str:
+    """Return what to do about a database that another version of this program has written."""
+    return (
+        f"{path}: its version is {version}, and this program reads {SCHEMA_VERSION}: use the"
+        " program that has written it"
+    )
 
 
 def _statements(script: str) -> list[str]:
@@ -352,5 +356,5 @@ def _translate(error: sqlite3.Error, path: Path) -> MirrorError:
     if isinstance(error, sqlite3.OperationalError) and "malformed" not in str(error):
         return StorageUnavailable(f"{path}: {error}")
     if isinstance(error, sqlite3.DatabaseError):
-        return NamesDamaged(f"{path}: {error}: {_DAMAGE_REMEDY}")
+        return NamesDamaged(f"{path}: {error}: {DAMAGED_NAMES_REMEDY}")
     return StorageUnavailable(f"{path}: {error}")

@@ -192,5 +192,6 @@ def _reading(layout: Layout) -> Iterator[Callable[[str], Iterable[Any]]]:
             yield lambda query: database.execute(query).fetchall()
     except sqlite3.Error as error:
         raise StorageUnavailable(
-            f"{path} cannot be read ({error}): check its permissions, or restore it from a backup"
+            f"{path} cannot be read ({error}): check its permissions; if it is damaged, oci-mirror"
+            " doctor says how to restore it"
         ) from None

@@ -322,4 +322,4 @@ def test_damaged_names_are_an_error_and_no_empty_list(site: Site) -> None:
     code, out, errors = site.run("ls")
     assert (code, out) == (1, "")
     assert "names.db cannot be read" in errors
-    assert "restore it from a backup" in errors
+    assert "oci-mirror doctor says how to restore it" in errors

@@ -123,7 +123,7 @@ def test_damaged_database_is_refused_with_a_remedy_and_is_kept(tmp_path: Path) -
     for damaged in (b"not a database" * 1000, intact[:5000], intact[:8192] + b"\xff" * 4096):
         path.write_bytes(damaged + intact[len(damaged) :] if len(damaged) > 9000 else damaged)
         kept = path.read_bytes()
-        with pytest.raises(NamesDamaged, match=r"names\.db: .*restore it from a backup") as caught:
+        with pytest.raises(NamesDamaged, match=r"names\.db: .*: stop the server, move") as caught:
             open_checked(path)
         assert "\n" not in caught.value.message
         assert path.read_bytes() == kept
