@@ -1,7 +1,7 @@
 """Who may do what: the interface of this package, for ``web`` and ``server``.
 
-Lives here: the two questions that the doors ask, who is this client, and may it do this, and the
-change of configuration. Must not know: HTTP, which door asks.
+Lives here: the two questions that both listeners ask, who is this client, and may it do this, and
+the change of configuration. Must not know: HTTP, which listener asks.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class AccessControl:
         return use
 
     def _report(self, why: str) -> None:
-        self._emit(LogMessage("warning", "access", (("why", why),)))
+        self._emit(LogMessage("warning", "credentials cannot be used", (("why", why),)))
 
     def refresh(self) -> None:
         """Read the files of credentials that have changed. Blocks for them; they are small."""
@@ -135,7 +135,7 @@ class AccessControl:
         *,
         is_ping: bool = False,
     ) -> Identity:
-        """Return the client of a request to the door for pushes, which may do what it asks.
+        """Return the client of a request to the push listener, which may do what it asks.
 
         Args:
             authorization: The header field, as sent. None without one.
@@ -160,12 +160,12 @@ class AccessControl:
             return identity
         if identity.is_anonymous:
             raise self._challenge(f"log in to {_VERBS[action]} this repository")
-        raise Denied(f"the user {identity.user} may not {_VERBS[action]} this repository")
+        raise _deny(identity, action)
 
     async def check_pull(
         self, authorization: str | None, client: str, repository: Repository
     ) -> Identity:
-        """Return the client of a request to the mirror's door, which may pull from a repository.
+        """Return the client of a request to the mirror's listener, which may pull.
 
         Credentials are honoured, and never asked for. What everybody may do, a client with wrong
         ones may do, too: clients also send those of upstreams.
@@ -188,8 +188,12 @@ class AccessControl:
         if self.is_allowed(identity, repository, AccessRight.PULL):
             return identity
         if identity.is_anonymous:
-            raise Denied("pulling from this repository needs credentials, sent in advance")
-        raise Denied(f"the user {identity.user} may not pull from this repository")
+            raise Denied(
+                "pulling from this repository needs credentials, and this listener asks for none:"
+                " pull from the push listener, or configure the client to send them"
+                " (oci-mirror clients --credentials-file)"
+            )
+        raise _deny(identity, AccessRight.PULL)
 
     async def may_list(
         self, authorization: str | None, client: str
@@ -210,3 +214,10 @@ class AccessControl:
 
     def _challenge(self, message: str) -> LoginRequired:
         return LoginRequired(message, f'Basic realm="{self._realm}"')
+
+
+def _deny(identity: Identity, action: AccessRight) -> Denied:
+    """Return the error for a user who may not do something. It names the user, for the log."""
+    error = Denied(f"the user {identity.user} may not {_VERBS[action]} this repository")
+    error.user = identity.user
+    return error

@@ -24,7 +24,7 @@ from mirror.oci.reference import ALGORITHMS, Digest, Reference, Repository, Tag,
 from mirror.web.paths import decode_part
 
 DOOR_METHODS: Final = ("GET", "HEAD", "POST", "PATCH", "PUT", "DELETE")
-"""Methods of the door for pushes."""
+"""Methods of the push listener."""
 _MAX_PUSH_PARAMETERS: Final = 64
 """Parameters in one query. The specification asks for at least 10 tags."""
 # Greedy: a repository may have components named "blobs" or "manifests", so the last one counts.
@@ -111,6 +111,8 @@ def parse_change(method: str, path: str, query: str, name: str) -> Change:
         repository = Repository.parse(name, decode_part(match["name"], NameInvalid))
         return _parse_upload(method, repository, match["id"] or "", parameters)
     match = _CONTENT.fullmatch(path)
+    if match is None and path.startswith("/v2/") and "/tags/" in path:
+        raise NotFound("no such path: a tag is pushed and deleted at /v2/NAME/manifests/TAG")
     if match is None:
         raise NotFound("no such path")
     repository = Repository.parse(name, decode_part(match["name"], NameInvalid))

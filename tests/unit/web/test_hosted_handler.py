@@ -1,4 +1,4 @@
-"""The door for pushes, over real sockets: each step of the specification's conformance tests."""
+"""The push listener, over real sockets: each step of the specification's conformance tests."""
 
 from __future__ import annotations
 
@@ -41,6 +41,21 @@ ALGORITHMS = ("sha256", "sha512")
 async def door(root: Path, **more: Any) -> AsyncIterator[tuple[Server, PushClient]]:
     async with running(root, hosted=more.pop("hosted", {}), **more) as server:
         yield server, PushClient(server)
+
+
+async def test_push_with_the_path_prefix_of_the_mirror_is_refused_with_a_hint(
+    tmp_path: Path,
+) -> None:
+    async with door(tmp_path, hosted={"name": "registry.example:5101"}) as (server, _):
+        for prefix in ("registry.example_5101", "registry.example_5101/team"):
+            client = PushClient(server, f"{prefix}/app")
+            put = await client.put_manifest(manifest_of(), "v1")
+            for refused in (await client.start(), put):
+                (error,) = json.loads(refused.body)["errors"]
+                assert (refused.status, error["code"]) == (400, "NAME_INVALID")
+                assert "leave out registry.example_5101" in error["message"]
+        client = PushClient(server, "team/registry.example_5101")
+        assert (await client.start()).status == 202
 
 
 # --- blobs: each way to push ----------------------------------------------------------------------
@@ -500,7 +515,9 @@ async def test_mirror_serves_hosted_repositories_like_an_upstream_and_takes_no_p
             assert (status, json.loads(body)["manifests"]) == (200, [])
             status, _, _ = await server.ask("POST", f"{url}/blobs/uploads/{query}")
             assert status == 405
-        status, _, _ = await server.get(f"{server.push_url}/v2/team/app/manifests/v1?ns=docker.io")
+        url = f"{server.push_url}/v2/team/app/manifests/v1?ns=docker.io"
+        status, _, refused = await server.get(url)
+        assert b"serves only registry.example: pull all others from the mirror" in refused
         assert status == 404, "the door reaches no upstream"
 
 
@@ -764,7 +781,7 @@ async def test_announced_length_beyond_the_quota_is_denied_before_a_byte_is_take
         writer.close()
         refused = await client.start(f"?digest={DIGEST}", random_bytes(2_000_000, 1))
         assert (refused.status, refused.code) == (403, "DENIED")
-        assert "max_size is 1MiB" in json.loads(refused.body)["errors"][0]["message"]
+        assert "hosted.max_size (1MiB)" in json.loads(refused.body)["errors"][0]["message"]
 
 
 async def test_push_is_recorded_with_its_bytes(tmp_path: Path) -> None:
