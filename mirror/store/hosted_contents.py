@@ -22,6 +22,7 @@ from typing import Final, Protocol, TypeVar
 from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest
 from mirror.store.disk import is_locked
+from mirror.store.hosted_marker import has_hosted_names
 from mirror.store.layout import Layout
 
 _STEP: Final = 500
@@ -43,7 +44,7 @@ class HostedContents:
     """The hosted content of one data directory. All methods block; threads may share it."""
 
     def __init__(self, layout: Layout) -> None:
-        """Open nothing yet. The database need not exist."""
+        """Open nothing yet. The database need not exist, if there never was one."""
         self.layout = layout
         self._database = layout.hosted_names
         self._local = threading.local()
@@ -53,7 +54,7 @@ class HostedContents:
 
         Raises ``StorageUnavailable`` if the database cannot be read: any may be hosted then.
         """
-        if not digests or not self._database.exists():
+        if not digests or not has_hosted_names(self.layout):
             return set()
         wanted = {str(digest): digest for digest in digests}
         marks = ",".join("?" * len(wanted))
@@ -87,7 +88,7 @@ class HostedContents:
 
     def usage(self) -> tuple[int, int]:
         """Return the number and the bytes of all hosted content. Raises ``StorageUnavailable``."""
-        if not self._database.exists():
+        if not has_hosted_names(self.layout):
             return 0, 0
         rows = self._query("SELECT contents, bytes FROM totals", [])
         return (int(rows[0][0]), int(rows[0][1])) if rows else (0, 0)

@@ -77,6 +77,11 @@ class Layout:
         return self.root / "hosted" / "names.db"
 
     @property
+    def hosted_marker(self) -> Path:
+        """The file that says that :attr:`hosted_names` was made once."""
+        return self.root / "hosted.created"
+
+    @property
     def snapshot(self) -> Path:
         """The copy of the names that a running backup reads."""
         return self.root / "hosted" / "snapshot.db"

@@ -131,7 +131,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "processes": {
         "access.login_credentials",
         "hosted.database",
-        *("store.layout", "terminal"),
+        *("store.hosted_marker", "store.layout", "terminal"),
         *("admin", "notifications", "server", "config.reload", "observability.metrics", *SHARED),
     },
     "cli": {
