@@ -18,6 +18,7 @@ import yaml
 
 from mirror.access.login_credentials import check_files
 from mirror.admin.tokens import Tokens
+from mirror.config.access import AccessSection, shared_prefixes
 from mirror.config.settings import EventTarget, KeyPath, Settings, Upstream
 from mirror.notifications.signing import Secrets
 from mirror.oci.errors import ConfigError
@@ -208,6 +209,8 @@ def warnings(settings: Settings, prefix: Prefix, *, has_logins: bool = True) -> 
     directory = _nearest_existing(settings.data_dir)
     if not os.access(directory, os.W_OK | os.X_OK):
         yield f"{prefix(('data_dir',))}'{directory}' is not writable: no content would be stored"
+    if settings.access is not None:
+        yield from _issuer_warnings(settings.access, prefix)
     for name, upstream in settings.upstreams.items():
         path: KeyPath = ("upstreams", name)
         yield from _credential_warnings(path, upstream, prefix)
@@ -218,6 +221,30 @@ def warnings(settings: Settings, prefix: Prefix, *, has_logins: bool = True) -> 
             yield (
                 f"{prefix((*path, 'insecure'))}certificates are not verified: everybody "
                 "between the mirror and this upstream can read and change its requests"
+            )
+
+
+def _issuer_warnings(access: AccessSection, prefix: Prefix) -> Iterator[str]:
+    """Yield a warning for each issuer whose users or groups share their names with others."""
+    has_users = access.users is not None or access.tokens is not None
+    with_groups = [(index, one) for index, one in enumerate(access.issuers) if one.groups_claim]
+    of_others = {
+        number for number, _ in shared_prefixes([one.groups_prefix for _, one in with_groups])
+    }
+    for index, issuer in enumerate(access.issuers):
+        if has_users and not issuer.user_prefix:
+            yield (
+                f"{prefix(('access', 'issuers', index))}without user_prefix, a rule for a user also"
+                " fits a token whose user has this name, unless the name is or was in access.users"
+                f' or access.tokens: set user_prefix, such as "issuer{index}:", also in the rules'
+            )
+    for number, (index, issuer) in enumerate(with_groups):
+        has_local = not issuer.groups_prefix and (access.groups or access.tokens is not None)
+        if has_local or number in of_others:
+            yield (
+                f"{prefix(('access', 'issuers', index))}its groups can have the names of groups of"
+                " access.groups, access.tokens or another issuer, and a rule for one fits all: set"
+                f' groups_prefix, such as "issuer{index}:", also in the rules'
             )
 
 
