@@ -380,7 +380,7 @@ async def start_server(
         now: Returns the Unix time in seconds. Tests pass a clock of their own.
         push_listener: A listening socket for the hosted repositories. None: they have none of their
             own. It is closed at the end.
-        authorize: Says who may do what at the door for pushes. None: the section ``access``.
+        authorize: Says who may do what at the push listener. None: the section ``access``.
     """
     async with open_mirror(settings, emit, now) as mirror:
         health = Health(lambda: mirror.store.unwritable_reason)

@@ -116,7 +116,7 @@ async def running(
         others: Further upstreams, by name.
         hosted: Keys of the section ``hosted``, which has a listener of its own unless they have
             ``hosts``. None: nothing is hosted.
-        authorize: Says who may do what at the door for pushes. None: the section ``access``.
+        authorize: Says who may do what at the push listener. None: the section ``access``.
         upstream: More settings of the upstreams.
     """
     listener = socket.create_server(("127.0.0.1", 0))

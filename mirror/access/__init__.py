@@ -1,4 +1,4 @@
-"""AccessSection: who a client is, and what it may do. In reading order:
+"""Access: who a client is, and what it may do. In reading order:
 
 - ``identity.py``: the user behind a request, and the actions that rules are about.
 - ``rules.py``: the one decision, as a pure function of identity, repository and action.

@@ -1,7 +1,7 @@
 """Who may do what: the interface of this package, for ``web`` and ``server``.
 
-Lives here: the two questions that the doors ask, who is this client, and may it do this, and the
-change of configuration. Must not know: HTTP, which door asks.
+Lives here: the two questions that both listeners ask, who is this client, and may it do this, and
+the change of configuration. Must not know: HTTP, which listener asks.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class AccessControl:
         *,
         is_ping: bool = False,
     ) -> Identity:
-        """Return the client of a request to the door for pushes, which may do what it asks.
+        """Return the client of a request to the push listener, which may do what it asks.
 
         Args:
             authorization: The header field, as sent. None without one.
@@ -169,7 +169,7 @@ class AccessControl:
     async def check_pull(
         self, authorization: str | None, client: str, repository: Repository
     ) -> Identity:
-        """Return the client of a request to the mirror's door, which may pull from a repository.
+        """Return the client of a request to the mirror's listener, which may pull.
 
         Credentials are honoured, and never asked for. What everybody may do, a client with wrong
         ones may do, too: clients also send those of upstreams.
@@ -192,7 +192,10 @@ class AccessControl:
         if self.is_allowed(identity, repository, AccessRight.PULL):
             return identity
         if identity.is_anonymous:
-            raise Denied("pulling from this repository needs credentials, sent in advance")
+            raise Denied(
+                "pulling from this repository needs credentials: log in at the push listener, or"
+                " configure the client (oci-mirror clients --credentials-file)"
+            )
         raise Denied(f"the user {identity.user} may not pull from this repository")
 
     async def may_list(

@@ -20,7 +20,7 @@ _IPV6_PREFIX: Final = 64
 
 
 class FailureLimit:
-    """Counts the failures of each address. Time heals: see :data:`RECOVERY_S`."""
+    """Counts the failures of each address. One is forgotten every :data:`RECOVERY_S`."""
 
     def __init__(self) -> None:
         """Start without failures."""

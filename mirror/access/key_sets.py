@@ -121,7 +121,7 @@ class FetchedKeySet:
         return is_key_unknown or is_old
 
     async def refresh(self, now: float) -> str:
-        """FetchKeys the set. Returns why that failed; the keys stay then. Empty: it did not."""
+        """Fetch the set. Returns why that failed; the keys stay then. Empty: it did not."""
         self._tried_at, self.is_fetching = now, True
         try:
             parsed = parse_key_set(await self._fetch(self.url, self._ca))

@@ -50,7 +50,10 @@ _BEARER: Final = re.compile(r"bearer +([A-Za-z0-9._~+/=-]+) *", re.IGNORECASE | 
 
 
 class LoginFailed(Exception):
-    """The credentials are wrong. The text is for the log."""
+    """The credentials are wrong.
+
+    The text is shown to the client, so it says nothing of which part was wrong.
+    """
 
 
 @dataclass(frozen=True, slots=True)

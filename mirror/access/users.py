@@ -67,7 +67,8 @@ class PasswordCheck:
         self._users = users
         costs = Counter(hashed[4:6] for hashed in users.values())
         cost = int(max(costs, key=lambda one: costs[one])) if costs else 4
-        # Nobody has the password of this hash. It costs what most others cost.
+        # Nobody has the password of this hash. It has the most frequent cost, so an unknown user
+        # takes as long as a known one.
         self._other = bcrypt.gensalt(cost) + b"." * 31
 
     def is_right(self, user: str, password: str) -> bool:

@@ -203,7 +203,8 @@ class AccessSection(Section):
             if not values.is_loopback_only(address):
                 raise key_error(
                     ("access", "allow_plain_http"),
-                    f"is needed, or tls: passwords would be sent to {address} ({key}) in plain",
+                    f"set tls, or allow_plain_http: true; otherwise passwords cross the network to"
+                    f" {address} ({key}) unencrypted",
                 )
 
     @model_validator(mode="after")

@@ -66,7 +66,7 @@ class Admin(Section):
 
 
 class Hosted(Section):
-    """The repositories that clients push to this server, and the door through which they push."""
+    """The repositories that clients push to this server, and the listener for pushes."""
 
     name: Annotated[str, AfterValidator(values.check_upstream_name)]
     """
@@ -121,11 +121,14 @@ class Hosted(Section):
     @model_validator(mode="after")
     def _check_door(self) -> Self:
         if self.listen is None and not self.hosts:
-            raise key_error(("listen",), "is needed, or hosts: nobody could push")
+            raise key_error(
+                ("listen",),
+                "set hosted.listen (own port) or hosted.hosts (names on the mirror's port)",
+            )
         return self
 
     def check_reach(self, listen: str) -> None:
-        """Refuse a door that other machines can reach while everybody may push.
+        """Refuse a push listener that other machines can reach while everybody may push.
 
         Raises an error of pydantic.
 

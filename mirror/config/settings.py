@@ -275,8 +275,8 @@ class Settings(Section):
     """Host repositories, which clients push to. Without this section, nothing can be pushed."""
     events: EventTargets = ()
     """
-    Targets that pushes, deletions and pulls are told to by signed webhooks, each with name, url,
-    secret_file, events and repositories.
+    Webhook receivers for pushes, deletions and pulls, each with name, url, secret_file, events and
+    repositories.
     """
     access: AccessSection | None = None
     """Users and rules. Without this section, everybody may pull, and push at hosted.listen."""
@@ -354,7 +354,8 @@ class Settings(Section):
         names = self.upstream_names()
         for name in self.hosted.names():
             if name in names:
-                raise key_error(("hosted", "name"), f"{name} is already a name of {names[name]}")
+                message = f"{names[name]} is an upstream: choose a name that no upstream has"
+                raise key_error(("hosted", "name"), message)
         owners = {host: name for name, one in self.upstreams.items() for host in one.hosts}
         for index, host in enumerate(self.hosted.hosts):
             if host in owners:

@@ -351,7 +351,7 @@ def check_upstream_name(text: str) -> str:
     try:
         host, port = split_host(text)
     except ValueError:
-        raise ValueError("an upstream is named by host or host:port, as in references") from None
+        raise ValueError("must be a host or host:port, without a path") from None
     if text != text.lower():
         raise ValueError("must be in lower case")
     if "." not in host and ":" not in host and port is None and host != "localhost":

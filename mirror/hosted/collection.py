@@ -7,7 +7,8 @@ Theory of operation: there is no mark phase. ``parts`` says at any time which ma
 content, and a row is deleted in the same transaction that finds that none does. A push checks the
 parts of a manifest in its transaction, too. So the two cannot overtake each other. What a client
 was told of and has not used yet (a blob that it has pushed, mounted, or found by ``HEAD``) is
-needed for the grace time. Files go last, and only after the rows are durably gone.
+needed for the grace time. Files go last, and only after the rows are durably gone: the store
+keeps each content of which ``store/hosted_contents.py`` finds a row.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ ChangeOf = Callable[[NeedlessRow], HostedChange]
 
 
 async def find_needless(database: Database, now: float, grace: float) -> list[NeedlessRow]:
-    """Return what a collection would remove now, without what belongs to that only.
+    """Return the rows that a collection would remove in its first pass.
+
+    Children that become unused by it are not listed.
 
     Args:
         database: The names.

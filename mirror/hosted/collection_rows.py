@@ -35,9 +35,9 @@ class NeedlessRow:
 
 
 def cutoff_of(now: float, grace: float) -> float:
-    """Return the time before which something must have been used last, to be removed now.
+    """Return the latest ``used_at`` (seconds since the epoch) at which an unused row may go now.
 
-    A use is recorded once in a while only, so that much is added to ``grace``. All are seconds.
+    A use is recorded only once in :data:`USE_STEP_S`, so that is added to ``grace`` (seconds).
     """
     return now - grace - USE_STEP_S
 

@@ -317,7 +317,10 @@ def _prepare(connection: Connection, path: Path) -> None:
             connection.execute(statement)
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     elif version != SCHEMA_VERSION:
-        raise NamesDamaged(f"{path}: its version is {version}, and this program reads 1")
+        raise NamesDamaged(
+            f"{path}: its version is {version}, and this program reads {SCHEMA_VERSION}: use the"
+            " newer program, or restore a backup"
+        )
     connection.execute("COMMIT")
     problem = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if problem != "ok":

@@ -221,7 +221,7 @@ def add_manifest(
         "INSERT INTO parts VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
         [(repository, digest, str(part)) for part in manifest.parts],
     )
-    # What it lists, and what refers to it, belongs to something again.
+    # Its children and referrers are no orphans any more.
     connection.executemany(
         "UPDATE manifests SET orphaned_at = 0"
         " WHERE repository = ? AND digest = ? AND orphaned_at > 0",

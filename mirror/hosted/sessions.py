@@ -3,8 +3,8 @@
 Lives here: which requests may feed an upload, in which order, and the end of abandoned uploads.
 Must not know: HTTP, who may push.
 
-Theory of operation: an upload is a row, which says whose it is and what it has reserved of the
-quota, and a file, whose length is how far it has come. Both outlive their process. A request that
+Theory of operation: an upload has a row (owner, reserved bytes) and a file (its length is the
+progress). Both outlive their process. A request that
 feeds an upload holds the lock of the file. Before it unlocks the file, what the upload has reserved
 falls back to the length of the file: an upload that nobody feeds keeps nothing from others. To
 finish an upload, its bytes are verified, synced, and renamed to content; then the row of the blob
@@ -130,8 +130,7 @@ class UploadSessions:
         ended = await self._database.write(begin, is_durable=False)
         await self._run(upload_files.create, self._layout, upload_id)
         if ended is not None:
-            remove = upload_files.remove_abandoned
-            await self._run(remove, self._layout, ended, self._now(), -math.inf, -math.inf)
+            await self._remove_unless_fed(ended)
         if algorithm != "sha256":
             self._hashes[upload_id] = RunningHash(algorithm)
         return upload_id
@@ -336,10 +335,13 @@ class UploadSessions:
         end = partial(upload_rows.end_upload, upload_id=upload_id)
         if not await self._database.write(end):
             raise UploadUnknown(_GONE)
-        await self._run(
-            upload_files.remove_abandoned, self._layout, upload_id, self._now(), -math.inf
-        )
+        await self._remove_unless_fed(upload_id)
         return size or 0
+
+    async def _remove_unless_fed(self, upload_id: str) -> None:
+        """Remove the file of an upload that has ended. While it is fed, that is left for later."""
+        remove = upload_files.remove_abandoned
+        await self._run(remove, self._layout, upload_id, self._now(), -math.inf, -math.inf)
 
     async def end_abandoned(self) -> int:
         """End the uploads that nobody has fed for a day, or for an hour without a byte.
@@ -358,7 +360,8 @@ class UploadSessions:
         if ended:
             await self._database.write(end, is_durable=False)
         for row in await self._run(self._with_surplus, rows):
-            # Its process has died. Closing an upload gives back what it has reserved in vain.
+            # Its process has died. Closing an upload releases the bytes that it reserved
+            # and did not use.
             with suppress(UploadOutOfOrder, UploadUnknown):
                 (await self.open(row.id, row.repository, row.user)).close()
         return len(ended)

@@ -262,8 +262,8 @@ class Unauthorized(MirrorError):
 class LoginRequired(MirrorError):
     """The client has to send credentials, or has sent wrong ones. Code ``UNAUTHORIZED``.
 
-    ``challenge`` is the value of ``WWW-Authenticate``. Raised at the door for pushes only: the
-    mirror's own door never challenges.
+    ``challenge`` is the value of ``WWW-Authenticate``. Raised at the push listener only: the
+    mirror's own listener never challenges.
     """
 
     code = "UNAUTHORIZED"

@@ -24,6 +24,8 @@ def make_private_directory(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.mkdir(mode=stat.S_IRWXU, exist_ok=True)
     except FileExistsError:
+        if not path.is_dir():
+            raise
         close_to_others(path)
 
 

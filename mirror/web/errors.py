@@ -10,7 +10,7 @@ The statuses are chosen by what clients do next:
 - An upstream that is unavailable is 502, not 503: containerd repeats 500, 503 and 504 at its last
   host, and never 502.
 - 409, not 403, for a tag that cannot be moved: no other user may do it either.
-- 401 is sent at the door for pushes only, with a challenge. The mirror's own door sends 403 to a
+- 401 is sent at the push listener only, with a challenge. The mirror's own listener sends 403 to a
   client that may not read a repository, whether it has logged in or not.
 - 403, not 401, if the upstream requires credentials that this server does not have. A 401 must
   carry a challenge (RFC 9110, section 15.5.2). A challenge would make clients send us credentials

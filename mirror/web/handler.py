@@ -102,12 +102,12 @@ class Handler:
             render_metrics: Returns (body, ``Content-Type``) for ``/metrics``.
             emit: Receives the events of each request.
             hosted: The hosted repositories. None: there are none.
-            authorize: Says who may do what at the door for pushes.
-            access: Says who may pull what at the mirror's door. None: everybody everything.
+            authorize: Says who may do what at the push listener.
+            access: Says who may pull what at the mirror's own listener. None: everybody everything.
             is_push_door: True if all requests to this listener are for the hosted repositories.
         """
         self._door: HostedHandler | None = None
-        """The door for pushes. None: nothing can be pushed through this listener."""
+        """The push listener. None: nothing can be pushed through this listener."""
         has_door = settings.hosted is not None and (is_push_door or settings.hosted.hosts)
         if hosted is not None and has_door:
             self._door = HostedHandler(

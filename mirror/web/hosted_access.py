@@ -1,4 +1,4 @@
-"""What the door for pushes asks before it does something: who is the client, and may it do this?
+"""What the push listener asks before it does something: who is the client, and may it do this?
 
 Lives here: the question, and who answers it. Must not know: how users are known, which rules there
 are.

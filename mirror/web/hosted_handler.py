@@ -1,4 +1,4 @@
-"""The door for pushes: the requests that change hosted repositories, or are about an upload.
+"""The push listener: the requests that change hosted repositories, or are about an upload.
 
 Lives here: the protocol of pushes (Distribution specification, "Push" and "Content Management"),
 and the question whether the client may do it. Must not know: where content is kept, how users are
@@ -55,7 +55,7 @@ FindPrefix = Callable[[web.BaseRequest], str]
 
 
 class HostedHandler:
-    """Handles the requests at the door for pushes. Raises errors; ``Handler`` renders them."""
+    """Handles the requests at the push listener. Raises errors; ``Handler`` renders them."""
 
     def __init__(
         self,
@@ -71,15 +71,16 @@ class HostedHandler:
         """Create the handler of one listener.
 
         Args:
-            service: Does what the client requests. Its settings name the door.
+            service: Does what the client requests. Its settings name the listener.
             authorize: Says who the client is, and raises if it may not do something.
             common_headers: See :data:`BuildHeaders`.
             find_prefix: See :data:`FindPrefix`.
             find_visible: See :data:`FindVisible`.
-            is_sole: True on a listener of its own: every request is for this door.
-            is_open: Returns whether everybody who reaches the door may do everything.
+            is_sole: True on a listener of its own: every request is a push listener's.
+            is_open: Returns whether every client may do everything.
         """
         self.name = service.settings.name
+        self._prefixes = frozenset(service.settings.names())
         self._hosts = frozenset(host.lower() for host in service.settings.hosts)
         self._service = service
         self._authorize = authorize
@@ -91,7 +92,7 @@ class HostedHandler:
         self._own_names = self._hosts | {self.name}
 
     def is_door_of(self, request: web.BaseRequest) -> bool:
-        """Return whether a request has come through this door."""
+        """Return whether a request has come to the push listener."""
         if self._is_sole:
             return True
         host = request.host.lower()
@@ -178,9 +179,9 @@ class HostedHandler:
         return parsed
 
     async def _mark_found(self, parsed: paths.RepositoryRequest) -> None:
-        """Let no collection remove what a client finds here: it may push a manifest that names it.
+        """Record the use, so that a collection keeps what the client was told exists.
 
-        On a disk that refuses, it cannot push one, and can still pull.
+        The client may push a manifest that names it. If the disk refuses, it can still pull.
         """
         with suppress(StorageUnavailable):
             if isinstance(parsed, paths.BlobRequest):
@@ -231,6 +232,8 @@ class HostedHandler:
         is_deletion = request.method == "DELETE" and not isinstance(parsed, UploadRequest)
         action = AccessAction.DELETE if is_deletion else AccessAction.PUSH
         user = await self._ask(request, pull, action, parsed.repository)
+        if action is AccessAction.PUSH:
+            self._refuse_prefix(parsed.repository)
         actor = Actor(user=user, client=pull.client)
         pull.outcome = Outcome.DELETED if is_deletion else Outcome.PUSHED
         match parsed:
@@ -250,6 +253,18 @@ class HostedHandler:
                 return self._reply(pull, 202)
             case unknown:
                 assert_never(unknown)
+
+    def _refuse_prefix(self, repository: Repository) -> None:
+        """Refuse a push to the path that the mirror's own listener has for a hosted repository.
+
+        Raises ``NameInvalid``.
+        """
+        first, _, rest = repository.path.partition("/")
+        if first in self._prefixes:
+            raise NameInvalid(
+                f"leave out {first}: this address pushes to {self.name} only. Push to"
+                f" {rest or 'NAME'} here, without the prefix that the mirror's listener needs"
+            )
 
     async def _start_upload(
         self, request: web.BaseRequest, pull: RequestRecord, parsed: StartUpload, actor: Actor

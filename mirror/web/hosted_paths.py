@@ -24,7 +24,7 @@ from mirror.oci.reference import ALGORITHMS, Digest, Reference, Repository, Tag,
 from mirror.web.paths import decode_part
 
 DOOR_METHODS: Final = ("GET", "HEAD", "POST", "PATCH", "PUT", "DELETE")
-"""Methods of the door for pushes."""
+"""Methods of the push listener."""
 _MAX_PUSH_PARAMETERS: Final = 64
 """Parameters in one query. The specification asks for at least 10 tags."""
 # Greedy: a repository may have components named "blobs" or "manifests", so the last one counts.

@@ -1,4 +1,4 @@
-"""What the mirror's own door asks before it serves a request: may the client read this?
+"""What the mirror's own listener asks before it serves a request: may the client read this?
 
 Lives here: the question for each kind of request. Must not know: rules, how users are known, how a
 request is served.

@@ -34,7 +34,7 @@ TENTHS = [
 
 @contextmanager
 def hosting(*upstream: str) -> Iterator[tuple[Mirror, str]]:
-    """Run a server that hosts. Yields it, and ``host:port`` of the door for pushes."""
+    """Run a server that hosts. Yields it, and ``host:port`` of the push listener."""
     door = f"127.0.0.1:{free_port()}"
     hosted = {"name": NAME, "listen": door}
     with Mirror({"docker.io": (*upstream, "http://127.0.0.1:9")[0]}, hosted=hosted) as mirror:

@@ -27,7 +27,7 @@ NAME = "registry.example"
 
 @pytest.fixture
 def hosting() -> Iterator[tuple[Mirror, str]]:
-    """Run a server that hosts. Yields it, and ``host:port`` of the door for pushes."""
+    """Run a server that hosts. Yields it, and ``host:port`` of the push listener."""
     door = f"127.0.0.1:{free_port()}"
     hosted = {"name": NAME, "listen": door}
     with Mirror({"docker.io": "http://127.0.0.1:9"}, hosted=hosted) as mirror:

@@ -33,7 +33,7 @@ RULES = [
 
 @pytest.fixture
 def hosting(tmp_path: Path) -> Iterator[tuple[Mirror, str]]:
-    """Run a server with access. Yields it, and ``host:port`` of the door for pushes."""
+    """Run a server with access. Yields it, and ``host:port`` of the push listener."""
     door = f"127.0.0.1:{free_port()}"
     users = tmp_path / "htpasswd"
     run("htpasswd", "-cbB", users, "ci", "right")

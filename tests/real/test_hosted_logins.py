@@ -1,4 +1,4 @@
-"""Real clients log in to the door for pushes: right, wrong, and not at all."""
+"""Real clients log in to the push listener: right, wrong, and not at all."""
 
 from __future__ import annotations
 

@@ -7,9 +7,13 @@ cluster are a containerd, with the files that ``clients`` writes. Blocks ``conso
 
 from __future__ import annotations
 
+import json
 import re
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +26,7 @@ from tests.real.clients import Containerd, Dockerd, Skopeo
 from tests.real.process import free_port, run
 from tests.real.registry import DockerRegistry
 from tests.real.server import ROOT, Mirror
+from tests.unit.access.kit import Signer, key_set
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -74,22 +79,27 @@ def site(upstream: DockerRegistry) -> Iterator[Site]:
         yield Site(mirror, door)
 
 
-def jobs() -> list[str]:
-    """Return the scripts of the CI jobs."""
+def jobs(*, with_login: bool) -> list[str]:
+    """Return the scripts of the CI jobs that log in, or of those that do not."""
     scripts = []
     for document in documents():
         for job in (document.get("jobs") or document).values():
-            if isinstance(job, dict) and "script" in job:
+            if (
+                not isinstance(job, dict)
+                or ("id_tokens" in job or "permissions" in job) != with_login
+            ):
+                continue
+            if "script" in job:
                 scripts.append("\n".join(job["script"]))
-            elif isinstance(job, dict) and "steps" in job:
-                scripts.append("\n".join(step["run"] for step in job["steps"]))
+            elif "steps" in job:
+                scripts.append("\n".join(step["run"] for step in job["steps"] if "run" in step))
     return scripts
 
 
 def test_shell_examples_and_ci_jobs_run(site: Site, tmp_path: Path) -> None:
     (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY data /data\n")
     (tmp_path / "data").write_bytes(images.random_bytes(10_000, 3))
-    scripts = [*blocks("sh"), *jobs()]
+    scripts = [*blocks("sh"), *jobs(with_login=False)]
     assert len(scripts) >= 5
     with Skopeo() as skopeo, Dockerd("http://127.0.0.1:9") as docker:
         policy = skopeo.dir / ".config/containers/policy.json"
@@ -108,6 +118,66 @@ def test_shell_examples_and_ci_jobs_run(site: Site, tmp_path: Path) -> None:
             run("bash", "-euc", f"cd {tmp_path}\n{site.text(script)}", env=env)
     tags = site.mirror.ask(f"/v2/{NAME}/team/app/tags/list").body.decode()
     assert all(tag in tags for tag in ('"1"', '"2"', '"main"', '"0a1b2c3d"', '"0a1b2c3d4e5f"'))
+
+
+class TokenService(BaseHTTPRequestHandler):
+    """What a job of GitHub Actions asks for its token."""
+
+    token = ""
+
+    def do_GET(self) -> None:
+        """Answer with the token, if the request is the one of the document."""
+        is_right = self.path.endswith("&audience=oci-mirror")
+        is_right = is_right and self.headers["Authorization"] == "bearer request-token"
+        body = json.dumps({"value": self.token}).encode()
+        self.send_response(200 if is_right else 400)
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def test_ci_jobs_log_in_with_the_tokens_of_their_issuers(
+    upstream: DockerRegistry, tmp_path: Path
+) -> None:
+    (access,) = (one["access"] for one in documents() if "access" in one)
+    (who,) = (rule["who"] for rule in access["rules"])
+    env: dict[str, str] = {"CI_COMMIT_SHORT_SHA": "0a1b2c3d", "GITHUB_SHA": "0a1b2c3d4e5f"}
+    tokens = []
+    for issuer, user in zip(access["issuers"], who, strict=True):
+        signer = Signer(issuer["issuer"])
+        keys = tmp_path / f"{len(tokens)}.json"
+        keys.write_bytes(key_set(signer))
+        issuer.pop("ca", None)
+        issuer["jwks"] = str(keys)
+        claims = {"iss": issuer["issuer"], "aud": issuer["audience"], **issuer["claims"]}
+        claims["sub"] = user.removeprefix(issuer["user_prefix"])
+        tokens.append(signer.sign(now=time.time(), **claims))
+    env["MIRROR_TOKEN"], TokenService.token = tokens
+    (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY data /data\n")
+    (tmp_path / "data").write_bytes(images.random_bytes(10_000, 3))
+    door = f"127.0.0.1:{free_port()}"
+    hosted = {"name": NAME, "listen": door}
+    with (
+        Mirror({"docker.io": upstream.url}, hosted=hosted, access=access) as mirror,
+        ThreadingHTTPServer(("127.0.0.1", 0), TokenService) as service,
+        Dockerd("http://127.0.0.1:9") as docker,
+    ):
+        threading.Thread(target=service.serve_forever, daemon=True).start()
+        env |= {
+            "REGISTRY": door,
+            "DOCKER_CONFIG": str(docker.dir / "client"),
+            "DOCKER_HOST": f"unix://{docker.socket}",
+            "ACTIONS_ID_TOKEN_REQUEST_TOKEN": "request-token",
+            "ACTIONS_ID_TOKEN_REQUEST_URL": f"http://127.0.0.1:{service.server_port}/?v=1",
+        }
+        scripts = jobs(with_login=True)
+        assert len(scripts) == len(who)
+        for script in scripts:
+            run("bash", "-euo", "pipefail", "-c", f"cd {tmp_path}\n{script}", env=env)
+            run("docker", "logout", door, env=env)
+        service.shutdown()
+        pushed = [line for line in mirror.log() if line.get("message") == "pushed"]
+    assert {line["user"] for line in pushed} == set(who)
+    assert {line["tag"] for line in pushed} == {"0a1b2c3d", "0a1b2c3d4e5f"}
 
 
 def test_cluster_pulls_hosted_and_mirrored_images_by_one_mirror(

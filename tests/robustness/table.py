@@ -129,7 +129,7 @@ ROWS: Final[Mapping[str, Row]] = {
     "HC12": Row("other-methods", "write methods, TRACE, CONNECT, upgrades"),
     "HC13": Row("admin-api", "the admin API: tokens, Host, Origin"),
     "HC14": Row("secrets-in-output", "secrets and canaries in logs, metrics, errors and files"),
-    "HC15": Row("hostile-pushes", "hostile requests to the door for pushes"),
+    "HC15": Row("hostile-pushes", "hostile requests to the push listener"),
     "R1": Row("few-descriptors", "64 file descriptors"),
     "R3": Row("slow-pools", "thread pools of one slow thread"),
     "R5": Row(

@@ -6,6 +6,7 @@ import resource
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,9 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.real.process import need, wait_until
+from tests.real import images
+from tests.real.process import free_port, need, wait_until
 from tests.real.registry import DockerRegistry
-from tests.real.server import Mirror
+from tests.real.server import ROOT, Mirror
+from tests.real.wire import ask
 from tests.robustness.kit import (
     blob_path,
     descriptors,
@@ -241,6 +244,40 @@ def test_disk_that_stays_full_is_told_by_the_metric_and_the_readiness_report(
             wait_until(lambda: writable() == 1, "the metric tells of room again", 30)
             assert is_served(mirror, digest)
             wait_until(mirror.content(digest).exists, "it is published", 30)
+
+
+@pytest.mark.row("D2-full-disk")
+def test_hosted_images_go_once_a_spare_file_is_gone_on_a_full_disk(tmp_path: Path) -> None:
+    """As docs/hosting.md says: pulls go on, and nothing is changed before there is some space."""
+    name, push = "registry.example", f"127.0.0.1:{free_port()}"
+    spare, filler = tmp_path / "disk/spare", tmp_path / "disk/filler"
+    with mounted(tmp_path / "disk", "tmpfs", "size=60m") as disk:
+        hosted = {"name": name, "listen": push}
+        upstreams = {"docker.io": "http://127.0.0.1:9"}
+        with Mirror(upstreams, data_dir=disk / "data", hosted=hosted) as mirror:
+            images.push(f"http://{push}", "team/app", images.image(1), "v1", "v2")
+            spare.write_bytes(bytes(16 << 20))
+            fill = [need("dd"), "if=/dev/zero", f"of={filler}", "bs=4k"]
+            assert subprocess.run(fill, capture_output=True).returncode != 0
+
+            def command(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+                start = [sys.executable, "-m", "mirror", *arguments]
+                return subprocess.run(
+                    [*start, "--config", mirror.config_file], cwd=ROOT, capture_output=True
+                )
+
+            remove = ("rm", f"{name}/team/app:v2")
+            begun = ask(f"http://{push}/v2/team/app/blobs/uploads/", "POST")
+            refused = ask(f"http://{push}/v2/team/app/manifests/v1", "DELETE")
+            assert (begun.status, refused.status) == (503, 503)
+            failed = command(*remove)
+            assert failed.returncode == 1
+            assert b"disk is full" in failed.stderr
+            assert mirror.ask(f"/v2/{name}/team/app/manifests/v1").status == 200
+            spare.unlink()
+            assert command(*remove).returncode == 0
+            assert command("gc", "--grace", "10m").returncode == 0
+            assert ask(f"http://{push}/v2/team/app/manifests/v1", "DELETE").status == 202
 
 
 @pytest.mark.row("D5-short-writes")

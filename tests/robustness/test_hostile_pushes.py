@@ -1,4 +1,4 @@
-"""Row HC15: requests of hostile clients to the door for pushes, as raw bytes.
+"""Row HC15: requests of hostile clients to the push listener, as raw bytes.
 
 Each example is a handful of requests, put together from parts that are right, nearly right and
 hostile: names, ids of uploads (their own, of another user, invented), digests, ranges, lengths,

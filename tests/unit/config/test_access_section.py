@@ -115,7 +115,7 @@ def test_door_beyond_loopback_needs_access_and_tls() -> None:
     with pytest.raises(InvalidSetting, match="add the section access, or use a loopback address"):
         build({"upstreams": UPSTREAMS, "hosted": HOSTED})
     with pytest.raises(
-        InvalidSetting, match=r"passwords would be sent to 0\.0\.0\.0:5101"
+        InvalidSetting, match=r"passwords cross the network to 0\.0\.0\.0:5101"
     ) as caught:
         read({"users": "u"}, hosted=HOSTED)
     assert caught.value.path == ("access", "allow_plain_http")
@@ -128,7 +128,7 @@ def test_door_beyond_loopback_needs_access_and_tls() -> None:
 
 
 def test_mirrors_listener_beyond_loopback_needs_tls_for_passwords() -> None:
-    with pytest.raises(InvalidSetting, match=r"sent to 0\.0\.0\.0:5100 \(listen\) in plain"):
+    with pytest.raises(InvalidSetting, match=r"to 0\.0\.0\.0:5100 \(listen\) unencr"):
         read({"tokens": "t"}, listen="0.0.0.0:5100")
     assert read({"tokens": "t"}, listen="0.0.0.0:5100", tls=TLS) is not None
     assert read({}, listen="0.0.0.0:5100") is not None

@@ -129,10 +129,7 @@ def refused(path: Path, text: str | bytes, environ: Mapping[str, str] | None = N
         ("upstreams: {docker.io: {}}\n", "m.yaml:1: upstreams.docker.io.endpoints: is missing"),
         (
             upstream("", "https://r.example"),
-            (
-                "m.yaml:2: upstreams.https://r.example: an upstream is named by host or host:port, "
-                "as in references"
-            ),
+            ("m.yaml:2: upstreams.https://r.example: must be a host or host:port, without a path"),
         ),
         (
             upstream("", "library"),

@@ -43,7 +43,7 @@ class Doors:
     async def ask(
         self, method: str, path: str, user: str | None = None, data: Any = None, url: str = ""
     ) -> Reply:
-        """Send a request to the door for pushes, or to ``url``."""
+        """Send a request to the push listener, or to ``url``."""
         headers = {} if user is None else {"Authorization": user}
         client = PushClient(self.server, url=url)
         return await client.ask(method, path, data, headers)

@@ -1,4 +1,4 @@
-"""The door for pushes, over real sockets: each step of the specification's conformance tests."""
+"""The push listener, over real sockets: each step of the specification's conformance tests."""
 
 from __future__ import annotations
 
@@ -41,6 +41,21 @@ ALGORITHMS = ("sha256", "sha512")
 async def door(root: Path, **more: Any) -> AsyncIterator[tuple[Server, PushClient]]:
     async with running(root, hosted=more.pop("hosted", {}), **more) as server:
         yield server, PushClient(server)
+
+
+async def test_push_with_the_path_prefix_of_the_mirror_is_refused_with_a_hint(
+    tmp_path: Path,
+) -> None:
+    async with door(tmp_path, hosted={"name": "registry.example:5101"}) as (server, _):
+        for prefix in ("registry.example_5101", "registry.example_5101/team"):
+            client = PushClient(server, f"{prefix}/app")
+            put = await client.put_manifest(manifest_of(), "v1")
+            for refused in (await client.start(), put):
+                (error,) = json.loads(refused.body)["errors"]
+                assert (refused.status, error["code"]) == (400, "NAME_INVALID")
+                assert "leave out registry.example_5101" in error["message"]
+        client = PushClient(server, "team/registry.example_5101")
+        assert (await client.start()).status == 202
 
 
 # --- blobs: each way to push ----------------------------------------------------------------------
