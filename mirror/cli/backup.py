@@ -18,6 +18,7 @@ from mirror.cli.data_directory import find_layout, opened_store
 from mirror.cli.exit_codes import EX_FAILED
 from mirror.cli.output import CommandFailed, print_line, print_note
 from mirror.oci.text import printable, size_text
+from mirror.store.hosted_marker import has_hosted_names
 
 if TYPE_CHECKING:
     from mirror.config.settings import Hosted, Settings
@@ -70,7 +71,7 @@ def _backup(arguments: argparse.Namespace) -> int:
 
     settings = load_settings(arguments)
     layout, hosted = find_layout(settings), _hosted_of(settings)
-    if not layout.hosted_names.exists():
+    if not has_hosted_names(layout):
         raise CommandFailed(f"{layout.root} has no hosted repositories: nothing was pushed yet")
     with giving_way():
         report = write_backup(layout, hosted.name, arguments.target)

@@ -342,6 +342,8 @@ class UploadSessions:
 
         Raises ``UploadUnknown``.
         """
+        if not upload_files.is_upload_id(upload_id):
+            raise UploadUnknown(_GONE)
         size = await self._run(upload_files.upload_length, self._layout, upload_id)
         end = partial(upload_rows.end_upload, upload_id=upload_id)
         if not await self._database.write(end):

@@ -41,8 +41,6 @@ _BLOB_TYPES: Final = (ContentType.LAYER, ContentType.CONFIG)
 _NO_NAME: Final = "no name reaches it"
 _NOT_UNDERSTOOD: Final = "an image may need it, whose manifest is damaged or not understood"
 _LOST: Final = "a marked image has lost it: fetch that image with oci-mirror warm"
-
-
 _LOST_BY_HOSTED: Final = (
     "a hosted image has lost it: push that image again, restore it from a backup, or remove it"
 )

@@ -14,6 +14,7 @@ Lives here: where each file is. Must not know: what is done with it.
     notifications/           the queue of notifications (see :mod:`mirror.notifications`)
     hosted/names.db          names of the hosted repositories (no cache: see ``mirror/hosted``)
     hosted/snapshot.db       their copy for a running backup, whose ``flock`` is on snapshot.lock
+    access/names             names of users (no cache: see ``mirror/access/known_names.py``)
     uploads/<id>             bytes of an upload to a hosted repository
     eviction.lock            its ``flock`` means that content is being removed
     index.json.lock          its ``flock`` means that ``index.json`` is being written
@@ -70,6 +71,11 @@ class Layout:
     def notifications(self) -> Path:
         """The directory of the queue of notifications (:mod:`mirror.notifications`)."""
         return self.root / "notifications"
+
+    @property
+    def user_names(self) -> Path:
+        """The file of the names that users have, or once had."""
+        return self.root / "access" / "names"
 
     @property
     def hosted_names(self) -> Path:
