@@ -25,7 +25,8 @@ from pathlib import Path
 from sqlite3 import Connection
 from typing import Any, Final, Generic, TypeAlias, TypeVar
 
-from mirror.oci.errors import DAMAGED_NAMES_REMEDY, MirrorError, NamesDamaged, StorageUnavailable
+from mirror.oci.errors import MirrorError, NamesDamaged, StorageUnavailable
+from mirror.store.hosted_marker import DAMAGED_NAMES_REMEDY
 from mirror.store.private_directory import make_private_directory
 from mirror.threads import run_in_thread
 
