@@ -38,10 +38,10 @@ check: $(VENV)/.installed-dev
 test-long: packages $(VENV)/.installed-dev
 	$(PYTEST) --dist load --maxschedchunk 1 -m long
 
-# Every row, the long ones too and all their points (tests/extent.py), and how often each was tried
+# Every row and every long test, at all points (tests/extent.py), and how often each row was tried
 # into docs/robustness.md.
 robustness: packages $(VENV)/.installed-dev
-	$(PYTEST) -m row --every-point --robustness-table=docs/robustness.md
+	$(PYTEST) -m 'row or long' --every-point --robustness-table=docs/robustness.md
 
 bench: packages $(VENV)/.installed-dev
 	@$(PYTHON) -m bench $(ROWS)
