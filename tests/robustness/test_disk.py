@@ -402,7 +402,7 @@ def test_enfile_at_opening_loses_no_content(tmp_path: Path) -> None:
 
 @pytest.mark.row("D8-slow-fsync")
 @pytest.mark.parametrize(
-    "seconds", [3, pytest.param(30, marks=pytest.mark.long)], ids=["3s", "30s"]
+    "seconds", [3, pytest.param(30, marks=pytest.mark.long(30))], ids=["3s", "30s"]
 )
 def test_slow_fsync_delays_no_request(seconds: int) -> None:
     """The median of the response times: a busy machine changes it less than the maximum."""
