@@ -274,9 +274,7 @@ class UploadSessions:
             )
         size = writer.position
         if is_new is None:
-            await self._database.write(
-                partial(upload_rows.end_upload, upload_id=upload_id), is_durable=False
-            )
+            await self._end_row(upload_id)
             raise DigestInvalid("the uploaded bytes hash to another digest")
         self._store.on_pushed(digest, size, is_new=is_new)
 
@@ -315,14 +313,12 @@ class UploadSessions:
             await self._run(upload_files.remove, self._layout, upload_id)
         finally:
             feed.close()
-        end = partial(upload_rows.end_upload, upload_id=upload_id)
-        await self._database.write(end, is_durable=False)
+        await self._end_row(upload_id)
 
     async def forget(self, upload_id: str) -> None:
         """Drop an upload that only this request knows. Its feed is closed, or about to be."""
         await self._run(upload_files.remove, self._layout, upload_id)
-        end = partial(upload_rows.end_upload, upload_id=upload_id)
-        await self._database.write(end, is_durable=False)
+        await self._end_row(upload_id)
 
     async def end(self, upload_id: str) -> int:
         """End an upload of any user. Returns its bytes.
@@ -332,11 +328,15 @@ class UploadSessions:
         Raises ``UploadUnknown``.
         """
         size = await self._run(upload_files.upload_length, self._layout, upload_id)
-        end = partial(upload_rows.end_upload, upload_id=upload_id)
-        if not await self._database.write(end):
+        if not await self._end_row(upload_id, is_durable=True):
             raise UploadUnknown(_GONE)
         await self._remove_unless_fed(upload_id)
         return size or 0
+
+    async def _end_row(self, upload_id: str, *, is_durable: bool = False) -> bool:
+        """Delete the row of an upload. Returns False if there is none."""
+        end = partial(upload_rows.end_upload, upload_id=upload_id)
+        return await self._database.write(end, is_durable=is_durable, is_removal=True)
 
     async def _remove_unless_fed(self, upload_id: str) -> None:
         """Remove the file of an upload that has ended. While it is fed, that is left for later."""
@@ -358,7 +358,7 @@ class UploadSessions:
                 upload_rows.end_upload(connection, upload_id)
 
         if ended:
-            await self._database.write(end, is_durable=False)
+            await self._database.write(end, is_durable=False, is_removal=True)
         for row in await self._run(self._with_surplus, rows):
             # Its process has died. Closing an upload releases the bytes that it reserved
             # and did not use.

@@ -140,7 +140,8 @@ async def _remove_files(
     except ProtectionUnknown as error:
         raise StorageUnavailable(f"nothing more was removed: {error}") from None
     done = [one for one in released if one not in removal.kept]
-    await database.write(partial(collection_rows.forget_released, digests=done))
+    forget = partial(collection_rows.forget_released, digests=done)
+    await database.write(forget, is_removal=True)
     return dict(removal.sizes)
 
 
