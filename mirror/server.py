@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,7 @@ from mirror.access.access_control import AccessControl
 from mirror.admin.worker_part import AdminPart, AdminSockets
 from mirror.composition import Mirror, open_mirror
 from mirror.config.reload import merge_settings
-from mirror.config.settings import Settings
+from mirror.config.settings import Hosted, Settings
 from mirror.history.bounds import Bounds
 from mirror.history.recorder import HistoryRecorder
 from mirror.history.user_uses import SAVE_USERS_INTERVAL_S, UserUses
@@ -217,6 +217,7 @@ async def run_worker(
             fields = (
                 ("version", __version__),
                 ("listen", settings.listen),
+                *_hosted_fields(settings.hosted),
                 ("upstreams", ",".join(settings.upstreams)),
                 ("data_dir", str(running.mirror.store.layout.root)),
             )
@@ -252,6 +253,16 @@ async def _serve_admin(
         for name, job in jobs:
             start_job(mirror.single_flight, name, CERTIFICATE_INTERVAL_S, job, emit)
         yield
+
+
+def _hosted_fields(hosted: Hosted | None) -> Iterator[tuple[str, str]]:
+    """Yield the fields of the line ``serving`` that say where to push, and under which name."""
+    if hosted is not None:
+        yield "hosted.name", hosted.name
+        if hosted.listen is not None:
+            yield "hosted.listen", hosted.listen
+        if hosted.hosts:
+            yield "hosted.hosts", ",".join(hosted.hosts)
 
 
 def _stdout() -> int:

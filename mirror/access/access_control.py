@@ -86,7 +86,7 @@ class AccessControl:
         return use
 
     def _report(self, why: str) -> None:
-        self._emit(LogMessage("warning", "access", (("why", why),)))
+        self._emit(LogMessage("warning", "credentials cannot be used", (("why", why),)))
 
     def refresh(self) -> None:
         """Read the files of credentials that have changed. Blocks for them; they are small."""
@@ -160,7 +160,7 @@ class AccessControl:
             return identity
         if identity.is_anonymous:
             raise self._challenge(f"log in to {_VERBS[action]} this repository")
-        raise Denied(f"the user {identity.user} may not {_VERBS[action]} this repository")
+        raise _deny(identity, action)
 
     async def check_pull(
         self, authorization: str | None, client: str, repository: Repository
@@ -189,10 +189,11 @@ class AccessControl:
             return identity
         if identity.is_anonymous:
             raise Denied(
-                "pulling from this repository needs credentials: log in at the push listener, or"
-                " configure the client (oci-mirror clients --credentials-file)"
+                "pulling from this repository needs credentials, and this listener asks for none:"
+                " pull from the push listener, or configure the client to send them"
+                " (oci-mirror clients --credentials-file)"
             )
-        raise Denied(f"the user {identity.user} may not pull from this repository")
+        raise _deny(identity, AccessRight.PULL)
 
     async def may_list(
         self, authorization: str | None, client: str
@@ -213,3 +214,10 @@ class AccessControl:
 
     def _challenge(self, message: str) -> LoginRequired:
         return LoginRequired(message, f'Basic realm="{self._realm}"')
+
+
+def _deny(identity: Identity, action: AccessRight) -> Denied:
+    """Return the error for a user who may not do something. It names the user, for the log."""
+    error = Denied(f"the user {identity.user} may not {_VERBS[action]} this repository")
+    error.user = identity.user
+    return error

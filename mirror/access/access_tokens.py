@@ -26,6 +26,8 @@ MIN_TOKEN_CHARS: Final = 16
 """Characters of a token at least: one that is shorter can be guessed."""
 _TOKEN: Final = re.compile(r"[A-Za-z0-9._~+/=-]+", re.ASCII)  # RFC 6750, section 2.1
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
+TOKENS_REMEDY: Final = "make it with a list of tokens: [{name: ci, token: ...}]"
+"""How to make a file of tokens."""
 _REMEDY: Final = "make one with `openssl rand -hex 32`"
 
 
@@ -104,7 +106,7 @@ def parse_tokens(
     except (yaml.YAMLError, RecursionError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark is not None else ""
-        return ParsedFile({}, (f"{where}not YAML",))
+        return ParsedFile({}, (f"{where}not YAML: {TOKENS_REMEDY}",))
     if entries in (None, ""):
         return ParsedFile({})
     if not isinstance(entries, list):

@@ -32,6 +32,10 @@ _KEYS_TTL_S: Final = 86_400.0
 """Seconds for which keys are used that cannot be fetched again."""
 _MAX_KEYS: Final = 100
 """Keys of a set that count: issuers have a few."""
+KEYS_REMEDY: Final = (
+    "save what the jwks_uri of the issuer's /.well-known/openid-configuration returns"
+)
+"""How to make a file of keys."""
 _MIN_RSA_BITS: Final = 2048
 """RFC 7518, section 3.3."""
 

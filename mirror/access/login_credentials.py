@@ -12,17 +12,25 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
-from mirror.access.access_tokens import AccessTokens, parse_tokens
+from mirror.access.access_tokens import TOKENS_REMEDY, AccessTokens, parse_tokens
 from mirror.access.issuers import KeyUnknown, TokenRefused, ValidToken, check_token, issuer_of
-from mirror.access.key_sets import FetchedKeySet, FetchKeys, Keys, parse_key_set
-from mirror.access.users import PasswordCheck, Users, parse_users
-from mirror.access.watched_file import WatchedFile
+from mirror.access.key_sets import KEYS_REMEDY, FetchedKeySet, FetchKeys, Keys, parse_key_set
+from mirror.access.users import USERS_REMEDY, PasswordCheck, Users, parse_users
+from mirror.access.watched_file import MessagePrefix, WatchedFile, dotted_prefix
 from mirror.config.access import AccessSection, Issuer
-from mirror.oci.errors import Draining
+from mirror.oci.errors import ConfigError, Draining
 from mirror.single_flight import SingleFlight
 
 _KEYS_TIMEOUT_S: Final = 5.0
 """Seconds that a token with an unknown key waits for the keys of its issuer."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalNames:
+    """The users and groups in the files of users and tokens."""
+
+    users: frozenset[str]
+    groups: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,22 +148,32 @@ class LoginCredentials:
         self._reported[source.url] = failure
 
 
-def check_files(access: AccessSection) -> None:
-    """Read all files of a configuration. Raises ``ConfigError`` for the first that is wrong."""
+def check_files(access: AccessSection, prefix: MessagePrefix = dotted_prefix) -> LocalNames:
+    """Read all files of a configuration. Returns the names in them.
+
+    Raises ``ConfigError`` for all that is wrong. ``prefix``: begins each line of it.
+    """
     key_files = [
         _key_file(index, one) for index, one in enumerate(access.issuers) if not one.has_key_url
     ]
-    files: list[WatchedFile[Any] | None] = [_users_of(access), _tokens_of(access), *key_files]
-    for file in files:
-        if file is not None:
-            file.read_strictly()
+    users, tokens = _users_of(access), _tokens_of(access)
+    files: list[WatchedFile[Any] | None] = [users, tokens, *key_files]
+    problems = [problem for file in files if file is not None for problem in file.read(prefix)]
+    if problems:
+        raise ConfigError(problems[0], problems[1:])
+    identities = [] if tokens is None else [token.identity for token in tokens.content.values()]
+    return LocalNames(
+        users=frozenset(() if users is None else users.content)
+        | {identity.user for identity in identities},
+        groups=frozenset(group for identity in identities for group in identity.groups),
+    )
 
 
 def _users_of(access: AccessSection) -> WatchedFile[Users] | None:
     if access.users is None:
         return None
     parse = partial(parse_users, reserved=access.user_prefixes)
-    return WatchedFile("access.users", access.users, parse)
+    return WatchedFile(("access", "users"), access.users, parse, USERS_REMEDY)
 
 
 def _tokens_of(access: AccessSection) -> WatchedFile[AccessTokens] | None:
@@ -164,7 +182,7 @@ def _tokens_of(access: AccessSection) -> WatchedFile[AccessTokens] | None:
     parse = partial(
         parse_tokens, reserved=access.user_prefixes, reserved_groups=access.group_prefixes
     )
-    return WatchedFile("access.tokens", access.tokens, parse)
+    return WatchedFile(("access", "tokens"), access.tokens, parse, TOKENS_REMEDY)
 
 
 def _key_source(index: int, issuer: Issuer, fetch: FetchKeys) -> WatchedFile[Keys] | FetchedKeySet:
@@ -174,4 +192,5 @@ def _key_source(index: int, issuer: Issuer, fetch: FetchKeys) -> WatchedFile[Key
 
 
 def _key_file(index: int, issuer: Issuer) -> WatchedFile[Keys]:
-    return WatchedFile(f"access.issuers[{index}].jwks", issuer.jwks, parse_key_set)
+    key = ("access", "issuers", index, "jwks")
+    return WatchedFile(key, issuer.jwks, parse_key_set, KEYS_REMEDY)

@@ -22,6 +22,8 @@ _MAX_COST: Final = 14
 """Cost of a hash at most. Its check takes about a second; each further one doubles that."""
 _MAX_PASSWORD_BYTES: Final = 72
 """Bytes of a password that bcrypt takes into account. ``htpasswd`` ignores the others, too."""
+USERS_REMEDY: Final = "make it with htpasswd -cB FILE USER"
+"""How to make a file of users."""
 _HTPASSWD_REMEDY: Final = "make it with htpasswd -B"
 
 Users: TypeAlias = Mapping[str, bytes]
@@ -48,7 +50,9 @@ def parse_users(raw: bytes, reserved: tuple[str, ...] = ()) -> ParsedFile[Users]
             problems.append(f"line {number}: the name begins with the user_prefix of an issuer")
             continue
         match = _HASH.fullmatch(hashed)
-        if not colon or match is None:
+        if not colon:
+            problems.append(f"line {number}: needs NAME:HASH: {_HTPASSWD_REMEDY}")
+        elif match is None:
             problems.append(f"line {number}: the hash is not bcrypt: {_HTPASSWD_REMEDY}")
         elif int(match["cost"]) > _MAX_COST:
             problems.append(f"line {number}: the cost of the hash is more than {_MAX_COST}")

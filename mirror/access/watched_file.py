@@ -13,14 +13,24 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic, TypeAlias, TypeVar
 
 from mirror.oci.errors import ConfigError
 
 T = TypeVar("T")
+KeyPath: TypeAlias = tuple[str | int, ...]
+"""Keys and list indexes of the configuration, from the root to one value."""
+MessagePrefix: TypeAlias = Callable[[KeyPath], str]
+"""Begins a message about a key: returns ``mirror.yaml:12: access.users: ``."""
 
 _MAX_CREDENTIALS_BYTES: Final = 4 * 1024 * 1024
 """Bytes of a file: 40,000 users."""
+
+
+def dotted_prefix(key: KeyPath) -> str:
+    """Begin a message where the origin of a value is not known: ``access.users: ``."""
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in key)
+    return f"{''.join(parts).removeprefix('.')}: "
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +45,21 @@ class ParsedFile(Generic[T]):
 class WatchedFile(Generic[T]):
     """A file whose content is parsed again after each change."""
 
-    def __init__(self, key: str, path: str, parse: Callable[[bytes], ParsedFile[T]]) -> None:
+    def __init__(
+        self, key: KeyPath, path: str, parse: Callable[[bytes], ParsedFile[T]], remedy: str
+    ) -> None:
         """Create it. Call :meth:`read` before :attr:`content` is used.
 
         Args:
             key: The key of the configuration that names the file, for messages.
-            path: The file.
+            path: The file. A relative path is relative to the working directory.
             parse: Parses its bytes. Must accept ``b""``: the content if there is no file.
+            remedy: How to make such a file.
         """
-        self.key = key
-        self.path = path
+        self._key = key
+        self.path = os.path.abspath(path)
         self._parse = parse
+        self._remedy = remedy
         self._stamp: tuple[int, ...] | None = None
         self.content: T = parse(b"").content
 
@@ -53,8 +67,11 @@ class WatchedFile(Generic[T]):
         """Return whether the file has changed since it was last read."""
         return self._find_stamp() != self._stamp
 
-    def read(self) -> tuple[str, ...]:
-        """Read the file. Blocks. Returns what is wrong with it, one line for each problem."""
+    def read(self, prefix: MessagePrefix = dotted_prefix) -> tuple[str, ...]:
+        """Read the file. Blocks. Returns what is wrong with it, one line for each problem.
+
+        ``prefix``: begins each line; it is called with the key of the configuration.
+        """
         stamp = self._find_stamp()
         try:
             with Path(self.path).open("rb") as file:
@@ -64,15 +81,21 @@ class WatchedFile(Generic[T]):
                 reason = f"larger than {_MAX_CREDENTIALS_BYTES} bytes"
                 parsed = ParsedFile(self._parse(b"").content, (reason,))
         except OSError as error:
-            parsed = ParsedFile(self._parse(b"").content, (error.strerror or str(error),))
+            reason = error.strerror or str(error)
+            remedy = f": {self._remedy}" if isinstance(error, FileNotFoundError) else ""
+            parsed = ParsedFile(self._parse(b"").content, (f"{reason}{remedy}",))
         self.content, self._stamp = parsed.content, stamp
-        return tuple(f"{self.key}: {self.path}: {problem}" for problem in parsed.problems)
+        begin = prefix(self._key)
+        return tuple(f"{begin}{self.path}: {problem}" for problem in parsed.problems)
 
-    def read_strictly(self) -> None:
-        """Read the file. Raises ``ConfigError`` if anything is wrong with it."""
-        problems = self.read()
+    def read_strictly(self, prefix: MessagePrefix = dotted_prefix) -> None:
+        """Read the file. Raises ``ConfigError`` for all that is wrong with it.
+
+        ``prefix``: see :meth:`read`.
+        """
+        problems = self.read(prefix)
         if problems:
-            raise ConfigError(problems[0])
+            raise ConfigError(problems[0], problems[1:])
 
     def _find_stamp(self) -> tuple[int, ...]:
         """Return times, inode and size. A file that is not there has a stamp of its own."""

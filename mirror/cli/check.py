@@ -10,6 +10,7 @@ import json
 import os
 import ssl
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from pathlib import Path
 from shutil import which
 from typing import Any, Final, TypeAlias
@@ -18,7 +19,8 @@ import yaml
 
 from mirror.access.login_credentials import check_files
 from mirror.admin.tokens import Tokens
-from mirror.config.settings import EventTarget, KeyPath, Settings, Upstream
+from mirror.cli.access_warnings import access_warnings
+from mirror.config.settings import EventTarget, KeyPath, Settings, Tls, Upstream
 from mirror.notifications.signing import Secrets
 from mirror.oci.errors import ConfigError
 from mirror.oci.text import printable
@@ -39,34 +41,56 @@ Prefix: TypeAlias = Callable[[KeyPath], str]
 def check_environment(settings: Settings, prefix: Prefix, *, has_logins: bool = True) -> None:
     """Check the files and addresses that ``settings`` name. ``has_logins``: those of logins, too.
 
-    Raises :class:`ConfigError` for the first one that cannot be used.
+    Raises :class:`ConfigError` for all that cannot be used.
     """
-    directory = _nearest_existing(settings.data_dir)
-    if not directory.is_dir():
-        raise ConfigError(
-            f"{prefix(('data_dir',))}'{settings.data_dir}': '{directory}' is not a directory"
-        )
+    lines: list[str] = []
+    for check in _checks(settings, prefix, has_logins=has_logins):
+        try:
+            check()
+        except ConfigError as error:
+            lines += error.lines
+    if lines:
+        raise ConfigError(lines[0], lines[1:])
+
+
+def _checks(
+    settings: Settings, prefix: Prefix, *, has_logins: bool
+) -> Iterator[Callable[[], object]]:
+    """Yield each check as a function that raises ``ConfigError``."""
+    yield partial(_check_data_dir, settings.data_dir, prefix)
     if settings.tls:
-        _check_readable(prefix(("tls", "certificate")), settings.tls.certificate)
-        _check_readable(prefix(("tls", "key")), settings.tls.key)
-        _check_pair(prefix(("tls",)), settings.tls.certificate, settings.tls.key)
+        yield partial(_check_certificate, settings.tls, prefix)
     if settings.access is not None:
-        check_files(settings.access)
+        yield partial(check_files, settings.access, prefix)
     own = listener_addresses(settings)
     for name, upstream in settings.upstreams.items():
         path: KeyPath = ("upstreams", name)
-        _check_endpoints(prefix((*path, "endpoints")), upstream.endpoints, own)
-        _check_tls(path, upstream, prefix)
+        yield partial(_check_endpoints, prefix((*path, "endpoints")), upstream.endpoints, own)
+        yield partial(_check_tls, path, upstream, prefix)
         if has_logins:
-            _check_credentials(path, upstream, prefix)
+            yield partial(_check_credentials, path, upstream, prefix)
     for index, target in enumerate(settings.events):
         target_path: KeyPath = ("events", index)
-        _check_endpoints(prefix((*target_path, "url")), (str(as_url(target.url).origin()),), own)
-        _check_tls(target_path, target, prefix)
+        url = str(as_url(target.url).origin())
+        yield partial(_check_endpoints, prefix((*target_path, "url")), (url,), own)
+        yield partial(_check_tls, target_path, target, prefix)
         if has_logins:
-            Secrets(target.name, target.secret_file)
+            origin = prefix((*target_path, "secret_file")).removesuffix(": ")
+            yield partial(Secrets, origin, target.secret_file)
     if has_logins and settings.admin is not None:
-        Tokens(settings.admin)  # The server reads them itself.
+        yield partial(Tokens, settings.admin)  # The server reads them itself.
+
+
+def _check_data_dir(path: str, prefix: Prefix) -> None:
+    directory = _nearest_existing(path)
+    if not directory.is_dir():
+        raise ConfigError(f"{prefix(('data_dir',))}'{path}': '{directory}' is not a directory")
+
+
+def _check_certificate(tls: Tls, prefix: Prefix) -> None:
+    _check_readable(prefix(("tls", "certificate")), tls.certificate)
+    _check_readable(prefix(("tls", "key")), tls.key)
+    _check_pair(prefix(("tls",)), tls.certificate, tls.key)
 
 
 def _nearest_existing(path: str) -> Path:
@@ -139,7 +163,7 @@ def _check_readable(prefix: str, path: str) -> None:
     except (OSError, RuntimeError) as error:
         # RuntimeError: the user of ~user does not exist.
         reason = getattr(error, "strerror", None) or "its home directory is not known"
-        raise ConfigError(f"{prefix}'{path}': {reason}") from None
+        raise ConfigError(f"{prefix}'{os.path.abspath(path)}': {reason}") from None
 
 
 def _read_docker_config(prefix: str, path: str) -> dict[str, Any]:
@@ -219,6 +243,8 @@ def warnings(settings: Settings, prefix: Prefix, *, has_logins: bool = True) -> 
                 f"{prefix((*path, 'insecure'))}certificates are not verified: everybody "
                 "between the mirror and this upstream can read and change its requests"
             )
+
+    yield from access_warnings(settings, prefix)
 
 
 def _credential_warnings(path: KeyPath, upstream: Upstream, prefix: Prefix) -> Iterator[str]:

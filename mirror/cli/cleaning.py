@@ -37,20 +37,13 @@ def add_dry_run(parser: argparse.ArgumentParser) -> None:
 
 
 def duration(text: str) -> float:
-    """Parse a duration with a unit: the ``type`` of an argument.
+    """Parse a duration with a unit: the ``type`` of an argument."""
+    from mirror.config.values import parse_age
 
-    A bare number is refused: who forgets the ``d`` of ``30d`` does not mean 30 seconds.
-    """
-    from mirror.config.values import parse_duration
-
-    number = text.strip()
-    if number.replace(".", "", 1).isdigit():
-        units = ", ".join(f"{number}{unit}" for unit in "smhd")
-        raise argparse.ArgumentTypeError(f"{number}: name a unit: {units}")
     try:
-        return parse_duration(text)
+        return parse_age(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"'{text}' is {error}") from None
+        raise argparse.ArgumentTypeError(f"{text.strip()}: {error}") from None
 
 
 @contextmanager

@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CommandFailed as error:
         code = _fail(str(error), error.code)
     except ConfigError as error:
-        code = _fail(str(error), EX_CONFIG)
+        for line in error.lines:
+            code = _fail(line, EX_CONFIG)
     except InvalidRequest as error:  # A name or a digest of the arguments.
         code = _fail(error.message, EX_USAGE)
     except MirrorError as error:

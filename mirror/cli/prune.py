@@ -144,7 +144,8 @@ def _rules(arguments: argparse.Namespace, settings: Settings) -> list[PruneRule]
     rules = rules_of(settings)
     if not rules and not (settings.hosted and settings.hosted.retention):
         raise UsageError(
-            "give --older-than or --keep-last, or add rules below `retention` to the configuration"
+            "give --older-than or --keep-last, or add rules below `retention` or "
+            "`hosted.retention` to the configuration"
         )
     return rules
 

@@ -13,14 +13,12 @@ from typing import Annotated, Final, Literal, Self, TypeAlias
 from pydantic import AfterValidator, Field, model_validator
 
 from mirror.config import values
+from mirror.config.rule_coverage import EVERYBODY as EVERYBODY
+from mirror.config.rule_coverage import GROUP as GROUP
+from mirror.config.rule_coverage import LOGGED_IN as LOGGED_IN
+from mirror.config.rule_coverage import RuleScope, find_covering
 from mirror.config.section import FilePath, NonEmptyText, Section, key_error
 
-EVERYBODY: Final = "anonymous"
-"""In ``who``: every client, also one that has not logged in."""
-LOGGED_IN: Final = "authenticated"
-"""In ``who``: every client that has logged in."""
-GROUP: Final = "group:"
-"""In ``who``: what comes before the name of a group."""
 LOCAL: Final = "local:"
 """Begins the name of a user of this machine, who has run a command. Nobody logs in with such."""
 MAX_USER_CHARS: Final = 256
@@ -30,6 +28,18 @@ _COMPONENT: Final = re.compile(r"[a-z0-9._*-]+")
 _HOST_PATTERN: Final = re.compile(
     r"[a-z0-9._*-]+(?::[0-9*]{1,5})?|\[[0-9a-f:.]+\](?::[0-9*]{1,5})?"
 )
+
+_PUBLIC_ISSUERS: Final = {
+    "https://token.actions.githubusercontent.com": "repository_owner: ORGANISATION",
+    "https://gitlab.com": "namespace_path: GROUP",
+    "https://accounts.google.com": "hd: example.com",
+    "accounts.google.com": "hd: example.com",
+    "https://agent.buildkite.com": "organization_slug: ORGANISATION",
+    "https://app.terraform.io": "terraform_organization_name: ORGANISATION",
+    "https://oauth2.sigstore.dev/auth": "email: ci@example.com",
+}
+"""Issuers that give everybody a token -> a claim that says whose it is. The names of those of
+CircleCI, Bitbucket and Fly.io have the organisation already."""
 
 RuleAction: TypeAlias = Literal["pull", "push", "delete", "admin"]
 
@@ -46,6 +56,11 @@ def check_name(text: str) -> str:
 def _check_member(text: str) -> str:
     if text in (EVERYBODY, LOGGED_IN):
         return text
+    if "*" in text:
+        raise ValueError(
+            f"has no wildcards: write {EVERYBODY} for everybody, or {LOGGED_IN} for everybody who"
+            " has logged in"
+        )
     return (
         f"{GROUP}{check_name(text.removeprefix(GROUP))}"
         if text.startswith(GROUP)
@@ -125,6 +140,17 @@ class Issuer(Section):
         """Whether the keys are fetched from a URL."""
         return "://" in self.jwks
 
+    @model_validator(mode="after")
+    def _check_public(self) -> Self:
+        claim = _PUBLIC_ISSUERS.get(self.issuer.rstrip("/").lower())
+        if claim is not None and not self.claims:
+            raise key_error(
+                ("claims",),
+                f"is needed: everybody can get a token of {self.issuer}. Name yours, such as"
+                f" {{{claim}}}",
+            )
+        return self
+
 
 class AccessRule(Section):
     """The actions that some clients may take on some repositories."""
@@ -148,9 +174,9 @@ class AccessRule(Section):
     """
 
     @property
-    def is_for_all(self) -> bool:
-        """Whether every request fits this rule."""
-        return "**" in self.repositories and EVERYBODY in self.who
+    def scope(self) -> RuleScope:
+        """The requests that this rule is about."""
+        return RuleScope(self.repositories, self.who)
 
 
 class AccessSection(Section):
@@ -234,9 +260,15 @@ class AccessSection(Section):
 
     @model_validator(mode="after")
     def _check_rules(self) -> Self:
-        for index, rule in enumerate(self.rules[:-1]):
-            if rule.is_for_all:
-                raise key_error(("rules", index + 1), "is never used: the rule before it fits all")
+        scopes = [rule.scope for rule in self.rules]
+        for index, scope in enumerate(scopes):
+            covering = find_covering(scope, scopes[:index], self.groups)
+            if covering is not None:
+                raise key_error(
+                    ("rules", index),
+                    f"is never used: rules[{covering}] and those before it fit all that it fits."
+                    " Put it first",
+                )
         return self
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from typing import Annotated, Final, Literal, Self, TypeAlias
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -50,6 +51,11 @@ class EventTarget(Section):
     Patterns of whole names, such as registry.example/team/**. * stands for any characters within
     one component, ** for any number of components.
     """
+    allow_plain_http: bool = False
+    """
+    Send events to an http:// URL on another machine. Everybody on the network between can read the
+    names of users and images.
+    """
     timeout: PositiveDuration = 15.0
     """Longest time until the target has responded."""
     max_queued: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
@@ -65,6 +71,18 @@ class EventTarget(Section):
     """PEM file of the certificate that the mirror shows to the target."""
     client_key: FilePath | None = None
     """PEM file of the private key of client_certificate. Not needed if that file has it, too."""
+
+    @model_validator(mode="after")
+    def _check_plain_http(self) -> Self:
+        url = urlsplit(self.url)
+        is_local = values.is_loopback_host(url.hostname or "")
+        if url.scheme == "http" and not is_local and not self.allow_plain_http:
+            raise key_error(
+                ("url",),
+                "users and images would be sent over the network in plain: use https://, or set"
+                " allow_plain_http: true",
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_tls(self) -> Self:

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, model_validator
 
 from mirror.config import values
 from mirror.config.hosted_rules import HostedRetentionRule, ImmutableTagsOrText
-from mirror.config.section import FilePath, FiniteDuration, Host, Section, Size, key_error
+from mirror.config.section import Age, FilePath, Host, Section, Size, key_error
 
 
 class Tls(Section):
@@ -102,7 +102,7 @@ class Hosted(Section):
     Rules that remove images from hosted repositories, each with match, older_than, keep_last, tags,
     about and age. Immutable tags stay. Empty: only deletion removes images.
     """
-    grace: FiniteDuration = 86400.0
+    grace: Age = 86400.0
     """
     Time for which content stays that nothing refers to any more: blobs that no manifest names, and
     images that a rule has removed. Clients push blobs before the manifest that names them.
@@ -126,6 +126,32 @@ class Hosted(Section):
                 "set hosted.listen (own port) or hosted.hosts (names on the mirror's port)",
             )
         return self
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        of_one = self.max_repository_size
+        if of_one is not None and of_one > self.max_size:
+            raise key_error(
+                ("max_repository_size",),
+                f"is more than max_size ({values.format_size(self.max_size)}), which then counts",
+            )
+        return self
+
+    def check_hosts(self, listen: str) -> None:
+        """Refuse host names by which clients of the mirror call it. Raises an error of pydantic.
+
+        Args:
+            listen: Address and port of the mirror's own listener.
+        """
+        own_host, own_port = values.split_host(listen)
+        for index, text in enumerate(self.hosts):
+            host, port = values.split_host(text)
+            if host == own_host.lower() and port in (None, own_port):
+                raise key_error(
+                    ("hosted", "hosts", index),
+                    f"would take the mirror's own requests at {listen}: use a name of its own, or"
+                    " hosted.listen",
+                )
 
     def check_reach(self, listen: str) -> None:
         """Refuse a push listener that other machines can reach while everybody may push.

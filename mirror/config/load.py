@@ -61,9 +61,11 @@ def load_with_origins(
     """Load the settings as :func:`load` does, and return the origin of each value, too."""
     origins = ValueOrigins()
     tree: Tree = {} if path is None else _read_file(path, origins)
-    _check_keys(tree, Settings, (), origins)
+    unknown = list(_drop_unknown_keys(tree, Settings, (), origins))
     _apply_environment(tree, environ, origins)
-    _check_keys(tree, Settings, (), origins)
+    unknown += _drop_unknown_keys(tree, Settings, (), origins)
+    if unknown and not tree.get("upstreams"):
+        raise ConfigError(unknown[0], unknown[1:])
     if not tree.get("upstreams"):
         if path is None and not origins.places:
             raise ConfigError(
@@ -71,12 +73,16 @@ def load_with_origins(
                 f"--config FILE nor {FILE_VARIABLE} was given"
             )
         raise ConfigError(f"{path or origins.default}: upstreams: at least one is needed")
+    refused = unknown
     try:
-        return build(tree), origins
+        settings = build(tree)
     except InvalidSetting as error:
-        more = f" (and {error.more} more)" if error.more else ""
-        shown = _format_value(error.path, _value_at(tree, error.path))
-        raise ConfigError(f"{origins.prefix(error.path)}{shown}{error.message}{more}") from None
+        for key, reason in ((error.path, error.message), *error.others):
+            shown = _format_value(key, _value_at(tree, key))
+            refused.append(f"{origins.prefix(key)}{shown}{reason}")
+    if refused:
+        raise ConfigError(refused[0], refused[1:])
+    return settings, origins
 
 
 # --- the origin of a value, and its text in a message ---------------------------------------------
@@ -149,24 +155,37 @@ def _is_mapping_of_sections(model: type[Section], key: str) -> bool:
     return get_origin(model.model_fields[key].annotation) is dict
 
 
-def _check_keys(tree: Tree, model: type[Section], path: KeyPath, origins: ValueOrigins) -> None:
-    """Refuse unknown keys, and delete keys without a value: they have their default."""
+def _drop_unknown_keys(
+    tree: Tree, model: type[Section], path: KeyPath, origins: ValueOrigins
+) -> Iterator[str]:
+    """Delete unknown keys, and yield a message for each.
+
+    Keys without a value are deleted, too: they have their default.
+    """
     for key, value in list(tree.items()):
         here = (*path, key)
-        if key not in model.model_fields:
-            near = _suggestion(key, list(model.model_fields))
-            raise ConfigError(f"{origins.prefix(here)}unknown key{near}")
-        if value is None:
+        if value is None or key not in model.model_fields:
             del tree[key]
+        if key not in model.model_fields:
+            near = _suggestion(key, _keys_like(key, model))
+            yield f"{origins.prefix(here)}unknown key{near}"
+            continue
         section = section_type(model, key)
         if not isinstance(value, dict) or section is None:
             continue
         if not _is_mapping_of_sections(model, key):
-            _check_keys(value, section, here, origins)
+            yield from _drop_unknown_keys(value, section, here, origins)
             continue
         for name, entry in value.items():
             if isinstance(entry, dict):
-                _check_keys(entry, section, (*here, name), origins)
+                yield from _drop_unknown_keys(entry, section, (*here, name), origins)
+
+
+def _keys_like(key: str, model: type[Section]) -> list[str]:
+    """Return the keys that an unknown key may stand for: one of this name below, or all here."""
+    sections = ((name, section_type(model, name)) for name in model.model_fields)
+    below = [f"{name}.{key}" for name, one in sections if one and key in one.model_fields]
+    return below or list(model.model_fields)
 
 
 # --- YAML -----------------------------------------------------------------------------------------

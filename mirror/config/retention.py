@@ -9,7 +9,7 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from mirror.config.section import FiniteDuration, NonEmptyText, Section
+from mirror.config.section import Age, NonEmptyText, Section
 from mirror.oci.tag_selection import TagSelection
 
 
@@ -27,8 +27,8 @@ class RetentionRule(Section):
     Shell-style pattern of images and repositories, such as ghcr.io/org/*. The first rule that
     matches an image decides.
     """
-    older_than: FiniteDuration | None = None
-    """Time since the last use after which an image is removed. Default: any."""
+    older_than: Age | None = None
+    """Time since the last use after which an image is removed, with its unit. Default: any."""
     keep_last: Annotated[int, Field(ge=0)] | None = None
     """
     Number of images of each repository that stay: the latest versions if the tags are versions,

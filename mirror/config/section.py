@@ -48,6 +48,14 @@ PositiveDuration = Annotated[
     WithJsonSchema(values.POSITIVE_DURATION_SCHEMA),
 ]
 """Seconds; neither 0 nor ``inf``."""
+Age = Annotated[
+    float,
+    AfterValidator(values.check_finite),
+    BeforeValidator(values.parse_age),
+    PlainSerializer(values.format_age, return_type=str, when_used="json"),
+    WithJsonSchema(values.AGE_SCHEMA),
+]
+"""Seconds after which something is removed; 0 is allowed. The text of it must have a unit."""
 Ratio = Annotated[float, BeforeValidator(values.parse_ratio), WithJsonSchema(values.RATIO_SCHEMA)]
 """More than 0 and at most 1."""
 NonEmptyText = Annotated[str, AfterValidator(values.check_not_empty)]

@@ -10,10 +10,11 @@ Every value is accepted as text, too, because YAML scalars and environment varia
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, Final, Literal, Self, TypeAlias, get_args, get_origin
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 from yarl import URL
 
 from mirror.config import values
@@ -361,6 +362,21 @@ class Settings(Section):
             if host in owners:
                 message = f"{host} is already a name of {owners[host]}"
                 raise key_error(("hosted", "hosts", index), message)
+        self.hosted.check_hosts(self.listen)
+        return self
+
+    @model_validator(mode="after")
+    def _check_listeners(self) -> Self:
+        listeners: list[tuple[KeyPath, str]] = [(("listen",), self.listen)]
+        if self.admin is not None:
+            listeners.append((("admin", "listen"), self.admin.listen))
+        if self.hosted is not None and self.hosted.listen is not None:
+            listeners.append((("hosted", "listen"), self.hosted.listen))
+        for index, (key, address) in enumerate(listeners):
+            for other_key, other in listeners[:index]:
+                if values.may_collide(address, other):
+                    name = ".".join(map(str, other_key))
+                    raise key_error(key, f"is the port of {name} ({other}): use another one")
         return self
 
     @model_validator(mode="after")
@@ -428,14 +444,16 @@ class InvalidSetting(ValueError):
     """A value was refused. Raised by :func:`build`; ``load.py`` turns it into a ``ConfigError``.
 
     ``path`` is that of the key. ``message`` is the reason, without the value, which may be a
-    secret. ``more`` is the number of other values that were refused.
+    secret. ``others``: path and reason of each other value that was refused.
     """
 
-    def __init__(self, path: KeyPath, message: str, more: int) -> None:
+    def __init__(
+        self, path: KeyPath, message: str, others: Sequence[tuple[KeyPath, str]] = ()
+    ) -> None:
         super().__init__(message)
         self.path = path
         self.message = message
-        self.more = more
+        self.others = others
 
 
 def build(tree: Mapping[str, Any]) -> Settings:
@@ -443,11 +461,15 @@ def build(tree: Mapping[str, Any]) -> Settings:
     try:
         return Settings.model_validate(tree)
     except ValidationError as error:
-        errors = error.errors(include_url=False, include_input=False)
-        first = errors[0]
-        below = first["ctx"]["below"] if first["type"] == "key_error" else ()
-        path = (*(part for part in first["loc"] if part != "[key]"), *below)
-        raise InvalidSetting(path, _message(first["type"], first["msg"]), len(errors) - 1) from None
+        first, *others = map(_refused, error.errors(include_url=False, include_input=False))
+        raise InvalidSetting(*first, others) from None
+
+
+def _refused(error: ErrorDetails) -> tuple[KeyPath, str]:
+    """Return the path of a value that was refused, and the reason."""
+    below = error["ctx"]["below"] if error["type"] == "key_error" else ()
+    path = (*(part for part in error["loc"] if part != "[key]"), *below)
+    return path, _message(error["type"], error["msg"])
 
 
 _MESSAGES: Final = {

@@ -121,6 +121,17 @@ def parse_duration(raw: object) -> float:
     return seconds
 
 
+def parse_age(raw: object) -> float:
+    """Read a duration that decides what is removed, and return seconds. Text must have a unit.
+
+    Who forgets the ``d`` of ``30d`` does not mean 30 seconds. Raises ``ValueError``.
+    """
+    if isinstance(raw, str) and _NUMBER.fullmatch(raw.strip()):
+        units = ", ".join(f"{raw.strip()}{unit}" for unit in "smhd")
+        raise ValueError(f"name a unit: {units}")
+    return parse_duration(raw)
+
+
 def parse_ratio(raw: object) -> float:
     """Read a ratio above 0 and up to 1: ``0.95`` or ``95%``. Raises ``ValueError``."""
     divisor = 1.0
@@ -162,6 +173,11 @@ POSITIVE_DURATION_SCHEMA: Final[dict[str, Any]] = {
     "exclusiveMinimum": 0,
 }
 """JSON Schema of a finite duration above 0."""
+AGE_SCHEMA: Final[dict[str, Any]] = {
+    "type": "string",
+    "pattern": rf"^\s*({_NUMBER_TEXT}(ms|s|m|h|d|w))+\s*$",
+}
+"""JSON Schema of a finite duration with a unit, as :func:`parse_age` reads it."""
 RATIO_SCHEMA: Final[dict[str, Any]] = {
     **_NUMBER_OR_STRING,
     "exclusiveMinimum": 0,
@@ -205,6 +221,12 @@ def format_duration(seconds: float) -> str:
     return exact or (
         f"{seconds:.9f}".rstrip("0").rstrip(".") if seconds < 1e6 else f"{seconds:.0f}"
     )
+
+
+def format_age(seconds: float) -> str:
+    """Return the shortest text that :func:`parse_age` reads as exactly ``seconds``."""
+    text = format_duration(seconds)
+    return f"{text}s" if text[-1].isdigit() else text
 
 
 # --- checks ---------------------------------------------------------------------------------------
@@ -271,6 +293,30 @@ def is_loopback_only(listen: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host.lower() == "localhost"
+
+
+def is_loopback_host(host: str) -> bool:
+    """Return whether a host name or an address without a port is that of this machine alone."""
+    return is_loopback_only(f"[{host}]:0" if ":" in host else f"{host}:0")
+
+
+def may_collide(listen: str, other: str) -> bool:
+    """Return whether only one of two listeners, each ``address:port``, can be opened."""
+    (host, port), (other_host, other_port) = split_host(listen), split_host(other)
+    if port != other_port or not port:
+        return False
+    address, other_address = _listen_address(host), _listen_address(other_host)
+    if isinstance(address, str) or isinstance(other_address, str):
+        return address == other_address
+    is_any = address.is_unspecified or other_address.is_unspecified
+    return address == other_address or (is_any and address.version == other_address.version)
+
+
+def _listen_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | str:
+    try:
+        return ipaddress.ip_address("127.0.0.1" if host.lower() == "localhost" else host)
+    except ValueError:
+        return host.lower()
 
 
 def check_http_url(text: str) -> str:

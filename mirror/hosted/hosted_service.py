@@ -246,7 +246,7 @@ class HostedService:
         algorithm = reference.algorithm if isinstance(reference, Digest) else "sha256"
         digest = Digest.of(body, algorithm)
         if is_digest and digest != reference:
-            raise DigestInvalid("the manifest hashes to another digest")
+            raise DigestInvalid(f"the manifest hashes to {digest}, and not to {reference}")
         manifest = await parse_in_thread_if_large(read_pushed_manifest, body, content_type, digest)
         all_tags = [*([] if isinstance(reference, Digest) else [reference]), *tags]
 

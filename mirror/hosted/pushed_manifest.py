@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from mirror.oci.descriptor import (
     IMAGE_MANIFEST_TYPES,
+    OCI_MANIFEST,
     SCHEMA1_TYPES,
     Manifest,
     parse_manifest,
@@ -65,7 +66,10 @@ def read_pushed_manifest(body: bytes, content_type: str | None, digest: Digest) 
         stated = manifest_type_of(content_type)
         media_type = sniff_media_type(body) if stated == OCTET_STREAM else stated
         if media_type == OCTET_STREAM:
-            raise ManifestRefused("the manifest states no media type: send a Content-Type")
+            raise ManifestRefused(
+                "the media type is not known: send that of the manifest as Content-Type, such as"
+                f" {OCI_MANIFEST}, or state it as mediaType"
+            )
         parsed = parse_manifest(body, media_type)
         document = json.loads(body)
     except (ManifestInvalid, ValueError, RecursionError) as error:
@@ -75,6 +79,8 @@ def read_pushed_manifest(body: bytes, content_type: str | None, digest: Digest) 
         raise ManifestRefused("manifests of schema 1 are not accepted: push the image as OCI")
     if parsed.is_opaque:
         raise ManifestRefused(_why_opaque(document, media_type))
+    if media_type.lower() in IMAGE_MANIFEST_TYPES and "config" not in document:
+        raise ManifestRefused("the manifest of an image needs a config")
     return PushedManifest(
         digest=digest,
         media_type=media_type,

@@ -273,9 +273,9 @@ class UploadSessions:
                 self._publishing, self._publish, upload_id, writer, digest
             )
         size = writer.position
-        if is_new is None:
+        if isinstance(is_new, Digest):
             await self._end_row(upload_id)
-            raise DigestInvalid("the uploaded bytes hash to another digest")
+            raise DigestInvalid(f"the uploaded bytes hash to {is_new}, and not to {digest}")
         self._store.on_pushed(digest, size, is_new=is_new)
 
         def record(connection: Connection) -> None:
@@ -286,10 +286,10 @@ class UploadSessions:
         await self._database.write(record)
         return size
 
-    def _publish(self, upload_id: str, writer: UploadWriter, digest: Digest) -> bool | None:
-        """Verify and publish, in a thread. Returns whether the content is new; None if it is wrong.
+    def _publish(self, upload_id: str, writer: UploadWriter, digest: Digest) -> bool | Digest:
+        """Verify and publish, in a thread. Returns whether the content is new.
 
-        The file of a wrong upload is removed.
+        The file of a wrong upload is removed, and the digest of its bytes is returned.
         """
         running_hash, path = writer.running_hash, upload_files.path_of(self._layout, upload_id)
         if running_hash.algorithm != digest.algorithm:
@@ -297,7 +297,7 @@ class UploadSessions:
         running_hash.catch_up(writer.fd, writer.position)
         if running_hash.position != writer.position or running_hash.digest() != digest:
             upload_files.drop(path)
-            return None
+            return running_hash.digest()
         return upload_files.publish_upload(self._layout, path, writer.fd, digest, self._now())
 
     async def cancel(self, upload_id: str, repository: str, user: str) -> None:

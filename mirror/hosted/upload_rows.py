@@ -13,6 +13,7 @@ from typing import Final
 from mirror.config.settings import Hosted
 from mirror.config.values import format_size
 from mirror.oci.errors import QuotaExceeded, TooManyRequests
+from mirror.oci.text import size_text
 
 MAX_UPLOADS: Final = 4096
 """Uploads at a time. Each has a row and a file, for a day if it is abandoned."""
@@ -113,10 +114,7 @@ def check_quota(connection: Connection, repository: str, hosted: Hosted) -> None
         "SELECT (SELECT bytes FROM totals), (SELECT total(reserved) FROM uploads)"
     ).fetchone()
     if used[0] + used[1] > hosted.max_size:
-        raise QuotaExceeded(
-            "the quota of the hosted repositories is used up:"
-            f" max_size is {format_size(hosted.max_size)}"
-        )
+        raise _exceeded("hosted.max_size", used, hosted.max_size)
     if hosted.max_repository_size is None:
         return
     used = connection.execute(
@@ -125,10 +123,17 @@ def check_quota(connection: Connection, repository: str, hosted: Hosted) -> None
         (repository, repository),
     ).fetchone()
     if used[0] + used[1] > hosted.max_repository_size:
-        raise QuotaExceeded(
-            "the quota of this repository is used up:"
-            f" max_repository_size is {format_size(hosted.max_repository_size)}"
-        )
+        raise _exceeded("hosted.max_repository_size", used, hosted.max_repository_size)
+
+
+def _exceeded(key: str, used: tuple[float, float], quota: int) -> QuotaExceeded:
+    """Return the error for a quota. ``used``: bytes of content, and bytes reserved by uploads."""
+    missing = int(used[0] + used[1]) - quota
+    return QuotaExceeded(
+        f"{size_text(missing)} more than {key} ({format_size(quota)}) are needed:"
+        f" {size_text(int(used[0]))} are used, and {size_text(int(used[1]))} reserved by uploads."
+        f" Delete images and run oci-mirror gc, or raise {key}"
+    )
 
 
 def find_upload(connection: Connection, upload_id: str) -> UploadRow | None:

@@ -78,7 +78,7 @@ class WebhookSender:
         verdict = check_url(target.url, UrlSource.ENDPOINT, self._policy.endpoint, self._policy)
         if isinstance(verdict, Refused):
             raise ConfigError(f"events: {target.name}: url: {verdict.why}")
-        self.secrets = Secrets(target.name, target.secret_file)
+        self.secrets = Secrets(f"events: {target.name}: secret_file", target.secret_file)
         self._transport = Transport(
             Upstream(
                 endpoints=(str(self._policy.endpoint),),

@@ -35,10 +35,10 @@ _HOW_TO_MAKE_ONE: Final = 'make one with: echo "whsec_$(openssl rand -base64 32)
 class Secrets:
     """The secrets of one target. All methods but :meth:`sign` block."""
 
-    def __init__(self, target: str, path: str) -> None:
-        """Read the file. Raises ``ConfigError``. ``target``: its name, for messages."""
-        self._key = f"events: {target}: secret_file"
-        self._path = path
+    def __init__(self, origin: str, path: str) -> None:
+        """Read the file. Raises ``ConfigError``. ``origin``: begins its messages."""
+        self._key = origin
+        self._path = os.path.abspath(path)
         self._stamp = self._find_stamp()
         self._secrets = self._read()
 
@@ -101,7 +101,7 @@ class Secrets:
             secret = b""
         if not _MIN_SECRET_BYTES <= len(secret) <= _MAX_SECRET_BYTES:
             raise ConfigError(
-                f"{self._key}: {self._path}:{number}: not the base64 form of {_MIN_SECRET_BYTES} to"
-                f" {_MAX_SECRET_BYTES} bytes: {_HOW_TO_MAKE_ONE}"
+                f"{self._key}: {self._path}: line {number}: not the base64 form of"
+                f" {_MIN_SECRET_BYTES} to {_MAX_SECRET_BYTES} bytes: {_HOW_TO_MAKE_ONE}"
             )
         return secret

@@ -71,6 +71,7 @@ _LEVEL_NAMES: Final = {level: name for name, level in _LEVELS.items()}
 _Line: TypeAlias = tuple[float, int, str | RequestRecord, list[str]]
 """Time, level, message, and encoded fields. Or a request in place of the message: it has fields of
 its own."""
+_MESSAGE_OF_METHOD: Final = {**dict.fromkeys(("POST", "PATCH", "PUT"), "push"), "DELETE": "delete"}
 
 
 class LineStream(Protocol):
@@ -196,7 +197,8 @@ class LogWriter:
         if isinstance(subject, str):
             message = subject
         elif self._as_json:
-            message, fields = "pull", [encode_request(subject)]
+            message = _MESSAGE_OF_METHOD.get(subject.method, "pull")
+            fields = [encode_request(subject)]
         else:
             message, fields = format_request(subject)
         if self._as_json:
@@ -397,6 +399,8 @@ def encode_request(pull: RequestRecord) -> str:
         f'"seconds":{pull.duration:.6f},"first_byte":{pull.first_byte or 0.0:.6f}'
     )
     more = [_encode_field("user", pull.user, is_json=True)] if pull.user else []
+    if pull.bytes_received:
+        more.append(_encode_field("received", pull.bytes_received, is_json=True))
     if pull.joined_at_byte is not None:
         more.append(_encode_field("joined_at", pull.joined_at_byte, is_json=True))
     if pull.aside_bytes:
@@ -437,7 +441,7 @@ def format_request(pull: RequestRecord) -> tuple[str, list[str]]:
         pull.method,
         pull.kind.value,
         target,
-        size_text(pull.bytes_sent) if pull.bytes_sent else "",
+        size_text(size) if (size := pull.bytes_received or pull.bytes_sent) else "",
         _milliseconds(pull.duration),
         f"({', '.join(long)})" if long else "",
         pull.client,

@@ -228,12 +228,14 @@ class UploadUnknown(NotFound):
 
 
 class Denied(MirrorError):
-    """The upstream (403), or an allow or deny list, refuses this repository.
+    """The upstream (403), an allow or deny list, or a rule of access refuses this repository.
 
-    Raised by ``upstream`` and ``pull``. Code ``DENIED``.
+    Raised by ``upstream``, ``pull`` and ``access``. Code ``DENIED``.
     """
 
     code = "DENIED"
+    user = ""
+    """The user whom a rule of access refuses. Empty: anonymous, or it is no such rule."""
 
 
 class QuotaExceeded(Denied):
@@ -457,6 +459,12 @@ class ConfigError(Exception):
 
     Raised by ``config`` and ``cli``, before a server runs, so no client sees it.
     """
+
+    def __init__(self, message: str, others: Sequence[str] = ()) -> None:
+        more = f" (and {len(others)} more)" if others else ""
+        super().__init__(f"{message}{more}")
+        self.lines = (message, *others)
+        """All that is wrong, one line for each setting."""
 
 
 # --- the text of any error ------------------------------------------------------------------------

@@ -67,7 +67,10 @@ _MEDIA_TYPE: Final = re.compile(rf"{_RESTRICTED}/{_RESTRICTED}", re.ASCII)
 # Types that a web server sends for a file that it does not know, or for a page of its own.
 _GENERIC_FAMILIES: Final = frozenset({"text", "binary", "multipart"})
 _GENERIC_TYPES: Final = frozenset(
-    {"application/json", "application/xml", "application/xhtml+xml", OCTET_STREAM}
+    {
+        *("application/json", "application/xml", "application/xhtml+xml", OCTET_STREAM),
+        "application/x-www-form-urlencoded",  # What curl sends with any body.
+    }
 )
 
 MAX_SPANS: Final = 1024

@@ -118,7 +118,10 @@ class Repository:
         if len(upstream) + 1 + len(
             path
         ) > _MAX_REPOSITORY_NAME_CHARS or not _REPOSITORY_PATH.fullmatch(path):
-            raise NameInvalid("not a repository name")
+            raise NameInvalid(
+                "not a repository name: it has lower-case letters, digits and . _ - between"
+                f" them, / between its parts, and at most {_MAX_REPOSITORY_NAME_CHARS} characters"
+            )
         return cls(upstream, path)
 
     @property
@@ -141,7 +144,10 @@ class Tag:
     def parse(cls, raw: str) -> Tag:
         """Check ``raw`` against the grammar. Raises :class:`TagInvalid`."""
         if not is_tag(raw):
-            raise TagInvalid("not a tag")
+            raise TagInvalid(
+                "not a tag: it has letters, digits and . _ -, does not begin with . or -, and has"
+                f" at most {MAX_TAG_CHARS} characters"
+            )
         return cls(raw)
 
     def __str__(self) -> str:

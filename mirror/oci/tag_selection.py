@@ -15,11 +15,17 @@ from mirror.oci.versions import VersionRange, parse_version
 
 _TAG_PATTERN: Final = re.compile(r"[A-Za-z0-9_.*?\[\]!-]+", re.ASCII)
 """Characters of tags, and wildcards."""
+_WILDCARDS: Final = frozenset("*?[")
 
 
 @dataclass(frozen=True, slots=True)
 class TagSelection:
-    """A range of versions such as ``>=1.2 <2``, or a shell-style pattern such as ``v*``."""
+    """A range of versions such as ``>=1.2 <2``, or a shell-style pattern such as ``v*``.
+
+    A text of the characters of tags that has a wildcard is a pattern, also where npm would read a
+    range: ``v*`` matches ``vnext`` and not ``1``, and ``1.*`` also matches ``1.2-alpine``. The
+    range of all versions 1 is ``1.x`` or ``1``.
+    """
 
     text: str
     versions: VersionRange | None
@@ -34,8 +40,8 @@ class TagSelection:
         """
         if not text.strip():
             raise ValueError("must not be empty")
-        if text == "*":
-            return cls(text, None)  # As a range, it would have versions only.
+        if _WILDCARDS & set(text) and _TAG_PATTERN.fullmatch(text):
+            return cls(text, None)
         try:
             return cls(text, VersionRange.parse(text))
         except ValueError as error:

@@ -27,6 +27,7 @@ from mirror.oci.errors import (
     EncodingUnsupported,
     LoginRequired,
     NameInvalid,
+    NameUnknown,
     SizeInvalid,
     StorageUnavailable,
     TagImmutable,
@@ -111,14 +112,17 @@ class HostedHandler:
     ) -> str:
         """Return the name of the user. Raises ``LoginRequired`` or ``Denied``."""
         authorization = request.headers.get("Authorization")
-        pull.user = await self._authorize(
-            AccessAttempt(
-                action=action,
-                repository=repository,
-                authorization=authorization,
-                client=pull.client,
-            )
+        attempt = AccessAttempt(
+            action=action,
+            repository=repository,
+            authorization=authorization,
+            client=pull.client,
         )
+        try:
+            pull.user = await self._authorize(attempt)
+        except Denied as error:
+            pull.user = error.user
+            raise
         return pull.user
 
     async def respond(
@@ -157,9 +161,14 @@ class HostedHandler:
         self, request: web.BaseRequest, pull: RequestRecord, path: str, query: str
     ) -> web.StreamResponse | paths.Request:
         names = {self.name: self.name}
-        parsed = paths.parse(
-            request.method, path, query, upstreams=names, default=self.name, upstream=self.name
-        )
+        try:
+            parsed = paths.parse(
+                request.method, path, query, upstreams=names, default=self.name, upstream=self.name
+            )
+        except NameUnknown:
+            raise NameUnknown(
+                f"this listener serves only {self.name}: pull all others from the mirror's listener"
+            ) from None
         match parsed:
             case paths.PingRequest():
                 await self._ask(request, pull, AccessAction.PING, None)

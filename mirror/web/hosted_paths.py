@@ -111,6 +111,8 @@ def parse_change(method: str, path: str, query: str, name: str) -> Change:
         repository = Repository.parse(name, decode_part(match["name"], NameInvalid))
         return _parse_upload(method, repository, match["id"] or "", parameters)
     match = _CONTENT.fullmatch(path)
+    if match is None and path.startswith("/v2/") and "/tags/" in path:
+        raise NotFound("no such path: a tag is pushed and deleted at /v2/NAME/manifests/TAG")
     if match is None:
         raise NotFound("no such path")
     repository = Repository.parse(name, decode_part(match["name"], NameInvalid))

@@ -159,6 +159,10 @@ _SUSPICIOUS: Final = re.compile(r"//|[%\\]|/\.{1,2}(?:/|\Z)|[^!-~]")
 _ENCODED_SLASH: Final = re.compile(r"%2f", re.IGNORECASE)
 _COUNT: Final = re.compile(r"[0-9]{1,9}", re.ASCII)
 
+_NO_PUSH: Final = (
+    "this listener is read-only: push to the upstream registry, or to the push listener of the"
+    " mirror (hosted.listen or hosted.hosts)"
+)
 _HUB: Final = "docker.io"
 # The first component of a path that is a registry, by the rule of Docker: it has a dot or a port.
 # Of the registries, only Docker Hub is known to have no such name of its own.
@@ -202,7 +206,7 @@ def parse(
             ``DigestInvalid``, ``PaginationInvalid``).
     """
     if method not in METHODS:
-        raise MethodUnsupported("this mirror is read-only: use GET or HEAD")
+        raise MethodUnsupported(_NO_PUSH)
     if "#" in query:
         raise InvalidRequest("the request target must not contain a fragment")
     match = _PATH.fullmatch(raw_path)
@@ -222,7 +226,7 @@ def parse(
         error = DigestInvalid if ":" in reference else TagInvalid
         return ManifestRequest(repository, parse_reference(decode_part(reference, error)), ns)
     if kind == "blobs" and reference == "uploads":
-        raise MethodUnsupported("this mirror is read-only: push to the upstream registry")
+        raise MethodUnsupported(_NO_PUSH)
     digest = Digest.parse(decode_part(reference, DigestInvalid))
     if kind == "blobs":
         return BlobRequest(repository, digest, ns)
@@ -358,7 +362,7 @@ def _raise_path_error(raw_path: str) -> NoReturn:
     if not raw_path.startswith("/") or "#" in raw_path or "?" in raw_path:
         raise InvalidRequest("the request target must be a path")
     if _UPLOAD.fullmatch(raw_path):
-        raise MethodUnsupported("this mirror is read-only: push to the upstream registry")
+        raise MethodUnsupported(_NO_PUSH)
     if broken := _BROKEN.fullmatch(raw_path):
         if broken["kind"] == "manifests" and ":" not in broken["rest"]:
             raise TagInvalid("the tag is malformed")

@@ -12,6 +12,7 @@ from aiohttp import web
 
 from mirror.access.access_control import AccessControl
 from mirror.observability.events import RequestRecord
+from mirror.oci.errors import Denied
 from mirror.oci.reference import Repository
 from mirror.web import paths
 from mirror.web.probe_image import PROBE_REPOSITORY
@@ -41,7 +42,11 @@ async def check_pull(
         return
     pull.upstream, pull.repository = parsed.repository.upstream, parsed.repository.path
     authorization = request.headers.get("Authorization")
-    identity = await access.check_pull(authorization, pull.client, parsed.repository)
+    try:
+        identity = await access.check_pull(authorization, pull.client, parsed.repository)
+    except Denied as error:
+        pull.user = error.user
+        raise
     pull.user = identity.user
 
 

@@ -54,7 +54,8 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "config.section": {"config.values"},
     "config.hosted_rules": {"config.retention", "config.section"},
     "config.listeners": {"config.hosted_rules", "config.section", "config.values"},
-    "config.access": {"config.section", "config.values"},
+    "config.rule_coverage": set(),
+    "config.access": {"config.rule_coverage", "config.section", "config.values"},
     "config.event_target": {"config.access", "config.section", "config.values"},
     "config.prefetch": {"config.section", "oci"},
     "config.retention": {"config.section", "oci"},
@@ -135,7 +136,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     },
     "cli": {
         *("cli", "operations", "inventory", "composition", "notifications", "processes"),
-        *("access.login_credentials", "admin.tokens"),
+        *("access.login_credentials", "admin.tokens", "config.access", "config.rule_coverage"),
         *(*LOADING, *BELOW_SERVER),
     },
     "__main__": {"cli"},

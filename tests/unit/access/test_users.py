@@ -26,7 +26,7 @@ def test_users_are_read_with_any_name_of_bcrypt() -> None:
         ("a:$apr1$salt$0123456789", "the hash is not bcrypt: make it with htpasswd -B"),
         ("a:{SHA}qUqP5cyxm6YcTAhz05Hph5gvu9M=", "the hash is not bcrypt"),
         ("a:plain", "the hash is not bcrypt"),
-        ("a", "the hash is not bcrypt"),
+        ("a", "needs NAME:HASH: make it with htpasswd -B"),
         (f"a:$2y$15${'a' * 53}", "the cost of the hash is more than 14"),
         (f"anonymous:{'x'}", "anonymous has a meaning of its own"),
         (f"group:a:{'x'}", "the hash is not bcrypt"),

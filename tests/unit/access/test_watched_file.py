@@ -20,7 +20,7 @@ def parse(raw: bytes) -> ParsedFile[tuple[str, ...]]:
 
 
 def watched(path: Path) -> WatchedFile[tuple[str, ...]]:
-    return WatchedFile("access.users", str(path), parse)
+    return WatchedFile(("access", "users"), str(path), parse, "write words")
 
 
 def test_file_is_read_again_after_each_kind_of_change(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_what_cannot_be_read_does_not_count(
     file.read()
     path.unlink()
     assert file.has_changed()
-    assert file.read() == (f"access.users: {path}: No such file or directory",)
+    assert file.read() == (f"access.users: {path}: No such file or directory: write words",)
     assert (file.content, file.has_changed()) == ((), False)
     path.mkdir()
     assert file.read() == (f"access.users: {path}: Is a directory",)
@@ -73,5 +73,18 @@ def test_what_cannot_be_read_does_not_count(
 def test_strict_reading_refuses_what_is_wrong(tmp_path: Path) -> None:
     path = tmp_path / "words"
     path.write_text("a BAD WORSE")
-    with pytest.raises(ConfigError, match=r"^access\.users: .*words: bad word 1$"):
+    with pytest.raises(ConfigError, match=r"^access\.users: .*words: bad word 1 \(and 1 more\)$"):
         watched(path).read_strictly()
+
+
+def test_message_has_the_whole_path_and_all_problems_after_the_origin_of_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("words").write_text("BAD WORSE")
+    with pytest.raises(ConfigError) as caught:
+        watched(Path("words")).read_strictly(lambda key: f"m.yaml:3: {'.'.join(map(str, key))}: ")
+    assert caught.value.lines == (
+        f"m.yaml:3: access.users: {tmp_path}/words: bad word 0",
+        f"m.yaml:3: access.users: {tmp_path}/words: bad word 1",
+    )

@@ -44,6 +44,8 @@ def test_defaults() -> None:
         ({"repositories": ["registry.example/[ab]"]}, "the wildcards"),
         ({"repositories": ["registry.example/a**"]}, "whole components"),
         ({"who": []}, "at least 1"),
+        ({"who": ["*"]}, "write anonymous for everybody"),
+        ({"who": ["group:ci-*"]}, "has no wildcards"),
         ({"who": ["a b"]}, "no space"),
         ({"who": ["group:"]}, "1 to 256"),
         ({"who": ["group:anonymous"]}, "a meaning of its own"),
@@ -61,7 +63,69 @@ def test_rule_after_one_that_fits_everything_is_refused() -> None:
     with pytest.raises(InvalidSetting, match="is never used") as caught:
         read({"rules": [RULE, all_, RULE]})
     assert caught.value.path == ("access", "rules", 2)
-    assert len(read({"rules": [RULE, RULE, all_]}).rules) == 3
+    assert len(read({"rules": [RULE, all_]}).rules) == 2
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "is_dead"),
+    [
+        (("r.io/**", "anonymous"), ("r.io/team/**", "ci"), True),
+        (("r.io/**", "authenticated"), ("r.io/team/*", "group:dev"), True),
+        (("r.io/**", "authenticated"), ("r.io/team/*", "anonymous"), False),
+        (("r.io/**", "group:dev"), ("r.io/team/app", "ann"), True),
+        (("r.io/**", "group:dev"), ("r.io/team/app", "bob"), False),
+        (("r.io/**", "dev"), ("r.io/team/app", "ann"), False),
+        (("r.io/team/*", "ci"), ("r.io/team/**", "ci"), False),
+        (("r.io/*/app", "ci"), ("r.io/team/app", "ci"), True),
+        (("r.io/**/app", "ci"), ("r.io/a/b/app", "ci"), True),
+        (("r.io/**/app", "ci"), ("r.io/a/**/app", "ci"), True),
+        (("r.io/t*/**", "ci"), ("r.io/team*/a", "ci"), True),
+        (("r.io/te*m/**", "ci"), ("r.io/t*m/a", "ci"), False),
+        (("*/team/**", "ci"), ("r.io/team/**", "ci"), True),
+        (("**", "ci"), ("r.io/team/**", "ci"), True),
+        (("r.io/**", "ci"), ("**", "ci"), False),
+        (("r.io/team/**", "ci"), ("r.io/team", "ci"), False),
+    ],
+)
+def test_rule_that_earlier_ones_cover_is_refused_as_one_that_never_decides(
+    first: tuple[str, str], then: tuple[str, str], *, is_dead: bool
+) -> None:
+    rules = [{"repositories": [one], "who": [who], "may": []} for one, who in (first, then)]
+    access = {"rules": rules, "groups": {"dev": ["ann"]}}
+    if not is_dead:
+        assert len(read(access).rules) == 2
+        return
+    with pytest.raises(InvalidSetting, match=r"is never used: rules\[0\]") as caught:
+        read(access)
+    assert caught.value.path == ("access", "rules", 1)
+
+
+def test_rule_that_several_earlier_ones_cover_together_is_refused() -> None:
+    first = {"repositories": ["r.io/a/**"], "who": ["anonymous"], "may": []}
+    second = {"repositories": ["r.io/b/**"], "who": ["authenticated"], "may": []}
+    both = {"repositories": ["r.io/a/x", "r.io/b/x"], "who": ["ci"], "may": ["pull"]}
+    with pytest.raises(InvalidSetting, match=r"is never used: rules\[1\]"):
+        read({"rules": [first, second, both]})
+    assert read({"rules": [first, {**both, "who": ["ci"]}, second]})
+
+
+@pytest.mark.parametrize(
+    "issuer",
+    [
+        "https://token.actions.githubusercontent.com",
+        "https://gitlab.com",
+        "https://GitLab.com/",
+        "https://accounts.google.com",
+        "https://agent.buildkite.com",
+    ],
+)
+def test_public_issuer_needs_claims_because_everybody_gets_its_tokens(issuer: str) -> None:
+    with pytest.raises(InvalidSetting, match="everybody can get a token") as caught:
+        read({"issuers": [{**ISSUER, "issuer": issuer}]})
+    assert caught.value.path == ("access", "issuers", 0, "claims")
+    assert read({"issuers": [{**ISSUER, "issuer": issuer, "claims": {"a": "b"}}]})
+    own = "https://oidc.circleci.com/org/6d1c3a60-0000-4000-8000-000000000000"
+    assert read({"issuers": [{**ISSUER, "issuer": own}]})
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,8 @@ def test_pattern_of_whole_names_is_accepted(pattern: str) -> None:
         ({"name": "Audit"}, "name", "lower case"),
         ({"name": "a" * 64}, "name", "at most 63"),
         ({"url": "audit.example"}, "url", "absolute URL"),
+        ({"url": "http://audit.example"}, "url", "allow_plain_http"),
+        ({"url": "http://10.0.0.1:80/x"}, "url", "allow_plain_http"),
         ({"url": "ftp://audit.example"}, "url", "https://"),
         ({"url": "https://u:p@audit.example"}, "url", "user or password"),
         ({"url": "https://audit.example/#x"}, "url", "fragment"),
@@ -55,6 +57,19 @@ def test_unusable_target_is_refused(keys: dict[str, Any], path: str, reason: str
     with pytest.raises(InvalidSetting, match=reason) as caught:
         read(keys)
     assert caught.value.path[:3] == ("events", 0, path)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"url": "http://127.0.0.1:9/x"},
+        {"url": "http://[::1]:9"},
+        {"url": "http://localhost"},
+        {"url": "http://audit.example", "allow_plain_http": "true"},
+    ],
+)
+def test_plain_http_is_for_this_machine_unless_it_is_allowed(keys: dict[str, Any]) -> None:
+    assert read(keys)[0].url == keys["url"]
 
 
 def test_two_targets_of_one_name_are_refused() -> None:

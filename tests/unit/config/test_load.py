@@ -327,6 +327,19 @@ def test_further_bad_values_are_counted_in_the_message(tmp_path: Path) -> None:
     assert refused(tmp_path, UPSTREAMS + "workers: x\nlisten: y\n").endswith("(and 1 more)")
 
 
+def test_all_unknown_keys_and_bad_values_are_lines_of_the_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, UPSTREAMS + "rules: []\nworkers: x\nlog: {levle: info}\nlisten: y\n")
+    lines = [line.removeprefix(f"{tmp_path}/") for line in caught.value.lines]
+    assert [line[: line.index(" ", line.index(":") + 6)] for line in lines] == [
+        "m.yaml:2: rules:",
+        "m.yaml:4: log.levle:",
+        "m.yaml:5: listen:",
+        "m.yaml:3: workers:",
+    ]
+    assert lines[0].endswith("unknown key, did you mean access.rules?")
+
+
 def test_file_with_too_many_aliases_is_refused(tmp_path: Path) -> None:
     levels = ["a: &a [x, x, x, x, x, x, x, x, x]"]
     for before, name in zip("abcdefg", "bcdefgh", strict=True):

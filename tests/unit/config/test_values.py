@@ -139,6 +139,17 @@ def test_text_that_is_no_duration_is_refused(text: object) -> None:
         values.parse_duration(text)
 
 
+@pytest.mark.parametrize("text", ["0", "30", " 30 ", "1.5"])
+def test_age_without_a_unit_is_refused_and_all_units_are_named(text: str) -> None:
+    with pytest.raises(ValueError, match=f"name a unit: {text.strip()}s, .*{text.strip()}d"):
+        values.parse_age(text)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.25, 30.0, 90.5, 86400.0])
+def test_age_is_read_as_it_is_printed(seconds: float) -> None:
+    assert values.parse_age(values.format_age(seconds)) == seconds
+
+
 @given(st.one_of(st.integers(0, 10**10), st.integers(0, 10**9).map(lambda ms: ms / 1000)))
 def test_every_duration_is_read_as_it_is_printed(seconds: float) -> None:
     assert values.parse_duration(values.format_duration(seconds)) == pytest.approx(

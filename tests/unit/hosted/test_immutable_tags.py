@@ -27,6 +27,9 @@ from tests.unit.hosted.kit import (
     ("rule", "repository", "tag", "is_immutable"),
     [
         ("team/*:v*", "team/app", "v1", True),
+        ("team/*:v*", "team/app", "vnext", True),
+        ("team/*:v*", "team/app", "1", False),
+        ("team/*:v*", "team/app", "20240101", False),
         ("team/*:v*", "team/app", "latest", False),
         ("team/*:v*", "other/app", "v1", False),
         ("team/*", "team/app", "latest", True),

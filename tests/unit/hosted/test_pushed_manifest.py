@@ -78,14 +78,21 @@ def test_manifest_without_a_content_type_states_its_own(content_type: str | None
     assert read(manifest_of(), content_type).media_type == OCI_MANIFEST
 
 
+def test_type_that_curl_sends_with_any_body_is_none() -> None:
+    form = "application/x-www-form-urlencoded"
+    assert read(manifest_of(), form).media_type == OCI_MANIFEST
+
+
 def test_parameters_of_the_content_type_are_ignored() -> None:
     assert read(manifest_of(), f"{OCI_MANIFEST}; charset=utf-8").media_type == OCI_MANIFEST
 
 
 @pytest.mark.parametrize("media_type", [DOCKER_MANIFEST, DOCKER_LIST, "application/vnd.other+json"])
 def test_manifests_of_other_types_are_accepted(media_type: str) -> None:
-    key = "manifests" if media_type == DOCKER_LIST else "layers"
-    body = json.dumps({"schemaVersion": 2, "mediaType": media_type, key: []}).encode()
+    parts: dict[str, Any] = {"manifests": []} if media_type == DOCKER_LIST else {"layers": []}
+    if media_type == DOCKER_MANIFEST:
+        parts["config"] = descriptor(b"{}", EMPTY_TYPE)
+    body = json.dumps({"schemaVersion": 2, "mediaType": media_type, **parts}).encode()
     assert read(body, media_type).media_type == media_type
 
 
@@ -96,7 +103,10 @@ def test_manifests_of_other_types_are_accepted(media_type: str) -> None:
         (b"[]", OCI_MANIFEST, "not a JSON object"),
         (b"\xff{}", OCI_MANIFEST, "not a JSON object"),
         (b"[" * 100_000, OCI_MANIFEST, "nested too deeply"),
-        (b"{}", None, "states no media type"),
+        (b"{}", None, "send that of the manifest as Content-Type"),
+        (b"{}", "application/x-www-form-urlencoded", "send that of the manifest as Content-Type"),
+        (b'{"schemaVersion":2,"layers":[]}', OCI_MANIFEST, "needs a config"),
+        (b'{"schemaVersion":2,"layers":[]}', DOCKER_MANIFEST, "needs a config"),
         (manifest_of(), OCI_INDEX, "is not the Content-Type"),
         (manifest_of(manifests=[]), OCI_MANIFEST, "more than one way"),
         (manifest_of(Layers=[]), OCI_MANIFEST, "more than one way"),

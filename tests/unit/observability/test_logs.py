@@ -51,6 +51,18 @@ def test_request_is_one_json_line_with_its_fields() -> None:
     assert "resolve" in fields["stages"]
 
 
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [("PUT", "push"), ("POST", "push"), ("PATCH", "push"), ("DELETE", "delete"), ("HEAD", "pull")],
+)
+def test_line_of_a_request_says_push_or_delete_and_the_bytes_received(
+    method: str, message: str
+) -> None:
+    (line,) = written(events.RequestEnded(a_pull(method=method, bytes_received=7)))
+    fields = json.loads(line)
+    assert (fields["message"], fields["received"], fields["bytes"]) == (message, 7, 0)
+
+
 def test_request_with_bytes_of_aside_requests_says_how_many() -> None:
     pull = a_pull(kind=Kind.BLOB, outcome=Outcome.ASIDE, aside_bytes=51, bytes_sent=51)
     (line,) = written(events.RequestEnded(pull))

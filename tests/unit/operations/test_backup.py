@@ -257,7 +257,7 @@ async def test_quota_ends_a_restore_with_words(tmp_path: Path) -> None:
     async with pushed(tmp_path) as kit:
         backup(kit, tmp_path / "backup")
     async with hosted_kit(tmp_path / "new", max_size="1MiB") as kit:
-        with pytest.raises(QuotaExceeded, match="max_size is 1MiB"):
+        with pytest.raises(QuotaExceeded, match=r"more than hosted.max_size .1MiB. are needed"):
             await restore(kit, tmp_path / "backup")
 
 

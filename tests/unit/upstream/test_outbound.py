@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from yarl import URL
 
@@ -300,6 +300,7 @@ URLS = st.from_regex(r"(https?:)?(//)?[a-z0-9.@:\[\]%\\-]{0,20}(/[!-~]*)?", full
 
 
 @given(st.text() | URLS, st.sampled_from(UrlSource))
+@example("//[]@", UrlSource.ENDPOINT)
 def test_any_allowed_url_keeps_the_rules(target: str, source: UrlSource) -> None:
     result = verdict(target, source)
     if isinstance(result, Allowed):
@@ -368,7 +369,9 @@ def test_proxy_variable_may_leave_out_scheme_and_port(text: str, url: str) -> No
     assert through({"https_proxy": text}, "https://registry.example/") == url
 
 
-@pytest.mark.parametrize("text", ["socks5://proxy.corp", "http://", "http://p:99999", "http://[x"])
+@pytest.mark.parametrize(
+    "text", ["socks5://proxy.corp", "http://", "http://p:99999", "http://[x", "http://[]@"]
+)
 def test_malformed_proxy_raises_and_is_not_bypassed(text: str) -> None:
     with pytest.raises(UpstreamUnavailable):
         through({"https_proxy": text}, "https://registry.example/")

@@ -221,6 +221,20 @@ async def test_mirrored_repository_is_kept_from_those_who_may_not_read_it(tmp_pa
         assert {one.repository for one in refused} == {"secret/app"}
 
 
+async def test_refused_request_of_a_user_has_the_user_in_its_record_at_both_doors(
+    tmp_path: Path,
+) -> None:
+    nobody = {"repositories": ["**"], "who": ["admin"], "may": ["admin"]}
+    async with doors(tmp_path, nobody, anonymous_pull=False) as both:
+        push = await both.ask("PUT", "/v2/team/app/manifests/v1", READER, b"{}")
+        wrong = await both.ask("PUT", "/v2/team/app/manifests/v1", basic("reader", "no"), b"{}")
+        assert (push.status, wrong.status) == (403, 401)
+        assert (await both.pull("/v2/library/app/manifests/v1", READER)).status == 403
+        # The name of a failed login may be a token, so it is not recorded.
+        records = [(one.status, one.user) for one in await both.server.records()]
+        assert records == [(403, "reader"), (401, ""), (403, "reader")]
+
+
 async def test_no_fast_path_serves_what_new_rules_refuse(tmp_path: Path) -> None:
     """Small responses are stored for reuse, small blobs are kept in memory."""
     everybody = rule("docker.io/secret/**", "anonymous", "pull")

@@ -515,7 +515,9 @@ async def test_mirror_serves_hosted_repositories_like_an_upstream_and_takes_no_p
             assert (status, json.loads(body)["manifests"]) == (200, [])
             status, _, _ = await server.ask("POST", f"{url}/blobs/uploads/{query}")
             assert status == 405
-        status, _, _ = await server.get(f"{server.push_url}/v2/team/app/manifests/v1?ns=docker.io")
+        url = f"{server.push_url}/v2/team/app/manifests/v1?ns=docker.io"
+        status, _, refused = await server.get(url)
+        assert b"serves only registry.example: pull all others from the mirror" in refused
         assert status == 404, "the door reaches no upstream"
 
 
@@ -779,7 +781,7 @@ async def test_announced_length_beyond_the_quota_is_denied_before_a_byte_is_take
         writer.close()
         refused = await client.start(f"?digest={DIGEST}", random_bytes(2_000_000, 1))
         assert (refused.status, refused.code) == (403, "DENIED")
-        assert "max_size is 1MiB" in json.loads(refused.body)["errors"][0]["message"]
+        assert "hosted.max_size (1MiB)" in json.loads(refused.body)["errors"][0]["message"]
 
 
 async def test_push_is_recorded_with_its_bytes(tmp_path: Path) -> None:

@@ -79,6 +79,8 @@ def test_method_that_a_path_does_not_have_names_those_that_it_has() -> None:
     assert caught.value.allowed == ("POST",)
     with pytest.raises(NotFound):
         parse("PUT", "/v2/app/tags/list")
+    with pytest.raises(NotFound, match="deleted at /v2/NAME/manifests/TAG"):
+        parse("DELETE", "/v2/app/tags/v1")
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def test_other_methods_than_get_and_head_are_refused_on_every_path(method: str, 
 @pytest.mark.row("HC12-other-methods")
 @pytest.mark.parametrize("path", ["/blobs/uploads", "/blobs/uploads/", "/blobs/uploads/0f-1"])
 def test_upload_paths_are_refused_as_unsupported(path: str) -> None:
-    with pytest.raises(MethodUnsupported):
+    with pytest.raises(MethodUnsupported, match="to the push listener of the mirror"):
         parse_path(f"/v2/a/b{path}")
 
 

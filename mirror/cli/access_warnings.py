@@ -1,0 +1,114 @@
+"""What is likely a mistake in the users and rules of a configuration.
+
+Lives here: the warnings of ``check-config`` and ``serve`` about them. Must not know: how rules
+decide.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Collection, Iterator
+
+from mirror.access.login_credentials import LocalNames, check_files
+from mirror.config.access import EVERYBODY, GROUP, LOGGED_IN, AccessSection
+from mirror.config.rule_coverage import has_all_repositories
+from mirror.config.settings import KeyPath, Settings
+
+
+def access_warnings(settings: Settings, prefix: Callable[[KeyPath], str]) -> Iterator[str]:
+    """Yield one line for each setting of access that works, but is likely a mistake.
+
+    Args:
+        settings: The configuration. Its files must be usable.
+        prefix: Begins a message about a key.
+
+    Raises ``ConfigError`` if a file has become unusable.
+    """
+    registries = set(settings.upstreams)
+    if settings.hosted is not None:
+        registries.add(settings.hosted.name)
+    for index, target in enumerate(settings.events):
+        path: KeyPath = ("events", index, "repositories")
+        yield from _unknown_registries(path, target.repositories, registries, prefix)
+    access = settings.access
+    if access is None:
+        return
+    yield from _login_warnings(access, prefix, has_hosted=settings.hosted is not None)
+    names = check_files(access)
+    for group, members in access.groups.items():
+        for index, member in enumerate(members):
+            if not _may_log_in(member, access, names):
+                key = prefix(("access", "groups", group, index))
+                yield f"{key}'{member}': {_near_user(member, names)}"
+    for index, rule in enumerate(access.rules):
+        path = ("access", "rules", index)
+        yield from _unknown_registries(
+            (*path, "repositories"), rule.repositories, registries, prefix
+        )
+        for number, member in enumerate(rule.who):
+            problem = _find_problem(member, access, names)
+            if problem:
+                yield f"{prefix((*path, 'who', number))}'{member}': {problem}"
+        if "push" in rule.may and not {"pull", "admin"} & set(rule.may):
+            key = prefix((*path, "may"))
+            yield f"{key}push without pull: clients that push ask first what is there: add pull"
+
+
+def _login_warnings(
+    access: AccessSection, prefix: Callable[[KeyPath], str], *, has_hosted: bool
+) -> Iterator[str]:
+    here = prefix(("access",))
+    who = {member for rule in access.rules for member in rule.who}
+    if who - {EVERYBODY} and not access.has_login:
+        yield (
+            f"{here}nobody can log in, so rules for users never fit: add users, tokens or issuers"
+        )
+    if has_hosted and not any({"push", "admin"} & set(rule.may) for rule in access.rules):
+        yield f"{here}no rule has push, so nobody can push: add one to access.rules"
+
+
+def _unknown_registries(
+    path: KeyPath,
+    patterns: Collection[str],
+    registries: Collection[str],
+    prefix: Callable[[KeyPath], str],
+) -> Iterator[str]:
+    """Warn of patterns that match no registry of the configuration."""
+    for index, pattern in enumerate(patterns):
+        registry = pattern.partition("/")[0]
+        if registry == "**" or any(has_all_repositories(registry, one) for one in registries):
+            continue
+        near = difflib.get_close_matches(registry, sorted(registries), n=1)
+        hint = f": did you mean {near[0]}?" if near else f": there are {', '.join(registries)}"
+        yield (
+            f"{prefix((*path, index))}'{pattern}' matches nothing: {registry} is neither one of"
+            f" upstreams nor hosted.name{hint}"
+        )
+
+
+def _find_problem(member: str, access: AccessSection, names: LocalNames) -> str:
+    """Return why nobody can be meant by a member of ``who``. Empty if somebody may be."""
+    if member in (EVERYBODY, LOGGED_IN) or not access.has_login:
+        return ""
+    if not member.startswith(GROUP):
+        return "" if _may_log_in(member, access, names) else _near_user(member, names)
+    group = member.removeprefix(GROUP)
+    known = names.groups | set(access.groups)
+    if group in known or group.startswith(access.group_prefixes):
+        return ""
+    near = _near(group, known)
+    return f"no user has this group: neither access.groups nor access.tokens has it{near}"
+
+
+def _may_log_in(user: str, access: AccessSection, names: LocalNames) -> bool:
+    return user in names.users or user.startswith(access.user_prefixes)
+
+
+def _near_user(user: str, names: LocalNames) -> str:
+    near = _near(user, names.users)
+    return f"nobody can log in with this name: it is in no file of users or tokens{near}"
+
+
+def _near(word: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(word, sorted(known), n=1)
+    return f": did you mean {near[0]}?" if near else ""
