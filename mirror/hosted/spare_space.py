@@ -23,8 +23,8 @@ from typing import Final, TypeVar
 T = TypeVar("T")
 
 SPARE_BYTES: Final = 16 * 1024 * 1024
-"""Bytes of the file: the log has 4 MiB before it goes into the database, and the largest deletion
-writes about 8 MiB (100 images among 100,000)."""
+"""Bytes of the file. The log has 4 MiB before it goes into the database, and the largest deletion
+writes about 8 MiB (of 100 images; 6.4 MiB if there are 30,000)."""
 _PIECE_BYTES: Final = 4 * 1024 * 1024
 """Bytes that are given up at a time. Other writers take a piece at most, in each try."""
 _BLOCK_BYTES: Final = 4096

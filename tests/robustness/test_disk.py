@@ -295,7 +295,7 @@ def test_hosted_images_are_deleted_and_collected_on_a_disk_with_0_bytes_free(
             assert command("gc", "--grace", "10m").returncode == 0
             assert not mirror.content(old.layers[0].digest).exists()
             assert not mirror.content(cached).exists()
-            assert free_bytes(disk) > SIZE
+            assert free_bytes(disk) > SIZE // 2, "the index and the history write again, too"
             images.push(f"http://{push}", "team/app", images.image(4), "v4")
 
 
