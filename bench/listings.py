@@ -22,8 +22,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from bench.table import Run
+from mirror.hosted.database import open_checked
+from mirror.hosted.name_rows import add_blob, add_manifest
+from mirror.hosted.pushed_manifest import PushedManifest, read_pushed_manifest
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
 from mirror.oci.reference import Digest, Repository, Tag
+from mirror.store.layout import Layout
 from mirror.store.names import ACCESS, NAMED, manifest_key
 from mirror.store.records import TagRecord, dump_access_record, dump_tag, manifest_record
 from mirror.store.rows import Tables
@@ -53,6 +57,7 @@ class ImageMaker:
         self._index = data_dir / "index"
         self._now = now
         self._rows: list[tuple[str, str]] = []
+        self._named: list[tuple[Repository, Tag, Digest]] = []
 
     def add_images(self, tags: int) -> None:
         """Add ``tags`` images of one platform, with an index that has two, and some orphans."""
@@ -76,6 +81,25 @@ class ImageMaker:
         for number in range(tags // 2):
             self._layer(f"orphan {number}", int(self._now) - 2 * tags)
 
+    def push(self) -> None:
+        """Name the images as clients have pushed them, in place of :meth:`save`."""
+        with closing(open_checked(Layout(self._directory.parent.parent).hosted_names)) as database:
+            database.execute("BEGIN IMMEDIATE")
+            for repository, tag, root in self._named:
+                index = self._read(root)
+                child = self._read(index.children[0])
+                for blob in child.blobs:
+                    size = (self._directory / blob.hex).stat().st_size
+                    add_blob(database, repository.path, blob, size, self._now)
+                add_manifest(database, repository.path, child, [], self._now, "ci")
+                add_manifest(database, repository.path, index, [tag], self._now, "ci")
+            database.execute("COMMIT")
+        self._rows.clear()
+        self.save()
+
+    def _read(self, digest: Digest) -> PushedManifest:
+        return read_pushed_manifest((self._directory / digest.hex).read_bytes(), None, digest)
+
     def save(self) -> None:
         """Write the names of the images into the index."""
         bounds = {NAMED: None, ACCESS: None, "answers": 2**26}
@@ -94,6 +118,7 @@ class ImageMaker:
     def _name(self, number: int, index: dict[str, Any]) -> None:
         repository = Repository("docker.io", f"team/app{number // TAGS_PER_REPOSITORY}")
         tag, digest = Tag(f"v{number % TAGS_PER_REPOSITORY}"), Digest.parse(index["digest"])
+        self._named.append((repository, tag, digest))
         record = TagRecord(repository, tag, digest, first_seen=self._now, confirmed=self._now)
         self._rows += [
             (f"{repository}:{tag}", dump_tag(record)),
@@ -127,6 +152,7 @@ def write_config(data_dir: Path, root: Path) -> Path:
     file = root / "mirror.yaml"
     file.write_text(
         f"data_dir: {data_dir}\nupstreams:\n  docker.io:\n    endpoints: [https://127.0.0.1:9]\n"
+        "hosted: {name: registry.example, listen: '127.0.0.1:0'}\n"
     )
     return file
 
@@ -139,7 +165,7 @@ def seconds_of(command: str, config: Path) -> float:
     return time.perf_counter() - begun
 
 
-def _measure(command: str, run: Run) -> Iterator[str]:
+def _measure(command: str, run: Run, *, is_hosted: bool) -> Iterator[str]:
     yield "| contents | tags | first run, s | median, s | bound, s | |"
     yield "|--:|--:|--:|--:|--:|---|"
     for tags, bound in zip(TAGS, BOUNDS[command], strict=True):
@@ -147,7 +173,7 @@ def _measure(command: str, run: Run) -> Iterator[str]:
             root = Path(directory)
             maker = ImageMaker(root / "data", time.time())
             maker.add_images(tags)
-            maker.save()
+            (maker.push if is_hosted else maker.save)()
             config = write_config(root / "data", root)
             first = seconds_of(command, config)
             median = statistics.median(seconds_of(command, config) for _ in range(run.rounds))
@@ -157,6 +183,10 @@ def _measure(command: str, run: Run) -> Iterator[str]:
 
 
 ROWS: Final[dict[str, Callable[[Run], Iterator[str]]]] = {
-    command: partial(_measure, command) for command in BOUNDS
+    f"{command}{' of hosted images' if is_hosted else ''}": partial(
+        _measure, command, is_hosted=is_hosted
+    )
+    for command in BOUNDS
+    for is_hosted in (False, True)
 }
 """Measurements by name."""

@@ -11,16 +11,18 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from mirror.config.settings import Settings
 from mirror.hosted.database import Database
 from mirror.hosted.hosted_service import HostedService
-from mirror.observability.events import Observer
+from mirror.observability.events import LogMessage, Observer
 from mirror.pull.content import ContentService
 from mirror.pull.hosted import HostedPulls
 from mirror.pull.marks_watch import MarksWatch
 from mirror.pull.service import PullService
 from mirror.single_flight import SingleFlight
+from mirror.store.hosted_marker import note_hosted_names, raise_if_lost
 from mirror.store.private_directory import close_to_others
 from mirror.store.store import Store
 from mirror.threads import run_in_thread
@@ -117,12 +119,17 @@ async def open_hosted(
 
     Raises:
         NamesDamaged: The names cannot be used.
+        StorageUnavailable: The names are gone, or the disk refuses.
     """
     if settings.hosted is None:
         yield None
         return
+    await run_in_thread(raise_if_lost, store.layout)
     database = await Database.open(store.layout.hosted_names)
     try:
+        await run_in_thread(note_hosted_names, store.layout)
+        if emit is not None:
+            database.on_file_lost = partial(_tell_of_loss, emit)
         hosted = HostedService(settings.hosted, database, store, now, emit)
         try:
             yield hosted
@@ -130,3 +137,7 @@ async def open_hosted(
             await hosted.close()
     finally:
         await database.close()
+
+
+def _tell_of_loss(emit: Observer, why: str) -> None:
+    emit(LogMessage("error", "pushes are refused until a restart", (("why", why),)))

@@ -35,6 +35,7 @@ from mirror.config.settings import Settings
 from mirror.hosted.database import open_checked
 from mirror.oci.errors import error_text
 from mirror.server import LISTEN_BACKLOG, STOP_SIGNALS, Worker, WorkerSockets, run_worker
+from mirror.store.hosted_marker import raise_if_lost
 from mirror.store.layout import Layout
 from mirror.terminal import watch_terminal
 
@@ -69,6 +70,7 @@ def run(settings: Settings, load: Callable[[], Settings]) -> int:
         if settings.hosted is not None and settings.workers > 1:
             # Raises: a worker that found damage would be started again and again.
             layout = Layout(Path(settings.data_dir))
+            raise_if_lost(layout)
             open_checked(layout.hosted_names).close()
         if settings.workers == 1:
             return asyncio.run(run_worker(settings, sockets[0], load, None, admin))

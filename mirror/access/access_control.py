@@ -7,10 +7,12 @@ the change of configuration. Must not know: HTTP, which listener asks.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 from mirror.access.identity import ANONYMOUS, AccessRight, Identity
 from mirror.access.key_sets import FetchKeys
+from mirror.access.known_names import KnownNames
 from mirror.access.login_credentials import LoginCredentials
 from mirror.access.logins import ClientLogins, LoginFailed
 from mirror.access.rules import Rules
@@ -19,6 +21,7 @@ from mirror.observability.events import LogMessage, Observer
 from mirror.oci.errors import Denied, LoginRequired
 from mirror.oci.reference import Repository
 from mirror.single_flight import SingleFlight
+from mirror.store.layout import Layout
 
 _VERBS: Final = {
     AccessRight.PULL: "pull from",
@@ -59,6 +62,7 @@ class AccessControl:
         self.is_enforced = False
         """Whether there are rules. Otherwise everybody may do everything."""
         self._logins = ClientLogins(now)
+        self._names = KnownNames(Layout(Path(settings.data_dir)).user_names)
         self._realm = ""
         self.prepare(settings)()
 
@@ -71,7 +75,7 @@ class AccessControl:
         credentials = None
         if access is not None and access.has_login:
             credentials = LoginCredentials(
-                access, self._fetch, self._single_flight, self._now, self._report
+                access, self._fetch, self._single_flight, self._now, self._report, self._names
             )
         hosted_name = None if hosted is None else hosted.name
         rules = None if access is None else Rules(access, hosted_name)

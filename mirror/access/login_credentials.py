@@ -6,7 +6,7 @@ Lives here: which files and key sets there are, and their refresh. Must not know
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -15,14 +15,17 @@ from typing import Any, Final
 from mirror.access.access_tokens import TOKENS_REMEDY, AccessTokens, parse_tokens
 from mirror.access.issuers import KeyUnknown, TokenRefused, ValidToken, check_token, issuer_of
 from mirror.access.key_sets import KEYS_REMEDY, FetchedKeySet, FetchKeys, Keys, parse_key_set
+from mirror.access.known_names import KnownNames
 from mirror.access.users import USERS_REMEDY, PasswordCheck, Users, parse_users
 from mirror.access.watched_file import MessagePrefix, WatchedFile, dotted_prefix
 from mirror.config.access import AccessSection, Issuer
 from mirror.oci.errors import ConfigError, Draining
-from mirror.single_flight import SingleFlight
+from mirror.single_flight import Key, SingleFlight
 
 _KEYS_TIMEOUT_S: Final = 5.0
 """Seconds that a token with an unknown key waits for the keys of its issuer."""
+_SAVE_RETRY_S: Final = 60.0
+"""Seconds after which the names of users are written again, if the disk has refused them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,7 @@ class LoginCredentials:
         single_flight: SingleFlight,
         now: Callable[[], float],
         report: Callable[[str], None],
+        names: KnownNames,
     ) -> None:
         """Read the files.
 
@@ -65,6 +69,7 @@ class LoginCredentials:
             single_flight: Runs these fetches.
             now: Returns the seconds since the epoch.
             report: Receives the reason if a file or a URL cannot be used, in one line.
+            names: Remembers the names of users. They are added once :meth:`refresh` is called.
 
         Raises:
             ConfigError: A file cannot be used.
@@ -73,7 +78,9 @@ class LoginCredentials:
         self._now = now
         self.report = report
         self._reported: dict[str, str] = {}
-        """Key set -> the failure that was reported last."""
+        """Key set, or file of names -> the failure that was reported last."""
+        self._names = names
+        self._save_due = 0.0
         self._users = _users_of(access)
         self._tokens = _tokens_of(access)
         self.issuers = {
@@ -90,6 +97,8 @@ class LoginCredentials:
         self.passwords = None if users is None else PasswordCheck(users.content)
         """Checks passwords. None: there is no file of users."""
         self.tokens: AccessTokens = {} if self._tokens is None else self._tokens.content
+        self._local_names = {token.identity.user for token in self.tokens.values()}
+        self._local_names |= set(() if users is None else users.content)
 
     def _files(self) -> Sequence[WatchedFile[Any]]:
         sources = [one.source for one in self.issuers.values()]
@@ -99,7 +108,8 @@ class LoginCredentials:
     def refresh(self) -> bool:
         """Read the files that have changed, and start to fetch key sets that are due.
 
-        Blocks for the files, which are small. Returns whether a file has changed.
+        Blocks for the files, which are small. Returns whether a file has changed. The names of
+        users are remembered from now on, and written in the background.
         """
         now = self._now()
         for issuer in self.issuers.values():
@@ -111,7 +121,10 @@ class LoginCredentials:
                 self.report(problem)
         if changed:
             self._use()
-        return bool(changed)
+        has_changed = self._names.refresh(self._local_names) or bool(changed)
+        if self._names.has_unsaved and now >= self._save_due:
+            self._run(("user-names",), self._save_names)
+        return has_changed
 
     async def check_jwt(self, token: str) -> ValidToken:
         """Check a JWT. Raises ``TokenRefused``."""
@@ -128,6 +141,11 @@ class LoginCredentials:
                 raise
             await self._wait_for_keys(source)
             valid = check_token(token, issuer.settings, issuer.keys(self._now()), self._now)
+        # With a prefix, no name in the files is one of the issuer's.
+        if not issuer.settings.user_prefix:
+            reason = self._names.reason_to_refuse(valid.identity.user)
+            if reason:
+                raise TokenRefused(reason)
         return valid
 
     async def _wait_for_keys(self, source: FetchedKeySet) -> None:
@@ -138,14 +156,28 @@ class LoginCredentials:
                 )
 
     def _fetch(self, source: FetchedKeySet) -> None:
+        self._run(("key-set", source.url), lambda: self._refresh_keys(source))
+
+    def _run(self, key: Key, work: Callable[[], Awaitable[None]]) -> None:
         with suppress(Draining):
-            self._single_flight.run(("key-set", source.url), lambda: self._refresh_keys(source))
+            self._single_flight.run(key, work)
 
     async def _refresh_keys(self, source: FetchedKeySet) -> None:
         failure = await source.refresh(self._now())
-        if failure and failure != self._reported.get(source.url):
-            self.report(f"access.issuers: {failure}")
-        self._reported[source.url] = failure
+        self._report_once(source.url, failure and f"access.issuers: {failure}")
+
+    async def _save_names(self) -> None:
+        self._save_due = self._now() + _SAVE_RETRY_S
+        failure = await self._names.save()
+        if not failure:
+            self._save_due = 0.0
+        self._report_once("names", failure)
+
+    def _report_once(self, source: str, failure: str) -> None:
+        """Report the failure of a source, unless it is that of the last time. Empty: none."""
+        if failure and failure != self._reported.get(source):
+            self.report(failure)
+        self._reported[source] = failure
 
 
 def check_files(access: AccessSection, prefix: MessagePrefix = dotted_prefix) -> LocalNames:

@@ -130,6 +130,13 @@ class Api:
     async def list_uploads(self, call: Call) -> JsonObject:
         return {"uploads": await self._sources.images.uploads()}
 
+    async def cancel_upload(self, call: Call) -> JsonObject:
+        changed = await self._sources.uploads.end(call.id)
+        return self._marked(replace(call, fields={"upload": call.id}), "cancel_upload", changed)
+
+    async def list_users(self, call: Call) -> JsonObject:
+        return {"users": await self._sources.history.users()}
+
     async def live(self, call: Call) -> JsonObject:
         return self._workers.merged()
 

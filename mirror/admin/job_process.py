@@ -123,7 +123,10 @@ async def _remove(settings: Settings, given: JsonObject) -> JsonObject:
     images = _find(inventory, given["images"])
     whys = dict.fromkeys(images, "as asked for")
     if given.get("dry_run"):
-        return _cleaning_result(plan_removal_by_name(inventory, images, whys))
+        is_forced = bool(given.get("force"))
+        return _cleaning_result(
+            plan_removal_by_name(settings, inventory, images, whys, may_change_immutable=is_forced)
+        )
 
     async def run(store: Store) -> JsonObject:
         report = await remove_by_name(

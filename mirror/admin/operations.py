@@ -174,6 +174,15 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
     _read("tag_history", "/images/history", "TagHistory", "Each digest of a tag.", _IMAGE),
     _read("usage", "/usage", "Usage", "What takes up the disk, and what eviction takes next."),
     _read("list_uploads", "/uploads", "Uploads", "Uploads in progress to hosted repositories."),
+    Operation(
+        "cancel_upload",
+        "POST",
+        f"{API_PREFIX}/uploads/{{id}}/cancel",
+        "End an upload of any user. A request that feeds it cannot finish it any more.",
+        "Changed",
+        is_change=True,
+    ),
+    _read("list_users", "/users", "Users", "The users of the server, and their last use."),
     _read("live", "/live", "Live", "Pulls in flight, upstreams and storage, of all workers."),
     _read("upstreams", "/upstreams", "Upstreams", "The health of each upstream."),
     _read(

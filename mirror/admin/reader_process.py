@@ -45,9 +45,9 @@ def _ask(queries: StoreAnswers, name: str, given: JsonObject) -> Any:
         case "pulls":
             outcomes = tuple(given.pop("outcomes"))
             return queries.pulls(PullQuery(outcomes=outcomes, **given))
-        case "show" | "usage" | "uploads" | "pull" | "refused" | "tag_digests" | "savings":
+        case "show" | "usage" | "uploads" | "users" | "forget":
             return getattr(queries, name)(**given)
-        case "forget":
+        case "pull" | "refused" | "tag_digests" | "savings":
             return getattr(queries, name)(**given)
         case _:
             raise ApiProblem(500, f"no such question: {name}")

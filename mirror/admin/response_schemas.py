@@ -145,6 +145,16 @@ RESPONSE_SCHEMAS: Final[dict[str, ResponseSchema]] = {
             )
         )
     ),
+    "Users": record(
+        users=list_of(
+            record(
+                user=A_TEXT,
+                last_used=A_TIME,
+                last_push={"type": ["string", "null"]},
+                requests=A_COUNT,
+            )
+        )
+    ),
     "TagHistory": record(
         digests=list_of(record(digest=A_TEXT, first_seen=A_TIME, last_seen=A_TIME)),
     ),

@@ -79,8 +79,18 @@ class History(Protocol):
     async def tag_digests(self, image: str) -> list[JsonObject]:
         """Return each digest of a tag. Raises ``InvalidRequest``."""
 
+    async def users(self) -> list[JsonObject]:
+        """Return the users of the server, and when each has last used it, the latest one first."""
+
     async def savings(self, period: str) -> JsonObject:
         """Return totals and points of ``hour``, ``day`` or ``month``."""
+
+
+class Uploads(Protocol):
+    """The uploads in progress to hosted repositories."""
+
+    async def end(self, upload_id: str) -> JsonObject:
+        """End an upload of any user. Raises ``NotFound``."""
 
 
 class MarkSource(Protocol):
@@ -126,3 +136,4 @@ class Sources:
     history: History
     marks: MarkSource
     operations: Operations
+    uploads: Uploads

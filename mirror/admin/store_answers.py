@@ -22,6 +22,7 @@ from mirror.history.queries import HistoryReader, open_history
 from mirror.history.sentences import explain
 from mirror.history.stored_pull import PeriodCount, StoredPull
 from mirror.history.sums import Saving, build_savings, build_total
+from mirror.history.user_uses import read_user_uses
 from mirror.inventory import usage
 from mirror.inventory.hosted_names import QuotaUsage, read_hosted_usage, read_uploads
 from mirror.inventory.json_rows import image_row
@@ -175,6 +176,10 @@ class StoreAnswers:
         hosted = self._settings.hosted
         found = [] if hosted is None else read_uploads(self._layout, hosted.name)
         return [upload.row(self._now()) for upload in found]
+
+    def users(self) -> list[JsonObject]:
+        """Return the users of the server. Raises ``OSError``."""
+        return [one.row() for one in read_user_uses(self._layout)]
 
     # --- history --------------------------------------------------------------------------------
 

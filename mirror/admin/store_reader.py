@@ -202,6 +202,11 @@ class ReadHistory:
         result: list[JsonObject] = await self._reader.ask("tag_digests", image=image)
         return result
 
+    async def users(self) -> list[JsonObject]:
+        """Return the users of the server."""
+        result: list[JsonObject] = await self._reader.ask("users")
+        return result
+
     async def savings(self, period: str) -> JsonObject:
         """Return sums and the points of a plot."""
         result: JsonObject = await self._reader.ask("savings", period=period)

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from mirror.admin.hosted_uploads import HostedUploads
 from mirror.admin.job_runs import JobRuns
 from mirror.admin.listener import RunningAdmin, start_admin
 from mirror.admin.live_state import LiveState
@@ -84,6 +85,7 @@ class AdminPart:
             history=ReadHistory(reader),
             marks=StoreMarks(mirror, now),
             operations=JobRuns(mirror),
+            uploads=HostedUploads(mirror),
         )
         try:
             async with start_admin(

@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Callable, Collection, Iterator
 
 from mirror.access.login_credentials import LocalNames, check_files
-from mirror.config.access import EVERYBODY, GROUP, LOGGED_IN, AccessSection
+from mirror.config.access import EVERYBODY, GROUP, LOGGED_IN, AccessSection, shared_prefixes
 from mirror.config.rule_coverage import has_all_repositories
 from mirror.config.settings import KeyPath, Settings
 
@@ -34,6 +34,7 @@ def access_warnings(settings: Settings, prefix: Callable[[KeyPath], str]) -> Ite
     if access is None:
         return
     yield from _login_warnings(access, prefix, has_hosted=settings.hosted is not None)
+    yield from _issuer_warnings(access, prefix)
     names = check_files(access)
     for group, members in access.groups.items():
         for index, member in enumerate(members):
@@ -52,6 +53,30 @@ def access_warnings(settings: Settings, prefix: Callable[[KeyPath], str]) -> Ite
         if "push" in rule.may and not {"pull", "admin"} & set(rule.may):
             key = prefix((*path, "may"))
             yield f"{key}push without pull: clients that push ask first what is there: add pull"
+
+
+def _issuer_warnings(access: AccessSection, prefix: Callable[[KeyPath], str]) -> Iterator[str]:
+    """Yield a warning for each issuer whose users or groups share their names with others."""
+    has_users = access.users is not None or access.tokens is not None
+    with_groups = [(index, one) for index, one in enumerate(access.issuers) if one.groups_claim]
+    of_others = {
+        number for number, _ in shared_prefixes([one.groups_prefix for _, one in with_groups])
+    }
+    for index, issuer in enumerate(access.issuers):
+        if has_users and not issuer.user_prefix:
+            yield (
+                f"{prefix(('access', 'issuers', index))}without user_prefix, a rule for a user also"
+                " fits a token whose user has this name, unless the name is or was in access.users"
+                f' or access.tokens: set user_prefix, such as "issuer{index}:", also in the rules'
+            )
+    for number, (index, issuer) in enumerate(with_groups):
+        has_local = not issuer.groups_prefix and (access.groups or access.tokens is not None)
+        if has_local or number in of_others:
+            yield (
+                f"{prefix(('access', 'issuers', index))}its groups can have the names of groups of"
+                " access.groups, access.tokens or another issuer, and a rule for one fits all: set"
+                f' groups_prefix, such as "issuer{index}:", also in the rules'
+            )
 
 
 def _login_warnings(

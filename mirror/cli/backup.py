@@ -18,10 +18,11 @@ from mirror.cli.data_directory import find_layout, opened_store
 from mirror.cli.exit_codes import EX_FAILED
 from mirror.cli.output import CommandFailed, print_line, print_note
 from mirror.oci.text import printable, size_text
+from mirror.store.hosted_marker import has_hosted_names
 
 if TYPE_CHECKING:
     from mirror.config.settings import Hosted, Settings
-    from mirror.operations.restore import RestoreReport
+    from mirror.operations.restore_report import RestoreReport
 
 _MAX_PROBLEMS: Final = 20
 """Problems that are printed, one a line."""
@@ -70,7 +71,7 @@ def _backup(arguments: argparse.Namespace) -> int:
 
     settings = load_settings(arguments)
     layout, hosted = find_layout(settings), _hosted_of(settings)
-    if not layout.hosted_names.exists():
+    if not has_hosted_names(layout):
         raise CommandFailed(f"{layout.root} has no hosted repositories: nothing was pushed yet")
     with giving_way():
         report = write_backup(layout, hosted.name, arguments.target)
@@ -82,7 +83,7 @@ def _backup(arguments: argparse.Namespace) -> int:
             f"{arguments.target}; {size_text(report.added_bytes)} of it new"
         )
     for digest in report.missing[:_MAX_PROBLEMS]:
-        print_note(f"{digest} is lost on the disk, so the backup does not have it")
+        print_note(f"{digest} is lost or damaged on the disk, so the backup does not have it")
     return EX_FAILED if report.missing else 0
 
 

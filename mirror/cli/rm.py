@@ -42,7 +42,7 @@ def add_parser(commands: Commands) -> None:
         metavar="ID",
         action="append",
         default=[],
-        help="cancel an upload in progress to a hosted repository instead (ls --uploads --json "
+        help="cancel an upload in progress to a hosted repository instead (ls --uploads "
         "lists their ids). May be repeated",
     )
     parser.add_argument(
@@ -129,7 +129,9 @@ async def _remove(
 
     whys = dict.fromkeys(images, "as asked for")
     if is_dry_run:
-        return plan_removal_by_name(inventory, images, whys)
+        return plan_removal_by_name(
+            settings, inventory, images, whys, may_change_immutable=may_change_immutable
+        )
     async with opened_store(settings) as store:
         return await remove_by_name(
             settings,

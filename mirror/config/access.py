@@ -7,7 +7,7 @@ proves who it is, what the files hold.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Final, Literal, Self, TypeAlias
 
 from pydantic import AfterValidator, Field, model_validator
@@ -119,15 +119,16 @@ class Issuer(Section):
     """The claim that is the name of the user."""
     user_prefix: str = ""
     """
-    Put before the name. Needed beside users, tokens, or another issuer, so that no token of this
-    one has the name of another user, or of one who was removed.
+    Put before the name, so that no token has the name of another user. Needed with more than one
+    issuer. Beside users or tokens, names that these files have, or once had, are refused without
+    it.
     """
     groups_claim: NonEmptyText | None = None
     """The claim that lists the groups of the user. Default: tokens have no groups."""
     groups_prefix: str = ""
     """
-    Put before the name of each group. Needed with groups_claim beside groups, tokens, or another
-    issuer with groups.
+    Put before the name of each group, so that it differs from those of groups, tokens, and other
+    issuers. Without it, a rule for a group fits all groups of that name.
     """
     claims: dict[str, NonEmptyText] = Field(default={})
     """
@@ -238,11 +239,13 @@ class AccessSection(Section):
         for index, name in enumerate(names):
             if name in names[:index]:
                 raise key_error(("issuers", index, "issuer"), "is listed twice")
-        users = {"users": self.users, "tokens": self.tokens}
-        _check_prefixes("user_prefix", users, [one.user_prefix for one in self.issuers])
-        groups = {"groups": self.groups, "tokens": self.tokens}
-        prefixes = [None if one.groups_claim is None else one.groups_prefix for one in self.issuers]
-        _check_prefixes("groups_prefix", groups, prefixes)
+        if len(names) > 1:
+            for index, prefix in shared_prefixes([one.user_prefix for one in self.issuers]):
+                raise key_error(
+                    ("issuers", index, "user_prefix"),
+                    f'"{prefix}" must differ from that of other issuers, and begin none of them: '
+                    f'use a name of the issuer, such as "issuer{index}:"',
+                )
         for name in self.groups:
             if name.startswith(self.group_prefixes):
                 raise key_error(("groups", name), "begins with the groups_prefix of an issuer")
@@ -251,12 +254,14 @@ class AccessSection(Section):
     @property
     def user_prefixes(self) -> tuple[str, ...]:
         """Return what begins the names of users of issuers, and of no others."""
-        return tuple(one.user_prefix for one in self.issuers)
+        return tuple(one.user_prefix for one in self.issuers if one.user_prefix)
 
     @property
     def group_prefixes(self) -> tuple[str, ...]:
         """Return what begins the names of groups of issuers, and of no others."""
-        return tuple(one.groups_prefix for one in self.issuers if one.groups_claim is not None)
+        return tuple(
+            one.groups_prefix for one in self.issuers if one.groups_claim and one.groups_prefix
+        )
 
     @model_validator(mode="after")
     def _check_rules(self) -> Self:
@@ -272,32 +277,9 @@ class AccessSection(Section):
         return self
 
 
-def _check_prefixes(key: str, local: Mapping[str, object], prefixes: Sequence[str | None]) -> None:
-    """Check that each name belongs to one issuer, or to the files, whether it is in use or not.
-
-    Otherwise a token could have the name of a user who was removed, for whom rules are left.
-
-    Args:
-        key: The key of an issuer with its prefix.
-        local: The other sources of names: key of the section -> its value.
-        prefixes: The prefix of each issuer. None: it gives no such names.
-
-    Raises an error of pydantic.
-    """
-    source = next((name for name, value in local.items() if value), None)
+def shared_prefixes(prefixes: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """Yield (index, prefix) of each prefix that begins another one: both may give the same name."""
     for index, prefix in enumerate(prefixes):
-        if prefix is None:
-            continue
-        others = [one for one in (*prefixes[:index], *prefixes[index + 1 :]) if one is not None]
+        others = (*prefixes[:index], *prefixes[index + 1 :])
         if any(other.startswith(prefix) for other in others):
-            raise key_error(
-                ("issuers", index, key),
-                f'"{prefix}" must differ from that of other issuers, and begin none of them: use a '
-                f'name of the issuer, such as "issuer{index}:"',
-            )
-        if not prefix and source is not None:
-            raise key_error(
-                ("issuers", index, key),
-                f'"" is not enough beside access.{source}: its tokens could have names of that. Use'
-                f' a prefix, such as "issuer{index}:", also in groups and rules',
-            )
+            yield index, prefix

@@ -8,12 +8,14 @@ content, and a row is deleted in the same transaction that finds that none does.
 parts of a manifest in its transaction, too. So the two cannot overtake each other. What a client
 was told of and has not used yet (a blob that it has pushed, mounted, or found by ``HEAD``) is
 needed for the grace time. Files go last, and only after the rows are durably gone: the store
-keeps each content of which ``store/hosted_contents.py`` finds a row.
+keeps each content of which ``store/hosted_contents.py`` finds a row, also one of a running backup.
 """
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from sqlite3 import Connection
 from typing import Final
@@ -32,23 +34,26 @@ ChangeOf = Callable[[NeedlessRow], HostedChange]
 
 
 async def find_needless(database: Database, now: float, grace: float) -> list[NeedlessRow]:
-    """Return the rows that a collection would remove in its first pass.
-
-    Children that become unused by it are not listed.
+    """Return the rows that a collection would remove now. No push waits for it.
 
     Args:
         database: The names.
         now: Seconds since the epoch.
         grace: Seconds for which what nothing needs is kept after its last use.
     """
-    cutoff = cutoff_of(now, grace)
+    return await database.read(partial(_collect_in_copy, cutoff=cutoff_of(now, grace)))
+
+
+def _collect_in_copy(connection: Connection, cutoff: float) -> list[NeedlessRow]:
+    """Collect in a copy of the database, which SQLite keeps in a temporary file. Blocks."""
     everything = 2**62
-    find = partial(collection_rows.needless_manifests, cutoff=cutoff, count=everything)
-    manifests = await database.read(find)
-    find_blobs = partial(
-        collection_rows.needless_blobs, cutoff=cutoff, count=everything, after=None
-    )
-    return [*manifests, *await database.read(find_blobs)]
+    found: list[NeedlessRow] = []
+    with closing(sqlite3.connect("", isolation_level=None)) as copy:
+        connection.backup(copy)
+        copy.execute("BEGIN")
+        while rows := collection_rows.needless_manifests(copy, cutoff, everything):
+            found += collection_rows.delete_needless(copy, rows, cutoff)
+        return found + collection_rows.needless_blobs(copy, cutoff, everything, None)
 
 
 async def collect(

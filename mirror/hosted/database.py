@@ -5,9 +5,10 @@ mean (``name_rows.py``).
 
 Theory of operation: SQLite with a write-ahead log. One thread of each process writes. It takes all
 waiting writes, and commits them together: each is a savepoint, so one that fails undoes nothing of
-the others. A durable write returns after the log is on the disk (``synchronous=FULL``). Several
-processes may use one database: a write waits for the lock of another one. Readers never wait. On a
-full disk, a write that only removes gets the space that is kept for it (``spare_space.py``).
+the others. None is committed into a file that was removed or replaced meanwhile. A durable write
+returns after the log is on the disk (``synchronous=FULL``). Several processes may use one database:
+a write waits for the lock of another one. Readers never wait. On a full disk, a write that only
+removes gets the space that is kept for it (``spare_space.py``).
 """
 
 from __future__ import annotations
@@ -24,24 +25,26 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from sqlite3 import Connection
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 from mirror.hosted.spare_space import SpareSpace, empty_log, is_without_space
-from mirror.oci.errors import MirrorError, NamesDamaged, StorageUnavailable
+from mirror.oci.errors import DAMAGED_NAMES_REMEDY, MirrorError, NamesDamaged, StorageUnavailable
 from mirror.store.private_directory import make_private_directory
 from mirror.threads import run_in_thread
 
 T = TypeVar("T")
+_FileIdentity: TypeAlias = tuple[int, int] | None
 
 SCHEMA_VERSION: Final = 1
 """``user_version`` of a database that this version writes."""
-_BUSY_TIMEOUT_S: Final = 10.0
-"""Seconds to wait for a write of another process. One commit takes milliseconds."""
+_BUSY_TIMEOUT_S: Final = 5.0
+"""Seconds to wait for a write of another process. One commit takes milliseconds.
+
+A write may wait twice: for the commit before it, and for its own."""
 _MAX_BATCH: Final = 256
 """Writes of one commit. Each waits for all of them, which takes about 20 ms."""
 _READERS: Final = 2
 """Threads that read: a read takes less than a millisecond of the processor."""
-_DAMAGE_REMEDY: Final = "restore it from a backup, or remove it to lose all hosted names"
 
 _SCHEMA: Final = """
 CREATE TABLE manifests (
@@ -140,9 +143,14 @@ class _Write(Generic[T]):
 class Database:
     """An open database. All methods run on the event loop. Create it with :meth:`open`."""
 
-    def __init__(self, path: Path, connection: Connection) -> None:
+    def __init__(self, path: Path, connection: Connection, file: _FileIdentity) -> None:
         """Use an open connection. Call :meth:`open` instead."""
         self._path = path
+        self._file = file
+        self._is_file_lost = False
+        """Whether the file was found removed or replaced. It stays so until a restart."""
+        self.on_file_lost: Callable[[str], None] | None = None
+        """Called once with the reason, on the event loop, if the open file is found lost."""
         self._loop = asyncio.get_running_loop()
         self._connection = connection
         self._spare_space = SpareSpace(path)
@@ -157,7 +165,7 @@ class Database:
     @classmethod
     async def open(cls, path: Path) -> Database:
         """Open a database, or create it. Raises ``NamesDamaged`` if it cannot be used."""
-        return cls(path, await run_in_thread(open_checked, path))
+        return cls(path, *await run_in_thread(_open_identified, path))
 
     async def read(self, query: Callable[[Connection], T]) -> T:
         """Return ``query(connection)``, called in a thread, in a state that was committed.
@@ -239,7 +247,7 @@ class Database:
             return
         try:
             self._commit(batch)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, StorageUnavailable) as error:
             failure = _translate(error, self._path)
             is_full = is_without_space(error)
             for write in batch:
@@ -252,21 +260,22 @@ class Database:
         empty = partial(empty_log, self._connection)
         try:
             self._spare_space.run(partial(self._commit, [write]), empty)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, StorageUnavailable) as error:
             return _translate(error, self._path)
         return write.error
 
     def _commit(self, batch: list[_Write[Any]]) -> None:
-        """Commit writes. Raises ``sqlite3.Error``, and has changed nothing then."""
+        """Commit writes. Raises ``sqlite3.Error``, ``StorageUnavailable``: nothing is changed."""
         try:
             self._try_commit(batch)
-        except sqlite3.Error:
+        except (sqlite3.Error, StorageUnavailable):
             with suppress(sqlite3.Error):
                 self._connection.execute("ROLLBACK")
             raise
 
     def _try_commit(self, batch: list[_Write[Any]]) -> None:
         connection = self._connection
+        self._check_file()
         is_full = any(write.is_durable for write in batch)
         if is_full is not self._is_full:
             connection.execute(f"PRAGMA synchronous = {'FULL' if is_full else 'NORMAL'}")
@@ -283,7 +292,23 @@ class Database:
                 write.error = error
                 connection.execute("ROLLBACK TO one")
             connection.execute("RELEASE one")
+        # Again, so that nothing is acknowledged that a restart would not find.
+        self._check_file()
         connection.execute("COMMIT")
+
+    def _check_file(self) -> None:
+        """Raise ``StorageUnavailable`` if the open file is no longer the one at its path.
+
+        Its writes would be gone after a restart, or go into the log of another file.
+        """
+        is_known, why = self._is_file_lost, f"{self._path} was removed or replaced while in use"
+        if not is_known and _identity_of(self._path) == self._file:
+            return
+        self._is_file_lost = True
+        if not is_known and self.on_file_lost is not None:
+            with suppress(RuntimeError):  # The event loop has ended.
+                self._loop.call_soon_threadsafe(self.on_file_lost, why)
+        raise StorageUnavailable(f"{why}: put it back, and start the server again")
 
 
 def _set_results(batch: list[_Write[Any]]) -> None:
@@ -298,6 +323,20 @@ def _set_results(batch: list[_Write[Any]]) -> None:
 
 
 # --- opening --------------------------------------------------------------------------------------
+
+
+def _open_identified(path: Path) -> tuple[Connection, _FileIdentity]:
+    connection = open_checked(path)
+    return connection, _identity_of(path)
+
+
+def _identity_of(path: Path) -> _FileIdentity:
+    """Return the device and the number of a file. None: it is not there."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def open_checked(path: Path) -> Connection:
@@ -354,14 +393,19 @@ def _prepare(connection: Connection, path: Path) -> None:
             connection.execute(statement)
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     elif version != SCHEMA_VERSION:
-        raise NamesDamaged(
-            f"{path}: its version is {version}, and this program reads {SCHEMA_VERSION}: use the"
-            " newer program, or restore a backup"
-        )
+        raise NamesDamaged(wrong_version(path, version))
     connection.execute("COMMIT")
     problem = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if problem != "ok":
-        raise NamesDamaged(f"{path}: damaged: {_DAMAGE_REMEDY}")
+        raise NamesDamaged(f"{path}: damaged: {DAMAGED_NAMES_REMEDY}")
+
+
+def wrong_version(path: Path, version: int) -> str:
+    """Return what to do about a database that another version of this program has written."""
+    return (
+        f"{path}: its version is {version}, and this program reads {SCHEMA_VERSION}: use the"
+        " program that has written it"
+    )
 
 
 def _statements(script: str) -> list[str]:
@@ -383,9 +427,11 @@ def _sync_directory(path: Path) -> None:
         os.close(fd)
 
 
-def _translate(error: sqlite3.Error, path: Path) -> MirrorError:
+def _translate(error: sqlite3.Error | StorageUnavailable, path: Path) -> MirrorError:
+    if isinstance(error, StorageUnavailable):
+        return error
     if isinstance(error, sqlite3.OperationalError) and "malformed" not in str(error):
         return StorageUnavailable(f"{path}: {error}")
     if isinstance(error, sqlite3.DatabaseError):
-        return NamesDamaged(f"{path}: {error}: {_DAMAGE_REMEDY}")
+        return NamesDamaged(f"{path}: {error}: {DAMAGED_NAMES_REMEDY}")
     return StorageUnavailable(f"{path}: {error}")

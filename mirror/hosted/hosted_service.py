@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
 from sqlite3 import Connection
-from typing import Any, Final
+from typing import Final
 
 from mirror.config.settings import Hosted
 from mirror.hosted import collection_rows, name_rows, upload_files, upload_rows
@@ -22,13 +22,15 @@ from mirror.hosted.database import Database
 from mirror.hosted.immutable_tags import ImmutableTagRules
 from mirror.hosted.name_rows import USE_STEP_S, ManifestRow
 from mirror.hosted.pushed_manifest import PushedManifest, read_pushed_manifest
+from mirror.hosted.referrer_rows import referrers_page
 from mirror.hosted.sessions import UploadSessions, disk_errors
 from mirror.observability.events import HostedChange, HostedMeasured, Observer
 from mirror.observability.hosted_events import SERVER, Actor, ChangeAction
-from mirror.oci.descriptor import MANIFEST_LIMIT
+from mirror.oci.descriptor import MANIFEST_LIMIT, ReferrersPage
 from mirror.oci.errors import BlobUnknown, DigestInvalid, ManifestUnknown, NameUnknown
 from mirror.oci.headers import OCTET_STREAM
 from mirror.oci.reference import Digest, Reference, Repository, Tag
+from mirror.store.disk import find_whole
 from mirror.store.reader import Reader
 from mirror.store.store import Store
 from mirror.threads import parse_in_thread_if_large, run_in_thread
@@ -38,7 +40,8 @@ _MAX_PAGE: Final = 10_000
 
 _NAMES_STEP: Final = 500
 """Names that are read at a time: deciding which of them are visible takes a millisecond."""
-
+_MARK_TIMEOUT_S: Final = 1.0
+"""Seconds that a client waits for the record of its use. One commit takes milliseconds."""
 _BLOB_LOST: Final = "the content of this blob is lost: push it again"
 
 
@@ -151,17 +154,19 @@ class HostedService:
     async def blob_size(self, repository: str, digest: Digest) -> int:
         """Return the bytes of a blob. Raises ``BlobUnknown``, also if its content is lost.
 
-        Then a client pushes it again, which repairs it.
+        Then a client pushes it again, which repairs it. Raises ``StorageUnavailable`` if the disk
+        does not answer.
         """
         find = partial(name_rows.blob_size, repository=repository, digest=digest)
         size = await self._database.read(find)
-        if size is None or not self._store.catalog.has_blob(digest):
-            raise BlobUnknown("the repository does not have this blob")
+        with disk_errors("the blob cannot be read"):
+            if size is None or not find_whole(self._store.layout, digest):
+                raise BlobUnknown("the repository does not have this blob")
         return size
 
     async def read_blob(self, digest: Digest, limit: int) -> bytes:
         """Return the bytes of a small blob. Raises ``BlobUnknown`` if they are lost or damaged."""
-        body = await self._store.blobs.read(digest, limit)
+        body = await self._store.blobs.read_hosted(digest, limit)
         if body is None:
             raise BlobUnknown(_BLOB_LOST)
         return body
@@ -169,19 +174,40 @@ class HostedService:
     async def open_blob(self, digest: Digest, size: int) -> Reader:
         """Open a blob of ``size`` bytes for reading. The caller closes the reader.
 
-        Raises ``BlobUnknown`` if its content is lost or damaged.
+        Raises ``BlobUnknown`` if its content is lost or damaged, ``StorageUnavailable`` if the disk
+        cannot read it.
         """
-        reader = await self._store.blobs.find(digest, size)
+        reader = await self._store.blobs.find_hosted(digest, size)
         if reader is None:
             raise BlobUnknown(_BLOB_LOST)
         return reader
 
     async def mark_blob_used(self, repository: str, digest: Digest) -> None:
-        """Record that a client may be about to push a manifest that names a blob."""
+        """Record that a client may be about to push a manifest that names a blob.
+
+        Raises ``BlobUnknown`` if that is not recorded in time, and a collection may soon remove it.
+        """
         mark = partial(
             name_rows.mark_blob_used, repository=repository, digest=digest, now=self._now()
         )
-        await self._database.write(mark, is_durable=False)
+        if await self._write_mark(mark):
+            return
+        # A collection of another process may have the lock before us.
+        oldest = self._now() - self.settings.grace / 2
+        find = partial(name_rows.is_needed_blob, repository=repository, digest=digest, since=oldest)
+        if not await self._database.read(find):
+            raise BlobUnknown("the repository may lose this blob: push it again")
+
+    async def _write_mark(self, mark: Callable[[Connection], None]) -> bool:
+        """Record a use. False after :data:`_MARK_TIMEOUT_S` if another process holds the lock.
+
+        Then no collection can remove anything yet, and the record is the next write of ours.
+        """
+        marked = self._database.write_later(mark)
+        await asyncio.wait({marked}, timeout=_MARK_TIMEOUT_S)
+        if marked.done():
+            marked.result()
+        return marked.done()
 
     async def delete_blob(
         self,
@@ -299,7 +325,7 @@ class HostedService:
 
     async def read_manifest(self, row: ManifestRow) -> bytes:
         """Return the bytes of a manifest. Raises ``ManifestUnknown`` if they are lost."""
-        body = await self._store.blobs.read(row.digest, MANIFEST_LIMIT)
+        body = await self._store.blobs.read_hosted(row.digest, MANIFEST_LIMIT)
         if body is None:
             raise ManifestUnknown("the content of this manifest is lost: push it again")
         return body
@@ -312,7 +338,7 @@ class HostedService:
             reference=reference,
             now=self._now(),
         )
-        await self._database.write(mark, is_durable=False)
+        await self._write_mark(mark)
 
     def mark_pulled(self, repository: str, row: ManifestRow) -> None:
         """Record the pull of a manifest soon. No client waits for it."""
@@ -412,11 +438,24 @@ class HostedService:
         return found, False
 
     async def referrers(
-        self, repository: str, subject: Digest, artifact_type: str | None
-    ) -> list[dict[str, Any]]:
-        """Return the descriptors of the manifests whose subject is ``subject``."""
+        self,
+        repository: str,
+        subject: Digest,
+        artifact_type: str | None,
+        last: str = "",
+        max_bytes: int = MANIFEST_LIMIT,
+    ) -> ReferrersPage:
+        """Return one page of the manifests whose subject is ``subject``.
+
+        See :func:`mirror.hosted.referrer_rows.referrers_page` for the arguments.
+        """
         find = partial(
-            name_rows.referrers, repository=repository, subject=subject, artifact_type=artifact_type
+            referrers_page,
+            repository=repository,
+            subject=subject,
+            artifact_type=artifact_type,
+            last=last,
+            max_bytes=max_bytes,
         )
         return await self._database.read(find)
 

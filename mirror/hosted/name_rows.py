@@ -92,6 +92,15 @@ def mark_blob_used(connection: Connection, repository: str, digest: Digest, now:
     )
 
 
+def is_needed_blob(connection: Connection, repository: str, digest: Digest, since: float) -> bool:
+    """Return whether a manifest names a blob, or it was used after ``since``."""
+    row = connection.execute(
+        "SELECT 1 FROM unnamed_blobs WHERE repository = ? AND digest = ? AND used_at < ?",
+        (repository, str(digest), since),
+    ).fetchone()
+    return row is None
+
+
 def delete_blob(connection: Connection, repository: str, digest: Digest) -> int | None:
     """Delete a blob of a repository. Returns its bytes; None if the repository does not have it."""
     size = blob_size(connection, repository, digest)
@@ -200,7 +209,7 @@ def add_manifest(
         (
             *(repository, digest, manifest.media_type, manifest.artifact_type),
             *("" if manifest.subject is None else str(manifest.subject), manifest.size),
-            *(json.dumps(manifest.annotations, separators=(",", ":")), now, user),
+            *(_dump(manifest.annotations), now, user),
         ),
     )
     if not added.rowcount:
@@ -237,6 +246,11 @@ def add_manifest(
         " digest = excluded.digest, pushed_at = excluded.pushed_at, pushed_by = excluded.pushed_by",
         [(repository, str(tag), digest, now, user) for tag in tags],
     )
+
+
+def _dump(annotations: dict[str, str]) -> str:
+    # Not escaped: an entry of a list of referrers has no more bytes than its manifest.
+    return json.dumps(annotations, separators=(",", ":"), ensure_ascii=False)
 
 
 def tags_above(connection: Connection, repository: str, digest: Digest) -> Iterator[str]:
@@ -314,35 +328,6 @@ def repositories_page(connection: Connection, count: int, last: str) -> list[str
         (last, count),
     )
     return [row[0] for row in rows]
-
-
-def referrers(
-    connection: Connection, repository: str, subject: Digest, artifact_type: str | None
-) -> list[dict[str, Any]]:
-    """Return the descriptors of the manifests whose subject is ``subject``, in order of digest.
-
-    Args:
-        connection: The database.
-        repository: The repository that has them.
-        subject: A digest, which the repository need not have.
-        artifact_type: Only those of this type. None: all.
-    """
-    rows = connection.execute(
-        "SELECT media_type, digest, size, artifact_type, annotations FROM manifests"
-        " WHERE repository = ? AND subject = ? AND subject <> '' ORDER BY digest",
-        (repository, str(subject)),
-    )
-    found = []
-    for media_type, digest, size, artifact, text in rows:
-        if artifact_type is not None and artifact != artifact_type:
-            continue
-        entry = {"mediaType": media_type, "digest": digest, "size": size}
-        if artifact:
-            entry["artifactType"] = artifact
-        if text != "{}":
-            entry["annotations"] = json.loads(text)
-        found.append(entry)
-    return found
 
 
 # --- all repositories -----------------------------------------------------------------------------

@@ -9,7 +9,9 @@ feeds an upload holds the lock of the file. Before it unlocks the file, what the
 falls back to the length of the file: an upload that nobody feeds keeps nothing from others. To
 finish an upload, its bytes are verified, synced, and renamed to content; then the row of the blob
 is written, in the same transaction that deletes the row of the upload. A crash before that leaves
-the upload, or content that no row names.
+the upload, or content that no row names. An error of the disk ends the upload: an ``fsync`` that
+failed once may report success later without having written anything
+(:func:`mirror.store.disk.publish`), so the client has to send the bytes again.
 """
 
 from __future__ import annotations
@@ -187,7 +189,8 @@ class UploadSessions:
             )
 
         def on_closed() -> None:
-            self._hashes[upload_id] = running_hash
+            if not feed.has_ended:
+                self._hashes[upload_id] = running_hash
             del self._writers[upload_id]
 
         writer = UploadWriter(
@@ -258,8 +261,8 @@ class UploadSessions:
     async def finish(self, feed: UploadFeed, digest: Digest) -> int:
         """Publish an upload as a blob of its repository. Returns its size in bytes.
 
-        It returns once the blob is durable. The upload has ended, also if its bytes are wrong. The
-        caller closes ``feed``.
+        It returns once the blob is durable. The upload has ended, also if its bytes are wrong, or
+        if the disk refuses to publish them. The caller closes ``feed``.
 
         Raises:
             DigestInvalid: The bytes hash to another digest.
@@ -268,14 +271,17 @@ class UploadSessions:
         """
         writer, upload_id = feed.writer, feed.row.id
         await writer.flush()
-        with disk_errors():
-            is_new = await self._loop.run_in_executor(
-                self._publishing, self._publish, upload_id, writer, digest
-            )
+        feed.has_ended = True
+        publish = partial(self._publish, upload_id, writer, digest)
+        try:
+            with disk_errors():
+                is_new = await writer.run_last(self._publishing, publish)
+        except (DigestInvalid, StorageUnavailable):
+            # Without its file, the upload has ended anyway. A sweep removes a row that stays.
+            with suppress(StorageUnavailable):
+                await self._delete_row(upload_id)
+            raise
         size = writer.position
-        if isinstance(is_new, Digest):
-            await self._end_row(upload_id)
-            raise DigestInvalid(f"the uploaded bytes hash to {is_new}, and not to {digest}")
         self._store.on_pushed(digest, size, is_new=is_new)
 
         def record(connection: Connection) -> None:
@@ -286,19 +292,28 @@ class UploadSessions:
         await self._database.write(record)
         return size
 
-    def _publish(self, upload_id: str, writer: UploadWriter, digest: Digest) -> bool | Digest:
+    def _publish(self, upload_id: str, writer: UploadWriter, digest: Digest) -> bool:
         """Verify and publish, in a thread. Returns whether the content is new.
 
-        The file of a wrong upload is removed, and the digest of its bytes is returned.
+        If it raises, the file is removed. Raises ``DigestInvalid``, and like ``publish_upload``.
         """
         running_hash, path = writer.running_hash, upload_files.path_of(self._layout, upload_id)
         if running_hash.algorithm != digest.algorithm:
             running_hash = RunningHash(digest.algorithm)
-        running_hash.catch_up(writer.fd, writer.position)
-        if running_hash.position != writer.position or running_hash.digest() != digest:
+        try:
+            running_hash.catch_up(writer.fd, writer.position)
+            found = running_hash.digest()
+            if running_hash.position != writer.position or found != digest:
+                raise DigestInvalid(f"the uploaded bytes hash to {found}, and not to {digest}")
+            return upload_files.publish_upload(self._layout, path, writer.fd, digest, self._now())
+        except BaseException:
             upload_files.drop(path)
-            return running_hash.digest()
-        return upload_files.publish_upload(self._layout, path, writer.fd, digest, self._now())
+            raise
+
+    async def _delete_row(self, upload_id: str, *, is_durable: bool = False) -> bool:
+        """Delete the row of an upload. Returns False if there is none."""
+        end = partial(upload_rows.end_upload, upload_id=upload_id)
+        return await self._database.write(end, is_durable=is_durable, is_removal=True)
 
     async def cancel(self, upload_id: str, repository: str, user: str) -> None:
         """End an upload, and drop its bytes. Raises like :meth:`open`.
@@ -311,14 +326,15 @@ class UploadSessions:
         feed = await self.open(upload_id, repository, user)
         try:
             await self._run(upload_files.remove, self._layout, upload_id)
+            feed.has_ended = True
         finally:
             feed.close()
-        await self._end_row(upload_id)
+        await self._delete_row(upload_id)
 
     async def forget(self, upload_id: str) -> None:
         """Drop an upload that only this request knows. Its feed is closed, or about to be."""
         await self._run(upload_files.remove, self._layout, upload_id)
-        await self._end_row(upload_id)
+        await self._delete_row(upload_id)
 
     async def end(self, upload_id: str) -> int:
         """End an upload of any user. Returns its bytes.
@@ -327,16 +343,13 @@ class UploadSessions:
 
         Raises ``UploadUnknown``.
         """
+        if not upload_files.is_upload_id(upload_id):
+            raise UploadUnknown(_GONE)
         size = await self._run(upload_files.upload_length, self._layout, upload_id)
-        if not await self._end_row(upload_id, is_durable=True):
+        if not await self._delete_row(upload_id, is_durable=True):
             raise UploadUnknown(_GONE)
         await self._remove_unless_fed(upload_id)
         return size or 0
-
-    async def _end_row(self, upload_id: str, *, is_durable: bool = False) -> bool:
-        """Delete the row of an upload. Returns False if there is none."""
-        end = partial(upload_rows.end_upload, upload_id=upload_id)
-        return await self._database.write(end, is_durable=is_durable, is_removal=True)
 
     async def _remove_unless_fed(self, upload_id: str) -> None:
         """Remove the file of an upload that has ended. While it is fed, that is left for later."""
@@ -421,6 +434,8 @@ class UploadFeed:
         self.writer = writer
         self.reserved = row.reserved
         """Bytes that the upload may reach."""
+        self.has_ended = False
+        """Whether the upload ends with this request, as a blob or without one."""
         self._reserve = reserve
         self._make_room = make_room
         self._has_room_until = 0
@@ -466,10 +481,10 @@ class UploadFeed:
 
 
 @contextmanager
-def disk_errors() -> Iterator[None]:
+def disk_errors(what: str = "the upload cannot be stored") -> Iterator[None]:
     """Turn the errors of the disk into ``StorageUnavailable``."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise StorageUnavailable(f"the upload cannot be stored: {reason}") from error
+        raise StorageUnavailable(f"{what}: {reason}") from error

@@ -11,6 +11,7 @@ goes meanwhile. The lock ends with its process: a copy without it counts for not
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import time
@@ -21,7 +22,8 @@ from pathlib import Path
 from sqlite3 import Connection
 from typing import Final
 
-from mirror.hosted.database import SCHEMA_VERSION
+from mirror.hosted.database import SCHEMA_VERSION, wrong_version
+from mirror.oci.descriptor import INDEX_TYPES
 from mirror.oci.errors import NamesDamaged, StorageUnavailable
 from mirror.oci.reference import Digest, Tag
 from mirror.store import disk
@@ -31,6 +33,10 @@ _SNAPSHOT_TIMEOUT_S: Final = 2.0
 """Seconds to wait for the lock. Who looks whether it is held, holds it for a moment."""
 _BUSY_TIMEOUT_S: Final = 10.0
 """Seconds to wait while a server recovers the database."""
+_MANIFESTS: Final = (
+    "SELECT repository, digest, media_type, size, pushed_at, pushed_by, pulled_at, orphaned_at"
+    " FROM manifests m"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +50,9 @@ class SavedManifest:
     pushed_at: float
     pushed_by: str
     pulled_at: float
+    """Zero: never."""
+    orphaned_at: float
+    """Since when it belongs to nothing. Zero: it does, or it stays until it is deleted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,35 +77,50 @@ class Snapshot:
         self._connection = connection
 
     def contents(self) -> Iterator[tuple[Digest, int]]:
-        """Return the digests and bytes of all content that a manifest names, or is."""
+        """Return the digests and bytes of all content that a repository has."""
+        rows = self._connection.execute("SELECT digest, size FROM contents ORDER BY digest")
+        return ((Digest.parse(digest), size) for digest, size in rows)
+
+    def repositories(self) -> Iterator[str]:
+        """Return the repositories that have any content, in order."""
+        rows = self._connection.execute("SELECT name FROM repositories ORDER BY name")
+        return (row[0] for row in rows)
+
+    def blobs(self, repository: str) -> Iterator[tuple[Digest, int]]:
+        """Return the blobs of a repository, and their bytes, in order."""
         rows = self._connection.execute(
-            "SELECT digest, size FROM contents WHERE digest IN"
-            " (SELECT digest FROM parts UNION SELECT digest FROM manifests) ORDER BY digest"
+            "SELECT digest, size FROM blobs WHERE repository = ? ORDER BY digest", (repository,)
         )
         return ((Digest.parse(digest), size) for digest, size in rows)
 
-    def tags(self) -> Iterator[SavedTag]:
-        """Return all tags, in order."""
+    def tags(self, repository: str) -> Iterator[SavedTag]:
+        """Return the tags of a repository, in order."""
         rows = self._connection.execute(
             "SELECT t.repository, t.tag, t.digest, m.media_type, m.size, t.pushed_at, t.pushed_by"
             " FROM tags t JOIN manifests m ON m.repository = t.repository AND m.digest = t.digest"
-            " ORDER BY t.repository, t.tag"
+            " WHERE t.repository = ? ORDER BY t.tag",
+            (repository,),
         )
         return (SavedTag(row[0], Tag(row[1]), Digest.parse(row[2]), *row[3:]) for row in rows)
 
-    def manifests(self) -> Iterator[SavedManifest]:
-        """Return all manifests, in order."""
+    def manifests(self, repository: str) -> Iterator[SavedManifest]:
+        """Return the manifests of a repository. Orphans come after all others."""
         rows = self._connection.execute(
-            "SELECT repository, digest, media_type, size, pushed_at, pushed_by, pulled_at"
-            " FROM manifests ORDER BY repository, digest"
+            f"{_MANIFESTS} WHERE repository = ? ORDER BY orphaned_at > 0, digest", (repository,)
         )
         return (SavedManifest(row[0], Digest.parse(row[1]), *row[2:]) for row in rows)
 
-    def untagged_roots(self) -> Iterator[SavedManifest]:
-        """Return the manifests that neither a tag nor another manifest names, in order."""
+    def roots(self, repository: str) -> Iterator[SavedManifest]:
+        """Return the manifests that neither a tag nor an index names, in order of digest."""
+        # A manifest whose bytes are a layer, too, is named by no index.
         rows = self._connection.execute(
-            "SELECT repository, digest, media_type, size, pushed_at, pushed_by, pulled_at"
-            " FROM unnamed_manifests ORDER BY repository, digest"
+            f"{_MANIFESTS} WHERE repository = :repository AND NOT EXISTS"  # noqa: S608 - our own text
+            " (SELECT 1 FROM tags t WHERE t.repository = m.repository AND t.digest = m.digest)"
+            " AND NOT EXISTS (SELECT 1 FROM parts p JOIN manifests i"
+            " ON i.repository = p.repository AND i.digest = p.manifest"
+            " WHERE p.repository = m.repository AND p.digest = m.digest"
+            " AND lower(i.media_type) IN (SELECT value FROM json_each(:types))) ORDER BY digest",
+            {"repository": repository, "types": json.dumps(sorted(INDEX_TYPES))},
         )
         return (SavedManifest(row[0], Digest.parse(row[1]), *row[2:]) for row in rows)
 
@@ -149,10 +173,7 @@ def _copy(layout: Layout) -> None:
     with closing(_connect(layout.hosted_names.absolute().as_uri())) as connection:
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         if version != SCHEMA_VERSION:
-            raise NamesDamaged(
-                f"{layout.hosted_names}: its version is {version}, and this program reads"
-                f" {SCHEMA_VERSION}"
-            )
+            raise NamesDamaged(wrong_version(layout.hosted_names, version))
         connection.execute("VACUUM INTO ?", (str(draft),))
     draft.rename(layout.snapshot)
 

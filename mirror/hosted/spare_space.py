@@ -42,7 +42,7 @@ _REFUSALS: Final = frozenset(
 _FLAGS: Final = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
-def is_without_space(error: sqlite3.Error) -> bool:
+def is_without_space(error: Exception) -> bool:
     """Return whether the disk, or a quota of it, may be full."""
     return getattr(error, "sqlite_errorcode", None) in _REFUSALS
 

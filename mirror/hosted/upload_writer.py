@@ -15,12 +15,14 @@ import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import Executor
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest
 from mirror.store.ingest_writer import MemoryBudget, ShortWrite, append_joined, write_all
 from mirror.store.writeback import start_writeback
+
+T = TypeVar("T")
 
 _READ_BYTES: Final = 1024 * 1024
 """Bytes that are read and hashed at a time."""
@@ -90,7 +92,7 @@ class UploadWriter:
         self._loop = asyncio.get_running_loop()
         self._written = position
         self._pending: list[bytes | bytearray] = []
-        self._job: asyncio.Future[int] | None = None
+        self._job: asyncio.Future[Any] | None = None
         self._error: Exception | None = None
         self._is_unlocking = False
         self.is_closing = False
@@ -118,6 +120,22 @@ class UploadWriter:
             await asyncio.wait({self._job})
         if self._error is not None:
             raise self._error
+
+    async def run_last(self, threads: Executor, work: Callable[[], T]) -> T:
+        """Return ``work()``, called in a thread. No bytes may follow. Raises like ``work``.
+
+        The file stays open for the thread, also if the caller is cancelled and closes it.
+        """
+        await self.flush()
+        self._job = job = self._loop.run_in_executor(threads, work)
+        job.add_done_callback(self._on_last_done)
+        await asyncio.wait({job})
+        return job.result()
+
+    def _on_last_done(self, job: asyncio.Future[Any]) -> None:
+        job.exception()  # Retrieved: a caller that was cancelled never asks.
+        self._job = None
+        self._close_if_idle()
 
     def close(self) -> None:
         """Close the file once all bytes that were accepted are in it, or the disk has refused them.

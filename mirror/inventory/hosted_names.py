@@ -19,6 +19,7 @@ from mirror.inventory.model import DigestText
 from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Repository, Tag
 from mirror.oci.text import time_text
+from mirror.store.hosted_marker import has_hosted_names
 from mirror.store.layout import Layout
 from mirror.store.saved_rows import connect_to_read
 
@@ -183,7 +184,7 @@ def _uploads(layout: Layout, name: str, rows: list[Any]) -> Iterator[HostedUploa
 def _reading(layout: Layout) -> Iterator[Callable[[str], Iterable[Any]]]:
     """Yield a function that runs a query, all in one state of the database. None: no rows."""
     path = layout.hosted_names
-    if not path.exists():
+    if not has_hosted_names(layout):
         yield lambda query: ()
         return
     try:
@@ -192,5 +193,6 @@ def _reading(layout: Layout) -> Iterator[Callable[[str], Iterable[Any]]]:
             yield lambda query: database.execute(query).fetchall()
     except sqlite3.Error as error:
         raise StorageUnavailable(
-            f"{path} cannot be read ({error}): check its permissions, or restore it from a backup"
+            f"{path} cannot be read ({error}): check its permissions; if it is damaged, oci-mirror"
+            " doctor says how to restore it"
         ) from None

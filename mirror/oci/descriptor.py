@@ -201,6 +201,19 @@ def payload_of(body: bytes) -> bytes:
         return body
 
 
+@dataclass(frozen=True, slots=True)
+class ReferrersPage:
+    """One page of a list of referrers."""
+
+    index: bytes
+    """An OCI image index."""
+    count: int = 0
+    """Number of its entries that were pushed here."""
+    next_last: str | None = None
+    """The next page begins after this digest, or with the first one if it is empty. None: there is
+    no next page."""
+
+
 def referrers_tag(digest: Digest) -> str:
     """Return the tag of the list of referrers (Distribution, "Referrers Tag Schema")."""
     return f"{digest.algorithm[:32]}-{digest.hex[:64]}"
@@ -225,28 +238,35 @@ def referrers_index(entries: Sequence[Any] = ()) -> bytes:
     return _dump({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries})
 
 
+def join_referrers(entries: Sequence[bytes]) -> bytes:
+    """Return an OCI index of referrers, as :func:`referrers_index`, of entries that are JSON."""
+    start, end = referrers_index().rsplit(b"]", 1)
+    return b"".join((start, b",".join(entries), b"]", end))
+
+
 def parse_referrers(body: bytes) -> list[Any]:
     """Return the entries of a referrers index as they are. Raises :class:`ManifestInvalid`."""
     return list(_referrers_document(body)["manifests"])
 
 
-def add_referrers(body: bytes, entries: Sequence[Any]) -> bytes:
-    """Return the referrers index ``body`` with further descriptors, each digest once.
+def add_referrers(body: bytes, further: bytes, *, is_first_page: bool) -> bytes:
+    """Return the referrers index ``body`` with the entries of another one, each digest once.
 
     Args:
         body: The index. All its fields and entries are kept.
-        entries: Descriptors to add.
+        further: The other index.
+        is_first_page: False: only what is new in ``further`` is returned.
 
     Raises:
-        ManifestInvalid: ``body`` is no such index.
+        ManifestInvalid: One of them is no such index.
     """
-    if not entries:
-        return body
     document = _referrers_document(body)
     listed = document["manifests"]
     known = {one.get("digest") for one in listed if isinstance(one, dict)}
-    added = [one for one in entries if one["digest"] not in known]
-    return _dump({**document, "manifests": [*listed, *added]})
+    added = [one for one in parse_referrers(further) if one["digest"] not in known]
+    if not is_first_page:
+        return referrers_index(added)
+    return _dump({**document, "manifests": [*listed, *added]}) if added else body
 
 
 def filter_referrers(body: bytes, artifact_type: str) -> bytes:

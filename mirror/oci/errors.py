@@ -445,6 +445,20 @@ class StorageUnavailable(MirrorError):
     code = "UNAVAILABLE"
 
 
+class ContentUnreadable(StorageUnavailable):
+    """The disk reports an error for content that it has. The content stays, and may be intact.
+
+    Raised by ``store``, for hosted content only: cached content is fetched again.
+    """
+
+
+DAMAGED_NAMES_REMEDY: Final = (
+    "stop the server, move names.db, names.db-wal and names.db-shm away, and run oci-mirror restore"
+    " BACKUP; without a backup, all hosted names are lost"
+)
+"""The procedure that brings the hosted names back, wherever damage is found."""
+
+
 class NamesDamaged(MirrorError):
     """The database of the hosted repositories cannot be used. It is never replaced.
 

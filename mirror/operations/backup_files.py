@@ -18,14 +18,15 @@ import os
 import re
 import stat
 import tarfile
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final, Protocol
 
-from mirror.oci.errors import StorageUnavailable
-from mirror.oci.reference import ALGORITHMS, Digest
+from mirror.oci.errors import DigestMismatch, StorageUnavailable
+from mirror.oci.reference import ALGORITHMS, Digest, Verifier
 from mirror.store import disk
 
 INDEX: Final = "index.json"
@@ -50,20 +51,52 @@ class BackupTarget(Protocol):
     """A backup that is being written. Its methods block, and raise ``OSError``."""
 
     def keep(self, digest: Digest, size: int) -> bool:
-        """Keep content that an earlier backup has here. Returns whether it is there."""
+        """Keep content that an earlier backup has here. Returns whether it is there, undamaged."""
 
     def add(self, digest: Digest, fd: int, path: Path, size: int) -> None:
-        """Add content that is not there.
+        """Add content that is not there. It is hashed.
 
         Args:
             digest: Its digest.
             fd: Its open file.
             path: The path of that file, for a link.
             size: Its bytes.
+
+        Raises ``DigestMismatch`` if the file is damaged, or cannot be read. Nothing is added then.
         """
 
     def publish(self, index: Iterable[str], metadata: Iterable[str]) -> None:
         """Make the backup whole: write the text of its two documents, and make all durable."""
+
+
+class _VerifiedReader:
+    """Reads an open file in order, and hashes it. A damaged one raises ``DigestMismatch``."""
+
+    def __init__(self, fd: int, size: int, digest: Digest) -> None:
+        self._fd, self._size = fd, size
+        self._verifier = Verifier(digest)
+
+    def read(self, count: int) -> bytes:
+        """Return at most ``count`` further bytes. A disk that cannot read them counts as damage."""
+        count = min(count, self._size - self._verifier.position)
+        try:
+            data = os.pread(self._fd, count, self._verifier.position)
+        except OSError as error:
+            raise DigestMismatch(f"content cannot be read: {error.strerror}") from error
+        if not data and count:
+            raise DigestMismatch("content is cut")
+        self._verifier.update(data)
+        return data
+
+    def read_all(self) -> None:
+        """Verify the whole file."""
+        while self.read(_BACKUP_STEP_BYTES):
+            pass
+        self.finish()
+
+    def finish(self) -> None:
+        """Verify the bytes that were read. Call it after the last one."""
+        self._verifier.finish()
 
 
 # --- a directory ----------------------------------------------------------------------------------
@@ -84,24 +117,39 @@ class DirectoryTarget:
 
     def keep(self, digest: Digest, size: int) -> bool:
         """See :class:`BackupTarget`."""
+        path = self._root / "blobs" / digest.algorithm / digest.hex
         try:
-            status = (self._root / "blobs" / digest.algorithm / digest.hex).lstat()
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError:
             return False
-        is_there = stat.S_ISREG(status.st_mode) and status.st_size == size
-        if is_there:
-            self._kept.add((digest.algorithm, digest.hex))
-        return is_there
+        except OSError as error:
+            if error.errno == errno.ELOOP:  # A link, which no backup has.
+                return False
+            raise
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode) or status.st_size != size:
+                return False
+            _VerifiedReader(fd, size, digest).read_all()
+        except DigestMismatch:
+            return False
+        finally:
+            os.close(fd)
+        self._kept.add((digest.algorithm, digest.hex))
+        return True
 
     def add(self, digest: Digest, fd: int, path: Path, size: int) -> None:
         """See :class:`BackupTarget`."""
-        self._kept.add((digest.algorithm, digest.hex))
         target = self._root / "blobs" / digest.algorithm / digest.hex
         draft = target.with_name(f"{digest.hex}.tmp")
         draft.unlink(missing_ok=True)
-        if not _may_share_bytes(path, draft, fd):
-            _copy_durably(fd, draft, size)
+        source = _VerifiedReader(fd, size, digest)
+        if _may_share_bytes(path, draft, fd):
+            source.read_all()
+        else:
+            _copy_durably(source, draft)
         draft.replace(target)
+        self._kept.add((digest.algorithm, digest.hex))
 
     def publish(self, index: Iterable[str], metadata: Iterable[str]) -> None:
         """See :class:`BackupTarget`."""
@@ -154,18 +202,14 @@ def _may_share_bytes(source: Path, draft: Path, fd: int) -> bool:
     return True
 
 
-def _copy_durably(fd: int, draft: Path, size: int) -> None:
+def _copy_durably(source: _VerifiedReader, draft: Path) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     copy = os.open(draft, flags, 0o644)
     try:
-        position = 0
-        while position < size:
-            data = os.pread(fd, min(_BACKUP_STEP_BYTES, size - position), position)
-            if not data:
-                raise OSError(errno.EIO, "the file is shorter than its size", str(draft))
-            position += len(data)
+        while data := source.read(_BACKUP_STEP_BYTES):
             while data:
                 data = data[os.write(copy, data) :]
+        source.finish()
         os.fsync(copy)
     finally:
         os.close(copy)
@@ -197,25 +241,35 @@ class TarTarget:
 
     def add(self, digest: Digest, fd: int, path: Path, size: int) -> None:
         """See :class:`BackupTarget`."""
-        with open(os.dup(fd), "rb") as file:
-            file.seek(0)
-            self._add(f"blobs/{digest.algorithm}/{digest.hex}", size, file)
+        start, source = self._tar.offset, _VerifiedReader(fd, size, digest)
+        try:
+            self._add(f"blobs/{digest.algorithm}/{digest.hex}", size, source)
+            source.finish()
+        except DigestMismatch:
+            self._file.seek(start)
+            self._file.truncate()
+            self._tar.offset = start
+            raise
 
     def publish(self, index: Iterable[str], metadata: Iterable[str]) -> None:
         """See :class:`BackupTarget`."""
         for name, text in ((METADATA, metadata), (INDEX, index)):
-            body = "".join(text).encode()
-            self._add(name, len(body), io.BytesIO(body))
+            with tempfile.TemporaryFile(dir=self._path.parent) as file:  # Its size comes first.
+                file.writelines(part.encode() for part in text)
+                size = file.tell()
+                file.seek(0)
+                self._add(name, size, file)
         self._tar.close()
         self._file.flush()
         os.fsync(self._file.fileno())
         self._draft.replace(self._path)
         _sync_directory(self._path.parent)
 
-    def _add(self, name: str, size: int, file: IO[bytes]) -> None:
+    def _add(self, name: str, size: int, file: Any) -> None:
         entry = tarfile.TarInfo(name)
         entry.size, entry.mode = size, 0o644
         self._tar.addfile(entry, file)
+        self._tar.getmembers().clear()  # Only a reader needs them: a kilobyte each.
 
 
 @contextmanager
@@ -242,7 +296,12 @@ def opened_target(path: Path) -> Iterator[BackupTarget]:
                 if disk.is_at(file.fileno(), draft):
                     draft.unlink()
         return
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except FileExistsError:
+        raise StorageUnavailable(
+            f"{path}: is a file: name a directory, or a file that ends with .tar"
+        ) from None
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         if not disk.try_lock(fd):
@@ -290,7 +349,10 @@ class BackupSource:
         self._fd = -1
         self._members: Mapping[str, tuple[int, int]] = {}
         if self._directory is None:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except (FileNotFoundError, NotADirectoryError):
+                raise StorageUnavailable(f"{path}: there is no backup") from None
             self._members = self._read_members()
 
     def _read_members(self) -> dict[str, tuple[int, int]]:
@@ -329,6 +391,22 @@ class BackupSource:
     def opened_blob(self, digest: Digest) -> Any:
         """Open content, as :meth:`opened` does."""
         return self.opened(f"blobs/{digest.algorithm}/{digest.hex}")
+
+    def lines(self, name: str, limit: int) -> Iterator[bytes]:
+        """Yield the lines of a file without their ends. There are none if there is no such file.
+
+        A line that is longer than ``limit`` bytes is cut, and is the last one.
+        """
+        with self.opened(name) as stored:
+            rest = b""
+            for chunk in () if stored is None else stored.chunks():
+                *whole, rest = (rest + chunk).split(b"\n")
+                yield from whole
+                if len(rest) > limit:
+                    yield rest[:limit]
+                    return
+            if rest:
+                yield rest
 
     def document(self, name: str) -> dict[str, Any]:
         """Return a document. It is empty if there is none.

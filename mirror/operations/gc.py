@@ -47,6 +47,9 @@ _BLOB_TYPES: Final = (ContentType.LAYER, ContentType.CONFIG)
 _NO_NAME: Final = "no name reaches it"
 _NOT_UNDERSTOOD: Final = "an image may need it, whose manifest is damaged or not understood"
 _LOST: Final = "a marked image has lost it: fetch that image with oci-mirror warm"
+_LOST_BY_HOSTED: Final = (
+    "a hosted image has lost it: push that image again, restore it from a backup, or remove it"
+)
 
 
 class NothingNamed(StorageUnavailable):
@@ -248,17 +251,23 @@ def _quarantined(
     Layers, configs and what is here again need no grace. Anything else may be a manifest: as long
     as that is there, content that may belong to it stays.
     """
-    found, needed, young = [], [], []
+    found, needed, hosted, young = [], [], [], []
     for path, status in quarantined_files(layout):
         text, age = str(digest_of_file(path)), inventory.now - status.st_ctime
         is_here = text in inventory.present
-        if text in inventory.protected and not is_here:
+        if text in inventory.hosted and not is_here:
+            hosted.append(status.st_size)
+        elif text in inventory.protected and not is_here:
             needed.append(status.st_size)
         elif age > grace or is_here or inventory.type_of(text) in _BLOB_TYPES:
             found.append((path, status.st_size, age))
         else:
             young.append(status.st_size)
-    kept = [*_kept("quarantine", needed, _LOST), *_kept("quarantine", young, _young(grace))]
+    kept = [
+        *_kept("quarantine", needed, _LOST),
+        *_kept("quarantine", hosted, _LOST_BY_HOSTED),
+        *_kept("quarantine", young, _young(grace)),
+    ]
     return found, kept
 
 

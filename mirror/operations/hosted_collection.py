@@ -22,6 +22,7 @@ from mirror.observability.hosted_events import Actor, HostedChange
 from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Repository
 from mirror.operations.cleaning_report import CleaningReport, Item
+from mirror.store.hosted_marker import has_hosted_names
 from mirror.store.layout import Layout
 from mirror.store.protection import ProtectionUnknown
 from mirror.store.removal import KeptBecause, Removal
@@ -47,7 +48,7 @@ async def find_hosted_garbage(
 
     Raises ``StorageUnavailable``, ``NamesDamaged``.
     """
-    if hosted is None or not layout.hosted_names.exists():
+    if hosted is None or not has_hosted_names(layout):
         return []
     database = await Database.open(layout.hosted_names)
     try:
@@ -75,7 +76,7 @@ async def collect_hosted_garbage(
 
     Raises what :func:`collect_hosted` raises, and ``NamesDamaged``.
     """
-    if hosted is None or not store.layout.hosted_names.exists():
+    if hosted is None or not has_hosted_names(store.layout):
         return []
     database = await Database.open(store.layout.hosted_names)
     try:

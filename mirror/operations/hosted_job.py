@@ -36,6 +36,7 @@ from mirror.operations.cleaning_report import CleaningReport, save_report
 from mirror.operations.hosted_collection import collect_hosted
 from mirror.operations.hosted_retention import apply_hosted_retention
 from mirror.store import disk
+from mirror.store.hosted_marker import raise_if_lost
 from mirror.store.layout import Layout
 from mirror.store.marks import Marks, read_marks
 from mirror.store.store import Store
@@ -165,6 +166,7 @@ async def run_upkeep(
 async def _work(layout: Layout, storage: Storage, hosted: Hosted, now: float) -> dict[str, Any]:
     marks = read_marks(layout)
     drop_stale_snapshot(layout)
+    raise_if_lost(layout)
     database = await Database.open(layout.hosted_names)
     try:
         retained = await apply_hosted_retention(database, hosted, marks, now)

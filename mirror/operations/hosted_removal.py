@@ -9,38 +9,89 @@ goes, with all its tags. Its content stays until a collection, since other manif
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterable, Mapping
+from contextlib import closing
+from pathlib import Path
 from typing import Final
 
 from mirror.composition import open_hosted
 from mirror.config.settings import Settings
+from mirror.hosted.immutable_tags import ImmutableTagRules
 from mirror.inventory.keeping import HOSTED
 from mirror.inventory.model import Image, Inventory
 from mirror.observability.hosted_events import Actor
-from mirror.oci.errors import Denied, ManifestUnknown, TagImmutable, UploadUnknown
+from mirror.oci.errors import (
+    Denied,
+    ManifestUnknown,
+    StorageUnavailable,
+    TagImmutable,
+    UploadUnknown,
+)
 from mirror.operations.cleaning_report import CleaningReport, Item
 from mirror.operations.removal import plan_removal, remove_images
+from mirror.store.layout import Layout
+from mirror.store.saved_rows import connect_to_read
 from mirror.store.store import Store
 
+_READ_TIMEOUT_S: Final = 10.0
+"""Seconds to wait for a process that repairs the database of names."""
 _TAG_STAYS: Final = "its manifest stays, under its digest"
 _CONTENT_STAYS: Final = "oci-mirror gc removes what no other image needs"
 
 
 def plan_removal_by_name(
-    inventory: Inventory, images: Iterable[Image], whys: Mapping[Image, str]
+    settings: Settings,
+    inventory: Inventory,
+    images: Iterable[Image],
+    whys: Mapping[Image, str],
+    *,
+    may_change_immutable: bool = False,
 ) -> CleaningReport:
-    """Return what :func:`remove_by_name` would do now. Changes nothing.
+    """Return what :func:`remove_by_name` would do now. Blocks. Changes nothing.
 
     Args:
+        settings: The configuration.
         inventory: The content of the data directory.
         images: The images to remove.
         whys: Image -> the reason of its removal.
+        may_change_immutable: Whether hosted images of immutable tags go, too.
+
+    Raises ``StorageUnavailable`` if the names of hosted repositories cannot be read.
     """
     hosted, cached = _split(images)
     report = plan_removal(inventory, cached, whys)
+    protected = {} if may_change_immutable else _find_immutable(settings, hosted)
     for image in hosted:
-        report.items += _deleted(image, whys)
+        if image in protected:
+            report.items.append(_kept(image, protected[image]))
+        else:
+            report.items += _deleted(image, whys)
     return report
+
+
+def _find_immutable(settings: Settings, images: Iterable[Image]) -> dict[Image, str]:
+    """Return the images that immutable tags protect, with the reason."""
+    protected: dict[Image, str] = {}
+    if settings.hosted is None or not settings.hosted.immutable_tags:
+        return protected
+    rules = ImmutableTagRules(settings.hosted)
+    path = Layout(Path(settings.data_dir)).hosted_names
+    try:
+        with closing(connect_to_read(path, _READ_TIMEOUT_S)) as database:
+            for image in images:
+                name, reference = image.repository.path, image.tag or image.digest
+                try:
+                    rules.check_deletion(database, name, reference)
+                except TagImmutable as error:
+                    protected[image] = _with_force(error)
+    except sqlite3.Error as error:
+        raise StorageUnavailable(f"{path}: {error}") from error
+    return protected
+
+
+def _with_force(error: TagImmutable) -> str:
+    return f"{error.message}, with --force"
 
 
 async def remove_by_name(
@@ -82,7 +133,7 @@ async def remove_by_name(
                     path, reference, actor, may_change_immutable=may_change_immutable
                 )
             except TagImmutable as error:
-                report.items.append(_kept(image, f"{error.message}, with --force"))
+                report.items.append(_kept(image, _with_force(error)))
             except (Denied, ManifestUnknown) as error:
                 report.items.append(_kept(image, error.message))
             else:
@@ -98,7 +149,7 @@ async def end_uploads(
     Args:
         settings: The configuration.
         store: The open data directory.
-        upload_ids: Ids, as ``ls --uploads --json`` lists them.
+        upload_ids: Ids, as ``ls --uploads`` lists them.
 
     Raises:
         UploadUnknown: There is no such upload. Those before it have ended.
@@ -114,7 +165,7 @@ async def end_uploads(
                 size = await service.uploads.end(upload_id)
             except UploadUnknown as error:
                 raise UploadUnknown(
-                    f"{upload_id}: {error.message}; `oci-mirror ls --uploads --json` lists them"
+                    f"{upload_id}: {error.message}; `oci-mirror ls --uploads` lists them"
                 ) from None
             report.items.append(
                 Item(

@@ -26,6 +26,7 @@ from mirror.oci.reference import Digest, Repository
 from mirror.oci.tag_selection import TagSelection
 from mirror.operations.cleaning_report import CleaningReport, Item
 from mirror.operations.retention import PruneDecision, PruneRule, decide
+from mirror.store.hosted_marker import has_hosted_names
 from mirror.store.layout import Layout
 from mirror.store.marks import Marks
 
@@ -72,7 +73,7 @@ async def run_hosted_retention(
 
     Raises ``StorageUnavailable``, ``NamesDamaged``.
     """
-    if hosted is None or not hosted.retention or not layout.hosted_names.exists():
+    if hosted is None or not hosted.retention or not has_hosted_names(layout):
         return []
     database = await Database.open(layout.hosted_names)
     try:

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from mirror.config.listeners import Hosted
+from mirror.config.settings import Hosted
 from mirror.history.queries import find_tag_digests
 from mirror.oci.block_target import Target
 from mirror.oci.errors import (

@@ -55,8 +55,12 @@ async def find_referring(service: PullService, requests: OwnRequests, digest: Di
         MirrorError: A channel could not be asked.
     """
     with requests.begin(Kind.REFERRERS, digest) as pull:
-        body = await service.referrers(requests.repository, digest, None, pull)
-    found = await _read(body)
+        page = await service.referrers(requests.repository, digest, None, pull)
+        found = await _read(page.index)
+        while page.next_last is not None and len(found) < _MAX_REFERRERS:
+            last = page.next_last
+            page = await service.referrers(requests.repository, digest, None, pull, last)
+            found += await _read(page.index)
     indexes = []
     fallback = await _find_tag(service, requests, Tag(referrers_tag(digest)))
     if fallback is not None and fallback.body is not None:

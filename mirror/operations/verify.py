@@ -184,7 +184,7 @@ async def verify(
     here = [image for image in chosen if image.absence is None]
     digests = _digests(inventory, images, subset)
     broken = await _hash(store, inventory, digests, report, on_progress)
-    places = await run_in_thread(_places, store.layout, broken)
+    places = await run_in_thread(_places, store.layout, broken, inventory.hosted)
     found = {text: one.result for text, one in broken.items()}
     # What an earlier run has moved there, and nobody has fetched again.
     for text in inventory.quarantined:
@@ -241,13 +241,17 @@ async def _hash(
     return broken
 
 
-def _places(layout: Layout, broken: Mapping[DigestText, Scrubbed]) -> dict[DigestText, str]:
+def _places(
+    layout: Layout, broken: Mapping[DigestText, Scrubbed], hosted: Collection[DigestText]
+) -> dict[DigestText, str]:
     """Return, in words, where broken content is now. Blocks."""
     places = {}
     for text, scrubbed in broken.items():
         digest = Digest.parse(text)
         if layout.quarantine(digest).exists():
             places[text] = _IN_QUARANTINE
+        elif scrubbed.result == "unreadable" and text in hosted:
+            places[text] = "stays in its place, because the error may pass"
         elif scrubbed.is_moved:
             places[text] = "was removed: quarantine/ cannot be written"
         else:

@@ -3,28 +3,26 @@
 Lives here: what a backup has, from one moment. Must not know: how its files are written
 (``backup_files.py``).
 
-Blobs that no manifest names are not in it, nor are uploads: nobody was told that they are kept.
+It has all rows, and all content that they name. Uploads are not in it.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from mirror.hosted.snapshot import Snapshot, opened_snapshot
+from mirror.oci.errors import DigestMismatch
 from mirror.oci.reference import Digest, Repository
 from mirror.operations.backup_files import BackupTarget, opened_target
+from mirror.operations.backup_rows import write_rows
 from mirror.store import disk
 from mirror.store.image_layout import FIRST_LINE, LAST_LINE, index_line
 from mirror.store.layout import Layout
 from mirror.store.records import NamedManifest
-
-FORMAT_VERSION: Final = 1
-"""``version`` of the metadata that this program writes, and the latest that it reads."""
 
 
 @dataclass(slots=True)
@@ -40,7 +38,7 @@ class BackupReport:
     """Contents that the backup did not have."""
     added_bytes: int = 0
     missing: list[Digest] = field(default_factory=list)
-    """Contents that are lost on the disk, so they are in no backup."""
+    """Contents that are lost or damaged on the disk, so the backup does not have them."""
 
     def row(self) -> dict[str, Any]:
         """Return the report as JSON values."""
@@ -71,7 +69,7 @@ def write_backup(layout: Layout, name: str, path: Path) -> BackupReport:
     with opened_snapshot(layout) as snapshot, opened_target(path) as target:
         for digest, size in snapshot.contents():
             _add_content(layout, target, digest, size, report)
-        target.publish(_index(snapshot, name, report), _metadata(snapshot, name))
+        target.publish(_index(snapshot, name, report), write_rows(snapshot, name))
     return report
 
 
@@ -79,46 +77,36 @@ def _add_content(
     layout: Layout, target: BackupTarget, digest: Digest, size: int, report: BackupReport
 ) -> None:
     if not target.keep(digest, size):
-        opened = disk.open_whole(layout, digest)
-        if opened is None:
+        if not _has_added(layout, target, digest, size):
             report.missing.append(digest)
             return
-        fd, status = opened
-        try:
-            if status.st_size != size:
-                report.missing.append(digest)
-                return
-            target.add(digest, fd, layout.blob(digest), size)
-        finally:
-            os.close(fd)
         report.added += 1
         report.added_bytes += size
     report.contents += 1
     report.bytes += size
 
 
+def _has_added(layout: Layout, target: BackupTarget, digest: Digest, size: int) -> bool:
+    """Add content to a backup. Returns False if it is lost or damaged here."""
+    opened = disk.open_whole(layout, digest)
+    if opened is None:
+        return False
+    fd, status = opened
+    try:
+        if status.st_size != size:
+            return False
+        target.add(digest, fd, layout.blob(digest), size)
+    except DigestMismatch:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
 def _index(snapshot: Snapshot, name: str, report: BackupReport) -> Iterator[str]:
     """Return the text of ``index.json``: a line for each tag, and for what has no other name."""
     separator = f"{FIRST_LINE}\n"
-    for tag in snapshot.tags():
-        named = NamedManifest(
-            Repository(name, tag.repository),
-            tag=tag.tag,
-            digest=tag.digest,
-            media_type=tag.media_type,
-            size=tag.size,
-        )
-        yield separator + index_line(named)
-        separator = ",\n"
-        report.images += 1
-    for row in snapshot.untagged_roots():
-        named = NamedManifest(
-            Repository(name, row.repository),
-            tag=None,
-            digest=row.digest,
-            media_type=row.media_type,
-            size=row.size,
-        )
+    for named in _named_manifests(snapshot, name):
         yield separator + index_line(named)
         separator = ",\n"
         report.images += 1
@@ -126,18 +114,22 @@ def _index(snapshot: Snapshot, name: str, report: BackupReport) -> Iterator[str]
     yield f"{LAST_LINE}\n"
 
 
-def _metadata(snapshot: Snapshot, name: str) -> Iterator[str]:
-    """Return the text of the metadata: a line for each manifest and each tag."""
-    yield f'{{"version": {FORMAT_VERSION}, "name": {json.dumps(name)},\n"manifests": ['
-    separator = "\n"
-    for row in snapshot.manifests():
-        values = (row.repository, str(row.digest), row.media_type, row.pushed_at, row.pushed_by)
-        yield f"{separator}{json.dumps([*values, row.pulled_at])}"
-        separator = ",\n"
-    yield '],\n"tags": ['
-    separator = "\n"
-    for tag in snapshot.tags():
-        values = (tag.repository, str(tag.tag), str(tag.digest), tag.pushed_at, tag.pushed_by)
-        yield f"{separator}{json.dumps(values)}"
-        separator = ",\n"
-    yield "]}\n"
+def _named_manifests(snapshot: Snapshot, name: str) -> Iterator[NamedManifest]:
+    for path in snapshot.repositories():
+        repository = Repository(name, path)
+        for tag in snapshot.tags(path):
+            yield NamedManifest(
+                repository,
+                tag=tag.tag,
+                digest=tag.digest,
+                media_type=tag.media_type,
+                size=tag.size,
+            )
+        for row in snapshot.roots(path):
+            yield NamedManifest(
+                repository,
+                tag=None,
+                digest=row.digest,
+                media_type=row.media_type,
+                size=row.size,
+            )

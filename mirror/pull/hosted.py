@@ -8,14 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Final
+from dataclasses import replace
+from functools import partial
+from typing import Final
 
 from mirror.hosted.hosted_service import HostedService
 from mirror.observability.events import Outcome, RequestRecord
-from mirror.oci.descriptor import parse_referrers_tag, referrers_index
+from mirror.oci.descriptor import (
+    MANIFEST_LIMIT,
+    ReferrersPage,
+    add_referrers,
+    parse_referrers_tag,
+    referrers_index,
+)
 from mirror.oci.errors import NotFound, StorageUnavailable
 from mirror.oci.reference import Digest, Reference, Repository, Tag
 from mirror.pull.results import BlobResult, ManifestResult, RepositoriesResult, TagsResult
+from mirror.threads import run_in_thread
 
 _MAX_IN_MEMORY_BYTES: Final = 64 * 1024
 """Bytes of a blob that is read at once: config blobs are smaller, and ``web`` sends so much in one
@@ -84,19 +93,25 @@ class HostedPulls:
         return TagsResult(text="\n".join(tags), has_more=has_more)
 
     async def referrers(
-        self, repository: Repository, digest: Digest, artifact_type: str | None, pull: RequestRecord
-    ) -> bytes:
-        """Serve referrers (see :meth:`mirror.pull.service.PullService.referrers`).
+        self,
+        repository: Repository,
+        digest: Digest,
+        artifact_type: str | None,
+        last: str | None,
+        pull: RequestRecord,
+    ) -> ReferrersPage:
+        """Serve one page of referrers (see :meth:`mirror.pull.service.PullService.referrers`).
 
         Args:
             repository: The repository that the client named.
             digest: The digest whose referrers are listed.
             artifact_type: Only referrers of this type. None: all.
+            last: The page begins after this digest. None: it is the first page.
             pull: Record of the client's request.
         """
-        entries = await self._hosted.referrers(repository.path, digest, artifact_type)
+        page = await self._hosted.referrers(repository.path, digest, artifact_type, last or "")
         pull.outcome = Outcome.HIT
-        return referrers_index(entries)
+        return page
 
     # --- what was pushed for an image of an upstream -------------------------------------------
 
@@ -140,17 +155,36 @@ class HostedPulls:
         return None
 
     async def attached_referrers(
-        self, repository: Repository, digest: Digest, artifact_type: str | None
-    ) -> list[dict[str, Any]]:
-        """Return the descriptors of what was pushed for an image of an upstream.
+        self,
+        repository: Repository,
+        digest: Digest,
+        artifact_type: str | None,
+        last: str | None,
+        body: bytes,
+    ) -> ReferrersPage:
+        """Return one page of the upstream's referrers and of those that were pushed here.
 
         Args:
             repository: The repository of the upstream.
             digest: The digest whose referrers are listed.
             artifact_type: Only referrers of this type. None: all.
+            last: The page begins after this digest of ours. None: it is the first page, which has
+                all those of the upstream.
+            body: The index that the upstream has sent.
+
+        Raises:
+            ManifestInvalid: ``body`` is no such index.
         """
         path = self._attached(repository).path
-        return await self._hosted.referrers(path, digest, artifact_type)
+        is_first = last is None
+        taken = len(body) - len(referrers_index()) if is_first else 0
+        page = await self._hosted.referrers(
+            path, digest, artifact_type, last or "", MANIFEST_LIMIT - taken
+        )
+        if not page.count:
+            return replace(page, index=body) if is_first else page
+        add = partial(add_referrers, is_first_page=is_first)
+        return replace(page, index=await run_in_thread(add, body, page.index))
 
     async def repositories(
         self,

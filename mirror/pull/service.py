@@ -18,7 +18,7 @@ from cachetools import TTLCache
 from mirror.observability.events import Kind, Outcome, RequestRecord
 from mirror.observability.traces import PullTrace
 from mirror.oci.accept import is_acceptable
-from mirror.oci.descriptor import add_referrers, referrers_index
+from mirror.oci.descriptor import ReferrersPage, referrers_index
 from mirror.oci.errors import BlobUnknown, Denied, NotFound, StorageUnavailable, UpstreamError
 from mirror.oci.reference import Digest, Reference, Repository, Tag
 from mirror.pull import admission
@@ -37,7 +37,6 @@ from mirror.pull.results import (
     TagsResult,
     fresh_for,
 )
-from mirror.threads import parse_in_thread_if_large
 
 _MAX_BLOB_BYTES: Final = 64 * 1024
 """Largest blob, in bytes, that is kept in memory: config blobs are smaller, and ``web`` sends so
@@ -323,38 +322,49 @@ class PullService:
         return await self._lists.tags(repository, count, last, pull)
 
     async def referrers(
-        self, repository: Repository, digest: Digest, artifact_type: str | None, pull: RequestRecord
-    ) -> bytes:
-        """Serve the referrers of a digest (OCI distribution specification, "Listing Referrers").
+        self,
+        repository: Repository,
+        digest: Digest,
+        artifact_type: str | None,
+        pull: RequestRecord,
+        last: str | None = None,
+    ) -> ReferrersPage:
+        """Serve one page of the referrers of a digest (Distribution, "Listing Referrers").
 
         Args:
             repository: The repository that the client named.
             digest: The digest whose referrers are listed.
             artifact_type: Only referrers of this type. None for all.
             pull: Record of the client's request.
+            last: The page begins after this digest, or with the first one that was pushed here if
+                it is empty. None: it is the first page.
 
         Returns:
-            An OCI image index. Empty if nothing refers to ``digest``. It has the referrers that
-            were pushed here, too.
+            An OCI image index. Empty if nothing refers to ``digest``. The first page has all
+            referrers of the upstream, and the pages together all that were pushed here, too.
 
         Raises:
             ManifestInvalid: The upstream sent no list of referrers.
         """
         self._admit(repository, pull)
-        if self._hosted is None:
-            return await self._lists.referrers(repository, digest, artifact_type, pull)
-        if repository.upstream == self._hosted_name:
-            return await self._hosted.referrers(repository, digest, artifact_type, pull)
-        attached = await self._hosted.attached_referrers(repository, digest, artifact_type)
+        if self._hosted is not None and repository.upstream == self._hosted_name:
+            return await self._hosted.referrers(repository, digest, artifact_type, last, pull)
+        failure = None
         try:
             body = await self._lists.referrers(repository, digest, artifact_type, pull)
         except UpstreamError as error:
-            if not attached:
-                raise
+            body, failure = referrers_index(), error
+        if self._hosted is None:
+            page = ReferrersPage(body)
+        else:
+            attached = self._hosted.attached_referrers
+            page = await attached(repository, digest, artifact_type, last, body)
+        if failure is not None:
+            if not page.count:
+                raise failure
             # A list without those of the upstream is not whole. Say so, as of a stale one.
-            pull.outcome, pull.warning = Outcome.STALE, error.message
-            return referrers_index(attached)
-        return await parse_in_thread_if_large(add_referrers, body, attached)
+            pull.outcome, pull.warning = Outcome.STALE, failure.message
+        return page
 
 
 def _apply(decision: admission.Admission, pull: RequestRecord) -> None:

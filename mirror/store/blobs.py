@@ -35,9 +35,10 @@ from mirror.observability.events import (
     Observer,
     Reverified,
 )
-from mirror.oci.errors import ContentLost, DigestMismatch, StorageUnavailable
+from mirror.oci.errors import ContentLost, ContentUnreadable, DigestMismatch, StorageUnavailable
 from mirror.oci.reference import Digest
 from mirror.store import disk
+from mirror.store.hosted_contents import HostedContents
 from mirror.store.index import Index
 from mirror.store.layout import Layout
 from mirror.store.quarantine import quarantine
@@ -102,6 +103,7 @@ class BlobStore:
         """
         self._layout = layout
         self._index = index
+        self._hosted = HostedContents(layout)
         self._reverify = reverify
         self._opening = opening
         self._hashing = hashing
@@ -128,9 +130,23 @@ class BlobStore:
                 content of another length is verified once, and is served.
 
         Returns:
+            A reader; None if the content is missing, damaged or cannot be read: it is fetched then.
+
+        Raises:
+            StorageUnavailable: There are too few descriptors.
+        """
+        with suppress(ContentUnreadable):
+            return await self.find_hosted(digest, size)
+        return None
+
+    async def find_hosted(self, digest: Digest, size: int | None = None) -> WholeReader | None:
+        """Open content for reading that no upstream may have (see :meth:`find`).
+
+        Returns:
             A reader; None if the content is missing or damaged.
 
         Raises:
+            ContentUnreadable: The disk reports an error.
             StorageUnavailable: There are too few descriptors.
         """
         lease = await self._lease(digest)
@@ -169,8 +185,7 @@ class BlobStore:
             job.add_done_callback(_close_opened)
             raise
         except OSError as error:
-            self._report_unopened(digest, error)
-            return None
+            raise self.unreadable(digest, error) from error
         if opened is None:
             return None
         present = self._leases.get(digest)
@@ -188,29 +203,42 @@ class BlobStore:
             limit: Bytes. Content of more is not read.
 
         Returns:
-            The bytes; None if the content is missing, damaged or larger than ``limit``.
+            The bytes; None if the content is missing, damaged, cannot be read, or is larger than
+            ``limit``.
 
         Raises:
+            StorageUnavailable: There are too few descriptors.
+        """
+        with suppress(ContentUnreadable):
+            return await self.read_hosted(digest, limit)
+        return None
+
+    async def read_hosted(self, digest: Digest, limit: int) -> bytes | None:
+        """Read small content that no upstream may have (see :meth:`read`).
+
+        Raises:
+            ContentUnreadable: The disk reports an error.
             StorageUnavailable: There are too few descriptors.
         """
         try:
             body = await self._loop.run_in_executor(self._opening, self._read, digest, limit)
         except OSError as error:
-            self._report_unopened(digest, error)
-            return None
+            raise self.unreadable(digest, error) from error
         if body is not None:
             self._set_verified(digest, self._now())
         return body
 
-    def _report_unopened(self, digest: Digest, error: OSError) -> None:
-        """Log that content could not be opened. It is a miss then, and is fetched again.
+    def unreadable(self, digest: Digest, error: OSError) -> StorageUnavailable:
+        """Log an error of the disk, and return its exception.
 
-        Raises :class:`StorageUnavailable` for too few descriptors: a fetch would need even more.
+        For too few descriptors, it is no ``ContentUnreadable``: a fetch would need even more.
         """
         if disk.reason_of(error) == "descriptors":
-            raise StorageUnavailable(f"content cannot be opened: {error.strerror}") from error
-        why = (("digest", str(digest)), ("why", error.strerror or str(error)))
-        self._emit(LogMessage("warning", "content cannot be opened", why))
+            return StorageUnavailable(f"content cannot be opened: {error.strerror}")
+        why = error.strerror or str(error)
+        fields = (("digest", str(digest)), ("why", why))
+        self._emit(LogMessage("warning", "content cannot be read", fields))
+        return ContentUnreadable(f"content cannot be read: {why}")
 
     def _read(self, digest: Digest, limit: int) -> bytes | None:
         opened = disk.open_whole(self._layout, digest)
@@ -218,7 +246,7 @@ class BlobStore:
             return None
         fd, status = opened
         try:
-            body = _read_open(fd, limit) if status.st_size <= limit else b""
+            body = self._read_open(digest, fd, limit) if status.st_size <= limit else b""
             if Digest.of(body, digest.algorithm) == digest:
                 return body
             if status.st_size <= limit:
@@ -227,6 +255,14 @@ class BlobStore:
             return None
         finally:
             os.close(fd)
+
+    def _read_open(self, digest: Digest, fd: int, limit: int) -> bytes:
+        try:
+            return os.pread(fd, limit + 1, 0)
+        except OSError:
+            if self._hosted.may_have(digest):
+                raise
+            return b""  # An unreadable sector counts as damage.
 
     async def _is_trusted(self, digest: Digest, status: os.stat_result) -> bool:
         if self._reverify <= 0 or not disk.has_our_mtime(status):
@@ -276,7 +312,9 @@ class BlobStore:
             self._quarantine(digest, fd, size)
             raise
         except OSError as error:
-            # An unreadable sector counts as damage.
+            # An unreadable sector counts as damage, unless no upstream has the content.
+            if self._hosted.may_have(digest):
+                raise
             self._quarantine(digest, fd, size)
             raise DigestMismatch(f"content of {digest} cannot be read: {error.strerror}") from error
         disk.touch_open(fd, self._now())
@@ -289,9 +327,10 @@ class BlobStore:
     def _verification_done(
         self, job: asyncio.Future[None], digest: Digest, lease: _LeasedFile
     ) -> None:
-        if isinstance(job.exception(), StorageUnavailable):
-            self._forget(digest, lease)  # The store is closed: nothing is known.
-        elif job.exception() is not None:
+        error = job.exception()
+        if isinstance(error, StorageUnavailable | OSError):
+            self._forget(digest, lease)  # The store is closed, or the disk fails: nothing is known.
+        elif error is not None:
             self._report_damage(digest)
             self._forget(digest, lease)
         else:
@@ -385,13 +424,6 @@ class BlobStore:
             self._unsaved -= {digest for digest, at in times if self._verified.get(digest) == at}
 
 
-def _read_open(fd: int, limit: int) -> bytes:
-    try:
-        return os.pread(fd, limit + 1, 0)
-    except OSError:
-        return b""  # An unreadable sector counts as damage.
-
-
 def _close_opened(job: asyncio.Future[tuple[int, os.stat_result] | None]) -> None:
     """Close a file that was opened for a request which has been cancelled."""
     if not job.cancelled() and job.exception() is None:
@@ -440,10 +472,16 @@ class WholeReader:
         return FileExtent(self._lease.fd, start, limit)
 
     def raise_if_damaged(self) -> None:
-        """Raise :class:`DigestMismatch` if a verification has found damage."""
+        """Raise :class:`DigestMismatch` if a verification has found damage.
+
+        Raises ``ContentUnreadable`` if it could not read hosted content.
+        """
         verification = self._lease.verification
         if verification is not None and verification.done():
-            verification.result()
+            try:
+                verification.result()
+            except OSError as error:
+                raise self._blobs.unreadable(self.digest, error) from error
 
     def close(self) -> None:
         """Release the lease. Further calls do nothing."""

@@ -90,9 +90,22 @@ def has_whole(layout: Layout, digest: Digest) -> bool:
     Blocks. False also if the disk does not answer.
     """
     try:
-        return stat.S_ISREG(layout.blob(digest).lstat().st_mode)
+        return find_whole(layout, digest)
     except OSError:
         return False
+
+
+def find_whole(layout: Layout, digest: Digest) -> bool:
+    """Return whether there is whole content, as :func:`has_whole`.
+
+    Raises ``OSError`` if the disk does not answer.
+    """
+    try:
+        return stat.S_ISREG(layout.blob(digest).lstat().st_mode)
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return False
+        raise
 
 
 def open_whole(layout: Layout, digest: Digest) -> tuple[int, os.stat_result] | None:

@@ -22,6 +22,7 @@ from typing import Final, Protocol, TypeVar
 from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest
 from mirror.store.disk import is_locked
+from mirror.store.hosted_marker import has_hosted_names
 from mirror.store.layout import Layout
 
 _STEP: Final = 500
@@ -43,8 +44,8 @@ class HostedContents:
     """The hosted content of one data directory. All methods block; threads may share it."""
 
     def __init__(self, layout: Layout) -> None:
-        """Open nothing yet. The database need not exist."""
-        self._layout = layout
+        """Open nothing yet. The database need not exist, if there never was one."""
+        self.layout = layout
         self._database = layout.hosted_names
         self._local = threading.local()
 
@@ -53,23 +54,30 @@ class HostedContents:
 
         Raises ``StorageUnavailable`` if the database cannot be read: any may be hosted then.
         """
-        if not digests or not self._database.exists():
+        if not digests or not has_hosted_names(self.layout):
             return set()
         wanted = {str(digest): digest for digest in digests}
         marks = ",".join("?" * len(wanted))
         query = f"SELECT digest FROM contents WHERE digest IN ({marks})"  # noqa: S608 - question marks
         found = {wanted[row[0]] for row in self._query(query, list(wanted))}
         # In this order: a backup holds the lock before it copies what the database has.
-        if len(found) < len(wanted) and is_locked(self._layout.snapshot_lock):
+        if len(found) < len(wanted) and is_locked(self.layout.snapshot_lock):
             found |= {wanted[text] for text in self._find_in_snapshot(query, list(wanted))}
         return found
 
     def _find_in_snapshot(self, query: str, wanted: list[str]) -> Iterable[str]:
         try:
-            with closing(_connect(self._layout.snapshot)) as connection:
+            with closing(_connect(self.layout.snapshot)) as connection:
                 return [row[0] for row in connection.execute(query, wanted)]
         except sqlite3.Error:
             return wanted  # It is being made, or has just been removed. All may be in it.
+
+    def may_have(self, digest: Digest) -> bool:
+        """Return whether a hosted repository has content, or may have it. Never raises."""
+        try:
+            return bool(self.find([digest]))
+        except StorageUnavailable:
+            return True
 
     def without(self, contents: Iterable[Listed]) -> Iterator[Listed]:
         """Return ``contents`` without what is hosted. Raises ``StorageUnavailable``."""
@@ -80,7 +88,7 @@ class HostedContents:
 
     def usage(self) -> tuple[int, int]:
         """Return the number and the bytes of all hosted content. Raises ``StorageUnavailable``."""
-        if not self._database.exists():
+        if not has_hosted_names(self.layout):
             return 0, 0
         rows = self._query("SELECT contents, bytes FROM totals", [])
         return (int(rows[0][0]), int(rows[0][1])) if rows else (0, 0)

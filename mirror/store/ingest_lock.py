@@ -258,6 +258,9 @@ class IngestLock:
             quarantine(self._layout, self._digest, fd)
             os.close(fd)
             return None
+        except OSError:  # It cannot be read. These bytes take its place.
+            os.close(fd)
+            return None
         except BaseException:
             os.close(fd)
             raise

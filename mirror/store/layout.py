@@ -15,6 +15,7 @@ Lives here: where each file is. Must not know: what is done with it.
     hosted/names.db          names of the hosted repositories (no cache: see ``mirror/hosted``)
     hosted/names.spare       space for deletions on a full disk (``mirror/hosted/spare_space.py``)
     hosted/snapshot.db       their copy for a running backup, whose ``flock`` is on snapshot.lock
+    access/names             names of users (no cache: see ``mirror/access/known_names.py``)
     uploads/<id>             bytes of an upload to a hosted repository
     eviction.lock            its ``flock`` means that content is being removed
     index.json.lock          its ``flock`` means that ``index.json`` is being written
@@ -73,9 +74,19 @@ class Layout:
         return self.root / "notifications"
 
     @property
+    def user_names(self) -> Path:
+        """The file of the names that users have, or once had."""
+        return self.root / "access" / "names"
+
+    @property
     def hosted_names(self) -> Path:
         """The database of the names of the hosted repositories."""
         return self.root / "hosted" / "names.db"
+
+    @property
+    def hosted_marker(self) -> Path:
+        """The file that says that :attr:`hosted_names` was made once."""
+        return self.root / "hosted.created"
 
     @property
     def snapshot(self) -> Path:

@@ -1,6 +1,9 @@
 """Damaged content: moved out of ``blobs/``, and kept for inspection as long as space is not needed.
 
 Lives here: the files of ``quarantine/``. Must not know: how damage is found. All functions block.
+
+Hosted content has no upstream, so its damaged file may be all that is left of it: it stays until
+the content is there again, or no hosted repository has it any more.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import Final
 from mirror.oci.errors import DigestInvalid
 from mirror.oci.reference import Digest
 from mirror.store import disk
+from mirror.store.hosted_contents import HostedContents
 from mirror.store.layout import Layout
 
 MAX_QUARANTINED_FILES: Final = 16
@@ -37,6 +41,10 @@ def quarantine(layout: Layout, digest: Digest, fd: int) -> bool:
             path.rename(target)
         except OSError:
             path.unlink()
+        else:
+            if not disk.is_at(fd, target):  # A push has just replaced it: this is new content.
+                target.rename(path)
+                return False
         trim_quarantine(layout, MAX_QUARANTINED_FILES)
         return True
     return False
@@ -51,14 +59,20 @@ def trim_quarantine(layout: Layout, keep: int, staying: Container[Digest] = ()) 
     newest_first = sorted(
         quarantined_files(layout), key=lambda file: file[1].st_ctime, reverse=True
     )
+    hosted = HostedContents(layout)
     freed = 0
     for path, status in newest_first[keep:]:
         with suppress(OSError):
-            if digest_of_file(path) in staying:
+            digest = digest_of_file(path)
+            if digest is not None and (digest in staying or _is_all_that_is_left(hosted, digest)):
                 continue
             path.unlink()
             freed += status.st_size
     return freed
+
+
+def _is_all_that_is_left(hosted: HostedContents, digest: Digest) -> bool:
+    return not disk.has_whole(hosted.layout, digest) and hosted.may_have(digest)
 
 
 def digest_of_file(path: Path) -> Digest | None:

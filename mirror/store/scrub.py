@@ -27,6 +27,7 @@ from typing import Final, Literal, TypeAlias
 from mirror.oci.errors import DigestMismatch
 from mirror.oci.reference import Digest, Verifier
 from mirror.store import disk
+from mirror.store.hosted_contents import HostedContents
 from mirror.store.layout import Layout
 from mirror.store.quarantine import quarantine
 
@@ -74,6 +75,8 @@ class Scrubbed:
 def scrub(layout: Layout, digest: Digest) -> Scrubbed:
     """Hash whole content, and move it to ``quarantine/`` if it is damaged. Blocks.
 
+    Hosted content that cannot be read stays: only wrong bytes prove damage.
+
     Raises ``OSError`` if the disk does not say whether the file exists.
     """
     opened = disk.open_whole(layout, digest)
@@ -84,6 +87,8 @@ def scrub(layout: Layout, digest: Digest) -> Scrubbed:
     try:
         if result == "intact":
             return Scrubbed(str(digest), result, size)
+        if result == "unreadable" and HostedContents(layout).may_have(digest):
+            return Scrubbed(str(digest), result, size)  # No upstream has it: the error may pass.
         return Scrubbed(str(digest), result, size, is_moved=quarantine(layout, digest, fd))
     finally:
         os.close(fd)

@@ -52,6 +52,7 @@ from mirror.oci.links import build_next
 from mirror.oci.reference import Digest, Repository
 from mirror.pull.results import is_never_fresh
 from mirror.pull.service import PullService
+from mirror.threads import parse_in_thread_if_large
 from mirror.web import paths
 from mirror.web.client_address import AddressLimit, TrustedProxies
 from mirror.web.client_socket import abort_connection
@@ -451,15 +452,19 @@ class Handler:
         self, parsed: paths.ReferrersRequest, request: web.BaseRequest, pull: RequestRecord
     ) -> web.StreamResponse:
         _record_request(pull, Kind.REFERRERS, parsed, str(parsed.digest))
-        data = await self._service.referrers(
-            parsed.repository, parsed.digest, parsed.artifact_type, pull
+        page = await self._service.referrers(
+            parsed.repository, parsed.digest, parsed.artifact_type, pull, parsed.last
         )
-        extra = common_headers(pull)
+        extra, data = common_headers(pull), page.index
         if parsed.artifact_type is not None:
             extra["OCI-Filters-Applied"] = "artifactType"
-        body = Body(
-            Digest.of(data), OCI_INDEX, size=len(data), source=data, is_fresh=is_never_fresh
-        )
+        if page.next_last is not None:
+            name = f"{parsed.prefix}{parsed.repository.path}"
+            path = self._path_of_next(f"/v2/{name}/referrers/{parsed.digest}", None, request)
+            query = {"artifactType": parsed.artifact_type, "last": page.next_last, "ns": parsed.ns}
+            extra["Link"] = build_next(path, query)
+        digest = await parse_in_thread_if_large(Digest.of, data)
+        body = Body(digest, OCI_INDEX, size=len(data), source=data, is_fresh=is_never_fresh)
         return await Sender(request, pull, self._emit).send(body, extra)
 
 

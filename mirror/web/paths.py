@@ -118,7 +118,11 @@ class ReferrersRequest:
     digest: Digest
     artifact_type: str | None
     """Only referrers of this type. None: all."""
+    last: str | None
+    """The page begins after this digest. None: it is the first page."""
     ns: str | None
+    prefix: str
+    """See :class:`TagsRequest`."""
 
 
 RepositoryRequest: TypeAlias = ManifestRequest | BlobRequest | TagsRequest | ReferrersRequest
@@ -230,9 +234,8 @@ def parse(
     digest = Digest.parse(decode_part(reference, DigestInvalid))
     if kind == "blobs":
         return BlobRequest(repository, digest, ns)
-    return ReferrersRequest(
-        repository, digest, artifact_type=_parse_artifact_type(parameters), ns=ns
-    )
+    artifact_type, last = _parse_artifact_type(parameters), _parse_last_digest(parameters)
+    return ReferrersRequest(repository, digest, artifact_type, last=last, ns=ns, prefix=prefix)
 
 
 def origin_form(target: str) -> str:
@@ -335,6 +338,14 @@ def _parse_last(parameters: dict[str, str]) -> str | None:
         return Tag.parse(raw).name
     except TagInvalid:
         raise PaginationInvalid("last must be a tag") from None
+
+
+def _parse_last_digest(parameters: dict[str, str]) -> str | None:
+    raw = parameters.get("last")
+    try:
+        return str(Digest.parse(raw)) if raw else raw
+    except DigestInvalid:
+        raise PaginationInvalid("last must be a digest") from None
 
 
 def _parse_catalog(

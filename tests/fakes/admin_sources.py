@@ -200,6 +200,9 @@ class FakeHistory:
         ImageName.parse(image)
         return [{"digest": digest(1), "first_seen": AT, "last_seen": AT}]
 
+    async def users(self) -> list[Json]:
+        return [{"user": "ci", "last_used": AT, "last_push": None, "requests": 3}]
+
     async def savings(self, period: str) -> Json:
         saving = {
             "name": "docker.io",
@@ -300,5 +303,18 @@ class FakeOperations:
         return run
 
 
+class FakeUploads:
+    """One upload, ``upload-1``."""
+
+    def __init__(self) -> None:
+        self.ids = {"upload-1"}
+
+    async def end(self, upload_id: str) -> Json:
+        if upload_id not in self.ids:
+            raise NotFound("there is no such upload in progress")
+        self.ids.remove(upload_id)
+        return {"text": f"cancelled the upload {upload_id}"}
+
+
 def fake_sources(count: int = 3) -> Sources:
-    return Sources(FakeImages(count), FakeHistory(), FakeMarks(), FakeOperations())
+    return Sources(FakeImages(count), FakeHistory(), FakeMarks(), FakeOperations(), FakeUploads())

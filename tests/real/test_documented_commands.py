@@ -40,6 +40,7 @@ NOT_RUN: Final = {
     "serve": "runs until it is stopped (tests/real)",
     "doctor --node": "needs the runtimes of a node (tests/real/test_doctor.py)",
     "in-use --from-kubernetes": "needs a cluster (tests/unit/operations/test_kubernetes.py)",
+    "rm --upload": "needs an upload in progress (tests/unit/cli/test_hosted_images.py)",
     "check-config --online": "is in tests/unit/cli/test_online.py",
 }
 """The beginning of an example, up to any option of it -> why it is not run here."""

@@ -79,7 +79,11 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         *("web", "access.access_control", "access.failure_limit", "access.identity", "pull"),
         *("config.values", "hosted", "observability.logs", "store.reader", *SHARED),
     },
-    "access": {"access", "config.access", *SHARED},
+    # The names of earlier users are a file in the data directory.
+    "access": {
+        *("access", "config.access", "store.layout", "store.private_directory"),
+        *("store.spare_file", *SHARED),
+    },
     # The start line prints the quota as the configuration does.
     "observability.logs": {*SHARED, "config.values"},
     "observability.library_logs": {"observability.logs", *SHARED},
@@ -131,7 +135,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "processes": {
         "access.login_credentials",
         "hosted.database",
-        *("store.layout", "terminal"),
+        *("store.hosted_marker", "store.layout", "terminal"),
         *("admin", "notifications", "server", "config.reload", "observability.metrics", *SHARED),
     },
     "cli": {

@@ -1,6 +1,7 @@
 // Hit ratio, bytes saved, and the disk.
 
-import { get } from "./api.js";
+import { get, post } from "./api.js";
+import { attempt } from "./dialogs.js";
 import { byId, el, fill, setWidth } from "./dom.js";
 import { ago, bytes, count, percent, plural, shortDigest } from "./format.js";
 import { Plot } from "./plot.js";
@@ -108,6 +109,10 @@ function drawHosted(hosted, uploads) {
       el("span", { class: "number" }, bytes(upload.size)),
       el("span", { class: "why" },
         `by ${upload.user ?? "an anonymous user"} · started ${ago(upload.started)} · last byte ${ago(upload.last_byte)}`),
+      el("button", {
+        type: "button", class: "quiet changes", "aria-label": `Cancel the upload to ${upload.repository}`,
+        on: { click: () => attempt(() => post(`/uploads/${upload.id}/cancel`)) },
+      }, "Cancel"),
     ));
   fill(
     byId("hosted"),

@@ -16,13 +16,13 @@ from mirror.cli.doctor.findings import Checked, Finding
 from mirror.cli.doctor.machine_checks import damage_of
 from mirror.config.settings import Settings
 from mirror.inventory.hosted_names import QuotaUsage, read_hosted_usage
-from mirror.oci.errors import MirrorError
+from mirror.oci.errors import DAMAGED_NAMES_REMEDY, MirrorError
 from mirror.oci.text import size_text
+from mirror.store.hosted_marker import LOST_REMEDY
 from mirror.store.layout import Layout
 
 _NEARLY_FULL_SHARE: Final = 0.9
 """Share of the quota from which a warning is given."""
-_RESTORE: Final = "stop the server, and restore it from a backup; nothing else has these names"
 
 
 def check_hosted(
@@ -37,12 +37,14 @@ def check_hosted(
     layout = Layout(Path(settings.data_dir))
     subject = Checked("hosted", str(layout.hosted_names))
     if not layout.hosted_names.exists():
-        if settings.hosted is not None:
+        if layout.hosted_marker.exists():
+            yield subject.problem("it was there, and is gone", LOST_REMEDY)
+        elif settings.hosted is not None:
             yield subject.ok("nothing was pushed yet")
         return
     damage = damage_of(layout.hosted_names, clock)
     if damage is not None:
-        yield subject.problem(f"it cannot be used: {damage}", _RESTORE)
+        yield subject.problem(f"it cannot be used: {damage}", DAMAGED_NAMES_REMEDY)
         return
     try:
         usage = read_hosted_usage(layout)

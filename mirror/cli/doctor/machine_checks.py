@@ -280,7 +280,7 @@ def check_quarantine(layout: Layout) -> Iterator[Finding]:
         f"{count_text(len(files), 'content')} ({size}) had wrong bytes on the disk, the latest at "
         f"{time_text(status.st_ctime)}: {newest.parent.name}:{newest.name[:12]}",
         "look for errors of the disk (dmesg, smartctl), and run oci-mirror verify; oci-mirror gc "
-        "removes the damaged files",
+        "removes the damaged files, but for those of hosted images: push these again",
     )
 
 

@@ -18,6 +18,20 @@ from mirror.config.access import AccessSection
 NOW = 1_900_000_000.0
 ISSUER = "https://issuer.example"
 AUDIENCE = "oci-mirror"
+DOCUMENTED = """
+hosted:
+  listen: 127.0.0.1:5101            # or hosts: [registry.example.internal], on its listener
+  name: registry.example.internal   # as in image references
+  max_size: 100GiB
+access:
+  users: ./htpasswd                 # bcrypt
+  tokens: ./tokens.yaml
+  issuers: [{issuer: https://…, jwks: ./jwks.json, audience: oci-mirror}]
+  rules:                            # the first that fits; none fits: no
+    - {repositories: ["registry.example.internal/team/**"], who: [ci], may: [pull, push, delete]}
+    - {repositories: ["**"], who: [anonymous], may: [pull]}
+"""
+"""The example that hosting was designed with, as it was written: one issuer beside the files."""
 
 
 @cache

@@ -13,14 +13,19 @@ import bcrypt
 import pytest
 
 from mirror.access import logins as module
-from mirror.access.identity import Identity
+from mirror.access.access_control import AccessControl
+from mirror.access.identity import AccessRight, Identity
 from mirror.access.key_sets import KEYS_RETRY_S
+from mirror.access.known_names import KnownNames
 from mirror.access.login_credentials import LoginCredentials
 from mirror.access.logins import RESULT_TTL_S, ClientLogins, LoginFailed
-from mirror.oci.errors import ConfigError, TooManyRequests, UpstreamUnavailable
+from mirror.config.load import load
+from mirror.oci.errors import ConfigError, LoginRequired, TooManyRequests, UpstreamUnavailable
+from mirror.oci.reference import Repository
 from mirror.single_flight import SingleFlight
 from tests.unit.access.kit import (
     AUDIENCE,
+    DOCUMENTED,
     ISSUER,
     NOW,
     Signer,
@@ -29,6 +34,7 @@ from tests.unit.access.kit import (
     htpasswd,
     key_set,
 )
+from tests.waiting import until
 
 TOKEN = "0123456789abcdef"
 URL = "https://issuer.example/keys"
@@ -77,9 +83,15 @@ async def kit(root: Path, **issuer: Any) -> AsyncIterator[LoginKit]:
         logins = ClientLogins(lambda: clock[0])
         found = LoginKit(logins, root, clock, [key_set(KEY)])
         credentials = LoginCredentials(
-            access, fetch, single_flight, lambda: clock[0], found.reports.append
+            access,
+            fetch,
+            single_flight,
+            lambda: clock[0],
+            found.reports.append,
+            KnownNames(root / "access" / "names"),
         )
         logins.use(credentials)
+        logins.refresh()
         yield found
         logins.close()
 
@@ -112,7 +124,53 @@ async def test_client_that_has_no_credentials_is_anonymous_and_fails_at_nothing(
         assert await logins.user(basic("ann", "ann's")) == "ann"
 
 
-async def test_issuer_cannot_name_a_user_of_the_files_who_is_there_or_removed(
+async def test_issuer_without_a_prefix_cannot_name_a_user_of_the_files(tmp_path: Path) -> None:
+    async with kit(tmp_path, user_prefix="") as logins:
+        for name in ("ann", "ci"):
+            assert await logins.user(f"Bearer {KEY.sign(sub=name)}") is None
+        assert await logins.user(f"Bearer {KEY.sign(sub='job')}") == "job"
+        assert "has the name of one who is or was in access.users" in logins.reports[0]
+        (tmp_path / "htpasswd").write_text(htpasswd(ann="ann's", job="job's"))
+        logins.logins.refresh()
+        assert await logins.user(f"Bearer {KEY.sign(sub='job')}") is None, "from now on"
+
+
+async def test_issuer_without_a_prefix_cannot_name_a_user_who_was_removed(tmp_path: Path) -> None:
+    names = tmp_path / "access" / "names"
+    async with kit(tmp_path, user_prefix="") as logins:
+        (tmp_path / "tokens").write_text("[]")
+        logins.logins.refresh()
+        assert await logins.user(f"Bearer {KEY.sign(sub='ci')}") is None
+        await until(names.exists)
+    # In the next process, and in one with a file that has none of them.
+    async with kit(tmp_path, user_prefix="") as logins:
+        (tmp_path / "htpasswd").write_text("")
+        (tmp_path / "tokens").write_text("[]")
+        logins.logins.refresh()
+        for name in ("ann", "bob", "ci"):
+            assert await logins.user(f"Bearer {KEY.sign(sub=name)}") is None
+        assert names.read_text() == "ann\nbob\nci\n"
+        # The operator gives the name to the issuer.
+        names.write_text("ann\nbob\n")
+        logins.logins.refresh()
+        assert await logins.user(f"Bearer {KEY.sign(sub='ci')}") == "ci"
+        assert await logins.user(f"Bearer {KEY.sign(sub='bob')}") is None
+
+
+async def test_names_that_cannot_be_written_are_reported_once_and_count(tmp_path: Path) -> None:
+    (tmp_path / "access").write_text("no directory")
+    async with kit(tmp_path, user_prefix="") as logins:
+        await until(lambda: logins.reports)
+        (tmp_path / "htpasswd").write_text("")
+        for _ in range(3):
+            logins.clock[0] += 61
+            logins.logins.refresh()
+            await asyncio.sleep(0)
+        assert await logins.user(f"Bearer {KEY.sign(sub='bob')}") is None
+        assert sum("are not remembered" in report for report in logins.reports) == 1
+
+
+async def test_issuer_with_a_prefix_cannot_name_a_user_of_the_files_who_is_there_or_removed(
     tmp_path: Path,
 ) -> None:
     async with kit(tmp_path) as logins:
@@ -245,6 +303,38 @@ async def test_file_that_is_wrong_at_the_start_is_refused(tmp_path: Path) -> Non
     async def fetch(url: str, ca: str | None) -> bytes:
         raise AssertionError
 
+    names = KnownNames(tmp_path / "names")
     async with SingleFlight() as single_flight:
         with pytest.raises(ConfigError, match=r"access\.users: .*none: No such file"):
-            LoginCredentials(access, fetch, single_flight, lambda: NOW, print)
+            LoginCredentials(access, fetch, single_flight, lambda: NOW, print, names)
+
+
+async def test_documented_example_starts_and_its_rules_name_users_of_the_issuer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "htpasswd").write_text(htpasswd(ann="ann's"))
+    (tmp_path / "tokens.yaml").write_text(f"- {{name: robot, token: {TOKEN}}}\n")
+    (tmp_path / "jwks.json").write_bytes(key_set(KEY))
+    (tmp_path / "mirror.yaml").write_text(
+        "upstreams: {docker.io: {endpoints: [https://r.example]}}" + DOCUMENTED
+    )
+    settings = load(str(tmp_path / "mirror.yaml"), {})
+
+    async def fetch(url: str, ca: str | None) -> bytes:
+        raise AssertionError
+
+    repository = Repository("registry.example.internal", "team/app")
+    async with SingleFlight() as single_flight:
+        access = AccessControl(settings, fetch, single_flight, lambda _: None, lambda: NOW)
+        for user, may_push in (("ci", True), ("other", False), ("ann", None), ("robot", None)):
+            jwt = f"Bearer {KEY.sign(iss='https://…', sub=user)}"
+            try:
+                identity = await access.identify(jwt, "192.0.2.1")
+            except LoginRequired:
+                assert may_push is None
+            else:
+                assert identity.user == user
+                assert access.is_allowed(identity, repository, AccessRight.PUSH) is may_push
+        await until((tmp_path / "data" / "access" / "names").exists)
+        access.close()

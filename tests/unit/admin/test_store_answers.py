@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from jsonschema import Draft202012Validator
 from referencing import Registry, Resource
 from referencing.jsonschema import DRAFT202012
 
+from mirror.admin.hosted_uploads import HostedUploads
 from mirror.admin.openapi import document
 from mirror.admin.problems import ApiProblem
 from mirror.admin.sources import ImageQuery, PullQuery
 from mirror.admin.store_answers import StoreAnswers
 from mirror.admin.store_reader import ReadHistory, ReadImages, StoreReader, reader_settings
 from mirror.config.settings import Settings
+from mirror.history.user_uses import UserUse, UserUses
 from mirror.observability.events import Outcome
 from mirror.oci.errors import InvalidRequest, NotFound
+from mirror.store.layout import Layout
 from tests.unit.history.kit import NOON, a_pull, recording
 from tests.unit.hosted.kit import hosted_kit
 from tests.unit.inventory.kit import NOW, DataDirectory, content
@@ -143,6 +147,26 @@ async def test_hosted_images_and_uploads_are_shown(tmp_path: Path) -> None:
         check("Uploads", {"uploads": queries.uploads()})
         (upload,) = queries.uploads()
         assert (upload["user"], upload["size"], upload["age"]) == ("ci", 0, 60)
+        uploads = HostedUploads(cast(Any, SimpleNamespace(hosted=kit.service)))
+        ended = await uploads.end(upload["id"])
+        check("Changed", ended)
+        assert ended["text"].startswith(f"cancelled the upload {upload['id']}")
+        assert queries.uploads() == []
+        for upload_id in (upload["id"], "..", "x"):
+            with pytest.raises(NotFound, match="no such upload"):
+                await uploads.end(upload_id)
+    with pytest.raises(NotFound, match="nothing is hosted"):
+        await HostedUploads(cast(Any, SimpleNamespace(hosted=None))).end("x")
+
+
+def test_users_and_their_last_use_are_listed(tmp_path: Path) -> None:
+    queries = StoreAnswers(Layout(tmp_path), settings(tmp_path), lambda: NOW)
+    assert queries.users() == []
+    uses = UserUses(Layout(tmp_path), lambda: NOW)
+    uses._uses["ci"] = UserUse("ci", NOW, None, 3)
+    uses.save()
+    check("Users", {"users": queries.users()})
+    assert [one["user"] for one in queries.users()] == ["ci"]
 
 
 def test_inventory_is_read_again_when_it_is_old_or_something_was_changed(tmp_path: Path) -> None:

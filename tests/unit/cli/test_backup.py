@@ -15,6 +15,9 @@ from tests.unit.hosted.kit import hosted_kit
 
 HOSTED: dict[str, Any] = {"hosted": {"name": "registry.example", "listen": "127.0.0.1:0"}}
 
+PUSHED = dict(HOSTED)
+"""The same, with an image that was pushed."""
+
 
 @pytest.fixture
 def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
@@ -52,11 +55,11 @@ def test_what_is_lost_or_damaged_is_named_and_fails(run: Run, tmp_path: Path) ->
     content(data, b"layer").unlink()
     done = run(URL, "backup", target, more=HOSTED)
     assert done.code == 1
-    assert "is lost on the disk" in done.err
+    assert "is lost or damaged on the disk" in done.err
     data.rename(tmp_path / "old")
     done = run(URL, "restore", target, more=HOSTED)
     assert done.code == 1
-    assert done.out.startswith("0 images restored")
+    assert done.out.startswith("1 images restored; 2 contents, ")
     assert "team/app: the backup does not have sha256:" in done.err
 
 
@@ -66,7 +69,13 @@ def test_what_is_lost_or_damaged_is_named_and_fails(run: Run, tmp_path: Path) ->
         (["backup", "TARGET"], {}, "the configuration has no section hosted"),
         (["restore", "TARGET"], {}, "the configuration has no section hosted"),
         (["backup", "TARGET"], HOSTED, "nothing was pushed yet"),
-        (["restore", "TARGET"], HOSTED, "TARGET: No such file or directory"),
+        (["restore", "TARGET"], HOSTED, "TARGET: there is no backup"),
+        (["restore", "FILE/x"], HOSTED, "FILE/x: there is no backup"),
+        (
+            ["backup", "FILE"],
+            PUSHED,
+            "FILE: is a file: name a directory, or a file that ends with .tar",
+        ),
         (["restore", "FILE"], HOSTED, "neither a directory nor a plain tar file"),
         (["restore", "DIRECTORY"], HOSTED, "index.json is missing"),
     ],
@@ -78,6 +87,8 @@ def test_failure_is_one_line_with_the_reason(
     (tmp_path / "data" / "oci-layout").write_text("{}")
     (tmp_path / "FILE").write_text("x" * 1000)
     (tmp_path / "DIRECTORY").mkdir()
+    if more is PUSHED:
+        push(tmp_path / "data")
     done = run(URL, arguments[0], str(tmp_path / arguments[1]), more=more)
     assert (done.code, done.out) == (1, "")
     assert message in done.err
@@ -99,3 +110,21 @@ def test_tag_that_was_moved_is_kept_without_force(run: Run, tmp_path: Path) -> N
     assert "1 tags name another manifest here, such as team/app:v1" in done.err
     assert run(URL, "restore", target, "--force", more=HOSTED).code == 0
     assert json.loads((tmp_path / "backup" / "oci-layout").read_text())
+
+
+def test_damaged_names_are_brought_back_as_the_error_says(run: Run, tmp_path: Path) -> None:
+    data, target = tmp_path / "data", str(tmp_path / "backup")
+    push(data)
+    assert run(URL, "backup", target, more=HOSTED).code == 0
+    names = data / "hosted" / "names.db"
+    names.write_bytes(b"no database" * 1000)
+    done = run(URL, "restore", target, more=HOSTED)
+    assert done.code == 1
+    assert (
+        "move names.db, names.db-wal and names.db-shm away, and run oci-mirror restore" in done.err
+    )
+    for file in names.parent.glob("names.db*"):
+        file.rename(tmp_path / file.name)
+    done = run(URL, "restore", target, more=HOSTED)
+    assert (done.code, done.err) == (0, "")
+    assert done.out == "1 images restored; 0 contents, 0B were not here\n"

@@ -16,6 +16,7 @@ from cryptography.x509.oid import NameOID
 from mirror import processes
 from mirror.cli.main import main
 from mirror.config.load import load
+from tests.unit.access.kit import DOCUMENTED, Signer, htpasswd, key_set
 
 Check = Callable[..., tuple[int, str, str]]
 SHIPPED = Path(__file__).parents[3] / "config" / "mirror.yaml"
@@ -361,3 +362,21 @@ def test_secrets_and_urls_of_events_are_checked_and_not_shown(check: Check, tmp_
     assert "QUJD" not in shown
     code, _, said = check(text.replace("https://a.example/x", "http://169.254.169.254/"))
     assert (code, "169.254.169.254" in said, "hidden" in said) == (78, True, False)
+
+
+def test_documented_example_is_accepted_with_a_warning(
+    check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "htpasswd").write_text(htpasswd(ann="ann's"))
+    (tmp_path / "tokens.yaml").write_text("- {name: robot, token: 0123456789abcdef}\n")
+    (tmp_path / "jwks.json").write_bytes(key_set(Signer("one")))
+    code, _, said = check(HUB + DOCUMENTED)
+    assert (code, said.count("warning: ")) == (0, 1)
+    assert "access.issuers[0]: without user_prefix, a rule for a user also fits a token" in said
+    with_prefix = DOCUMENTED.replace("audience:", "user_prefix: 'ci:', audience:")
+    assert check(HUB + with_prefix)[::2] == (0, "")
+    groups = with_prefix.replace("audience:", "groups_claim: groups, audience:")
+    code, _, said = check(HUB + groups)
+    assert (code, said.count("warning: ")) == (0, 1)
+    assert "its groups can have the names of groups of access.groups, access.tokens" in said

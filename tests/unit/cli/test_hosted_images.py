@@ -145,7 +145,7 @@ def test_rm_of_an_upload_cancels_that_of_any_user(site: Site) -> None:
     assert code == 1
     assert errors.count("\n") == 1
     assert "there is no such upload" in errors
-    assert "`oci-mirror ls --uploads --json` lists them" in errors
+    assert "`oci-mirror ls --uploads` lists them" in errors
     assert site.run("rm")[0] == site.run("rm", "--upload", other, f"{NAME}/team/app:v1")[0] == 2
 
 
@@ -199,6 +199,10 @@ def test_immutable_image_is_removed_with_force_only(site: Site) -> None:
         assert code == 1
         assert "kept" in out
         assert "the tag v1 is immutable: only an admin can delete it, with --force" in out
+        code, out, _ = site.run("rm", "--dry-run", name)
+        assert code == 1
+        assert "the tag v1 is immutable: only an admin can delete it, with --force" in out
+        assert site.lines("rm", "--dry-run", "--force", name)[0].startswith("would remove")
     assert names(site, "team/app*") == [f"{NAME}/team/app:v1"]
     site.lines("rm", "--force", f"{NAME}/team/app:v1")
     assert names(site, "team/app*") == [f"{NAME}/team/app@{TAGGED}"]
@@ -322,4 +326,4 @@ def test_damaged_names_are_an_error_and_no_empty_list(site: Site) -> None:
     code, out, errors = site.run("ls")
     assert (code, out) == (1, "")
     assert "names.db cannot be read" in errors
-    assert "restore it from a backup" in errors
+    assert "oci-mirror doctor says how to restore it" in errors

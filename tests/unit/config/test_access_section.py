@@ -152,32 +152,19 @@ def test_issuers_cannot_name_the_users_of_each_other(prefixes: tuple[str, str]) 
         read({"issuers": issuers})
 
 
-@pytest.mark.parametrize("source", ["users", "tokens"])
-def test_issuer_beside_a_file_needs_a_prefix_for_users_who_are_removed(source: str) -> None:
-    with pytest.raises(InvalidSetting, match=f'"" is not enough beside access.{source}') as caught:
-        read({source: "/file", "issuers": [ISSUER]})
-    assert caught.value.path == ("access", "issuers", 0, "user_prefix")
-    assert read({source: "/file", "issuers": [{**ISSUER, "user_prefix": "ci:"}]}).issuers
+@pytest.mark.parametrize(
+    "more", [{"users": "/file"}, {"tokens": "/file"}, {"groups": {"dev": ["ann"]}}]
+)
+def test_one_issuer_needs_no_prefix_beside_other_sources_of_names(more: dict[str, Any]) -> None:
+    access = read({**more, "issuers": [{**ISSUER, "groups_claim": "groups"}]})
+    assert (access.user_prefixes, access.group_prefixes) == ((), ())
 
 
-@pytest.mark.parametrize("more", [{"tokens": "/file"}, {"groups": {"dev": ["ann"]}}])
-def test_groups_of_an_issuer_need_a_prefix_beside_other_groups(more: dict[str, Any]) -> None:
-    issuer = {**ISSUER, "user_prefix": "ci:", "groups_claim": "groups"}
-    with pytest.raises(InvalidSetting, match='"" is not enough beside') as caught:
-        read({**more, "issuers": [issuer]})
-    assert caught.value.path == ("access", "issuers", 0, "groups_prefix")
-    assert read({**more, "issuers": [{**issuer, "groups_prefix": "ci:"}]}).issuers
+def test_group_with_the_prefix_of_an_issuer_is_refused() -> None:
+    issuer = {**ISSUER, "groups_claim": "groups", "groups_prefix": "ci:"}
     with pytest.raises(InvalidSetting, match="begins with the groups_prefix") as caught:
-        read({"groups": {"ci:dev": ["ann"]}, "issuers": [{**issuer, "groups_prefix": "ci:"}]})
+        read({"groups": {"ci:dev": ["ann"]}, "issuers": [issuer]})
     assert caught.value.path == ("access", "groups", "ci:dev")
-
-
-def test_issuers_cannot_name_the_groups_of_each_other() -> None:
-    first = {**ISSUER, "user_prefix": "a:", "groups_claim": "groups"}
-    second = {**ISSUER, "issuer": "https://2.example", "user_prefix": "b:"}
-    assert read({"issuers": [first, second]}).issuers
-    with pytest.raises(InvalidSetting, match="must differ"):
-        read({"issuers": [first, {**second, "groups_claim": "groups"}]})
 
 
 def test_issuer_is_listed_once() -> None:

@@ -84,6 +84,7 @@ async def test_deleted_index_takes_what_only_it_has_listed(tmp_path: Path) -> No
         await kit.service.delete_manifest("app", index)
         assert await digests(kit, NOW + GRACE) == set()
         gone = {Digest.of(data) for data in (*children[:2], b"one", b"two")}
+        assert {row.digest for row in await find_needless(kit.database, LATER, GRACE)} == gone
         assert await digests(kit) == gone
 
 

@@ -123,7 +123,7 @@ def test_damaged_database_is_refused_with_a_remedy_and_is_kept(tmp_path: Path) -
     for damaged in (b"not a database" * 1000, intact[:5000], intact[:8192] + b"\xff" * 4096):
         path.write_bytes(damaged + intact[len(damaged) :] if len(damaged) > 9000 else damaged)
         kept = path.read_bytes()
-        with pytest.raises(NamesDamaged, match=r"names\.db: .*restore it from a backup") as caught:
+        with pytest.raises(NamesDamaged, match=r"names\.db: .*: stop the server, move") as caught:
             open_checked(path)
         assert "\n" not in caught.value.message
         assert path.read_bytes() == kept
@@ -169,3 +169,43 @@ async def test_writer_of_another_process_that_does_not_end_is_an_error_of_the_st
     await names.write(lambda c: add(c, "a"))
     assert await names.read(count) == 1
     await names.close()
+
+
+@pytest.mark.parametrize("is_replaced", [False, True], ids=["removed", "replaced"])
+async def test_file_that_is_lost_while_in_use_gets_no_write_and_is_told_once(
+    tmp_path: Path, is_replaced: bool
+) -> None:
+    path, aside = tmp_path / "names.db", tmp_path / "aside.db"
+    names = await Database.open(path)
+    told: list[str] = []
+    names.on_file_lost = told.append
+    await names.write(lambda c: add(c, "a"))
+    path.rename(aside)
+    if is_replaced:
+        path.write_bytes(aside.read_bytes())
+    for is_durable in (True, False):
+        with pytest.raises(StorageUnavailable, match="removed or replaced while in use"):
+            await names.write(lambda c: add(c, "b"), is_durable=is_durable)
+    aside.rename(path)  # Its log may be gone: only a restart looks at that.
+    with pytest.raises(StorageUnavailable, match="start the server again"):
+        await names.write(lambda c: add(c, "b"))
+    assert len(told) == 1
+    assert await names.read(count) == 1, "pulls go on"
+    await names.close()
+
+
+async def test_file_that_is_lost_within_a_write_does_not_acknowledge_it(tmp_path: Path) -> None:
+    path = tmp_path / "names.db"
+    names = await Database.open(path)
+
+    def lose(connection: Connection) -> None:
+        add(connection, "a")
+        path.rename(tmp_path / "aside.db")
+
+    with pytest.raises(StorageUnavailable, match="removed or replaced while in use"):
+        await names.write(lose)
+    await names.close()
+    (tmp_path / "aside.db").rename(path)
+    again = await Database.open(path)
+    assert await again.read(count) == 0
+    await again.close()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from pathlib import Path
 
 import pytest
 
 from mirror.config.settings import Storage
+from mirror.hosted import hosted_service
 from mirror.observability.events import HostedChange
 from mirror.observability.hosted_events import Actor
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
@@ -89,9 +91,9 @@ async def test_deleted_manifest_takes_its_tags_and_referrers_along(tmp_path: Pat
         digest = await kit.push_image()
         subject = {"mediaType": OCI_MANIFEST, "digest": str(digest), "size": 1}
         referrer = await kit.push_image(LAYER, tag="sig", subject=subject)
-        assert len(await kit.service.referrers("app", digest, None)) == 1
+        assert (await kit.service.referrers("app", digest, None)).count == 1
         await kit.service.delete_manifest("app", referrer)
-        assert await kit.service.referrers("app", digest, None) == []
+        assert (await kit.service.referrers("app", digest, None)).count == 0
         with pytest.raises(ManifestUnknown):
             await kit.service.find_manifest("app", Tag("sig"))
         with pytest.raises(ManifestUnknown):
@@ -174,6 +176,29 @@ async def test_use_of_a_blob_is_recorded_once_in_a_while(tmp_path: Path) -> None
             kit.clock[0] = pushed + seconds
             await kit.service.mark_blob_used("app", DIGEST)
             assert await used_at() == expected
+
+
+async def test_use_is_recorded_later_while_another_process_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosted_service, "_MARK_TIMEOUT_S", 0.01)
+    async with hosted_kit(tmp_path) as kit:
+        await kit.push_blob(LAYER)
+        kit.clock[0] += 10_000
+        other = sqlite3.connect(kit.store.layout.hosted_names, isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        async with asyncio.timeout(5):
+            await kit.service.mark_blob_used("app", DIGEST)
+            await kit.service.mark_manifest_used("app", Tag("v1"))
+            kit.clock[0] += kit.service.settings.grace
+            with pytest.raises(BlobUnknown, match="push it again"):
+                await kit.service.mark_blob_used("app", DIGEST)
+        other.execute("COMMIT")
+        other.close()
+        await kit.push_blob(b"next")
+        used = "SELECT used_at FROM blobs WHERE digest = ?"
+        rows = await kit.database.read(lambda c: c.execute(used, (str(DIGEST),)).fetchall())
+        assert rows == [(kit.clock[0],)]
 
 
 async def test_each_change_has_one_event_after_its_commit(tmp_path: Path) -> None:

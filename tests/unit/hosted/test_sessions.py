@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from mirror.oci.errors import (
     UploadUnknown,
 )
 from mirror.oci.reference import Digest
+from mirror.threads import run_in_thread
 from tests.unit.hosted.kit import NOW, HostedKit, hosted_kit
 from tests.unit.store.kit import random_bytes
 
@@ -325,8 +327,8 @@ async def test_full_disk_fails_the_push_and_leaves_the_upload_to_go_on(
         assert await finish(kit, upload_id) == len(DATA)
 
 
-@pytest.mark.parametrize("call", ["fsync", "rename"])
-async def test_disk_that_fails_at_the_end_acknowledges_nothing(
+@pytest.mark.parametrize("call", ["fsync", "rename", "pread"])
+async def test_disk_that_fails_at_the_end_acknowledges_nothing_and_ends_the_upload(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     async with hosted_kit(tmp_path) as kit:
@@ -337,12 +339,49 @@ async def test_disk_that_fails_at_the_end_acknowledges_nothing(
             raise OSError(errno.EIO, "Input/output error")
 
         with monkeypatch.context() as patch:
-            patch.setattr(*((os, "fsync") if call == "fsync" else (Path, "rename")), fail)
+            patch.setattr(Path if call == "rename" else os, call, fail)
+            if call == "pread":
+                kit.service.uploads._hashes.clear()
             with pytest.raises(StorageUnavailable, match="Input/output error"):
                 await finish(kit, upload_id)
         with pytest.raises(BlobUnknown):
             await kit.service.blob_size("app", DIGEST)
         assert not kit.store.catalog.has_blob(DIGEST)
+        # The pages may be clean now, and not on the disk: the bytes have to come again.
+        with pytest.raises(UploadUnknown):
+            await kit.service.uploads.position(upload_id, "app", "")
+        with pytest.raises(UploadUnknown):
+            await finish(kit, upload_id)
+        assert upload_files.list_ids(kit.store.layout) == []
+        assert await reserved(kit) == {}
+        await kit.push_blob(DATA)
+
+
+async def test_request_that_is_cancelled_while_its_upload_is_published_keeps_the_file_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another file would get the number of its descriptor."""
+    async with hosted_kit(tmp_path) as kit:
+        upload_id = await kit.service.uploads.begin("app", "", len(DATA))
+        await feed_some(kit, upload_id, DATA)
+        begun, may_go_on, sync, valid = threading.Event(), threading.Event(), os.fsync, []
+
+        def fsync(fd: int) -> None:
+            begun.set()
+            may_go_on.wait(10)
+            valid.append(os.path.exists(f"/proc/self/fd/{fd}"))
+            sync(fd)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        task = asyncio.get_running_loop().create_task(finish(kit, upload_id))
+        await run_in_thread(begun.wait, 10)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        may_go_on.set()
+        await kit.service.uploads._wait_for_closing(upload_id)
+        assert valid
+        assert all(valid)
 
 
 async def test_cancelled_request_keeps_the_bytes_that_were_written(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from mirror.hosted.collection import collect
 from mirror.hosted.snapshot import drop_stale_snapshot, opened_snapshot
 from mirror.observability.hosted_events import Actor
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
-from mirror.oci.errors import QuotaExceeded, StorageUnavailable
+from mirror.oci.errors import BlobUnknown, QuotaExceeded, StorageUnavailable
 from mirror.oci.reference import Digest, Tag
 from mirror.operations.restore import RestoreReport, restore_backup
 from mirror.operations.write_backup import BackupReport, write_backup
@@ -67,12 +67,12 @@ async def state_of(kit: HostedKit) -> dict[str, Any]:
             table: connection.execute(f"SELECT {columns} FROM {table} ORDER BY 1, 2").fetchall()
             for table, columns in (
                 ("tags", "repository, tag, digest, pushed_at, pushed_by"),
-                (
-                    "manifests",
-                    "repository, digest, media_type, size, pushed_at, pushed_by, pulled_at",
-                ),
+                ("manifests", "*"),
                 ("parts", "repository, manifest, digest"),
                 ("blobs", "repository, digest, size"),
+                ("contents", "*"),
+                ("repositories", "*"),
+                ("totals", "*"),
             )
         }
 
@@ -100,6 +100,16 @@ async def pushed(root: Path) -> AsyncIterator[HostedKit]:
         yield kit
 
 
+def damage(path: Path) -> None:
+    """Change a byte of a file in place, so that a stat does not tell."""
+    status = path.stat()
+    data = bytearray(path.read_bytes())
+    data[0] ^= 1
+    path.unlink()  # A backup on the same file system may be a hard link.
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_mtime_ns, status.st_mtime_ns))
+
+
 @pytest.mark.parametrize("name", TARGETS)
 async def test_everything_comes_back_on_an_empty_data_directory(tmp_path: Path, name: str) -> None:
     target = tmp_path / name
@@ -110,8 +120,6 @@ async def test_everything_comes_back_on_an_empty_data_directory(tmp_path: Path, 
         before = await state_of(kit)
         report = backup(kit, target)
         assert report.missing == []
-    (alone,) = [row for row in before["blobs"] if row[1] == str(Digest.of(b"named by no manifest"))]
-    before["blobs"].remove(alone)
     async with hosted_kit(tmp_path / "new") as kit:
         restored = await restore(kit, target)
         assert restored.problems == []
@@ -133,6 +141,7 @@ async def test_second_backup_adds_what_is_new_and_removes_what_is_gone(tmp_path:
         backup(kit, target)
         assert backup(kit, target).added == 0
         await kit.service.delete_manifest("team/app", Digest.of(manifest_of(b"by digest")))
+        await collect(kit.database, NOW + 10**6, 0.0, change_of)
         await kit.push_image(b"three", repository="team/app", tag="v2")
         report = backup(kit, target)
         assert report.added == 2
@@ -152,8 +161,9 @@ async def test_content_that_is_deleted_while_a_backup_reads_stays_until_its_end(
         digest = Digest.of(LAYER)
         blob = next(blob for blob in kit.store.catalog.blobs(NOW) if blob.digest == digest)
         with opened_snapshot(kit.store.layout) as snapshot:
-            for row in list(snapshot.manifests()):
-                await kit.service.delete_manifest(row.repository, row.digest)
+            for repository in list(snapshot.repositories()):
+                for row in list(snapshot.manifests(repository)):
+                    await kit.service.delete_manifest(repository, row.digest)
             await collect(kit.database, NOW + 10**6, 0.0, change_of)
             assert (await kit.service.usage()).contents == 0
             await kit.store.evictor.remove([blob])
@@ -208,13 +218,16 @@ async def test_lost_content_is_named_and_stays_in_an_earlier_backup(tmp_path: Pa
         kit.store.layout.blob(Digest.of(LAYER)).unlink()
         assert backup(kit, tmp_path / "earlier").missing == []
         assert backup(kit, tmp_path / "new").missing == [Digest.of(LAYER)]
+        before = await state_of(kit)
     async with hosted_kit(tmp_path / "one") as kit:
         assert (await restore(kit, tmp_path / "earlier")).problems == []
     async with hosted_kit(tmp_path / "two") as kit:
         report = await restore(kit, tmp_path / "new")
-        assert len(report.problems) == 2
-        assert str(Digest.of(LAYER)) in report.problems[0]
-        assert report.images == 5
+        assert report.problems == [f"team/app: the backup does not have {Digest.of(LAYER)}"]
+        assert report.images == 7
+        assert await state_of(kit) == before
+        with pytest.raises(BlobUnknown):
+            await kit.service.blob_size("team/app", Digest.of(LAYER))
 
 
 @pytest.mark.parametrize("how", ["flipped", "short", "long", "link"])
@@ -232,10 +245,85 @@ async def test_damaged_content_of_a_backup_is_not_restored(tmp_path: Path, how: 
         path.write_bytes(damaged)
     async with hosted_kit(tmp_path / "new") as kit:
         report = await restore(kit, target)
-        assert len(report.problems) == 2
+        (problem,) = report.problems
+        assert str(Digest.of(LAYER)) in problem
         assert not kit.store.catalog.has_blob(Digest.of(LAYER))
-        assert (await kit.service.tags("team/app", None, None))[0] == ["index", "v2"]
+        assert (await kit.service.tags("team/app", None, None))[0] == ["index", "v1", "v2"]
     assert list((tmp_path / "new" / "uploads").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", TARGETS)
+async def test_content_that_is_damaged_here_is_replaced_by_a_restore(
+    tmp_path: Path, name: str
+) -> None:
+    target = tmp_path / name
+    async with pushed(tmp_path) as kit:
+        backup(kit, target)
+        for data in (LAYER, manifest_of(LAYER)):
+            damage(kit.store.layout.blob(Digest.of(data)))
+        report = await restore(kit, target)
+        assert (report.contents, report.problems) == (2, [])
+        usage = await kit.service.usage()
+        assert usage.bytes == backup(kit, tmp_path / "again").bytes
+    every_file_hashes_to_its_name(tmp_path / "data")
+
+
+@pytest.mark.parametrize("name", TARGETS)
+async def test_content_that_is_damaged_here_is_in_no_backup(tmp_path: Path, name: str) -> None:
+    target = tmp_path / name
+    async with pushed(tmp_path) as kit:
+        damage(kit.store.layout.blob(Digest.of(LAYER)))
+        report = backup(kit, target)
+        assert report.missing == [Digest.of(LAYER)]
+        before = await state_of(kit)
+    async with hosted_kit(tmp_path / "new") as kit:
+        (problem,) = (await restore(kit, target)).problems
+        assert str(Digest.of(LAYER)) in problem
+        assert await state_of(kit) == before
+    every_file_hashes_to_its_name(tmp_path / "new")
+
+
+async def test_content_that_is_damaged_in_an_earlier_backup_is_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "backup"
+    path = target / "blobs" / "sha256" / Digest.of(LAYER).hex
+    async with pushed(tmp_path) as kit:
+        backup(kit, target)
+        damage(path)
+        report = backup(kit, target)
+        assert (report.added, report.missing) == (1, [])
+        assert path.read_bytes() == LAYER
+        damage(path)
+        damage(kit.store.layout.blob(Digest.of(LAYER)))
+        assert backup(kit, target).missing == [Digest.of(LAYER)]
+        assert not path.exists()
+
+
+async def test_lost_manifest_takes_its_own_tags_only(tmp_path: Path) -> None:
+    target = tmp_path / "backup"
+    async with pushed(tmp_path) as kit:
+        lost = Digest.of(manifest_of(LAYER))
+        kit.store.layout.blob(lost).unlink()
+        assert backup(kit, target).missing == [lost]
+    async with hosted_kit(tmp_path / "new") as kit:
+        report = await restore(kit, target)
+        assert report.problems == [
+            f"team/app: the backup does not have {lost}",
+            f"team/app:v1 is not restored: its manifest {lost} is lost",
+        ]
+        assert (await kit.service.tags("team/app", None, None))[0] == ["index", "v2"]
+        assert await kit.read_blob(Digest.of(LAYER), "team/app") == LAYER
+
+
+async def test_restore_revives_what_is_an_orphan_only_here(tmp_path: Path) -> None:
+    target = tmp_path / "backup"
+    async with pushed(tmp_path) as kit:
+        before = await state_of(kit)
+        backup(kit, target)
+        await kit.service.delete_manifest("team/app", Digest.of(manifest_of(LAYER)))
+        await kit.service.delete_manifest("team/app", Digest.of(index_of(manifest_of(b"child"))))
+        assert {row[-1] for row in (await state_of(kit))["manifests"]} == {0, NOW}
+        await restore(kit, target)
+        assert await state_of(kit) == before
 
 
 async def test_tag_of_another_manifest_is_replaced_by_force_only(tmp_path: Path) -> None:
@@ -314,10 +402,34 @@ async def test_damaged_index_is_an_error(tmp_path: Path, text: str) -> None:
 
 async def test_backup_of_a_later_version_is_refused(tmp_path: Path) -> None:
     layout = write_layout(tmp_path / "layout", index_with("a.example/b:1"))
-    (layout / "oci-mirror.json").write_text('{"version": 2}')
+    (layout / "oci-mirror.json").write_text('{"version": 3, "name": "a", "rows": [')
     async with hosted_kit(tmp_path / "data") as kit:
-        with pytest.raises(StorageUnavailable, match="has version 2"):
+        with pytest.raises(StorageUnavailable, match=r"has version 3.*: use a later one"):
             await restore(kit, layout)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not finished"),
+        ("{}", "not finished"),
+        ('{"version": 1, "name": "a",\n"manifests": []}', "version 1.*: write the backup again"),
+        ('{"version": 2, "name": "a", "rows": [\n["blob", "a", "sha256:0", 1]\n]}', "line 2 "),
+        ('{"version": 2, "name": "a", "rows": [\n["tag", "../a"]\n]}', "line 2 .* is damaged"),
+        ('{"version": 2, "name": "a", "rows": [\n["other", "a"]\n]}', "line 2 .* is damaged"),
+        ('{"version": 2, "name": "a", "rows": [\n' + "[" * 70_000 + "\n]}", "line 2 "),
+        ('{"version": 2, "name": "a", "rows": [\n', "is cut"),
+    ],
+)
+async def test_backup_with_damaged_or_old_rows_restores_nothing(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    layout = write_layout(tmp_path / "layout", index_with("a.example/b:1"), manifest_of(), CONFIG)
+    (layout / "oci-mirror.json").write_text(text)
+    async with hosted_kit(tmp_path / "data") as kit:
+        with pytest.raises(StorageUnavailable, match=message):
+            await restore(kit, layout)
+        assert (await kit.service.usage()).contents == 0
 
 
 async def test_tar_file_with_links_and_one_that_is_none_restore_nothing(tmp_path: Path) -> None:

@@ -182,6 +182,23 @@ async def test_hosted_content_is_no_garbage_until_no_repository_has_it(tmp_path:
         assert str(digest) not in on_disk(tmp_path)
 
 
+async def test_damaged_hosted_content_stays_until_it_is_pushed_again(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path, clock=[NOW]) as kit:
+        await pull(kit.store, image(LAYER), "v1", [CONFIG, LAYER])
+        digest, layout = await kit.push_blob(OTHER_LAYER), kit.store.layout
+        with disk.open_locked(layout.blob(digest)) as fd:
+            assert fd is not None
+            quarantine(layout, digest, fd)
+        report = await collect_garbage(kit.store, inventory_of(tmp_path, LATER), DEFAULT_GRACE_S)
+        (item,) = report.items
+        assert (item.action, item.kind) == ("kept", "quarantine")
+        # Not with warm: no upstream has it.
+        assert str(item.why).endswith("push its image again, or restore a backup")
+        await kit.push_blob(OTHER_LAYER)
+        report = await collect_garbage(kit.store, inventory_of(tmp_path, LATER), DEFAULT_GRACE_S)
+        assert [(item.action, item.kind) for item in report.items] == [("removed", "quarantine")]
+
+
 @pytest.mark.parametrize("kind", ["pins", "freezes", "leases"])
 async def test_content_of_a_marked_image_stays_while_its_manifest_is_damaged(
     tmp_path: Path, kind: str

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mirror.config.settings import Hosted
+from mirror.hosted import referrer_rows
 from mirror.hosted.database import Database
 from mirror.hosted.hosted_service import HostedService
 from mirror.observability.events import Outcome
@@ -22,6 +23,7 @@ from mirror.oci.errors import (
     UpstreamUnavailable,
 )
 from mirror.oci.reference import Digest, Repository, Tag
+from mirror.pull import hosted as hosted_pulls
 from mirror.pull.admission import Restrictions
 from mirror.pull.hosted import HostedPulls
 from mirror.pull.service import PullService
@@ -49,7 +51,7 @@ class Both:
 
     async def referrers(self, artifact_type: str | None = None) -> list[str]:
         """List what refers to the image, as digests."""
-        body = await self.service.referrers(IMAGE, self.image, artifact_type, a_pull())
+        body = (await self.service.referrers(IMAGE, self.image, artifact_type, a_pull())).index
         return [entry["digest"] for entry in parse_referrers(body)]
 
 
@@ -84,6 +86,35 @@ async def test_referrers_of_upstream_and_ours_are_one_list(tmp_path: Path) -> No
         assert await kit.referrers("application/other") == []
 
 
+async def test_pages_have_those_of_the_upstream_first_and_each_digest_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosted_pulls, "MANIFEST_LIMIT", 1000)
+    monkeypatch.setattr(referrer_rows, "MANIFEST_LIMIT", 1000)
+    async with both(tmp_path) as kit:
+        ours = sorted([str(await kit.attach(bytes([number]))) for number in range(9)])
+        entry = {"mediaType": OCI_MANIFEST, "digest": str(Digest.of(b"theirs")), "size": 6}
+        listed = [entry, {**entry, "digest": ours[7]}]
+        kit.pulls.registry.referring[kit.image] = referrers_index(listed)
+        kit.pulls.clock[0] += 3600
+        for long in (False, True):
+            if long:  # The first page has no room for ours.
+                listed[0]["annotations"] = {"a": "b" * 900}
+                kit.pulls.registry.referring[kit.image] = referrers_index(listed)
+                kit.pulls.clock[0] += 3600
+            found: list[list[str]] = []
+            last = None
+            while last is not None or not found:
+                page = await kit.service.referrers(IMAGE, kit.image, None, a_pull(), last)
+                assert len(page.index) <= (1400 if long else 1000)
+                found.append([one["digest"] for one in parse_referrers(page.index)])
+                last = page.next_last
+            flat = [digest for digests in found for digest in digests]
+            assert flat[:2] == [entry["digest"], ours[7]]
+            assert sorted(flat) == sorted([*ours, entry["digest"]])
+            assert (len(found[0]) == 2) is long
+
+
 async def test_signature_of_a_mirrored_image_is_served_in_its_repository(tmp_path: Path) -> None:
     async with both(tmp_path) as kit:
         tag = f"sha256-{kit.image.hex}.sig"
@@ -115,7 +146,7 @@ async def test_signature_is_served_while_the_upstream_is_down(tmp_path: Path) ->
         digest = await kit.attach(b"signed")
         kit.pulls.registry.failure = UpstreamUnavailable("it is down")
         pull = a_pull()
-        body = await kit.service.referrers(IMAGE, kit.image, None, pull)
+        body = (await kit.service.referrers(IMAGE, kit.image, None, pull)).index
         assert [entry["digest"] for entry in parse_referrers(body)] == [str(digest)]
         assert (pull.outcome, pull.warning) == (Outcome.STALE, "it is down")
         got = await kit.service.manifest(IMAGE, digest, (), a_pull(), is_head=False)

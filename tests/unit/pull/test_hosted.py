@@ -62,7 +62,7 @@ async def test_lists_are_those_of_the_moment(tmp_path: Path) -> None:
         for number in range(3):
             layer = str(number).encode()
             await kit.push_image(layer, tag=f"s{number}", subject=subject)
-            body = await pulls.referrers(REPO, digest, None, a_pull())
+            body = (await pulls.referrers(REPO, digest, None, None, a_pull())).index
             assert len(parse_referrers(body)) == number + 1
         page = await pulls.tags(REPO, 2, "s0", a_pull())
         assert (page.text, page.has_more) == ("s1\ns2", True)

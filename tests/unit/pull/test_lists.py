@@ -36,7 +36,7 @@ async def tags(
 
 
 async def referrers(kit: PullKit, artifact_type: str | None = None) -> list[dict[str, Any]]:
-    body = await kit.service.referrers(REPO, SUBJECT, artifact_type, a_pull())
+    body = (await kit.service.referrers(REPO, SUBJECT, artifact_type, a_pull())).index
     document = json.loads(body)
     assert document["mediaType"] == OCI_INDEX
     found: list[dict[str, Any]] = document["manifests"]
@@ -266,7 +266,8 @@ async def test_referrers_of_the_api_are_passed_on_byte_for_byte_and_filtered_her
         body = json.dumps(referring("application/x.sbom", "application/x.signature"), indent=3)
         kit.registry.referring[SUBJECT] = body.encode()
         kit.clock[0] += 61
-        assert await kit.service.referrers(REPO, SUBJECT, None, a_pull()) == body.encode()
+        page = await kit.service.referrers(REPO, SUBJECT, None, a_pull())
+        assert page.index == body.encode()
         (found,) = await referrers(kit, "application/x.sbom")
         assert found["artifactType"] == "application/x.sbom"
         assert await referrers(kit, "application/x.nothing") == []
@@ -339,7 +340,7 @@ async def test_tags_are_served_stale_after_a_failure_and_referrers_by_the_tag_sc
         assert await tags(kit, 2) == (("a", "b"), True, Outcome.STALE)
         kit.registry.failure = None
         kit.registry.api = False
-        empty = json.loads(await kit.service.referrers(REPO, digest, None, a_pull()))
+        empty = json.loads((await kit.service.referrers(REPO, digest, None, a_pull())).index)
         assert empty["manifests"] == []
         signature = kit.registry.add_manifest(
             REPO.path,
@@ -359,9 +360,9 @@ async def test_tags_are_served_stale_after_a_failure_and_referrers_by_the_tag_sc
             referrers_tag(digest),
         )
         kit.clock[0] += 1000
-        found = await kit.service.referrers(REPO, digest, None, a_pull())
+        found = (await kit.service.referrers(REPO, digest, None, a_pull())).index
         assert Digest.of(found) == signature
-        filtered = await kit.service.referrers(REPO, digest, "application/x.sbom", a_pull())
+        filtered = (await kit.service.referrers(REPO, digest, "application/x.sbom", a_pull())).index
         assert [entry["artifactType"] for entry in json.loads(filtered)["manifests"]] == [
             "application/x.sbom"
         ]

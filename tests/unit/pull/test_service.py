@@ -92,7 +92,7 @@ async def test_no_upstream_request_is_sent_with_policy_never(tmp_path: Path) -> 
         assert (await kit.service.tags(REPO, None, None, a_pull())).text == "1.0"
         with pytest.raises(NameUnknown):
             await kit.service.tags(OTHER, None, None, a_pull())
-        empty = json.loads(await kit.service.referrers(REPO, digest, None, a_pull()))
+        empty = json.loads((await kit.service.referrers(REPO, digest, None, a_pull())).index)
         assert empty["manifests"] == []
         assert not kit.registry.calls
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 from pathlib import Path
@@ -13,10 +14,13 @@ from mirror.observability.events import Event
 from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest
 from mirror.store import disk, eviction, space
+from mirror.store.blobs import SMALL_BYTES
 from mirror.store.eviction import StoredBlob
 from mirror.store.hosted_contents import HostedContents
 from mirror.store.layout import Layout
+from mirror.store.quarantine import quarantine, quarantined_digests, trim_quarantine
 from mirror.store.removal import KeptBecause
+from mirror.store.scrub import scrub
 from mirror.store.store import Store
 from tests.unit.hosted.kit import HostedKit, hosted_kit
 from tests.unit.store.kit import random_bytes
@@ -55,6 +59,103 @@ async def test_pushed_content_is_never_evicted_however_old(tmp_path: Path) -> No
         assert usage is not None
         assert 0 < usage.bytes <= 10 * SIZE, "the cache has its whole quota beside them"
         assert usage.count * SIZE == usage.bytes
+
+
+@pytest.mark.parametrize("size", [SIZE, SMALL_BYTES + 1])
+async def test_read_error_of_hosted_content_is_503_and_the_content_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """No upstream has it, and the error may pass. Only wrong bytes prove damage."""
+    async with hosted_kit(tmp_path, storage=Storage(reverify=0)) as kit:
+        data = content(1) * (size // SIZE) + content(2)[: size % SIZE]
+        digest = await kit.push_blob(data)
+
+        def broken(*arguments: object) -> bytes:
+            raise OSError(errno.EIO, "Input/output error")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pread", broken)
+            with pytest.raises((StorageUnavailable, OSError), match="Input/output error"):
+                await kit.read_blob(digest)
+            with pytest.raises(StorageUnavailable, match="Input/output error"):
+                await kit.service.read_blob(digest, 2 * size)
+            patch.setattr(disk, "open_whole", broken)
+            with pytest.raises(StorageUnavailable, match="Input/output error"):
+                await kit.service.read_blob(digest, 2 * size)
+            patch.setattr(Path, "lstat", broken)
+            with pytest.raises(StorageUnavailable, match="Input/output error"):
+                await kit.service.blob_size("app", digest)
+        monkeypatch.setattr(os, "preadv", broken)
+        assert scrub(kit.store.layout, digest).is_moved is False
+        assert await kit.read_blob(digest) == data
+
+
+async def test_read_error_of_an_image_that_is_cached_too_is_mended_by_its_upstream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with hosted_kit(tmp_path, storage=Storage(reverify=0)) as kit:
+        digest = await kit.push_blob(content(1))
+        inode = kit.store.layout.blob(digest).stat().st_ino
+        read = os.pread
+
+        def broken(fd: int, *arguments: int) -> bytes:
+            if os.fstat(fd).st_ino == inode:
+                raise OSError(errno.EIO, "Input/output error")
+            return read(fd, *arguments)
+
+        monkeypatch.setattr(os, "pread", broken)
+        assert await cache(kit, 1) == digest
+        assert await kit.read_blob(digest) == content(1)
+
+
+async def test_damaged_hosted_content_stays_in_quarantine_until_it_is_pushed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with hosted_kit(tmp_path, storage=Storage(reverify=0)) as kit:
+        layout, damaged = kit.store.layout, []
+        for seed in range(4):
+            digest = await kit.push_blob(content(seed)) if seed < 2 else await cache(kit, seed)
+            layout.blob(digest).write_bytes(b"x")
+            assert await kit.store.blobs.find(digest) is None
+            damaged.append(digest)
+        assert quarantined_digests(layout) == set(damaged)
+
+        def refuse(*_: object) -> None:
+            raise StorageUnavailable("the database is locked")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(HostedContents, "find", refuse)
+            trim_quarantine(layout, 0)
+        assert quarantined_digests(layout) == set(damaged), "what may be hosted stays"
+        trim_quarantine(layout, 0)
+        assert quarantined_digests(layout) == set(damaged[:2])
+        await kit.push_blob(content(0))
+        await kit.service.delete_blob("app", damaged[1])
+        trim_quarantine(layout, 0)
+        assert quarantined_digests(layout) == set()
+        assert await kit.read_blob(damaged[0]) == content(0)
+
+
+async def test_push_that_replaces_damaged_content_is_not_quarantined_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        layout = kit.store.layout
+        digest = await kit.push_blob(content(1))
+        damaged = os.open(layout.blob(digest), os.O_RDONLY)
+        rename = Path.rename
+
+        def replace_before(path: Path, target: Path) -> Path:
+            monkeypatch.undo()
+            new = tmp_path / "new"
+            new.write_bytes(content(1))
+            rename(new, path)
+            return rename(path, target)
+
+        monkeypatch.setattr(Path, "rename", replace_before)
+        assert not quarantine(layout, digest, damaged)
+        os.close(damaged)
+        assert await kit.read_blob(digest) == content(1)
 
 
 async def test_content_is_cache_again_once_no_repository_has_it(tmp_path: Path) -> None:

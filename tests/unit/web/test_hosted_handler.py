@@ -16,6 +16,7 @@ import pytest
 from mirror.observability.events import Outcome
 from mirror.oci.descriptor import MANIFEST_LIMIT, OCI_INDEX, OCI_MANIFEST
 from mirror.oci.errors import Denied, LoginRequired
+from mirror.oci.links import next_link
 from mirror.oci.reference import Digest
 from mirror.web import hosted_handler
 from mirror.web.hosted_access import AccessAction, AccessAttempt
@@ -453,6 +454,31 @@ async def test_referrers_are_there_at_once_and_filtered(tmp_path: Path) -> None:
         deleted = f"{client.base}/manifests/{Digest.of(bodies['sbom'])}"
         assert (await client.ask("DELETE", deleted)).status == 202
         assert len(json.loads((await client.ask("GET", path)).body)["manifests"]) == 2
+
+
+async def test_long_list_of_referrers_has_pages_that_clients_read(tmp_path: Path) -> None:
+    """Most of them read at most 4 MiB of an index."""
+    async with door(tmp_path) as (_, client):
+        subject = descriptor(b"not pushed here", OCI_MANIFEST)
+        await client.push(CONFIG)
+        pushed = set()
+        for number in range(5):
+            notes = {"a": "\u00e9" * 700_000 + str(number)}
+            body = manifest_of(subject=subject, artifactType="application/sbom", annotations=notes)
+            raw = json.dumps(json.loads(body), ensure_ascii=False).encode()
+            assert (await client.put_manifest(raw, str(Digest.of(raw)))).status == 201
+            pushed.add(str(Digest.of(raw)))
+        path = f"{client.base}/referrers/{subject['digest']}?artifactType=application/sbom"
+        found, pages = set(), 0
+        while path:
+            page = await client.ask("GET", path)
+            assert page.headers["OCI-Filters-Applied"] == "artifactType"
+            assert len(page.body) <= MANIFEST_LIMIT
+            found |= {entry["digest"] for entry in json.loads(page.body)["manifests"]}
+            pages += 1
+            link = page.headers.get("Link")
+            path = (next_link(link) or "") if link else ""
+        assert (found, pages) == (pushed, 3)
 
 
 async def test_catalog_lists_repositories_with_a_manifest_in_pages(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_path_of_each_endpoint_becomes_its_request(method: str) -> None:
         repository, None, None, None, ""
     )
     assert parse_path(f"/v2/a/b/referrers/{DIGEST}", "", method) == ReferrersRequest(
-        repository, DIGEST, None, None
+        repository, DIGEST, None, None, None, ""
     )
 
 
@@ -206,7 +206,18 @@ def test_malformed_n_or_last_is_refused(query: str) -> None:
 @pytest.mark.parametrize("query", ["artifactType=a%2Fb%2Bjson", "artifactType=a/b+json"])
 def test_artifact_type_is_decoded_and_keeps_its_plus(query: str) -> None:
     found = parse_path(f"/v2/ghcr.io/a/referrers/{DIGEST}", query)
-    assert found == ReferrersRequest(Repository("ghcr.io", "a"), DIGEST, "a/b+json", None)
+    repository = Repository("ghcr.io", "a")
+    assert found == ReferrersRequest(repository, DIGEST, "a/b+json", None, None, "ghcr.io/")
+
+
+def test_page_of_referrers_begins_after_a_digest_or_before_the_first_one() -> None:
+    for last in (None, "", str(DIGEST)):
+        query = "" if last is None else f"last={last}"
+        found = parse_path(f"/v2/a/b/referrers/{DIGEST}", query)
+        assert isinstance(found, ReferrersRequest)
+        assert found.last == last
+    with pytest.raises(PaginationInvalid):
+        parse_path(f"/v2/a/b/referrers/{DIGEST}", "last=b")
 
 
 def test_artifact_type_must_be_a_media_type_or_empty() -> None:

@@ -55,4 +55,11 @@ def test_damaged_names_are_a_problem_with_a_remedy(tmp_path: Path) -> None:
     (tmp_path / "hosted/names.db").write_bytes(b"no database" * 1000)
     (finding,) = check(tmp_path)
     assert finding.status is Status.PROBLEM
-    assert "restore it from a backup" in finding.remedy
+    assert "run oci-mirror restore BACKUP" in finding.remedy
+
+
+def test_names_that_are_gone_are_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "hosted.created").touch()
+    (finding,) = check(tmp_path)
+    assert (finding.status, finding.message) == (Status.PROBLEM, "it was there, and is gone")
+    assert "oci-mirror restore BACKUP" in finding.remedy

@@ -1,0 +1,236 @@
+"""Restore of an image layout of another program, which fills a site without a connection.
+
+Lives here: from the names of ``index.json`` to rows: manifests name what a repository gets. Must
+not know: backups that have rows (``restore.py``).
+
+Each manifest is checked as one that is pushed. An image that is not whole is not restored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from sqlite3 import Connection
+from typing import Any, Final
+
+from mirror.config.settings import Hosted
+from mirror.hosted import restored_rows
+from mirror.hosted.change_rows import record_change
+from mirror.hosted.database import Database
+from mirror.hosted.pushed_manifest import PushedManifest, read_pushed_manifest
+from mirror.observability.hosted_events import Actor
+from mirror.oci.errors import InvalidRequest, StorageUnavailable
+from mirror.oci.headers import media_type_of
+from mirror.oci.image_name import parse_with_reference
+from mirror.oci.reference import Digest, Reference, Tag
+from mirror.operations.backup_files import INDEX, BackupSource
+from mirror.operations.restore_report import RestoreReport, check_moved_tags, restore_change
+from mirror.operations.restored_content import LeasedContent, RestoredContent
+from mirror.store.store import Store
+from mirror.threads import run_in_thread
+
+_REF_NAME: Final = "org.opencontainers.image.ref.name"
+_MAX_NESTING: Final = 8
+"""Indexes within indexes."""
+_CONTENTS_AT_A_TIME: Final = 64
+"""Contents that are open at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class RestoredName:
+    """An entry of ``index.json``."""
+
+    repository: str
+    reference: Reference
+    digest: Digest
+    media_type: str
+
+
+class LayoutRestore:
+    """One restore of a layout without rows."""
+
+    def __init__(
+        self,
+        source: BackupSource,
+        content: RestoredContent,
+        hosted: Hosted,
+        database: Database,
+        store: Store,
+        actor: Actor,
+    ) -> None:
+        """Read nothing yet.
+
+        Args:
+            source: The layout.
+            content: Its content.
+            hosted: The quota, and the name of the registry.
+            database: The names.
+            store: Has the clock.
+            actor: Who restores.
+        """
+        self._source = source
+        self._content = content
+        self._hosted = hosted
+        self._database = database
+        self._now = store.now
+        self._actor = actor
+        self._done: set[tuple[str, Digest]] = set()
+        self._report = RestoreReport()
+
+    async def run(self, *, may_replace: bool) -> RestoreReport:
+        """Restore all images. See :func:`mirror.operations.restore.restore_backup`."""
+        names = await run_in_thread(self._read_names)
+        if not may_replace:
+            await self._check_tags(names)
+        for name in names:
+            try:
+                await self._restore(name, may_replace=may_replace)
+            except InvalidRequest as error:
+                self._report.problems.append(f"{name.repository}: {error.message}")
+        return self._report
+
+    def _read_names(self) -> list[RestoredName]:
+        entries = self._source.document(INDEX).get("manifests")
+        if not isinstance(entries, list):
+            raise StorageUnavailable("index.json is missing, or has no list of manifests")
+        names = []
+        for entry in entries:
+            try:
+                names.append(_name_of(entry))
+            except (InvalidRequest, KeyError, TypeError, AttributeError):
+                self._report.problems.append(
+                    "an entry of index.json has no full name, such as registry.example/app:1"
+                )
+        return names
+
+    async def _check_tags(self, names: Collection[RestoredName]) -> None:
+        def find(connection: Connection) -> list[str]:
+            return [
+                f"{name.repository}:{name.reference}"
+                for name in names
+                if isinstance(name.reference, Tag)
+                and not restored_rows.may_set_tag(
+                    connection, name.repository, name.reference, name.digest
+                )
+            ]
+
+        check_moved_tags(await self._database.read(find))
+
+    # --- one image ------------------------------------------------------------------------------
+
+    async def _restore(self, name: RestoredName, *, may_replace: bool) -> None:
+        manifest = await self._restore_manifest(name.repository, name.digest, name.media_type, 0)
+        tag = name.reference if isinstance(name.reference, Tag) else None
+        change = restore_change(
+            self._hosted,
+            self._actor,
+            name.repository,
+            *(name.digest, tag, manifest.media_type, manifest.size),
+            at=self._now(),
+        )
+
+        def is_recorded(connection: Connection) -> bool:
+            if tag is not None:
+                is_free = restored_rows.may_set_tag(connection, name.repository, tag, name.digest)
+                if not is_free and not may_replace:
+                    return False
+                restored_rows.set_tag(
+                    connection, name.repository, tag, name.digest, self._now(), ""
+                )
+            record_change(connection, change)
+            return True
+
+        if await self._database.write(is_recorded):
+            self._report.images += 1
+        else:
+            self._report.problems.append(
+                f"{name.repository}:{tag} was pushed with another manifest meanwhile"
+            )
+
+    async def _restore_manifest(
+        self, repository: str, digest: Digest, media_type: str, depth: int
+    ) -> PushedManifest:
+        """Restore a manifest, and before it all that it refers to.
+
+        Raises ``InvalidRequest`` if it is malformed or not whole.
+        """
+        body = await run_in_thread(self._content.read_manifest, digest)
+        manifest = read_pushed_manifest(body, media_type, digest)
+        if (repository, digest) in self._done:
+            return manifest
+        if depth > _MAX_NESTING:
+            raise InvalidRequest(f"{digest}: too many indexes within each other")
+        types = _types_of(body)
+        for child in manifest.children:
+            if await run_in_thread(self._content.has_copy, child):  # Otherwise the index is sparse.
+                child_type = types.get(str(child), "")
+                await self._restore_manifest(repository, child, child_type, depth + 1)
+        blobs = dict.fromkeys(manifest.blobs)
+        for part in manifest.parts:  # A layer that a registry need not have, and that is there.
+            if part not in blobs and part not in manifest.children:
+                blobs.update(
+                    {part: None} if await run_in_thread(self._content.has_copy, part) else {}
+                )
+        await self._restore_blobs(repository, iter(blobs))
+
+        record = partial(
+            restored_rows.restore_manifest,
+            repository=repository,
+            manifest=manifest,
+            now=self._now(),
+            hosted=self._hosted,
+        )
+        async with self._content.leased([digest]) as leased:
+            _check_all(leased)
+            await self._database.write(record)
+        self._done.add((repository, digest))
+        return manifest
+
+    async def _restore_blobs(self, repository: str, blobs: Iterator[Digest]) -> None:
+        while batch := list(islice(blobs, _CONTENTS_AT_A_TIME)):
+            wanted = [one for one in batch if (repository, one) not in self._done]
+            async with self._content.leased(wanted) as leased:
+                sizes = _check_all(leased)
+                await self._database.write(partial(self._record_blobs, repository, sizes))
+            self._done.update((repository, one) for one in wanted)
+
+    def _record_blobs(
+        self, repository: str, sizes: dict[Digest, int], connection: Connection
+    ) -> None:
+        for digest, size in sizes.items():
+            restored_rows.restore_blob(
+                connection, repository, digest, size, self._now(), self._hosted
+            )
+
+
+def _check_all(leased: dict[Digest, LeasedContent | InvalidRequest]) -> dict[Digest, int]:
+    """Return the bytes of each content. Raises the first ``InvalidRequest`` among them."""
+    sizes = {}
+    for digest, content in leased.items():
+        if isinstance(content, InvalidRequest):
+            raise content
+        sizes[digest] = content.size
+    return sizes
+
+
+def _name_of(entry: Any) -> RestoredName:
+    repository, reference = parse_with_reference(entry["annotations"][_REF_NAME])
+    return RestoredName(
+        repository.path,
+        reference,
+        Digest.parse(entry["digest"]),
+        media_type_of(entry["mediaType"]),
+    )
+
+
+def _types_of(body: bytes) -> dict[str, str]:
+    """Return the media types that a manifest states of its parts, by digest."""
+    entries = json.loads(body).get("manifests")
+    return {
+        str(entry.get("digest")): str(entry.get("mediaType", ""))
+        for entry in (entries if isinstance(entries, list) else ())
+        if isinstance(entry, dict)
+    }

@@ -1,0 +1,211 @@
+"""Content of a backup that is brought into the data directory.
+
+Lives here: hashing, copying, and keeping content until its row is there. Must not know: rows.
+
+Nothing is believed: what is copied is hashed, and what is here already is hashed, too. Damaged
+content is replaced by that of the backup.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import AsyncIterator, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Final
+
+from mirror.hosted import upload_files
+from mirror.oci.descriptor import MANIFEST_LIMIT
+from mirror.oci.errors import DigestInvalid, DigestMismatch, InvalidRequest, StorageUnavailable
+from mirror.oci.reference import Digest, Verifier
+from mirror.operations.backup_files import BackupSource, StoredBytes
+from mirror.store import disk
+from mirror.store.ingest_writer import ShortWrite, write_all
+from mirror.store.store import Store
+from mirror.threads import run_in_thread
+
+_PARALLEL: Final = 4
+"""Contents that are copied at the same time: each waits for the disk at its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeasedContent:
+    """Verified content that nothing removes until ``fd`` is closed."""
+
+    fd: int
+    size: int
+    """Bytes."""
+    is_copied: bool = False
+    """Whether it was copied just now."""
+    is_new: bool = False
+    """Whether it was copied, and has replaced no damaged content."""
+
+    def read(self) -> bytes:
+        """Return the bytes of a manifest. Blocks. Raises ``InvalidRequest`` if it is larger."""
+        if self.size > MANIFEST_LIMIT:
+            raise InvalidRequest("larger than a manifest may be")
+        return os.pread(self.fd, self.size, 0)
+
+
+class RestoredContent:
+    """The content of one restore."""
+
+    def __init__(self, source: BackupSource, store: Store) -> None:
+        """Read nothing yet.
+
+        Args:
+            source: The backup.
+            store: Where content goes to.
+        """
+        self._source = source
+        self._store = store
+        self._threads = ThreadPoolExecutor(_PARALLEL, "restore")
+        self._verified: set[Digest] = set()
+        self.copied = 0
+        """Contents that were not here, or were damaged."""
+        self.copied_bytes = 0
+
+    @asynccontextmanager
+    async def leased(
+        self, digests: Iterable[Digest]
+    ) -> AsyncIterator[dict[Digest, LeasedContent | InvalidRequest]]:
+        """Bring contents here, and keep them while the block runs.
+
+        Yields each one, or why there is none. Each needs a descriptor: ask for some at a time.
+
+        Raises ``StorageUnavailable`` if the disk refuses.
+        """
+        leased = await run_in_thread(self._lease_all, list(dict.fromkeys(digests)))
+        try:
+            for digest, content in leased.items():
+                if isinstance(content, LeasedContent):
+                    self._count(digest, content)
+            yield leased
+        finally:
+            _close_all(leased.values())
+
+    def _count(self, digest: Digest, content: LeasedContent) -> None:
+        self._verified.add(digest)
+        if not content.is_copied:
+            self._store.blobs.mark_verified(digest, content.size)
+            return
+        self._store.on_pushed(digest, content.size, is_new=content.is_new)
+        self.copied += 1
+        self.copied_bytes += content.size
+
+    def close(self) -> None:
+        """End the threads. Nothing is leased by now."""
+        self._threads.shutdown()
+
+    def has_copy(self, digest: Digest) -> bool:
+        """Return whether the backup has content, which may be damaged. Blocks."""
+        with self._source.opened_blob(digest) as stored:
+            return stored is not None
+
+    def read_manifest(self, digest: Digest) -> bytes:
+        """Return the bytes of a manifest of the backup. Blocks. Raises ``InvalidRequest``."""
+        with self._source.opened_blob(digest) as stored:
+            if stored is None:
+                raise InvalidRequest(f"the backup does not have {digest}")
+            if stored.size > MANIFEST_LIMIT:
+                raise InvalidRequest(f"{digest}: larger than a manifest may be")
+            try:
+                body = b"".join(stored.chunks())
+            except OSError as error:
+                raise DigestInvalid(f"{digest}: cannot be read: {error.strerror}") from error
+        if Digest.of(body, digest.algorithm) != digest:
+            raise DigestInvalid(f"{digest}: damaged in the backup")
+        return body
+
+    # --- in threads -----------------------------------------------------------------------------
+
+    def _lease_all(self, digests: list[Digest]) -> dict[Digest, LeasedContent | InvalidRequest]:
+        leased: dict[Digest, LeasedContent | InvalidRequest] = {}
+        refused: StorageUnavailable | None = None
+        for digest, content in zip(
+            digests, self._threads.map(self._try_lease, digests), strict=True
+        ):
+            if isinstance(content, StorageUnavailable):
+                refused = content
+            else:
+                leased[digest] = content
+        if refused is not None:
+            _close_all(leased.values())
+            raise refused
+        return leased
+
+    def _try_lease(self, digest: Digest) -> LeasedContent | InvalidRequest | StorageUnavailable:
+        try:
+            return self._lease(digest)
+        except (InvalidRequest, StorageUnavailable) as error:
+            return error
+        except OSError as error:
+            return StorageUnavailable(f"content cannot be restored: {error.strerror or error}")
+
+    def _lease(self, digest: Digest) -> LeasedContent:
+        fd = upload_files.lease_content(self._store.layout, digest)
+        if fd is not None:
+            size = os.fstat(fd).st_size
+            if digest in self._verified or _is_undamaged(fd, size, digest):
+                return LeasedContent(fd, size)
+            os.close(fd)
+        with self._source.opened_blob(digest) as stored:
+            if stored is None:
+                where = (
+                    "the backup does not have"
+                    if fd is None
+                    else "damaged here, and missing in the backup:"
+                )
+                raise InvalidRequest(f"{where} {digest}")
+            return self._copy(digest, stored)
+
+    def _copy(self, digest: Digest, stored: StoredBytes) -> LeasedContent:
+        layout = self._store.layout
+        draft = upload_files.path_of(layout, secrets.token_hex(16))
+        draft.parent.mkdir(parents=True, exist_ok=True)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(draft, flags, 0o644)
+        try:
+            disk.try_lock(fd)  # No sweep removes it.
+            verifier = Verifier(digest)
+            for chunk in _chunks_of(digest, stored):
+                write_all(fd, [chunk], verifier.position)
+                verifier.update(chunk)
+            if not verifier.is_match():
+                raise DigestInvalid(f"{digest}: damaged in the backup")
+            is_new = upload_files.publish_upload(layout, draft, fd, digest, self._store.now())
+        except BaseException as error:
+            upload_files.drop(draft)
+            os.close(fd)
+            if isinstance(error, ShortWrite):
+                raise error.cause from error
+            raise
+        return LeasedContent(fd, verifier.position, is_copied=True, is_new=is_new)
+
+
+def _close_all(leased: Iterable[LeasedContent | InvalidRequest]) -> None:
+    for content in leased:
+        if isinstance(content, LeasedContent):
+            os.close(content.fd)
+
+
+def _is_undamaged(fd: int, size: int, digest: Digest) -> bool:
+    try:
+        disk.verify(fd, size, digest)
+    except (DigestMismatch, OSError):
+        return False
+    return True
+
+
+def _chunks_of(digest: Digest, stored: StoredBytes) -> Iterable[bytes]:
+    chunks = iter(stored.chunks())
+    while True:
+        try:
+            chunk = next(chunks, b"")
+        except OSError as error:
+            raise DigestInvalid(f"{digest}: cannot be read: {error.strerror}") from error
+        if not chunk:
+            return
+        yield chunk

@@ -1,0 +1,52 @@
+"""Whether the data directory has names of hosted repositories, has none, or has lost them.
+
+Lives here: the file ``hosted.created``, which says that ``hosted/names.db`` was made once. Must not
+know: what the database says, who restores it.
+
+Without the file, a data directory that has lost its names looks like one that never had any: a
+server would begin anew, and evict all hosted content. It lies beside the directory ``hosted``, so
+that it also notices a file system that is not mounted there. A restore makes the database anew, and
+leaves the file as it is.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Final
+
+from mirror.oci.errors import StorageUnavailable
+from mirror.store.disk import sync_directory
+from mirror.store.layout import Layout
+
+LOST_REMEDY: Final = (
+    "stop the server, and mount it, or run oci-mirror restore BACKUP; to lose all hosted names and"
+    " begin anew, remove hosted.created from the data directory"
+)
+"""What to do about names that are lost."""
+
+
+def has_hosted_names(layout: Layout) -> bool:
+    """Return whether there is a database. Blocks. Raises what :func:`raise_if_lost` raises."""
+    raise_if_lost(layout)
+    return layout.hosted_names.exists()
+
+
+def raise_if_lost(layout: Layout) -> None:
+    """Raise ``StorageUnavailable`` if there was a database, and it is gone. Blocks."""
+    # The database is asked last: a server makes the marker after it.
+    if layout.hosted_marker.exists() and not layout.hosted_names.exists():
+        raise StorageUnavailable(f"{layout.hosted_names} was there, and is gone: {LOST_REMEDY}")
+
+
+def note_hosted_names(layout: Layout) -> None:
+    """Write down durably that there is a database. Blocks. Raises ``OSError``."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        os.close(os.open(layout.hosted_marker, flags, 0o644))
+    except FileExistsError:
+        return
+    directory = os.open(layout.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        sync_directory(directory)
+    finally:
+        os.close(directory)

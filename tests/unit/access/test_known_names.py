@@ -1,0 +1,70 @@
+"""The file of the names that users have, or once had: several processes, its bound, and damage."""
+
+from __future__ import annotations
+
+import asyncio
+import stat
+from pathlib import Path
+
+import pytest
+
+from mirror.access import known_names as module
+from mirror.access.known_names import KnownNames
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "access" / "names"
+
+
+def save(names: KnownNames) -> str:
+    """Write the file. Returns why that is not possible."""
+    return asyncio.run(names.save())
+
+
+def test_processes_write_the_same_union(path: Path) -> None:
+    first, second = KnownNames(path), KnownNames(path)
+    first.refresh({"ann"})
+    second.refresh({"bob"})
+    assert not save(first)
+    assert not save(second)
+    assert path.read_text() == "ann\nbob\n"
+    assert first.refresh(set()), "another one has written it"
+    assert first.reason_to_refuse("bob")
+    assert not first.reason_to_refuse("job")
+    assert not first.has_unsaved
+    assert not first.refresh(set())
+    assert stat.S_IMODE(path.parent.stat().st_mode) & stat.S_IRWXO == 0
+
+
+def test_names_beyond_the_bound_end_what_an_issuer_may_name(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_MAX_BYTES", 8)
+    names = KnownNames(path)
+    names.refresh({"ann", "bob"})
+    assert not save(names)
+    names.refresh({"eve"})
+    assert "has no room" in names.reason_to_refuse("job")
+    assert "larger than 8 bytes" in save(names)
+    assert path.read_text() == "ann\nbob\n"
+    path.write_text("ann\n")
+    names.refresh({"eve"})
+    assert not names.reason_to_refuse("job")
+    assert not names.reason_to_refuse("bob")
+    assert not save(names)
+    assert path.read_text() == "ann\neve\n"
+
+
+def test_damaged_file_is_kept_and_ends_what_an_issuer_may_name(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_bytes(b"ann\n\x00\xff\n")
+    names = KnownNames(path)
+    names.refresh({"bob"})
+    assert "repair it, or delete it" in names.reason_to_refuse("job")
+    assert save(names)
+    assert path.read_bytes() == b"ann\n\x00\xff\n"
+    path.unlink()
+    names.refresh({"bob"})
+    assert not names.reason_to_refuse("job")
+    assert names.reason_to_refuse("bob")
