@@ -57,7 +57,6 @@ from mirror.upstream.named_documents import fetch_named_document
 from mirror.web.doors import Certificate, Door, listen
 from mirror.web.handler import Handler
 from mirror.web.health import Health
-from mirror.web.hosted_access import Authorize, authorize_by
 from mirror.web.stored_responses import UnsentConnections
 
 LISTEN_BACKLOG: Final = 1024
@@ -379,7 +378,6 @@ async def start_server(
     render_metrics: Callable[[], Awaitable[tuple[bytes, str]]],
     now: Callable[[], float] = time.time,
     push_listener: socket.socket | None = None,
-    authorize: Authorize | None = None,
 ) -> AsyncIterator[RunningServer]:
     """Compose all packages, and serve until the context ends.
 
@@ -391,11 +389,9 @@ async def start_server(
         now: Returns the Unix time in seconds. Tests pass a clock of their own.
         push_listener: A listening socket for the hosted repositories. None: they have none of their
             own. It is closed at the end.
-        authorize: Says who may do what at the push listener. None: the section ``access``.
     """
     async with open_mirror(settings, emit, now) as mirror:
         health = Health(lambda: mirror.store.unwritable_reason)
-        build = partial(Handler, settings, mirror.service, health, render_metrics, emit)
         options: dict[str, Any] = {
             "access_log": None,
             "auto_decompress": False,
@@ -406,7 +402,9 @@ async def start_server(
         }
         certificate = Certificate(settings.tls) if settings.tls is not None else None
         access = _open_access(mirror, settings, emit, now)
-        authorize = authorize or authorize_by(access)
+        build = partial(
+            Handler, settings, mirror.service, health, render_metrics, emit, access, mirror.hosted
+        )
         start_housekeeping(mirror, certificate, access, emit, now)
         listening = partial(
             listen,
@@ -419,9 +417,9 @@ async def start_server(
         async with AsyncExitStack() as stack:
             push_door = None
             if push_listener is not None:
-                handler = build(mirror.hosted, authorize, access, is_push_door=True)
+                handler = build(is_push_door=True)
                 push_door = await stack.enter_async_context(listening(handler, push_listener))
-            handler = build(mirror.hosted, authorize, access)
+            handler = build()
             door = await stack.enter_async_context(listening(handler, listener))
             stack.callback(access.close)
             running = RunningServer(mirror, health, door, push_door, access)

@@ -20,7 +20,6 @@ from mirror.observability.metrics import MetricsObserver
 from mirror.server import RunningServer, start_server
 from mirror.single_flight import SingleFlight
 from mirror.store.store import Store
-from mirror.web.hosted_access import Authorize
 from tests.real.tokens import Certificate
 
 QUICK = Limits(connect=2.0, headers=2.0, first_byte=2.0, idle=2.0)
@@ -98,7 +97,6 @@ async def running(
     more: Mapping[str, Any] | None = None,
     others: Mapping[str, Upstream] | None = None,
     hosted: Mapping[str, Any] | None = None,
-    authorize: Authorize | None = None,
     **upstream: Any,
 ) -> AsyncIterator[Server]:
     """Run a server with the upstreams ``docker.io`` and ``other.io``.
@@ -116,7 +114,6 @@ async def running(
         others: Further upstreams, by name.
         hosted: Keys of the section ``hosted``, which has a listener of its own unless they have
             ``hosts``. None: nothing is hosted.
-        authorize: Says who may do what at the push listener. None: the section ``access``.
         upstream: More settings of the upstreams.
     """
     listener = socket.create_server(("127.0.0.1", 0))
@@ -156,7 +153,6 @@ async def running(
         emit,
         metrics.scrape,
         push_listener=push_listener,
-        authorize=authorize,
         **extra,
     ) as running_server:
         trusted = certificate and ssl.create_default_context(cafile=certificate.cert_file)

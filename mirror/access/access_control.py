@@ -32,7 +32,7 @@ _VERBS: Final = {
 
 
 class AccessControl:
-    """The section ``access`` in force. Without it, everybody may do everything."""
+    """The section ``access`` in force. Without it, everybody may do all that needs no admin."""
 
     def __init__(
         self,
@@ -110,7 +110,9 @@ class AccessControl:
             repository: The repository, which need not exist.
             action: What the client wants to do.
         """
-        return self._rules is None or self._rules.is_allowed(identity, repository, action)
+        if self._rules is None:
+            return action is not AccessRight.ADMIN
+        return self._rules.is_allowed(identity, repository, action)
 
     async def identify(self, authorization: str | None, client: str) -> Identity:
         """Return the client that sends an ``Authorization`` header field, or none.
@@ -155,13 +157,15 @@ class AccessControl:
         """
         identity = await self.identify(authorization, client)
         rules = self._rules
-        if rules is None:
-            return identity
-        if is_ping and identity.is_anonymous and rules.is_login_needed():
+        if is_ping and identity.is_anonymous and rules is not None and rules.is_login_needed():
             # docker, skopeo and others keep credentials only if they are asked for them here.
             raise self._challenge("log in to use these repositories")
-        if action is None or repository is None or rules.is_allowed(identity, repository, action):
+        if action is None or repository is None:
             return identity
+        if self.is_allowed(identity, repository, action):
+            return identity
+        if rules is None:
+            raise Denied("only an admin may do this, and the configuration names none")
         if identity.is_anonymous:
             raise self._challenge(f"log in to {_VERBS[action]} this repository")
         raise _deny(identity, action)

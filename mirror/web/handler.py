@@ -49,7 +49,7 @@ from mirror.oci.errors import (
 )
 from mirror.oci.headers import OCTET_STREAM, bounded_spans
 from mirror.oci.links import build_next
-from mirror.oci.reference import Digest, Repository
+from mirror.oci.reference import Digest
 from mirror.pull.results import is_never_fresh
 from mirror.pull.service import PullService
 from mirror.threads import parse_in_thread_if_large
@@ -59,7 +59,6 @@ from mirror.web.client_socket import abort_connection
 from mirror.web.error_responses import NoResponse, build_error_response
 from mirror.web.errors import SAFE_HEADERS
 from mirror.web.health import Health
-from mirror.web.hosted_access import Authorize, allow_everybody
 from mirror.web.hosted_handler import HostedHandler
 from mirror.web.probe_image import PROBE_REPOSITORY, ProbeImage
 from mirror.web.pull_access import check_pull, find_visible
@@ -88,9 +87,8 @@ class Handler:
         health: Health,
         render_metrics: Callable[[], Awaitable[tuple[bytes, str]]],
         emit: Observer,
+        access: AccessControl,
         hosted: HostedService | None = None,
-        authorize: Authorize = allow_everybody,
-        access: AccessControl | None = None,
         *,
         is_push_door: bool = False,
     ) -> None:
@@ -102,9 +100,8 @@ class Handler:
             health: Readiness of this process. While it drains, pulls are refused.
             render_metrics: Returns (body, ``Content-Type``) for ``/metrics``.
             emit: Receives the events of each request.
+            access: Says who the client is, and what it may do.
             hosted: The hosted repositories. None: there are none.
-            authorize: Says who may do what at the push listener.
-            access: Says who may pull what at the mirror's own listener. None: everybody everything.
             is_push_door: True if all requests to this listener are for the hosted repositories.
         """
         self._door: HostedHandler | None = None
@@ -113,12 +110,10 @@ class Handler:
         if hosted is not None and has_door:
             self._door = HostedHandler(
                 hosted,
-                authorize,
+                access,
                 common_headers,
                 self._forwarded_prefix,
-                self._find_visible,
                 is_sole=is_push_door,
-                is_open=lambda: access is None or not access.is_enforced,
             )
         self._access = access
         self._is_push_door = is_push_door
@@ -274,7 +269,7 @@ class Handler:
             parsed = response
         else:
             parsed = self._parse(request.method, path, query, self._named_by_host(request))
-            if self._access is not None and self._access.is_enforced:
+            if self._access.is_enforced:
                 await check_pull(self._access, parsed, request, pull)
         pull.kind = Kind.PING  # Requests for a repository overwrite it.
         if (
@@ -401,7 +396,7 @@ class Handler:
         pull.upstream = parsed.ns or ""
         if not self._has_catalog:
             raise NotFound("this mirror lists no repositories: set catalog to true to allow it")
-        is_visible = await self._find_visible(request, pull)
+        is_visible = await find_visible(self._access, request, pull)
         result = await self._service.repositories(parsed.ns, parsed.count, parsed.last, is_visible)
         page = {"repositories": list(result.names)}
         response = _build_json_response(json.dumps(page).encode(), pull)
@@ -410,12 +405,6 @@ class Handler:
             path = self._path_of_next("/v2/_catalog", parsed.count, request)
             response.headers["Link"] = build_next(path, query)
         return response
-
-    async def _find_visible(
-        self, request: web.BaseRequest, pull: RequestRecord
-    ) -> Callable[[Repository], bool] | None:
-        access = self._access
-        return None if access is None else await find_visible(access, request, pull)
 
     def _path_of_next(self, path: str, count: int | None, request: web.BaseRequest) -> str:
         """Return the path of the next page of the list at ``path``, for its ``Link``.

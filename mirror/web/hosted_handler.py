@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Final, assert_never
 
 from aiohttp import web
 
+from mirror.access.access_control import AccessControl
 from mirror.access.failure_limit import counted_address
+from mirror.access.identity import AccessRight
 from mirror.hosted.hosted_service import HostedService
 from mirror.hosted.sessions import UploadFeed
 from mirror.observability.events import Kind, Outcome, RequestRecord
@@ -38,8 +40,8 @@ from mirror.oci.links import build_next
 from mirror.oci.reference import Digest, Repository
 from mirror.web import hosted_paths, paths
 from mirror.web.browser_guard import is_same_site, may_be_private_host
-from mirror.web.hosted_access import AccessAction, AccessAttempt, Authorize
 from mirror.web.hosted_paths import BlobDeletion, ManifestChange, StartUpload, UploadRequest
+from mirror.web.pull_access import find_visible
 
 CLIENT_SILENCE_S: Final = 60.0
 """Seconds for which a client that pushes may send nothing. Its upload stays, for a day."""
@@ -47,10 +49,6 @@ _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 BuildHeaders = Callable[[RequestRecord], dict[str, str]]
 """Returns the header fields that every response has."""
-FindVisible = Callable[
-    [web.BaseRequest, RequestRecord], Awaitable[Callable[[Repository], bool] | None]
-]
-"""Returns a function that says which repositories a list may name. None: all."""
 FindPrefix = Callable[[web.BaseRequest], str]
 """Returns the prefix that a trusted proxy has removed from the paths of a request."""
 
@@ -61,35 +59,29 @@ class HostedHandler:
     def __init__(
         self,
         service: HostedService,
-        authorize: Authorize,
+        access: AccessControl,
         common_headers: BuildHeaders,
         find_prefix: FindPrefix,
-        find_visible: FindVisible,
         *,
         is_sole: bool,
-        is_open: Callable[[], bool],
     ) -> None:
         """Create the handler of one listener.
 
         Args:
             service: Does what the client requests. Its settings name the listener.
-            authorize: Says who the client is, and raises if it may not do something.
+            access: Says who the client is, and what it may do.
             common_headers: See :data:`BuildHeaders`.
             find_prefix: See :data:`FindPrefix`.
-            find_visible: See :data:`FindVisible`.
             is_sole: True on a listener of its own: every request is a push listener's.
-            is_open: Returns whether every client may do everything.
         """
         self.name = service.settings.name
         self._prefixes = frozenset(service.settings.names())
         self._hosts = frozenset(host.lower() for host in service.settings.hosts)
         self._service = service
-        self._authorize = authorize
+        self._access = access
         self._common_headers = common_headers
         self._find_prefix = find_prefix
-        self._find_visible = find_visible
         self._is_sole = is_sole
-        self._is_open = is_open
         self._own_names = self._hosts | {self.name}
 
     def is_door_of(self, request: web.BaseRequest) -> bool:
@@ -107,22 +99,21 @@ class HostedHandler:
         self,
         request: web.BaseRequest,
         pull: RequestRecord,
-        action: AccessAction,
-        repository: Repository | None,
+        right: AccessRight | None = None,
+        repository: Repository | None = None,
+        *,
+        is_ping: bool = False,
     ) -> str:
         """Return the name of the user. Raises ``LoginRequired`` or ``Denied``."""
         authorization = request.headers.get("Authorization")
-        attempt = AccessAttempt(
-            action=action,
-            repository=repository,
-            authorization=authorization,
-            client=pull.client,
-        )
         try:
-            pull.user = await self._authorize(attempt)
+            identity = await self._access.check_push_door(
+                authorization, pull.client, right, repository, is_ping=is_ping
+            )
         except Denied as error:
             pull.user = error.user
             raise
+        pull.user = identity.user
         return pull.user
 
     async def respond(
@@ -148,7 +139,7 @@ class HostedHandler:
             raise Denied("a web page of another site has caused this request")
         if (
             not self._is_sole
-            or not self._is_open()
+            or self._access.is_enforced
             or not host
             or may_be_private_host(host, self._own_names)
         ):
@@ -171,10 +162,10 @@ class HostedHandler:
             ) from None
         match parsed:
             case paths.PingRequest():
-                await self._ask(request, pull, AccessAction.PING, None)
+                await self._ask(request, pull, is_ping=True)
             case paths.RepositoriesRequest():
                 pull.kind = Kind.CATALOG
-                await self._ask(request, pull, AccessAction.LIST, None)
+                await self._ask(request, pull)
                 return await self._send_repositories(request, pull, parsed)
             case (
                 paths.ManifestRequest()
@@ -182,7 +173,7 @@ class HostedHandler:
                 | paths.TagsRequest()
                 | paths.ReferrersRequest()
             ):
-                await self._ask(request, pull, AccessAction.PULL, parsed.repository)
+                await self._ask(request, pull, AccessRight.PULL, parsed.repository)
                 if request.method == "HEAD":
                     await self._mark_found(parsed)
         return parsed
@@ -202,7 +193,7 @@ class HostedHandler:
         self, request: web.BaseRequest, pull: RequestRecord, parsed: paths.RepositoriesRequest
     ) -> web.StreamResponse:
         """Send one page of the repositories that the client may pull from."""
-        is_visible = await self._find_visible(request, pull)
+        is_visible = await find_visible(self._access, request, pull)
         count = parsed.count
         found, has_more = await self._service.repositories(count, parsed.last, is_visible)
         headers = {}
@@ -216,11 +207,11 @@ class HostedHandler:
         self,
         request: web.BaseRequest,
         pull: RequestRecord,
-        action: AccessAction,
+        right: AccessRight,
         repository: Repository,
     ) -> bool:
         try:
-            await self._ask(request, pull, action, repository)
+            await self._ask(request, pull, right, repository)
         except (Denied, LoginRequired):
             return False
         return True
@@ -239,9 +230,9 @@ class HostedHandler:
         pull.kind = Kind.MANIFEST if is_manifest else Kind.BLOB
         pull.upstream, pull.repository = self.name, parsed.repository.path
         is_deletion = request.method == "DELETE" and not isinstance(parsed, UploadRequest)
-        action = AccessAction.DELETE if is_deletion else AccessAction.PUSH
-        user = await self._ask(request, pull, action, parsed.repository)
-        if action is AccessAction.PUSH:
+        right = AccessRight.DELETE if is_deletion else AccessRight.PUSH
+        user = await self._ask(request, pull, right, parsed.repository)
+        if right is AccessRight.PUSH:
             self._refuse_prefix(parsed.repository)
         actor = Actor(user=user, client=pull.client)
         pull.outcome = Outcome.DELETED if is_deletion else Outcome.PUSHED
@@ -318,7 +309,7 @@ class HostedHandler:
             return False
         try:
             source = Repository.parse(self.name, parsed.source)
-            await self._ask(request, pull, AccessAction.PULL, source)
+            await self._ask(request, pull, AccessRight.PULL, source)
         except (NameInvalid, Denied, LoginRequired):
             return False
         return await self._service.mount(source.path, parsed.repository.path, digest, actor)
@@ -420,7 +411,7 @@ class HostedHandler:
         try:
             await delete()
         except TagImmutable:
-            if not await self._is_allowed(request, pull, AccessAction.ADMIN, repository):
+            if not await self._is_allowed(request, pull, AccessRight.ADMIN, repository):
                 raise
             await delete(may_change_immutable=True)
 

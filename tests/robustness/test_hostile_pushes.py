@@ -9,6 +9,7 @@ holds; and nothing is left that a day does not remove.
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
@@ -25,13 +26,13 @@ from mirror.hosted.sessions import UPLOAD_TTL_S
 from mirror.observability.events import LogMessage
 from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.reference import Digest
-from mirror.web.hosted_access import AccessAttempt
 from tests.extent import Extent
 from tests.robustness.kit import every_file_hashes_to_its_name
 from tests.server_kit import Server, running
 from tests.unit.hosted.kit import NOW, manifest_of
 
 QUOTA: Final = 300_000
+TOKENS: Final = {"ann": "token-of-ann-0123456789", "bob": "token-of-bob-0123456789"}
 DATA: Final = b"some layer" * 300
 DIGEST: Final = Digest.of(DATA)
 LIMIT_S: Final = 20.0
@@ -142,7 +143,7 @@ class Request:
         other = "bob" if self.user == "ann" else "ann"
         target = self.target.replace("{0}", uploads.get(self.user, "0" * 32))
         target = target.replace("{1}", uploads.get(other, "1" * 32))
-        fields = [("Host", "registry.example"), ("Authorization", self.user)]
+        fields = [("Host", "registry.example"), ("Authorization", f"Bearer {TOKENS[self.user]}")]
         fields += [("Connection", "close"), *self.headers]
         framing, body = frame(self.length, self.body)
         lines = [f"{self.method} {target} HTTP/1.1"]
@@ -278,21 +279,20 @@ class Probe:
 
 KNOWN: Final = {
     *("blobs", "ingest", "quarantine", "index", "history", "hosted", "uploads", "oci-layout"),
-    *("marks", "eviction", "totals", "retention", "prefetch"),
+    *("marks", "eviction", "totals", "retention", "prefetch", "access"),
 }
 """All names in a data directory, up to the dot. A path that leaves ``uploads/`` adds another."""
-
-
-async def authorize(attempt: AccessAttempt) -> str:
-    """Let everybody do everything, under the name that they give."""
-    return attempt.authorization or ""
 
 
 @asynccontextmanager
 async def _probing(root: Path) -> AsyncIterator[Probe]:
     clock = [NOW]
     hosted: dict[str, Any] = {"max_size": QUOTA}
-    async with running(root, hosted=hosted, authorize=authorize, clock=lambda: clock[0]) as server:
+    tokens = root.parent / "tokens.yaml"
+    tokens.write_text(json.dumps([{"name": name, "token": TOKENS[name]} for name in TOKENS]))
+    rules = [{"repositories": ["**"], "who": ["authenticated"], "may": ["admin"]}]
+    more = {"access": {"tokens": str(tokens), "rules": rules}}
+    async with running(root, hosted=hosted, more=more, clock=lambda: clock[0]) as server:
         yield Probe(server, clock)
 
 

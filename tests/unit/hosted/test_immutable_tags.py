@@ -9,10 +9,10 @@ import pytest
 from mirror.config.settings import Hosted
 from mirror.hosted.immutable_tags import ImmutableTagRules
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
-from mirror.oci.errors import Denied, TagImmutable
+from mirror.oci.errors import TagImmutable
 from mirror.oci.reference import Digest, Tag
-from mirror.web.hosted_access import AccessAction, AccessAttempt
 from tests.server_kit import Server, running
+from tests.unit.access.kit import rule
 from tests.unit.hosted.kit import (
     CONFIG,
     CONFIG_DIGEST,
@@ -109,22 +109,20 @@ async def test_manifest_of_an_immutable_tag_keeps_its_media_type(
         await kit.service.put_manifest("app", digest, (), body, OCI_MANIFEST)
 
 
-async def allow_all(attempt: AccessAttempt) -> str:
-    return "root"
-
-
-async def allow_no_admin(attempt: AccessAttempt) -> str:
-    if attempt.action is AccessAction.ADMIN:
-        raise Denied("no")
-    return "ci"
-
-
-@pytest.mark.parametrize(("authorize", "status"), [(allow_all, 202), (allow_no_admin, 409)])
+@pytest.mark.parametrize(
+    ("access", "status"),
+    [
+        (None, 409),
+        ({"rules": [rule("**", "anonymous", "pull", "push", "delete")]}, 409),
+        ({"rules": [rule("**", "anonymous", "admin")]}, 202),
+    ],
+    ids=["no rules", "no admin", "admin"],
+)
 async def test_only_an_admin_deletes_an_immutable_tag_through_the_door(
-    tmp_path: Path, authorize: object, status: int
+    tmp_path: Path, access: dict[str, object] | None, status: int
 ) -> None:
-    hosted = {"immutable_tags": ["*:v*"]}
-    async with running(tmp_path, hosted=hosted, authorize=authorize) as server:
+    more = {} if access is None else {"access": access}
+    async with running(tmp_path, hosted={"immutable_tags": ["*:v*"]}, more=more) as server:
         await check_door(server, status)
 
 

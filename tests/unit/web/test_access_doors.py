@@ -161,6 +161,31 @@ async def test_each_user_may_do_what_the_first_fitting_rule_says(tmp_path: Path)
         assert (await both.ask("DELETE", f"/v2/team/app/manifests/{digest}", CI)).status == 202
 
 
+@pytest.mark.parametrize("may", ["pull", "push", "delete"])
+async def test_each_request_needs_its_right(tmp_path: Path, may: str) -> None:
+    upload = f"/v2/app/blobs/uploads/{'0' * 32}"
+    requests = [
+        ("POST", "/v2/app/blobs/uploads/", "push"),
+        ("GET", upload, "push"),
+        ("PATCH", upload, "push"),
+        ("PUT", f"{upload}?digest={CONFIG_DIGEST}", "push"),
+        ("DELETE", upload, "push"),
+        ("PUT", "/v2/app/manifests/v1", "push"),
+        ("DELETE", "/v2/app/manifests/v1", "delete"),
+        ("DELETE", f"/v2/app/blobs/{CONFIG_DIGEST}", "delete"),
+        ("GET", "/v2/app/manifests/v1", "pull"),
+        ("HEAD", f"/v2/app/blobs/{CONFIG_DIGEST}", "pull"),
+        ("GET", "/v2/app/tags/list", "pull"),
+        ("GET", f"/v2/app/referrers/{CONFIG_DIGEST}", "pull"),
+    ]
+    async with doors(tmp_path, rule(f"{HOST}/app", "ci", may)) as both:
+        for method, path, right in requests:
+            assert (await both.ask(method, path)).status == 401, path
+            assert (await both.ask(method, path, READER)).status == 403, path
+            is_refused = (await both.ask(method, path, CI)).status == 403
+            assert is_refused is (right != may), (method, path)
+
+
 async def test_answer_does_not_depend_on_what_exists(tmp_path: Path) -> None:
     hidden = rule(f"{HOST}/hidden/**", "ci", "pull", "push")
     async with doors(tmp_path, hidden) as both:

@@ -15,11 +15,9 @@ import pytest
 
 from mirror.observability.events import Outcome
 from mirror.oci.descriptor import MANIFEST_LIMIT, OCI_INDEX, OCI_MANIFEST
-from mirror.oci.errors import Denied, LoginRequired
 from mirror.oci.links import next_link
 from mirror.oci.reference import Digest
 from mirror.web import hosted_handler
-from mirror.web.hosted_access import AccessAction, AccessAttempt
 from tests.server_kit import Server, running
 from tests.unit.hosted.kit import (
     CONFIG,
@@ -572,85 +570,6 @@ async def test_door_behind_a_proxy_that_removes_a_prefix(tmp_path: Path) -> None
         headers = {"X-Forwarded-Prefix": "/registry", "X-Forwarded-For": "192.0.2.1"}
         begun = await client.ask("POST", f"{client.base}/blobs/uploads/", None, headers)
         assert begun.location.startswith("/registry/v2/team/app/blobs/uploads/")
-
-
-async def test_access_is_asked_for_each_request(tmp_path: Path) -> None:
-    asked: list[tuple[str, str | None]] = []
-
-    async def authorize(attempt: AccessAttempt) -> str:
-        name = attempt.repository.path if attempt.repository else None
-        asked.append((attempt.action.value, name))
-        if attempt.authorization == "Basic wrong":
-            raise Denied("not yours")
-        if attempt.authorization is None:
-            raise LoginRequired("log in", 'Basic realm="registry.example"')
-        return "ci"
-
-    async with door(tmp_path, authorize=authorize) as (_, client):
-        requests = [
-            ("GET", "/v2/", "ping", None),
-            ("GET", "/v2/_catalog", "list", None),
-            ("POST", "/v2/app/blobs/uploads/", "push", "app"),
-            ("GET", f"/v2/app/blobs/uploads/{'0' * 32}", "push", "app"),
-            ("PATCH", f"/v2/app/blobs/uploads/{'0' * 32}", "push", "app"),
-            ("PUT", f"/v2/app/blobs/uploads/{'0' * 32}?digest={DIGEST}", "push", "app"),
-            ("DELETE", f"/v2/app/blobs/uploads/{'0' * 32}", "push", "app"),
-            ("PUT", "/v2/app/manifests/v1", "push", "app"),
-            ("DELETE", "/v2/app/manifests/v1", "delete", "app"),
-            ("DELETE", f"/v2/app/blobs/{DIGEST}", "delete", "app"),
-            ("GET", "/v2/app/manifests/v1", "pull", "app"),
-            ("HEAD", f"/v2/app/blobs/{DIGEST}", "pull", "app"),
-            ("GET", "/v2/app/tags/list", "pull", "app"),
-            ("GET", f"/v2/app/referrers/{DIGEST}", "pull", "app"),
-        ]
-        for method, path, action, repository in requests:
-            refused = await client.ask(method, path)
-            assert asked[-1] == (action, repository), path
-            assert refused.status == 401
-            assert refused.headers["WWW-Authenticate"] == 'Basic realm="registry.example"'
-            denied = await client.ask(method, path, None, {"Authorization": "Basic wrong"})
-            assert denied.status == 403, path
-        allowed = await client.ask("GET", "/v2/", None, {"Authorization": "Basic x"})
-        assert allowed.status == 200
-
-
-async def test_mount_needs_the_right_to_read_the_source(tmp_path: Path) -> None:
-    async def authorize(attempt: AccessAttempt) -> str:
-        if attempt.action is AccessAction.PULL and attempt.authorization != "Basic reader":
-            raise Denied("no")
-        return attempt.authorization or ""
-
-    async with door(tmp_path, authorize=authorize) as (server, client):
-        digest = await PushClient(server, "other").push(DATA)
-        path = f"{client.base}/blobs/uploads/?mount={digest}&from=other"
-        assert (await client.ask("POST", path)).status == 202
-        headers = {"Authorization": "Basic reader"}
-        assert (await client.ask("POST", path, None, headers)).status == 201
-
-
-async def test_upload_of_another_user_or_repository_is_unknown(tmp_path: Path) -> None:
-    async def authorize(attempt: AccessAttempt) -> str:
-        return attempt.authorization or ""
-
-    async with door(tmp_path, authorize=authorize) as (_, client):
-        begun = await client.ask(
-            "POST", f"{client.base}/blobs/uploads/", None, {"Authorization": "Basic one"}
-        )
-        upload_id = begun.headers["Docker-Upload-UUID"]
-        for method, query in (("GET", ""), ("PATCH", ""), ("PUT", f"?digest={DIGEST}")):
-            for user, repository in (
-                ("Basic two", "team/app"),
-                ("", "team/app"),
-                ("Basic one", "other"),
-            ):
-                path = f"/v2/{repository}/blobs/uploads/{upload_id}{query}"
-                refused = await client.ask(method, path, DATA, {"Authorization": user})
-                assert (refused.status, refused.code) == (404, "BLOB_UPLOAD_UNKNOWN")
-        path = f"/v2/team/app/blobs/uploads/{upload_id}"
-        refused = await client.ask("DELETE", path, None, {"Authorization": "Basic two"})
-        assert refused.status == 404
-        told = await client.ask("GET", path, None, {"Authorization": "Basic one"})
-        assert (told.status, told.headers["Range"]) == (204, "0-0")
 
 
 # --- clients that break, stall, or are hostile ----------------------------------------------------
