@@ -22,7 +22,7 @@ from mirror.store.private_directory import make_private_directory
 from mirror.store.spare_file import replace_durably
 from mirror.threads import HangingCalls
 
-_MAX_BYTES: Final = 1024 * 1024
+_MAX_NAMES_BYTES: Final = 1024 * 1024
 """Bytes of the file: 60,000 names of 16 characters. It is parsed on the event loop in 30 ms."""
 _CALLS: Final = HangingCalls("names", limit=4)
 """Writes of the file, one for each data directory."""
@@ -65,7 +65,7 @@ class KnownNames:
         unsaved = (self._unsaved | current) - self._saved
         if has_changed or unsaved != self._unsaved:
             self._unsaved = unsaved
-            self._is_full = _size(self._saved | unsaved) > _MAX_BYTES
+            self._is_full = _size(self._saved | unsaved) > _MAX_NAMES_BYTES
         return has_changed
 
     def reason_to_refuse(self, user: str) -> str:
@@ -79,8 +79,8 @@ class KnownNames:
             )
         if self._is_full:
             return (
-                f"{self._path} has no room for the names of all users (at most {_MAX_BYTES} bytes):"
-                " set user_prefix, or delete lines of it"
+                f"{self._path} has no room for the names of all users (at most"
+                f" {_MAX_NAMES_BYTES} bytes): set user_prefix, or delete lines of it"
             )
         return ""
 
@@ -103,8 +103,8 @@ def _add(path: Path, names: Set[str]) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         saved = _read(path)
         merged = saved | names
-        if _size(merged) > _MAX_BYTES:
-            raise ValueError(f"larger than {_MAX_BYTES} bytes with all names")
+        if _size(merged) > _MAX_NAMES_BYTES:
+            raise ValueError(f"larger than {_MAX_NAMES_BYTES} bytes with all names")
         if merged != saved:
             replace_durably(path, "".join(f"{name}\n" for name in sorted(merged)).encode())
     finally:
@@ -115,11 +115,11 @@ def _read(path: Path) -> frozenset[str]:
     """Return the names of the file, none without it. Raises ``OSError`` or ``ValueError``."""
     try:
         with path.open("rb") as file:
-            raw = file.read(_MAX_BYTES + 1)
+            raw = file.read(_MAX_NAMES_BYTES + 1)
     except FileNotFoundError:
         return frozenset()
-    if len(raw) > _MAX_BYTES:
-        raise ValueError(f"larger than {_MAX_BYTES} bytes")
+    if len(raw) > _MAX_NAMES_BYTES:
+        raise ValueError(f"larger than {_MAX_NAMES_BYTES} bytes")
     names = [line.strip() for line in raw.decode(errors="replace").splitlines()]
     return frozenset(check_name(name) for name in names if name)
 

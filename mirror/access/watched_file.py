@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Generic, TypeAlias, TypeVar
 
+from mirror.config.section import KeyPath
 from mirror.oci.errors import ConfigError
 
 T = TypeVar("T")
-KeyPath: TypeAlias = tuple[str | int, ...]
-"""Keys and list indexes of the configuration, from the root to one value."""
 MessagePrefix: TypeAlias = Callable[[KeyPath], str]
 """Begins a message about a key: returns ``mirror.yaml:12: access.users: ``."""
 

@@ -38,7 +38,7 @@ _FileIdentity: TypeAlias = tuple[int, int] | None
 
 SCHEMA_VERSION: Final = 1
 """``user_version`` of a database that this version writes."""
-_BUSY_TIMEOUT_S: Final = 5.0
+_WRITER_TIMEOUT_S: Final = 5.0
 """Seconds to wait for a write of another process. One commit takes milliseconds.
 
 A write may wait twice: for the commit before it, and for its own."""
@@ -145,7 +145,13 @@ class Database:
     """An open database. All methods run on the event loop. Create it with :meth:`open`."""
 
     def __init__(self, path: Path, connection: Connection, file: _FileIdentity) -> None:
-        """Use an open connection. Call :meth:`open` instead."""
+        """Use an open connection. Call :meth:`open` instead.
+
+        Args:
+            path: The file.
+            connection: Writes to it.
+            file: The device and inode of the file that is open.
+        """
         self._path = path
         self._file = file
         self._is_file_lost = False
@@ -373,7 +379,7 @@ def _open(path: Path, *, is_new: bool) -> Connection:
 def _connect(path: Path, mode: str) -> Connection:
     connection = sqlite3.connect(
         f"{path.absolute().as_uri()}?mode={mode}",
-        timeout=_BUSY_TIMEOUT_S,
+        timeout=_WRITER_TIMEOUT_S,
         isolation_level=None,
         check_same_thread=False,
         uri=True,

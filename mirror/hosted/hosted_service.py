@@ -30,7 +30,7 @@ from mirror.oci.descriptor import MANIFEST_LIMIT, ReferrersPage
 from mirror.oci.errors import BlobUnknown, DigestInvalid, ManifestUnknown, NameUnknown
 from mirror.oci.headers import OCTET_STREAM
 from mirror.oci.reference import Digest, Reference, Repository, Tag
-from mirror.store.disk import find_whole
+from mirror.store.disk import has_whole_or_raise
 from mirror.store.reader import Reader
 from mirror.store.store import Store
 from mirror.threads import parse_in_thread_if_large, run_in_thread
@@ -160,7 +160,7 @@ class HostedService:
         find = partial(name_rows.blob_size, repository=repository, digest=digest)
         size = await self._database.read(find)
         with disk_errors("the blob cannot be read"):
-            if size is None or not find_whole(self._store.layout, digest):
+            if size is None or not has_whole_or_raise(self._store.layout, digest):
                 raise BlobUnknown("the repository does not have this blob")
         return size
 

@@ -62,7 +62,9 @@ def referrers_page(
         total += len(entry) + 1
         last = digest
     rows.close()
-    return ReferrersPage(join_referrers(entries), len(entries), last if has_more else None)
+    return ReferrersPage(
+        join_referrers(entries), count=len(entries), next_last=last if has_more else None
+    )
 
 
 def _entry(media_type: str, digest: str, size: int, artifact: str, notes: str) -> bytes:

@@ -25,13 +25,13 @@ T = TypeVar("T")
 SPARE_BYTES: Final = 16 * 1024 * 1024
 """Bytes of the file. The log has 4 MiB before it goes into the database, and the largest deletion
 writes about 8 MiB (of 100 images; 6.4 MiB if there are 30,000)."""
-_PIECE_BYTES: Final = 4 * 1024 * 1024
+_GIVEN_UP_BYTES: Final = 4 * 1024 * 1024
 """Bytes that are given up at a time. Other writers take a piece at most, in each try."""
-_BLOCK_BYTES: Final = 4096
+_ALLOCATED_BYTES: Final = 4096
 """The size of the file is a multiple of this."""
 _READERS_TIMEOUT_MS: Final = 100
 """Milliseconds to wait until no reader needs the log. A read takes less than one."""
-_REFUSALS: Final = frozenset(
+_WITHOUT_SPACE: Final = frozenset(
     {
         sqlite3.SQLITE_FULL,
         sqlite3.SQLITE_CANTOPEN,  # The log cannot be created: its directory needs a block, too.
@@ -44,7 +44,7 @@ _FLAGS: Final = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 def is_without_space(error: Exception) -> bool:
     """Return whether the disk, or a quota of it, may be full."""
-    return getattr(error, "sqlite_errorcode", None) in _REFUSALS
+    return getattr(error, "sqlite_errorcode", None) in _WITHOUT_SPACE
 
 
 class SpareSpace:
@@ -74,7 +74,7 @@ class SpareSpace:
                 try:
                     return write()
                 except sqlite3.Error as error:
-                    if not is_without_space(error) or not self._give_up():
+                    if not is_without_space(error) or not self._has_given_up():
                         raise
                     has_given_up = True
         finally:
@@ -82,11 +82,11 @@ class SpareSpace:
                 settle()
                 self._take_back()
 
-    def _give_up(self) -> bool:
+    def _has_given_up(self) -> bool:
         """Free a piece. Returns False if there is none."""
         with suppress(OSError), closing(_open(self._path)) as file:
             if file.size:
-                file.truncate(max(0, file.size - _PIECE_BYTES))
+                file.truncate(max(0, file.size - _GIVEN_UP_BYTES))
                 return True
         return False
 
@@ -110,7 +110,7 @@ class _SpareFile:
 
     def allocate(self, size: int) -> None:
         """Make it ``size`` bytes, or leave it. Raises ``OSError`` if the disk refuses."""
-        size -= size % _BLOCK_BYTES
+        size -= size % _ALLOCATED_BYTES
         if size <= self.size:
             return
         try:

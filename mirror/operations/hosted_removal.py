@@ -34,7 +34,7 @@ from mirror.store.layout import Layout
 from mirror.store.saved_rows import connect_to_read
 from mirror.store.store import Store
 
-_READ_TIMEOUT_S: Final = 10.0
+_NAMES_TIMEOUT_S: Final = 10.0
 """Seconds to wait for a process that repairs the database of names."""
 _TAG_STAYS: Final = "its manifest stays, under its digest"
 _CONTENT_STAYS: Final = "oci-mirror gc removes what no other image needs"
@@ -78,7 +78,7 @@ def _find_immutable(settings: Settings, images: Iterable[Image]) -> dict[Image, 
     rules = ImmutableTagRules(settings.hosted)
     path = Layout(Path(settings.data_dir)).hosted_names
     try:
-        with closing(connect_to_read(path, _READ_TIMEOUT_S)) as database:
+        with closing(connect_to_read(path, _NAMES_TIMEOUT_S)) as database:
             for image in images:
                 name, reference = image.repository.path, image.tag or image.digest
                 try:

@@ -90,12 +90,12 @@ def has_whole(layout: Layout, digest: Digest) -> bool:
     Blocks. False also if the disk does not answer.
     """
     try:
-        return find_whole(layout, digest)
+        return has_whole_or_raise(layout, digest)
     except OSError:
         return False
 
 
-def find_whole(layout: Layout, digest: Digest) -> bool:
+def has_whole_or_raise(layout: Layout, digest: Digest) -> bool:
     """Return whether there is whole content, as :func:`has_whole`.
 
     Raises ``OSError`` if the disk does not answer.

@@ -22,7 +22,7 @@ LOST_REMEDY: Final = (
     "stop the server, and mount it, or run oci-mirror restore BACKUP; to lose all hosted names and"
     " begin anew, remove hosted.created from the data directory"
 )
-"""What to do about names that are lost."""
+"""The remedy for names that are lost."""
 DAMAGED_NAMES_REMEDY: Final = (
     "stop the server, move names.db, names.db-wal and names.db-shm away, and run oci-mirror restore"
     " BACKUP; without a backup, all hosted names are lost"

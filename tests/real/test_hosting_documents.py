@@ -141,7 +141,7 @@ def test_ci_jobs_log_in_with_the_tokens_of_their_issuers(
     (access,) = (one["access"] for one in documents() if "access" in one)
     (who,) = (rule["who"] for rule in access["rules"])
     env: dict[str, str] = {"CI_COMMIT_SHORT_SHA": "0a1b2c3d", "GITHUB_SHA": "0a1b2c3d4e5f"}
-    tokens = []
+    tokens: list[str] = []
     for issuer, user in zip(access["issuers"], who, strict=True):
         signer = Signer(issuer["issuer"])
         keys = tmp_path / f"{len(tokens)}.json"

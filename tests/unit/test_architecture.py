@@ -81,8 +81,8 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     },
     # The names of earlier users are a file in the data directory.
     "access": {
-        *("access", "config.access", "store.layout", "store.private_directory"),
-        *("store.spare_file", *SHARED),
+        *("access", "config.access", "config.section", "store.layout"),
+        *("store.private_directory", "store.spare_file", *SHARED),
     },
     # The start line prints the quota as the configuration does.
     "observability.logs": {*SHARED, "config.values"},

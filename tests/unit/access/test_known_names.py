@@ -40,7 +40,7 @@ def test_processes_write_the_same_union(path: Path) -> None:
 def test_names_beyond_the_bound_end_what_an_issuer_may_name(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_MAX_BYTES", 8)
+    monkeypatch.setattr(module, "_MAX_NAMES_BYTES", 8)
     names = KnownNames(path)
     names.refresh({"ann", "bob"})
     assert not save(names)

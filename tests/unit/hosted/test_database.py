@@ -157,7 +157,7 @@ def test_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 async def test_writer_of_another_process_that_does_not_end_is_an_error_of_the_storage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_BUSY_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(module, "_WRITER_TIMEOUT_S", 0.01)
     path = tmp_path / "names.db"
     names = await Database.open(path)
     other = sqlite3.connect(path, isolation_level=None)
