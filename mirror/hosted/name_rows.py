@@ -112,6 +112,11 @@ def delete_blob(connection: Connection, repository: str, digest: Digest) -> int 
 
 # --- manifests and tags ---------------------------------------------------------------------------
 
+# A content, and all manifests above it. CROSS JOIN keeps the order: from the content up.
+_ABOVE: Final = (
+    "WITH RECURSIVE above (digest) AS (VALUES (:digest) UNION SELECT p.manifest"
+    " FROM above a CROSS JOIN parts p ON p.repository = :repository AND p.digest = a.digest)"
+)
 _MANIFEST: Final = "SELECT m.digest, m.media_type, m.size, m.pulled_at FROM manifests m"
 
 
@@ -258,11 +263,8 @@ def tags_above(connection: Connection, repository: str, digest: Digest) -> Itera
 
     The nearest come first, and no more rows are read than are asked for.
     """
-    # CROSS JOIN keeps the order: from the content up.
     rows = connection.execute(
-        "WITH RECURSIVE above (digest) AS (VALUES (:digest) UNION SELECT p.manifest"
-        " FROM above a CROSS JOIN parts p ON p.repository = :repository AND p.digest = a.digest)"
-        " SELECT t.tag FROM above a CROSS JOIN tags t"
+        f"{_ABOVE} SELECT t.tag FROM above a CROSS JOIN tags t"  # noqa: S608 - our own text
         " ON t.repository = :repository AND t.digest = a.digest",
         {"repository": repository, "digest": str(digest)},
     )
@@ -272,7 +274,11 @@ def tags_above(connection: Connection, repository: str, digest: Digest) -> Itera
 def mark_manifest_used(
     connection: Connection, repository: str, reference: Reference, now: float
 ) -> None:
-    """Record that a client has pulled a manifest, or may be about to push an index of it."""
+    """Record that a client has pulled a manifest, or may be about to push an index of it.
+
+    It is a use of each index that lists the manifest, too: clients that know the digest of a
+    platform's manifest do not ask for the index.
+    """
     digest = (
         str(reference)
         if isinstance(reference, Digest)
@@ -282,8 +288,9 @@ def mark_manifest_used(
         ).fetchone()[0]
     )
     connection.execute(
-        "UPDATE manifests SET pulled_at = ? WHERE repository = ? AND digest = ? AND pulled_at < ?",
-        (now, repository, digest, now - USE_STEP_S),
+        f"{_ABOVE} UPDATE manifests SET pulled_at = :now WHERE repository = :repository"  # noqa: S608 - our own text
+        " AND digest IN (SELECT digest FROM above) AND pulled_at < :since",
+        {"repository": repository, "digest": digest, "now": now, "since": now - USE_STEP_S},
     )
 
 

@@ -110,6 +110,28 @@ async def test_older_than_counts_from_the_last_use_or_from_the_push(
         assert word in {item.why for item in items if item.name == f"{NAME}/app:v2"}
 
 
+async def test_pull_of_a_platform_by_digest_is_a_use_of_its_indexes(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        platform = await kit.push_image(b"platform", tag=None)
+        index = index_of(manifest_of(b"platform"))
+        await kit.service.put_manifest("app", Tag("multi"), (), index, OCI_INDEX)
+        outer = json.dumps(
+            {
+                "schemaVersion": 2,
+                "mediaType": OCI_INDEX,
+                "manifests": [descriptor(index, OCI_INDEX)],
+            }
+        ).encode()
+        await kit.service.put_manifest("app", Tag("nested"), (), outer, OCI_INDEX)
+        await push_tags(kit, "v1")
+        kit.clock[0] += 10 * DAY
+        kit.service.mark_pulled("app", await kit.service.find_manifest("app", platform))
+        await kit.database.write(lambda connection: None)  # The record of the pull comes before.
+        kit.clock[0] += DAY
+        assert removed(await retain(kit, {"older_than": "5d"})) == {"app:v1"}
+        assert await tags_of(kit) == ["multi", "nested"]
+
+
 async def test_immutable_pinned_and_leased_images_stay(tmp_path: Path) -> None:
     async with hosted_kit(tmp_path) as kit:
         await push_tags(kit, "v1", "pinned", "gone")
