@@ -15,6 +15,7 @@ from sqlite3 import Connection
 from typing import Any, Final
 
 from mirror.hosted.pushed_manifest import PushedManifest
+from mirror.oci.descriptor import referrers_tag
 from mirror.oci.errors import PartsUnknown
 from mirror.oci.reference import Digest, Reference, Tag
 
@@ -117,6 +118,14 @@ _ABOVE: Final = (
     "WITH RECURSIVE above (digest) AS (VALUES (:digest) UNION SELECT p.manifest"
     " FROM above a CROSS JOIN parts p ON p.repository = :repository AND p.digest = a.digest)"
 )
+IS_TAG_OF_SUBJECT: Final = (
+    "(tag >= :subject_tag AND tag < :subject_tag || '/'"
+    " AND substr(tag, length(:subject_tag) + 1, 1) <> '-')"
+)
+"""Condition on tags that belong to a subject: ``:subject_tag``, or that with a point and an ending.
+
+``:subject_tag`` is the ``referrers_tag`` of the subject. Of the characters of tags, only the hyphen
+and the point come before the slash, so the first line is a range of the primary key."""
 _MANIFEST: Final = "SELECT m.digest, m.media_type, m.size, m.pulled_at FROM manifests m"
 
 
@@ -245,6 +254,12 @@ def add_manifest(
         "UPDATE manifests SET orphaned_at = 0"
         " WHERE repository = ? AND subject = ? AND subject <> '' AND orphaned_at > 0",
         (repository, digest),
+    )
+    connection.execute(
+        "UPDATE manifests SET orphaned_at = 0 WHERE repository = :repository AND digest IN"  # noqa: S608 - our own text
+        f" (SELECT digest FROM tags WHERE repository = :repository AND {IS_TAG_OF_SUBJECT})"
+        " AND orphaned_at > 0",
+        {"repository": repository, "subject_tag": referrers_tag(manifest.digest)},
     )
     connection.executemany(
         "INSERT INTO tags VALUES (?, ?, ?, ?, ?) ON CONFLICT (repository, tag) DO UPDATE SET"

@@ -16,7 +16,7 @@ from mirror.inventory.model import Inventory
 from mirror.inventory.read import read_inventory
 from mirror.observability.events import Event, HostedChange, LogMessage
 from mirror.observability.hosted_events import Actor
-from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
+from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST, referrers_tag
 from mirror.oci.errors import ManifestUnknown
 from mirror.oci.image_name import ImageName
 from mirror.oci.reference import Digest, Tag
@@ -130,6 +130,15 @@ async def test_pull_of_a_platform_by_digest_is_a_use_of_its_indexes(tmp_path: Pa
         kit.clock[0] += DAY
         assert removed(await retain(kit, {"older_than": "5d"})) == {"app:v1"}
         assert await tags_of(kit) == ["multi", "nested"]
+
+
+async def test_rules_are_not_about_tags_that_belong_to_a_subject(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        subject = await kit.push_image(b"layer", tag="main")
+        await push_tags(kit, f"{referrers_tag(subject)}.sig", referrers_tag(Digest.of(b"mirrored")))
+        rule = {"keep_last": 1, "older_than": "0s"}
+        assert await retain(kit, {"tags": "sha256-*", **rule}, rule) != []
+        assert len(await tags_of(kit)) == 3
 
 
 async def test_immutable_pinned_and_leased_images_stay(tmp_path: Path) -> None:
