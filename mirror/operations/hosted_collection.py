@@ -8,6 +8,7 @@ A file may be needed by the cache, too: then it stays, and is cache from now on.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from functools import partial
 from typing import Final
@@ -142,6 +143,11 @@ async def _remove_files(
         raise StorageUnavailable(f"nothing more was removed: {error}") from None
     done = [one for one in released if one not in removal.kept]
     await database.write(partial(collection_rows.forget_released, digests=done))
+    if len(removal.sizes) < len(done):
+        # The rest is cache now, and counts in its quota. Evicts only what is above that.
+        eviction = store.evictor.start(0)
+        if eviction is not None:
+            await asyncio.wait({eviction})
     return dict(removal.sizes)
 
 

@@ -235,6 +235,21 @@ async def test_file_that_the_cache_needs_stays(tmp_path: Path) -> None:
             await kit.service.blob_size("app", blob)
 
 
+async def test_file_that_becomes_cache_counts_in_the_quota_of_the_cache_at_once(
+    tmp_path: Path,
+) -> None:
+    async with hosted_kit(tmp_path, storage=Storage(max_size=10_000)) as kit:
+        layers = [letter * 6_000 for letter in (b"a", b"b")]
+        await kit.push_blob(layers[0])
+        for layer in layers:
+            await pull(kit.store, image(layer), "1.0", [b"{}", layer])
+        await until(lambda: any(not one.is_hosted for one in inventory_of(kit).images))
+        kit.clock[0] += 3 * DAY
+        await collect_all(kit)
+        left = [kit.store.catalog.has_blob(Digest.of(layer)) for layer in layers]
+        assert left.count(True) == 1
+
+
 async def test_command_plans_and_collects_beside_the_server(tmp_path: Path) -> None:
     async with hosted_kit(tmp_path) as kit:
         blob = await kit.push_blob(b"alone")
