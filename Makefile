@@ -34,12 +34,14 @@ check: $(VENV)/.installed-dev
 	wait $$lint || { failed=$$?; cat "$$output"; }; \
 	rm -f "$$output"; exit $$failed
 
+# One after the other, the longest first: at the end no worker is left with a test of two minutes.
 test-long: packages $(VENV)/.installed-dev
-	$(PYTEST) -m long
+	$(PYTEST) --dist load --maxschedchunk 1 -m long
 
-# Every row, the long ones too, and how often each was tried into docs/robustness.md.
+# Every row and every long test, at all points (tests/extent.py), and how often each row was tried
+# into docs/robustness.md.
 robustness: packages $(VENV)/.installed-dev
-	$(PYTEST) -m row --robustness-table=docs/robustness.md
+	$(PYTEST) -m 'row or long' --every-point --robustness-table=docs/robustness.md
 
 bench: packages $(VENV)/.installed-dev
 	@$(PYTHON) -m bench $(ROWS)

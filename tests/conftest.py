@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.extent import Extent
 from tests.real.process import find_go_program
 from tests.robustness.table import Case, rewrite_document, row_id
 from tests.slow_callbacks import Watch
@@ -165,6 +166,20 @@ class GoPrograms:
             )
 
 
+# --- the order of the long tests ------------------------------------------------------------------
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the tests that take longest begin first: one that begins last prolongs the whole run."""
+
+    def seconds(item: pytest.Item) -> float:
+        mark = item.get_closest_marker("long")
+        return mark.args[0] if mark is not None and mark.args else 0
+
+    items.sort(key=seconds, reverse=True)
+
+
 # --- row R5 -----------------------------------------------------------------------------------
 
 
@@ -210,6 +225,14 @@ def tried(request: pytest.FixtureRequest) -> Callable[[int], None]:
         stash[_TRIED] = stash.get(_TRIED, 0) + times
 
     return add
+
+
+@pytest.fixture
+def extent(request: pytest.FixtureRequest, tried: Callable[[int], None]) -> Extent:
+    """How many of its points and examples the test tries."""
+    is_long = request.node.get_closest_marker("long") is not None
+    is_whole = not is_long or request.config.getoption("--every-point")
+    return Extent(request.node.nodeid, is_whole, tried)
 
 
 class CaseRecorder:
@@ -274,6 +297,8 @@ class TableWriter:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """``--robustness-table=docs/robustness.md`` (see ``tests/robustness/table.py``)."""
+    every = "try every point and example in the long tests, not an even part (tests/extent.py)"
+    parser.addoption("--every-point", action="store_true", help=every)
     text = "write into FILE how often each row of the robustness table was tried"
     # no Path: pytest-xdist sends the options to its workers
     parser.addoption("--robustness-table", metavar="FILE", help=text)
@@ -286,6 +311,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(OrphansOfWorkers(), "orphans-of-workers")
     path = config.getoption("--robustness-table")
     if path is not None:
+        config.option.every_point = True  # The table tells what was tried of the whole.
         recorder = CaseRecorder(config)
         config.pluginmanager.register(recorder, "robustness-cases")
         if not hasattr(config, "workerinput"):

@@ -119,14 +119,16 @@ def _find_problem(member: str, access: AccessSection, names: LocalNames) -> str:
         return "" if _may_log_in(member, access, names) else _near_user(member, names)
     group = member.removeprefix(GROUP)
     known = names.groups | set(access.groups)
-    if group in known or group.startswith(access.group_prefixes):
+    of_issuers = tuple(one.groups_prefix for one in access.issuers if one.groups_claim)
+    if group in known or group.startswith(of_issuers):
         return ""
     near = _near(group, known)
     return f"no user has this group: neither access.groups nor access.tokens has it{near}"
 
 
 def _may_log_in(user: str, access: AccessSection, names: LocalNames) -> bool:
-    return user in names.users or user.startswith(access.user_prefixes)
+    of_issuers = tuple(one.user_prefix for one in access.issuers)  # Empty: any name.
+    return user in names.users or user.startswith(of_issuers)
 
 
 def _near_user(user: str, names: LocalNames) -> str:

@@ -22,9 +22,11 @@ from mirror.cli.cleaning import (
     read_inventory_gently,
 )
 from mirror.cli.data_directory import find_layout, layout_of, load_inventory, opened_store
+from mirror.cli.exit_codes import EX_FAILED
 from mirror.cli.listing import print_rows
 from mirror.cli.output import UsageError, print_line
 from mirror.cli.table_layout import Column
+from mirror.oci.errors import StorageUnavailable
 from mirror.oci.text import age_text, size_text
 
 if TYPE_CHECKING:
@@ -72,16 +74,27 @@ def add_parser(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command. Raises :class:`mirror.cli.output.UsageError` for too short a grace."""
-    from mirror.operations.gc import DEFAULT_GRACE_S, MIN_GRACE_S, YOUNG, find_garbage
+    """Run the command.
+
+    Raises:
+        UsageError: The grace is too short.
+        StorageUnavailable: Hosted content cannot be collected. What the cache has was.
+    """
+    from mirror.operations.gc import DEFAULT_GRACE_S, MIN_GRACE_S, find_garbage
+    from mirror.store.removal import KeptBecause
 
     grace = DEFAULT_GRACE_S if arguments.grace is None else arguments.grace
     if grace < MIN_GRACE_S:
         raise UsageError("--grace must be at least 10m: the blobs of an image come before its name")
     settings = load_settings(arguments)
-    hosted = asyncio.run(
-        _collect_hosted(settings, arguments.grace, is_dry_run=arguments.is_dry_run)
-    )
+    hosted: list[Item] = []
+    failure: StorageUnavailable | None = None
+    try:
+        hosted = asyncio.run(
+            _collect_hosted(settings, arguments.grace, is_dry_run=arguments.is_dry_run)
+        )
+    except StorageUnavailable as error:  # What the cache frees may be what the disk lacks.
+        failure = error
     inventory = read_inventory_gently(settings)
     if arguments.is_dry_run:
         with giving_way():
@@ -92,16 +105,25 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.is_json:
         for item in report.items:
             print_line(json.dumps(item.row()))
-        return 0
+    else:
+        _print(report, grace)
+    if failure is not None:
+        raise failure
+    return EX_FAILED if any(item.why == KeptBecause.REFUSED for item in report.items) else 0
+
+
+def _print(report: CleaningReport, grace: float) -> None:
+    """Print the report for a person. ``grace``: seconds for which garbage is kept."""
+    from mirror.operations.gc import MIN_GRACE_S, YOUNG
+
     if report.items:
         print_rows(_GARBAGE_COLUMNS, _rows(report), is_json=False)
-    verb = "would be freed" if arguments.is_dry_run else "freed"
+    verb = "would be freed" if report.is_dry_run else "freed"
     print_line(f"{size_text(report.freed)} {verb}")
     young = sum(item.bytes for item in report.items if item.why.startswith(YOUNG))
     if young:
         less = "" if grace <= MIN_GRACE_S else " (--grace 10m for less)"
         print_line(f"{size_text(young)} stay: {YOUNG} {age_text(grace)}{less}")
-    return 0
 
 
 async def _collect(settings: Settings, inventory: Inventory, grace: float) -> CleaningReport:

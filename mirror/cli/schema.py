@@ -39,8 +39,9 @@ def json_schema() -> Schema:
     # In this mode pydantic gives defaults as text, such as "5m" and "50GiB".
     generated = Settings.model_json_schema(mode="serialization")
     sections = generated.pop("$defs")
+    descriptions = _descriptions()
     for name, section in ((Settings.__name__, generated), *sections.items()):
-        for key, text in _descriptions()[name].items():
+        for key, text in descriptions[name].items():
             section["properties"][key]["description"] = text
     title = "Configuration of oci-mirror"
     return {"$schema": DIALECT, "$id": IDENTIFIER, "title": title, **_inline(generated, sections)}

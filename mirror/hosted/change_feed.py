@@ -82,7 +82,7 @@ class ChangeFeed:
                 before=before,
                 count=_CHANGES_AT_ONCE,
             )
-            for change in await self._database.write(take, is_durable=False):
+            for change in await self._database.write(take, is_durable=False, is_removal=True):
                 self.tell(change)
 
     async def close(self) -> None:
@@ -93,4 +93,4 @@ class ChangeFeed:
     async def _forget(self, changes: list[HostedChange]) -> None:
         if changes:
             forget = partial(change_rows.forget_changes, changes=tuple(changes))
-            await self._database.write(forget, is_durable=False)
+            await self._database.write(forget, is_durable=False, is_removal=True)

@@ -79,7 +79,7 @@ async def collect(
         return deleted
 
     async def delete(rows: list[NeedlessRow]) -> int:
-        deleted = await database.write(partial(delete_recorded, rows=rows))
+        deleted = await database.write(partial(delete_recorded, rows=rows), is_removal=True)
         collected.extend(deleted)
         return len(deleted)
 

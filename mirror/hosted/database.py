@@ -7,7 +7,8 @@ Theory of operation: SQLite with a write-ahead log. One thread of each process w
 waiting writes, and commits them together: each is a savepoint, so one that fails undoes nothing of
 the others. None is committed into a file that was removed or replaced meanwhile. A durable write
 returns after the log is on the disk (``synchronous=FULL``). Several processes may use one database:
-a write waits for the lock of another one. Readers never wait.
+a write waits for the lock of another one. Readers never wait. On a full disk, a write that only
+removes gets the space that is kept for it (``spare_space.py``).
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from sqlite3 import Connection
 from typing import Any, Final, Generic, TypeAlias, TypeVar
 
-from mirror.oci.errors import DAMAGED_NAMES_REMEDY, MirrorError, NamesDamaged, StorageUnavailable
+from mirror.hosted.spare_space import SpareSpace, empty_log, is_without_space
+from mirror.oci.errors import MirrorError, NamesDamaged, StorageUnavailable
+from mirror.store.hosted_marker import DAMAGED_NAMES_REMEDY
 from mirror.store.private_directory import make_private_directory
 from mirror.threads import run_in_thread
 
@@ -141,6 +145,7 @@ class _Write(Generic[T]):
     future: asyncio.Future[T]
     result: T | None = None
     error: Exception | None = None
+    is_removal: bool = False
     on_committed: Callable[[T], None] | None = None
 
 
@@ -157,6 +162,7 @@ class Database:
         """Called once with the reason, on the event loop, if the open file is found lost."""
         self._loop = asyncio.get_running_loop()
         self._connection = connection
+        self._spare_space = SpareSpace(path)
         self._is_full = True
         """Whether the writing connection waits for the disk at each commit."""
         self._writing = ThreadPoolExecutor(1, "names")
@@ -182,6 +188,7 @@ class Database:
         change: Callable[[Connection], T],
         *,
         is_durable: bool = True,
+        is_removal: bool = False,
         on_committed: Callable[[T], None] | None = None,
     ) -> T:
         """Return ``change(connection)``, called in a thread in a transaction, once it is committed.
@@ -189,9 +196,11 @@ class Database:
         Cancelling the caller does not undo the write.
 
         Args:
-            change: Runs in a savepoint of its own. Its exception undoes it, and no other write.
+            change: Runs in a savepoint of its own. Its exception undoes it, and no other write. On
+                a full disk, a removal is undone, and called again.
             is_durable: Return after the commit is on the disk. False: a crash of the machine may
                 undo it.
+            is_removal: It frees space in the end, so it may use the spare space of a full disk.
             on_committed: Called with the result after the commit, also if the caller was cancelled.
 
         Raises:
@@ -200,7 +209,8 @@ class Database:
                 transaction. Nothing was changed.
             Exception: The exception of ``change``.
         """
-        write = _Write(change, is_durable, self._loop.create_future(), on_committed=on_committed)
+        future = self._loop.create_future()
+        write = _Write(change, is_durable, future, is_removal=is_removal, on_committed=on_committed)
         self._waiting.append(write)
         self._writing.submit(self._commit_waiting)
         await asyncio.wait({write.future})
@@ -213,6 +223,10 @@ class Database:
         self._waiting.append(write)
         self._writing.submit(self._commit_waiting)
         return write.future
+
+    async def fill_spare_space(self) -> None:
+        """Keep space for removals, if the disk has some. The server calls this now and then."""
+        await run_in_thread(self._spare_space.fill)
 
     async def close(self) -> None:
         """Finish the writes that wait, and close all connections."""
@@ -243,15 +257,32 @@ class Database:
         try:
             self._commit(batch)
         except (sqlite3.Error, StorageUnavailable) as error:
-            with suppress(sqlite3.Error):
-                self._connection.execute("ROLLBACK")
             failure = _translate(error, self._path)
+            is_full = is_without_space(error)
             for write in batch:
-                write.error = failure
+                write.error = self._remove(write) if write.is_removal and is_full else failure
         with suppress(RuntimeError):  # The event loop has ended, so nobody waits.
             self._loop.call_soon_threadsafe(_set_results, batch)
 
+    def _remove(self, write: _Write[Any]) -> Exception | None:
+        """Commit a removal alone, with spare space if the disk is full. Returns its exception."""
+        empty = partial(empty_log, self._connection)
+        try:
+            self._spare_space.run(partial(self._commit, [write]), empty)
+        except (sqlite3.Error, StorageUnavailable) as error:
+            return _translate(error, self._path)
+        return write.error
+
     def _commit(self, batch: list[_Write[Any]]) -> None:
+        """Commit writes. Raises ``sqlite3.Error``, ``StorageUnavailable``: nothing is changed."""
+        try:
+            self._try_commit(batch)
+        except (sqlite3.Error, StorageUnavailable):
+            with suppress(sqlite3.Error):
+                self._connection.execute("ROLLBACK")
+            raise
+
+    def _try_commit(self, batch: list[_Write[Any]]) -> None:
         connection = self._connection
         self._check_file()
         is_full = any(write.is_durable for write in batch)
@@ -260,6 +291,7 @@ class Database:
             self._is_full = is_full
         connection.execute("BEGIN IMMEDIATE")
         for write in batch:
+            write.error = None
             connection.execute("SAVEPOINT one")
             try:
                 write.result = write.change(connection)
@@ -324,19 +356,25 @@ def open_checked(path: Path) -> Connection:
     try:
         make_private_directory(path.parent)
         is_new = not path.exists()
-        connection = _connect(path, "rwc")
-        try:
-            _prepare(connection, path)
-            if is_new:
-                _sync_directory(path.parent)
-                _sync_directory(path.parent.parent)
-        except BaseException:
-            connection.close()
-            raise
+        # A new log needs some blocks, and a server has to start on a full disk.
+        connection = SpareSpace(path).run(partial(_open, path, is_new=is_new))
     except sqlite3.Error as error:
         raise _translate(error, path) from error
     except OSError as error:
         raise NamesDamaged(f"{path}: {error.strerror or error}") from error
+    return connection
+
+
+def _open(path: Path, *, is_new: bool) -> Connection:
+    connection = _connect(path, "rwc")
+    try:
+        _prepare(connection, path)
+        if is_new:
+            _sync_directory(path.parent)
+            _sync_directory(path.parent.parent)
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 

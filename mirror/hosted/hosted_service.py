@@ -112,7 +112,8 @@ class HostedService:
             for one in result[1]:
                 self.changes.tell(one)
 
-        return (await self._database.write(record, on_committed=tell))[0]
+        is_removal = action == "delete"
+        return (await self._database.write(record, is_removal=is_removal, on_committed=tell))[0]
 
     def _change_of(
         self, action: ChangeAction, repository: str, row: ManifestRow, actor: Actor, tag: str
@@ -477,6 +478,10 @@ class HostedService:
                 reserved=usage.reserved,
             )
         )
+
+    async def fill_spare_space(self) -> None:
+        """Keep space for deletions on a full disk. The server calls this now and then."""
+        await self._database.fill_spare_space()
 
     async def named_digests(self, digests: Collection[Digest]) -> set[Digest]:
         """Return those of ``digests`` that a hosted repository has."""

@@ -310,9 +310,10 @@ class UploadSessions:
             upload_files.drop(path)
             raise
 
-    async def _delete_row(self, upload_id: str) -> None:
+    async def _delete_row(self, upload_id: str, *, is_durable: bool = False) -> bool:
+        """Delete the row of an upload. Returns False if there is none."""
         end = partial(upload_rows.end_upload, upload_id=upload_id)
-        await self._database.write(end, is_durable=False)
+        return await self._database.write(end, is_durable=is_durable, is_removal=True)
 
     async def cancel(self, upload_id: str, repository: str, user: str) -> None:
         """End an upload, and drop its bytes. Raises like :meth:`open`.
@@ -345,8 +346,7 @@ class UploadSessions:
         if not upload_files.is_upload_id(upload_id):
             raise UploadUnknown(_GONE)
         size = await self._run(upload_files.upload_length, self._layout, upload_id)
-        end = partial(upload_rows.end_upload, upload_id=upload_id)
-        if not await self._database.write(end):
+        if not await self._delete_row(upload_id, is_durable=True):
             raise UploadUnknown(_GONE)
         await self._remove_unless_fed(upload_id)
         return size or 0
@@ -371,7 +371,7 @@ class UploadSessions:
                 upload_rows.end_upload(connection, upload_id)
 
         if ended:
-            await self._database.write(end, is_durable=False)
+            await self._database.write(end, is_durable=False, is_removal=True)
         for row in await self._run(self._with_surplus, rows):
             # Its process has died. Closing an upload releases the bytes that it reserved
             # and did not use.

@@ -452,13 +452,6 @@ class ContentUnreadable(StorageUnavailable):
     """
 
 
-DAMAGED_NAMES_REMEDY: Final = (
-    "stop the server, move names.db, names.db-wal and names.db-shm away, and run oci-mirror restore"
-    " BACKUP; without a backup, all hosted names are lost"
-)
-"""The procedure that brings the hosted names back, wherever damage is found."""
-
-
 class NamesDamaged(MirrorError):
     """The database of the hosted repositories cannot be used. It is never replaced.
 

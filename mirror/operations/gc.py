@@ -27,7 +27,13 @@ from mirror.store.layout import Layout
 from mirror.store.protection import ProtectionUnknown
 from mirror.store.quarantine import digest_of_file, quarantined_files
 from mirror.store.recovery import is_resumable
-from mirror.store.removal import Leftover, Removal, drop_leftover, find_leftovers
+from mirror.store.removal import (
+    KeptBecause,
+    Leftover,
+    Removal,
+    drop_leftover,
+    find_leftovers,
+)
 from mirror.store.store import Store
 from mirror.threads import run_in_thread
 
@@ -108,6 +114,7 @@ async def collect_garbage(store: Store, inventory: Inventory, grace: float) -> C
     dropped = await run_in_thread(_drop_leftovers, layout, leftovers)
     for leftover, size in dropped.items():
         report.items.append(_leftover_item(leftover, size, now))
+    report.items += _kept("leftover", _refused(layout, leftovers), KeptBecause.REFUSED)
     quarantined, kept_quarantined = await run_in_thread(_drop_quarantined, layout, inventory, grace)
     report.items += quarantined
     store.count_dropped(sum(dropped.values()) + sum(item.bytes for item in quarantined))
@@ -216,6 +223,16 @@ def _drop_leftovers(layout: Layout, leftovers: Iterable[Leftover]) -> Mapping[Le
     }
 
 
+def _refused(layout: Layout, leftovers: Iterable[Leftover]) -> list[int]:
+    """Return the bytes of the leftovers that are still there, though no fetch resumes them."""
+    return [
+        leftover.bytes
+        for leftover in leftovers
+        if layout.ingest(leftover.digest).exists()
+        and not disk.is_locked(layout.ingest(leftover.digest))
+    ]
+
+
 def _leftover_item(leftover: Leftover, size: int, now: float) -> Item:
     return Item(
         action="removed",
@@ -258,13 +275,18 @@ def _drop_quarantined(
     layout: Layout, inventory: Inventory, grace: float
 ) -> tuple[list[Item], list[Item]]:
     """Remove damaged content. Returns the items of that which went, and of that which stays."""
-    items = []
+    items, refused = [], []
     found, kept = _quarantined(layout, inventory, grace)
     for path, size, age in found:
-        with suppress(OSError):
+        try:
             path.unlink()
+        except FileNotFoundError:
+            continue
+        except OSError:
+            refused.append(size)
+        else:
             items.append(_quarantine_item(path, size, age))
-    return items, kept
+    return items, [*kept, *_kept("quarantine", refused, KeptBecause.REFUSED)]
 
 
 def _quarantine_item(path: Path, size: int, age: float) -> Item:

@@ -21,11 +21,12 @@ from mirror.hosted.database import Database
 from mirror.inventory.model import Inventory
 from mirror.observability.hosted_events import Actor, HostedChange
 from mirror.oci.errors import StorageUnavailable
-from mirror.oci.reference import Digest, Repository
+from mirror.oci.reference import Repository
 from mirror.operations.cleaning_report import CleaningReport, Item
 from mirror.store.hosted_marker import has_hosted_names
 from mirror.store.layout import Layout
 from mirror.store.protection import ProtectionUnknown
+from mirror.store.removal import KeptBecause, Removal
 from mirror.store.store import Store
 from mirror.threads import run_in_thread
 
@@ -112,7 +113,8 @@ async def collect_hosted(
     """
     now = store.now()
     collected = await collect(database, now, grace, partial(_change, hosted, now, actor))
-    freed = await _remove_files(store, database, read_inventory)
+    removal = await _remove_files(store, database, read_inventory)
+    freed = dict(removal.sizes)
     report = CleaningReport()
     for row in collected:
         report.items.append(_item(hosted, row, freed.pop(row.digest, 0)))
@@ -121,17 +123,20 @@ async def collect_hosted(
         report.items.append(
             Item(action="removed", kind="hosted", digest=str(digest), bytes=size, why=why)
         )
+    for digest, why in removal.kept.items():
+        if why is KeptBecause.REFUSED:
+            report.items.append(Item(action="kept", kind="hosted", digest=str(digest), why=why))
     return report
 
 
 async def _remove_files(
     store: Store, database: Database, read_inventory: Callable[[], Inventory]
-) -> dict[Digest, int]:
-    """Remove the files of content that no repository has. Returns their bytes."""
+) -> Removal:
+    """Remove the files of content that no repository has."""
     find = partial(collection_rows.released_digests, count=_MAX_RELEASED)
     released = await database.read(find)
     if not released:
-        return {}
+        return Removal()
     inventory = await run_in_thread(read_inventory)
     contents = await run_in_thread(lambda: inventory.contents)
     needless = [
@@ -142,13 +147,14 @@ async def _remove_files(
     except ProtectionUnknown as error:
         raise StorageUnavailable(f"nothing more was removed: {error}") from None
     done = [one for one in released if one not in removal.kept]
-    await database.write(partial(collection_rows.forget_released, digests=done))
+    forget = partial(collection_rows.forget_released, digests=done)
+    await database.write(forget, is_removal=True)
     if len(removal.sizes) < len(done):
         # The rest is cache now, and counts in its quota. Evicts only what is above that.
         eviction = store.evictor.start(0)
         if eviction is not None:
             await asyncio.wait({eviction})
-    return dict(removal.sizes)
+    return removal
 
 
 def _item(hosted: Hosted, row: NeedlessRow, size: int) -> Item:

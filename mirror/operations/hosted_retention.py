@@ -129,7 +129,7 @@ async def apply_hosted_retention(
     doomed = iter([pair for pair in decided if pair[0].is_removed])
     while step := list(islice(doomed, _IMAGES_PER_WRITE)):
         rows = [row for _, row in step]
-        removed = set(await database.write(partial(remove, rows=rows)))
+        removed = set(await database.write(partial(remove, rows=rows), is_removal=True))
         report.items += [_item(decision) for decision, row in step if row in removed]
     return report
 

@@ -23,6 +23,11 @@ LOST_REMEDY: Final = (
     " begin anew, remove hosted.created from the data directory"
 )
 """What to do about names that are lost."""
+DAMAGED_NAMES_REMEDY: Final = (
+    "stop the server, move names.db, names.db-wal and names.db-shm away, and run oci-mirror restore"
+    " BACKUP; without a backup, all hosted names are lost"
+)
+"""The procedure that brings the hosted names back, wherever damage is found."""
 
 
 def has_hosted_names(layout: Layout) -> bool:

@@ -13,6 +13,7 @@ Lives here: where each file is. Must not know: what is done with it.
     history/                 the history of pulls, and users' last use (see :mod:`mirror.history`)
     notifications/           the queue of notifications (see :mod:`mirror.notifications`)
     hosted/names.db          names of the hosted repositories (no cache: see ``mirror/hosted``)
+    hosted/names.spare       space for deletions on a full disk (``mirror/hosted/spare_space.py``)
     hosted/snapshot.db       their copy for a running backup, whose ``flock`` is on snapshot.lock
     access/names             names of users (no cache: see ``mirror/access/known_names.py``)
     uploads/<id>             bytes of an upload to a hosted repository

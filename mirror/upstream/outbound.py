@@ -36,8 +36,6 @@ MAX_REDIRECTS: Final = 5
 """Redirects that are followed for one request, so that a loop ends."""
 _MAX_URL_BYTES: Final = 16 * 1024
 """Bytes of a URL at most: far above the length of signed URLs, which are the longest."""
-_NOT_A_URL: Final = (ValueError, IndexError)
-"""Errors of yarl for what is no URL. The second is for empty brackets before an ``@``."""
 _PROXY_SCHEMES: Final = ("http", "https")
 
 TOKEN_HOSTS: Final[dict[str, tuple[str, ...]]] = {
@@ -342,7 +340,7 @@ def _parse_target(target: str, base: URL) -> URL | Refused:
         # Signed URLs must stay exactly as they were written, so nothing is quoted again.
         url = base.join(URL(target, encoded=True))
         port = url.port
-    except _NOT_A_URL:
+    except (ValueError, IndexError):  # The latter: empty brackets before an @.
         return Refused("not a URL")
     if url.scheme not in ("http", "https") or not url.host or port is None or "\\" in target:
         return Refused("not an http(s) URL")
@@ -480,7 +478,7 @@ def _parse_proxy(text: str) -> Proxy | None:
             value = encode_basic_auth(url.user or "", url.password or "")
             headers["Proxy-Authorization"] = value
         return Proxy(url.origin(), headers)
-    except _NOT_A_URL:
+    except (ValueError, IndexError):  # The latter: empty brackets before an @.
         return None
 
 

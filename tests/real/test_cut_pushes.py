@@ -225,7 +225,7 @@ def resident(pid: int) -> int:
     return int(text.partition("VmHWM:")[2].split()[0]) * 1024
 
 
-@pytest.mark.long
+@pytest.mark.long(50)
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("size", [5 * 2**30])
 def test_layer_of_5_gib_is_pushed_and_pulled_in_little_memory(tmp_path: Path, size: int) -> None:

@@ -87,7 +87,7 @@ def hit_ratios(
     return total, {row["name"]: row["hit_ratio"] if row["is_reliable"] else None for row in disks}
 
 
-@pytest.mark.long
+@pytest.mark.long(100)
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("pins", [0, 4])
 def test_predicted_hit_ratios_are_those_of_servers_with_these_disks(pins: int) -> None:

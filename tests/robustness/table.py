@@ -278,7 +278,7 @@ REQUIRED: Final = frozenset(
 BEGIN: Final = "<!-- tried: begin (make robustness) -->"
 END: Final = "<!-- tried: end -->"
 _HEADER: Final = (
-    "| row | what is tried | test cases | tries in `make test` | in `make test-long` | where |\n"
+    "| row | what is tried | test cases | tries in `make test` | in the long tests | where |\n"
     "|---|---|--:|--:|--:|---|\n"
 )
 _LINE: Final = re.compile(r"\| (\w+)(-[\w-]+)? \|[^|]*\|[^|]*\| ([\d,]*) \| ([\d,]*) \|")

@@ -10,13 +10,14 @@ import asyncio
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from mirror.store.layout import Layout
 from mirror.store.recovery import recover
+from tests.extent import Extent
 from tests.robustness.crash_driver import MORE, pull, registry
 from tests.robustness.crash_states import Operation, State, states, trace
 
@@ -59,8 +60,8 @@ def check(
     """
     known, found = contents(wrong=wrong), []
     every = states(operations)
-    checked = list(enumerate(every))[part]
-    for number, state in checked:
+    checked = every[part]
+    for number, state in enumerate(checked):
         target = data.parent / "state"
         layout = Layout(target)
         state.make(data, target, known)
@@ -90,15 +91,16 @@ def check(
     ids=["some-pulls", *(f"all-pulls-{first}-of-4" for first in range(1, 5))],
 )
 def test_no_crash_state_breaks_an_invariant(
-    tmp_path: Path, pull_every: int, part: slice, tried: Callable[[int], None]
+    tmp_path: Path, pull_every: int, part: slice, extent: Extent
 ) -> None:
     data, operations = trace(tmp_path, "evict")
     seen = {operation.name for operation in operations}
     assert seen >= {"create", "write", "sync", "rename", "unlink", "announce"}
+    pull_every *= extent.stride
     count, checked, found = check(data, operations, pull_every=pull_every, part=part)
     assert not found, found[:3]
     assert count >= 500, count
-    tried(checked)
+    extent.tried(checked)
 
 
 @pytest.mark.row("C5-planted-faults")

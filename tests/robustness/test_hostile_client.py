@@ -15,6 +15,7 @@ from mirror.config.settings import Log
 from mirror.observability.events import Kind
 from mirror.observability.library_logs import configure_logging
 from mirror.oci.reference import Digest
+from tests.extent import Extent
 from tests.fakes.registry import FakeRegistry
 from tests.real.clients import NOWHERE
 from tests.real.process import wait_until
@@ -54,8 +55,9 @@ async def test_smuggling_probes_are_refused(tmp_path: Path, probe: bytes) -> Non
     "count", [2_000, pytest.param(10_000, marks=pytest.mark.long)], ids=["some", "all"]
 )
 async def test_malformed_requests_leave_no_traceback(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], count: int, tried: Callable[[int], None]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], count: int, extent: Extent
 ) -> None:
+    count = extent.of(count)
     configure_logging(Log())
     rng = random.Random(7)
     async with running(tmp_path) as server:
@@ -71,7 +73,7 @@ async def test_malformed_requests_leave_no_traceback(
     out, err = capfd.readouterr()
     assert "Traceback" not in out + err
     assert len((out + err).splitlines()) < 100
-    tried(count)
+    extent.tried(count)
 
 
 TRAVERSALS = [
@@ -216,8 +218,9 @@ async def test_access_ends_when_the_upstream_withdraws_it(tmp_path: Path) -> Non
     "count", [500, pytest.param(10_000, marks=pytest.mark.long)], ids=["some", "all"]
 )
 async def test_random_names_are_404_and_leave_bounded_traces(
-    tmp_path: Path, count: int, tried: Callable[[int], None]
+    tmp_path: Path, count: int, extent: Extent
 ) -> None:
+    count = extent.of(count)
     async with (
         FakeRegistry() as fake,
         running(tmp_path, fake.url, negative_ttl=0.2) as server,
@@ -245,7 +248,7 @@ async def test_random_names_are_404_and_leave_bounded_traces(
         assert len(grown) < 120
         await server.store.idle()
         assert not list((tmp_path / "ingest" / "sha256").iterdir())
-        tried(count)
+        extent.tried(count)
 
 
 @pytest.mark.row("HC12-other-methods")

@@ -26,6 +26,7 @@ from mirror.observability.events import LogMessage
 from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.reference import Digest
 from mirror.web.hosted_access import AccessAttempt
+from tests.extent import Extent
 from tests.robustness.kit import every_file_hashes_to_its_name
 from tests.server_kit import Server, running
 from tests.unit.hosted.kit import NOW, manifest_of
@@ -311,11 +312,12 @@ def probing(root: Path) -> Iterator[Callable[[list[Request]], None]]:
 @pytest.mark.row("HC15-hostile-pushes")
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
-    "count", [100, pytest.param(4_000, marks=pytest.mark.long)], ids=["some", "many"]
+    "count", [100, pytest.param(4_000, marks=pytest.mark.long(60))], ids=["some", "many"]
 )
 def test_hostile_pushes_get_no_5xx_and_leave_nothing(
-    tmp_path: Path, count: int, tried: Callable[[int], None]
+    tmp_path: Path, count: int, extent: Extent
 ) -> None:
+    count = extent.of(count)
     with probing(tmp_path) as play:
 
         @seed(13)
@@ -330,7 +332,7 @@ def test_hostile_pushes_get_no_5xx_and_leave_nothing(
             play(steps)
 
         probe()
-    tried(count)
+    extent.tried(count)
 
 
 def push(user: str, upload: str, length: str = "right", body: bytes = DATA) -> Request:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import pytest
 from mirror.oci.reference import Digest
 from mirror.store.disk import IngestState, Layout, boot_id, write_state
 from mirror.store.recovery import recover
+from tests.extent import Extent
 from tests.fakes.registry import FakeRegistry
 from tests.real import images
 from tests.real.process import wait_until
@@ -92,15 +94,15 @@ def test_sigkill_at_a_changing_call_loses_nothing(
     ("call", "part"), [(call, part) for call in STEPS for part in range(PARTS.get(call, 1))]
 )
 def test_sigkill_at_every_changing_call_loses_nothing(
-    tmp_path: Path, call: str, part: int, tried: Callable[[int], None]
+    tmp_path: Path, call: str, part: int, extent: Extent
 ) -> None:
     """Kill at the n-th call, n = 1, 2, 3 … until no thread makes so many. Each thread counts."""
-    first, stride = 1 + part * STEPS[call], PARTS.get(call, 1) * STEPS[call]
-    when = first
-    while kill_and_recover(tmp_path, call, when):
-        when += stride
-        tried(1)
-    assert when > max(2, first), f"{call} is called"
+    kills = extent.kill_at_points(
+        partial(kill_and_recover, tmp_path, call),
+        first=1 + part * STEPS[call],
+        step=PARTS.get(call, 1) * STEPS[call],
+    )
+    assert kills >= 2, f"{call} is called"
 
 
 POLICIES = ("IfNotPresent", "Always")

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from mirror.oci.reference import Digest, Tag
 from mirror.store.layout import Layout
 from mirror.store.marks import Marks, change_marks, read_marks, replace_leases
+from tests.extent import Extent
 from tests.robustness.kit import strace
 from tests.unit.store.kit import image, opened, pin, pulled
 
@@ -110,10 +112,8 @@ def test_killed_command_loses_no_mark_and_ends_when_it_runs_again(
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_that_is_killed_at_every_changing_call_loses_no_mark(
-    directory: Path, command: str, call: str, tried: Callable[[int], None]
+    directory: Path, command: str, call: str, extent: Extent
 ) -> None:
-    when = 1
-    while kill_and_run_again(directory, command, call, when):
-        when += CALLS[call]
-        tried(1)
-    assert when > 1 or call == "unlink", f"{call} is called"
+    kill = partial(kill_and_run_again, directory, command, call)
+    kills = extent.kill_at_points(kill, step=CALLS[call])
+    assert kills or call == "unlink", f"{call} is called"

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from mirror.inventory.read import read_inventory
 from mirror.oci.reference import Digest
 from mirror.store.layout import Layout
 from mirror.store.marks import Lease, Marks, Pin, change_marks, read_marks
+from tests.extent import Extent
 from tests.real import images
 from tests.real.registry import DockerRegistry
 from tests.real.server import Mirror
@@ -185,15 +187,13 @@ def test_killed_command_loses_nothing_and_is_completed_by_the_next(
 
 
 @pytest.mark.row("C2-sigkill-of-a-command")
-@pytest.mark.long
+@pytest.mark.long(20)
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("call", STEPS)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_killed_at_every_changing_call_loses_nothing(
-    filled: Filled, tmp_path: Path, command: str, call: str, tried: Callable[[int], None]
+    filled: Filled, tmp_path: Path, command: str, call: str, extent: Extent
 ) -> None:
     """Kill at the n-th call, n = 1, 2, 3 … until no thread makes so many."""
-    when = 1
-    while kill_and_repeat(filled, tmp_path, command, call, when):
-        when += STEPS[call]
-        tried(1)
+    kill = partial(kill_and_repeat, filled, tmp_path, command, call)
+    extent.kill_at_points(kill, step=STEPS[call])

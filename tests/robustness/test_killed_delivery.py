@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.extent import Extent
 from tests.real import images
 from tests.real.process import free_port, wait_until
 from tests.real.server import Mirror
@@ -90,7 +91,8 @@ def test_sigkill_among_deliveries_loses_no_queued_push(
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", range(3))
 def test_many_sigkills_among_deliveries_lose_no_queued_push(
-    tmp_path: Path, seed: int, tried: Callable[[int], None]
+    tmp_path: Path, seed: int, extent: Extent
 ) -> None:
-    kill_among_deliveries(tmp_path, 12, seed)
-    tried(12)
+    kills = extent.of(12)
+    kill_among_deliveries(tmp_path, kills, seed)
+    extent.tried(kills)

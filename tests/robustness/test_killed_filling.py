@@ -6,12 +6,14 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.extent import Extent
 from tests.real import images
 from tests.real.registry import DockerRegistry
 from tests.robustness.kit import every_file_hashes_to_its_name, strace
@@ -125,15 +127,13 @@ def test_killed_command_is_repaired_by_the_next_run(
 
 
 @pytest.mark.row("C2-sigkill-of-a-command")
-@pytest.mark.long
+@pytest.mark.long(20)
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("call", STEPS)
 def test_command_that_is_killed_at_every_changing_call_is_repaired_by_the_next_run(
-    filled: Filled, tmp_path: Path, command: str, call: str, tried: Callable[[int], None]
+    filled: Filled, tmp_path: Path, command: str, call: str, extent: Extent
 ) -> None:
     """Kill at the n-th call until no thread makes so many."""
-    when = 1
-    while kill_and_repeat(filled, tmp_path, command, call, when):
-        tried(1)
-        when += STEPS[call]
+    kill = partial(kill_and_repeat, filled, tmp_path, command, call)
+    extent.kill_at_points(kill, step=STEPS[call])

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from mirror.oci.errors import MirrorError
 from mirror.oci.reference import Digest, Reference, Tag
 from mirror.operations.restore import restore_backup
 from mirror.operations.write_backup import write_backup
+from tests.extent import Extent
 from tests.robustness.kit import every_file_hashes_to_its_name, strace
 from tests.unit.hosted.kit import HostedKit, descriptor, hosted_kit, manifest_of
 from tests.unit.store.kit import random_bytes
@@ -190,10 +192,8 @@ def test_killed_upkeep_loses_nothing_and_is_completed_by_the_next(
 @pytest.mark.parametrize("call", STEPS)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_upkeep_killed_at_every_changing_call_loses_nothing(
-    filled: Filled, tmp_path: Path, command: str, call: str, tried: Callable[[int], None]
+    filled: Filled, tmp_path: Path, command: str, call: str, extent: Extent
 ) -> None:
     """Kill at the n-th call, n = 1, 2, 3 … until no thread makes so many."""
-    when = 1
-    while kill_and_repeat(filled, tmp_path, command, call, when):
-        when += STEPS[call]
-        tried(1)
+    kill = partial(kill_and_repeat, filled, tmp_path, command, call)
+    extent.kill_at_points(kill, step=STEPS[call])

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from mirror.hosted import upload_rows
 from mirror.hosted.sessions import UPLOAD_TTL_S
 from mirror.oci.errors import MirrorError
 from mirror.oci.reference import Digest, Tag
+from tests.extent import Extent
 from tests.robustness import push_driver
 from tests.robustness.kit import every_file_hashes_to_its_name, strace
 from tests.unit.hosted.kit import NOW, HostedKit, hosted_kit
@@ -117,11 +119,8 @@ def test_sigkill_at_a_changing_call_of_a_push_loses_nothing_that_was_acknowledge
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("call", list(STEPS))
 def test_sigkill_at_every_changing_call_of_a_push_loses_nothing_that_was_acknowledged(
-    tmp_path: Path, call: str, tried: Callable[[int], None]
+    tmp_path: Path, call: str, extent: Extent
 ) -> None:
     """Kill at the n-th call, n = 1, 2, 3 … until no thread makes so many. Each thread counts."""
-    when = 1
-    while kill_and_recover(tmp_path, call, when):
-        when += STEPS[call]
-        tried(1)
-    assert when > 2, f"{call} is called"
+    kills = extent.kill_at_points(partial(kill_and_recover, tmp_path, call), step=STEPS[call])
+    assert kills >= 2, f"{call} is called"

@@ -145,7 +145,7 @@ async def test_sigkill_while_draining_loses_nothing() -> None:
 
 
 @pytest.mark.row("M2-stopped-leader")
-@pytest.mark.long
+@pytest.mark.long(60)
 @pytest.mark.timeout(200)
 async def test_leader_stopped_for_a_minute_delays_only_its_own_clients() -> None:
     gate = asyncio.Event()

@@ -18,6 +18,7 @@ from mirror.oci.reference import Digest, Tag
 from mirror.operations.restore import restore_backup
 from mirror.operations.write_backup import write_backup
 from mirror.threads import run_in_thread
+from tests.extent import Extent
 from tests.unit.hosted.kit import CONFIG, HostedKit, change_of, hosted_kit, index_of, manifest_of
 
 PUSHERS = 4
@@ -114,10 +115,10 @@ async def test_push_beside_collections_loses_nothing_that_a_manifest_names(
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(100, 140))
 async def test_many_pushes_beside_collections_lose_nothing_that_a_manifest_names(
-    tmp_path: Path, seed: int
+    tmp_path: Path, seed: int, extent: Extent
 ) -> None:
     async with hosted_kit(tmp_path / "data") as kit:
-        await push_beside_collections(kit, seed, rounds=60)
+        await push_beside_collections(kit, seed, rounds=extent.of(60))
 
 
 async def push_beside_collections(kit: HostedKit, seed: int, rounds: int) -> None:

@@ -121,7 +121,7 @@ def attack(mirror: Mirror, mode: str, path: str, seconds: int) -> subprocess.Pop
 @pytest.mark.row("HC7-slow-attacks")
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    "cut", [False, pytest.param(True, marks=pytest.mark.long)], ids=["beside", "until-cut"]
+    "cut", [False, pytest.param(True, marks=pytest.mark.long(125))], ids=["beside", "until-cut"]
 )
 def test_600_slow_attackers_do_not_stop_service_and_are_cut_off(
     cut: bool, tried: Callable[[int], None]

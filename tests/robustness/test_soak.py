@@ -19,6 +19,7 @@ from typing import Final
 
 import pytest
 
+from tests.extent import Extent
 from tests.real import images
 from tests.real.process import wait_until
 from tests.real.registry import DockerRegistry, NginxFront
@@ -235,8 +236,8 @@ def upstream() -> Iterator[tuple[NginxFront, list[images.Image]]]:
 @pytest.mark.parametrize(
     ("seconds", "seed", "at_once"),
     [
-        pytest.param(75, 2, 1, marks=pytest.mark.long),
-        pytest.param(75, 3, 2, marks=pytest.mark.long),
+        pytest.param(75, 2, 1, marks=pytest.mark.long(75)),
+        pytest.param(75, 3, 2, marks=pytest.mark.long(75)),
     ],
 )
 def test_soak_leaves_right_content_and_the_resources_of_before(
@@ -245,8 +246,10 @@ def test_soak_leaves_right_content_and_the_resources_of_before(
     seconds: int,
     seed: int,
     at_once: int,
-    tried: Callable[[int], None],
+    extent: Extent,
 ) -> None:
+    if not extent.is_whole:
+        seconds //= 2
     front, held = upstream
     clock, temporary = tmp_path / "clock", tmp_path / "temporary"
     clock.write_text("0")
@@ -281,7 +284,7 @@ def test_soak_leaves_right_content_and_the_resources_of_before(
                         run.result()
 
         clients.run_all(make_trouble)
-        tried(clients.pulls)
+        extent.tried(clients.pulls)
         assert clients.complete > clients.pulls / 10, "most of the time the mirror served"
 
         # --- afterwards: everything is served, and nothing is left -------------------------------

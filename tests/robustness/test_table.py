@@ -85,7 +85,7 @@ def test_the_table_names_files_that_exist() -> None:
 
 OLD = f"""before
 {BEGIN}
-| row | what is tried | test cases | tries in `make test` | in `make test-long` | where |
+| row | what is tried | test cases | tries in `make test` | in the long tests | where |
 |---|---|--:|--:|--:|---|
 | C1-sigkill-at-a-call | kills | 1 | 7 | 1,200 | `test_a.py` |
 | all | | 1 | 7 | 1,200 | |

@@ -16,9 +16,9 @@ from mirror.cli.doctor.findings import Checked, Finding
 from mirror.cli.doctor.machine_checks import damage_of
 from mirror.config.settings import Settings
 from mirror.inventory.hosted_names import QuotaUsage, read_hosted_usage
-from mirror.oci.errors import DAMAGED_NAMES_REMEDY, MirrorError
+from mirror.oci.errors import MirrorError
 from mirror.oci.text import size_text
-from mirror.store.hosted_marker import LOST_REMEDY
+from mirror.store.hosted_marker import DAMAGED_NAMES_REMEDY, LOST_REMEDY
 from mirror.store.layout import Layout
 
 _NEARLY_FULL_SHARE: Final = 0.9

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import bcrypt
@@ -73,11 +73,13 @@ class Signer:
     def __init__(self, kid: str | None = "one", kind: str = "RSA") -> None:
         self.kid = kid
         self.kind = kind
-        self.key: Any = (
-            rsa.generate_private_key(65537, 2048)
-            if kind == "RSA"
-            else ec.generate_private_key(ec.SECP256R1())
-        )
+
+    @cached_property
+    def key(self) -> Any:
+        """The private key. Made at its first use: each worker of pytest imports all tests."""
+        if self.kind == "RSA":
+            return rsa.generate_private_key(65537, 2048)
+        return ec.generate_private_key(ec.SECP256R1())
 
     @property
     def jwk(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from schemathesis.specs.openapi import checks as openapi_checks
 from mirror.admin.openapi import document, openapi_text
 from mirror.admin.operations import OPERATIONS
 from mirror.admin.response_schemas import RESPONSE_SCHEMAS
+from tests.extent import Extent
 from tests.unit.admin.kit import FULL, running_admin
 
 CHECKS = [
@@ -135,9 +136,9 @@ def test_wrong_requests_are_refused(url: str, label: str) -> None:
 @pytest.mark.parametrize("mode", [RIGHT, WRONG])
 @pytest.mark.parametrize("label", WITH_FIELDS)
 def test_server_follows_the_document_for_many_requests(
-    url: str, label: str, mode: GenerationMode
+    url: str, label: str, mode: GenerationMode, extent: Extent
 ) -> None:
-    hold_to_document(url, label, mode, examples=300)
+    hold_to_document(url, label, mode, examples=extent.of(300))
 
 
 def test_response_that_differs_from_the_document_is_found(url: str) -> None:

@@ -369,7 +369,7 @@ def test_documented_example_is_accepted_with_a_warning(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "htpasswd").write_text(htpasswd(ann="ann's"))
-    (tmp_path / "tokens.yaml").write_text("- {name: robot, token: 0123456789abcdef}\n")
+    (tmp_path / "tokens.yaml").write_text("- {name: ci, token: 0123456789abcdef}\n")
     (tmp_path / "jwks.json").write_bytes(key_set(Signer("one")))
     code, _, said = check(HUB + DOCUMENTED)
     assert (code, said.count("warning: ")) == (0, 1)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import time
 from pathlib import Path
 
 import pytest
 
+from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest
 from tests.unit.cli.cleaning_kit import LAYERS, URL, content, damage, fill, rows
 from tests.unit.cli.kit import Run, make_run
@@ -107,3 +109,47 @@ def test_hosted_content_stays_for_the_grace_time(run: Run, tmp_path: Path) -> No
     push_old(data)
     assert "\n0B freed\n" in run(URL, "gc", "--grace", "60d", more=HOSTED).out
     assert content(data, b"alone").exists()
+
+
+def test_cached_content_goes_and_gc_fails_if_hosted_content_cannot_be_collected(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = fill(tmp_path)
+    push_old(data)
+
+    async def refuse(*_: object) -> None:
+        raise StorageUnavailable("names.db: database or disk is full")
+
+    with monkeypatch.context() as patches:
+        patches.setattr("mirror.operations.hosted_collection.collect", refuse)
+        failed = run(URL, "gc", more=HOSTED)
+    assert (failed.code, "6B freed" in failed.out) == (1, True), failed
+    assert failed.err.splitlines()[-1] == "oci-mirror: names.db: database or disk is full"
+    assert not content(data, b"orphan").exists()
+    assert content(data, b"alone").exists()
+    assert run(URL, "gc", more=HOSTED).code == 0
+    assert not content(data, b"alone").exists()
+
+
+@pytest.mark.parametrize("kind", ["content", "hosted"])
+def test_gc_fails_if_the_disk_refuses_to_remove_content(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    data = fill(tmp_path)
+    push_old(data)
+    doomed = content(data, b"orphan" if kind == "content" else b"alone")
+    unlink = Path.unlink
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path == doomed:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(Path, "unlink", refuse)
+        failed = run(URL, "gc", more=HOSTED)
+    assert failed.code == 1
+    assert "kept: the disk refuses to remove it" in failed.out
+    assert doomed.exists()
+    assert run(URL, "gc", more=HOSTED).code == 0
+    assert not doomed.exists()

@@ -273,7 +273,7 @@ def test_images_pulled_in_turn_through_a_small_disk_are_predicted_as_misses(
     assert predicted == pytest.approx(actual, abs=0.03)
 
 
-@pytest.mark.long
+@pytest.mark.long(100)
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", [1])
 def test_prediction_from_a_sample_is_within_3_points(

@@ -193,7 +193,7 @@ async def test_damaged_hosted_content_stays_until_it_is_pushed_again(tmp_path: P
         (item,) = report.items
         assert (item.action, item.kind) == ("kept", "quarantine")
         # Not with warm: no upstream has it.
-        assert str(item.why).endswith("push its image again, or restore a backup")
+        assert str(item.why).startswith("a hosted image has lost it: push that image again")
         await kit.push_blob(OTHER_LAYER)
         report = await collect_garbage(kit.store, inventory_of(tmp_path, LATER), DEFAULT_GRACE_S)
         assert [(item.action, item.kind) for item in report.items] == [("removed", "quarantine")]

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from unittest.mock import patch
 
@@ -38,8 +39,9 @@ from mirror.store.store import Store
 from tests.real.process import need
 
 
+@lru_cache(maxsize=32)
 def random_bytes(size: int, seed: int = 1) -> bytes:
-    """The same bytes for the same seed."""
+    """The same bytes for the same seed. Cached: three modules need the same 96 MiB."""
     return random.Random(seed).randbytes(size)
 
 

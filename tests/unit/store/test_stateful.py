@@ -37,6 +37,7 @@ from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import Role
 from mirror.store.reader import Reader
 from mirror.store.store import Store
+from tests.extent import Extent
 from tests.unit.store.kit import (
     flip,
     image,
@@ -418,14 +419,15 @@ def test_the_store_matches_its_model() -> None:
     )
 
 
-@pytest.mark.long
+@pytest.mark.long(30)
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("part", range(4))
-def test_the_store_matches_its_model_for_long(part: int) -> None:
+def test_the_store_matches_its_model_for_long(part: int, extent: Extent) -> None:
     machine = type(f"StoreMachine{part}", (StoreMachine,), {})
     if settings().derandomize:
         # In CI, Hypothesis draws the same examples in each run: without a seed, in each part, too.
         seed(part)(machine)
     run_state_machine_as_test(
-        machine, settings=settings(max_examples=100, stateful_step_count=60, **PROFILE)
+        machine,
+        settings=settings(max_examples=extent.of(100), stateful_step_count=60, **PROFILE),
     )

@@ -63,6 +63,7 @@ EXPECTED = {
     "WholeManifestNeeded": (502, "MANIFEST_INVALID"),
     "Draining": (503, "UNAVAILABLE"),
     "ContentLost": (503, "UNAVAILABLE"),
+    "ContentUnreadable": (503, "UNAVAILABLE"),
     "StorageUnavailable": (503, "UNAVAILABLE"),
     "TooManyRequests": (429, "TOOMANYREQUESTS"),
 }
