@@ -90,8 +90,10 @@ class StoreMarks:
 
     async def block(self, target: str, reason: str) -> JsonObject:
         """Refuse images from now on."""
+        parsed, hosted = parse_target(target), self._mirror.hosted
+        settings = None if hosted is None else hosted.settings
         block = await marking.block(
-            self._layout, self._index, parse_target(target), reason, self._now()
+            self._layout, self._index, parsed, reason, self._now(), settings
         )
         return {"text": f"blocked {block.target}"}
 

@@ -88,9 +88,8 @@ def _block(arguments: argparse.Namespace) -> int:
 
     async def block() -> Block:
         async with opened_index(layout) as index:
-            return await marking.block(
-                layout, index, arguments.target, arguments.reason, time.time()
-            )
+            target, reason = arguments.target, arguments.reason
+            return await marking.block(layout, index, target, reason, time.time(), settings.hosted)
 
     one = asyncio.run(block())
     _report([_block_row(one)], [f"blocked {one.target}: {_SERVER_NOTE}"], arguments)

@@ -7,6 +7,10 @@ A blob is needed while a manifest of its repository refers to it (``parts``). A 
 told, also without a tag. It is *orphaned* once a rule has removed its last tag, or a deletion has
 removed the index or the subject that it belonged to. An orphaned manifest is needed again if a tag,
 an index or its subject is pushed.
+
+A tag such as ``sha256-<hex>.sig`` names the subject of its manifest
+(:func:`mirror.oci.descriptor.parse_referrers_tag`). Such a manifest stays as one with a subject
+does: the tag keeps it until it is orphaned, and goes with it.
 """
 
 from __future__ import annotations
@@ -16,7 +20,8 @@ from dataclasses import dataclass
 from sqlite3 import Connection
 
 from mirror.hosted import name_rows
-from mirror.hosted.name_rows import USE_STEP_S
+from mirror.hosted.name_rows import IS_TAG_OF_SUBJECT, USE_STEP_S
+from mirror.oci.descriptor import referrers_tag
 from mirror.oci.headers import OCTET_STREAM
 from mirror.oci.reference import Digest
 
@@ -48,7 +53,8 @@ def cutoff_of(now: float, grace: float) -> float:
 def orphan_dependents(connection: Connection, repository: str, digest: Digest, at: float) -> None:
     """Call before a manifest is deleted: orphan the manifests that belong to no other one.
 
-    These are the manifests that it lists, and its referrers. Those with a tag are not orphaned.
+    These are the manifests that it lists, its referrers, and those with a tag that says so. Those
+    with another tag are not orphaned.
 
     Args:
         connection: The database.
@@ -57,16 +63,23 @@ def orphan_dependents(connection: Connection, repository: str, digest: Digest, a
         at: The time from which they are orphans, in seconds since the epoch.
     """
     connection.execute(
-        "UPDATE manifests AS m SET orphaned_at = :at"
+        "UPDATE manifests AS m SET orphaned_at = :at"  # noqa: S608 - our own text
         " WHERE m.repository = :repository AND m.orphaned_at = 0 AND m.digest IN ("
         " SELECT digest FROM parts WHERE repository = :repository AND manifest = :digest"
         " UNION SELECT digest FROM manifests WHERE repository = :repository"
-        " AND subject = :digest AND subject <> '')"
+        " AND subject = :digest AND subject <> ''"
+        f" UNION SELECT digest FROM tags WHERE repository = :repository AND {IS_TAG_OF_SUBJECT})"
         " AND NOT EXISTS"
-        " (SELECT 1 FROM tags t WHERE t.repository = m.repository AND t.digest = m.digest)"
+        " (SELECT 1 FROM tags WHERE repository = m.repository AND digest = m.digest"
+        f" AND NOT ({IS_TAG_OF_SUBJECT}))"
         " AND NOT EXISTS (SELECT 1 FROM parts p WHERE p.repository = m.repository"
         " AND p.digest = m.digest AND p.manifest <> :digest)",
-        {"repository": repository, "digest": str(digest), "at": at},
+        {
+            "repository": repository,
+            "digest": str(digest),
+            "subject_tag": referrers_tag(digest),
+            "at": at,
+        },
     )
 
 

@@ -91,7 +91,15 @@ CREATE VIEW unnamed_manifests AS SELECT * FROM manifests m WHERE NOT EXISTS
     (SELECT 1 FROM tags t WHERE t.repository = m.repository AND t.digest = m.digest)
     AND NOT EXISTS
     (SELECT 1 FROM parts p WHERE p.repository = m.repository AND p.digest = m.digest);
-CREATE VIEW orphans AS SELECT * FROM unnamed_manifests m WHERE m.orphaned_at > 0 AND NOT EXISTS
+CREATE VIEW orphans AS SELECT * FROM manifests m WHERE m.orphaned_at > 0 AND NOT EXISTS
+    (SELECT 1 FROM tags t WHERE t.repository = m.repository AND t.digest = m.digest
+        AND (t.tag NOT GLOB 'sha[25][51][62]-[0-9a-f]*' OR EXISTS
+            (SELECT 1 FROM manifests s WHERE s.repository = m.repository
+            AND s.digest >= substr(t.tag, 1, 6) || ':' || substr(t.tag, 8, 64)
+            AND s.digest < substr(t.tag, 1, 6) || ':' || substr(t.tag, 8, 64) || 'g')))
+    AND NOT EXISTS
+    (SELECT 1 FROM parts p WHERE p.repository = m.repository AND p.digest = m.digest)
+    AND NOT EXISTS
     (SELECT 1 FROM manifests s WHERE s.repository = m.repository AND s.digest = m.subject);
 
 CREATE TRIGGER contents_added AFTER INSERT ON contents BEGIN

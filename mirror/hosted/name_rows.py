@@ -15,6 +15,7 @@ from sqlite3 import Connection
 from typing import Any, Final
 
 from mirror.hosted.pushed_manifest import PushedManifest
+from mirror.oci.descriptor import referrers_tag
 from mirror.oci.errors import PartsUnknown
 from mirror.oci.reference import Digest, Reference, Tag
 
@@ -112,6 +113,19 @@ def delete_blob(connection: Connection, repository: str, digest: Digest) -> int 
 
 # --- manifests and tags ---------------------------------------------------------------------------
 
+# A content, and all manifests above it. CROSS JOIN keeps the order: from the content up.
+_ABOVE: Final = (
+    "WITH RECURSIVE above (digest) AS (VALUES (:digest) UNION SELECT p.manifest"
+    " FROM above a CROSS JOIN parts p ON p.repository = :repository AND p.digest = a.digest)"
+)
+IS_TAG_OF_SUBJECT: Final = (
+    "(tag >= :subject_tag AND tag < :subject_tag || '/'"
+    " AND substr(tag, length(:subject_tag) + 1, 1) <> '-')"
+)
+"""Condition on tags that belong to a subject: ``:subject_tag``, or that with a point and an ending.
+
+``:subject_tag`` is the ``referrers_tag`` of the subject. Of the characters of tags, only the hyphen
+and the point come before the slash, so the first line is a range of the primary key."""
 _MANIFEST: Final = "SELECT m.digest, m.media_type, m.size, m.pulled_at FROM manifests m"
 
 
@@ -241,6 +255,12 @@ def add_manifest(
         " WHERE repository = ? AND subject = ? AND subject <> '' AND orphaned_at > 0",
         (repository, digest),
     )
+    connection.execute(
+        "UPDATE manifests SET orphaned_at = 0 WHERE repository = :repository AND digest IN"  # noqa: S608 - our own text
+        f" (SELECT digest FROM tags WHERE repository = :repository AND {IS_TAG_OF_SUBJECT})"
+        " AND orphaned_at > 0",
+        {"repository": repository, "subject_tag": referrers_tag(manifest.digest)},
+    )
     connection.executemany(
         "INSERT INTO tags VALUES (?, ?, ?, ?, ?) ON CONFLICT (repository, tag) DO UPDATE SET"
         " digest = excluded.digest, pushed_at = excluded.pushed_at, pushed_by = excluded.pushed_by",
@@ -258,11 +278,8 @@ def tags_above(connection: Connection, repository: str, digest: Digest) -> Itera
 
     The nearest come first, and no more rows are read than are asked for.
     """
-    # CROSS JOIN keeps the order: from the content up.
     rows = connection.execute(
-        "WITH RECURSIVE above (digest) AS (VALUES (:digest) UNION SELECT p.manifest"
-        " FROM above a CROSS JOIN parts p ON p.repository = :repository AND p.digest = a.digest)"
-        " SELECT t.tag FROM above a CROSS JOIN tags t"
+        f"{_ABOVE} SELECT t.tag FROM above a CROSS JOIN tags t"  # noqa: S608 - our own text
         " ON t.repository = :repository AND t.digest = a.digest",
         {"repository": repository, "digest": str(digest)},
     )
@@ -272,7 +289,11 @@ def tags_above(connection: Connection, repository: str, digest: Digest) -> Itera
 def mark_manifest_used(
     connection: Connection, repository: str, reference: Reference, now: float
 ) -> None:
-    """Record that a client has pulled a manifest, or may be about to push an index of it."""
+    """Record that a client has pulled a manifest, or may be about to push an index of it.
+
+    It is a use of each index that lists the manifest, too: clients that know the digest of a
+    platform's manifest do not ask for the index.
+    """
     digest = (
         str(reference)
         if isinstance(reference, Digest)
@@ -282,8 +303,9 @@ def mark_manifest_used(
         ).fetchone()[0]
     )
     connection.execute(
-        "UPDATE manifests SET pulled_at = ? WHERE repository = ? AND digest = ? AND pulled_at < ?",
-        (now, repository, digest, now - USE_STEP_S),
+        f"{_ABOVE} UPDATE manifests SET pulled_at = :now WHERE repository = :repository"  # noqa: S608 - our own text
+        " AND digest IN (SELECT digest FROM above) AND pulled_at < :since",
+        {"repository": repository, "digest": digest, "now": now, "since": now - USE_STEP_S},
     )
 
 

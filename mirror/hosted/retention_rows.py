@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from sqlite3 import Connection
 
 from mirror.hosted import collection_rows
+from mirror.oci.descriptor import parse_referrers_tag
 from mirror.oci.reference import Digest, Tag
 
 
@@ -30,13 +31,20 @@ class HostedImageRow:
 
 
 def tagged_images(connection: Connection) -> list[HostedImageRow]:
-    """Return all tags of all repositories, in order."""
+    """Return the tags of all repositories, in order, without those that belong to a subject.
+
+    A signature goes with its subject, and not by a rule.
+    """
     rows = connection.execute(
         "SELECT t.repository, t.tag, m.digest, m.media_type, m.size, t.pushed_at, m.pulled_at"
         " FROM tags t JOIN manifests m ON m.repository = t.repository AND m.digest = t.digest"
         " ORDER BY t.repository, t.tag"
     )
-    return [HostedImageRow(row[0], Tag(row[1]), Digest.parse(row[2]), *row[3:]) for row in rows]
+    return [
+        HostedImageRow(row[0], Tag(row[1]), Digest.parse(row[2]), *row[3:])
+        for row in rows
+        if parse_referrers_tag(row[1]) is None
+    ]
 
 
 def untagged_images(connection: Connection) -> list[HostedImageRow]:

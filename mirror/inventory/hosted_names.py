@@ -30,6 +30,7 @@ _TAGS: Final = (
     "SELECT t.repository, t.tag, t.digest, t.pushed_at, t.pushed_by FROM tags t"
     " ORDER BY t.repository, t.tag"
 )
+_TAG: Final = "SELECT digest FROM tags WHERE repository = ? AND tag = ?"
 # Manifests that no tag names, and that no other manifest of the repository lists.
 _UNTAGGED: Final = (
     "SELECT m.repository, '', m.digest, m.pushed_at, m.pushed_by FROM manifests m"
@@ -147,6 +148,17 @@ def read_hosted_names(layout: Layout, name: str | None) -> HostedNames:
     return HostedNames(names=names, media_types=media_types, contents=contents)
 
 
+def read_hosted_tag(layout: Layout, repository: Repository, tag: Tag) -> DigestText | None:
+    """Return the manifest that a tag of a hosted repository names. None: there is no such tag.
+
+    Raises ``StorageUnavailable``.
+    """
+    with _reading(layout) as query:
+        for row in query(_TAG, repository.path, str(tag)):
+            return str(row[0])
+    return None
+
+
 def read_uploads(layout: Layout, name: str) -> list[HostedUpload]:
     """Return the uploads in progress, the oldest first.
 
@@ -181,16 +193,16 @@ def _uploads(layout: Layout, name: str, rows: list[Any]) -> Iterator[HostedUploa
 
 
 @contextmanager
-def _reading(layout: Layout) -> Iterator[Callable[[str], Iterable[Any]]]:
+def _reading(layout: Layout) -> Iterator[Callable[..., Iterable[Any]]]:
     """Yield a function that runs a query, all in one state of the database. None: no rows."""
     path = layout.hosted_names
     if not has_hosted_names(layout):
-        yield lambda query: ()
+        yield lambda query, *values: ()
         return
     try:
         with closing(connect_to_read(path, _RECOVERY_TIMEOUT_S)) as database:
             database.execute("BEGIN")
-            yield lambda query: database.execute(query).fetchall()
+            yield lambda query, *values: database.execute(query, values).fetchall()
     except sqlite3.Error as error:
         raise StorageUnavailable(
             f"{path} cannot be read ({error}): check its permissions; if it is damaged, oci-mirror"

@@ -8,6 +8,7 @@ A file may be needed by the cache, too: then it stays, and is cache from now on.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from functools import partial
 from typing import Final
@@ -148,6 +149,11 @@ async def _remove_files(
     done = [one for one in released if one not in removal.kept]
     forget = partial(collection_rows.forget_released, digests=done)
     await database.write(forget, is_removal=True)
+    if len(removal.sizes) < len(done):
+        # The rest is cache now, and counts in its quota. Evicts only what is above that.
+        eviction = store.evictor.start(0)
+        if eviction is not None:
+            await asyncio.wait({eviction})
     return removal
 
 

@@ -14,6 +14,7 @@ from typing import Final
 
 from mirror.config.settings import Hosted
 from mirror.history.queries import find_tag_digests
+from mirror.inventory.hosted_names import read_hosted_tag
 from mirror.oci.block_target import Target
 from mirror.oci.errors import (
     DigestInvalid,
@@ -160,7 +161,9 @@ async def unpin(layout: Layout, names: Sequence[ImageName]) -> list[Pin]:
 # --- blocks ---------------------------------------------------------------------------------------
 
 
-async def block(layout: Layout, index: Index, target: Target, reason: str, now: float) -> Block:
+async def block(
+    layout: Layout, index: Index, target: Target, reason: str, now: float, hosted: Hosted | None
+) -> Block:
     """Refuse images from now on. Running responses end.
 
     The manifests that an image has now are refused in every repository, and under every tag: its
@@ -172,15 +175,16 @@ async def block(layout: Layout, index: Index, target: Target, reason: str, now: 
         target: An image, a repository (a name without tag and digest), a pattern, or a digest.
         reason: Clients are told it. Empty: none.
         now: Seconds since the epoch.
+        hosted: The settings of hosted repositories. None: there are none.
 
     Raises:
-        StorageUnavailable: The index or the marks cannot be read.
+        StorageUnavailable: The index, the hosted names or the marks cannot be read.
         OSError: The marks cannot be written.
         NameInvalid: The reason is too long, or has more than one line.
     """
     if len(reason) > MAX_REASON_CHARS or not reason.isprintable():
         raise NameInvalid(f"a reason is one line of at most {MAX_REASON_CHARS} characters")
-    digests = await _digests_of(layout, index, target)
+    digests = await _digests_of(layout, index, target, hosted)
 
     def add(marks: Marks) -> Marks:
         earlier = marks.blocks.get(str(target))
@@ -204,7 +208,7 @@ def why_incomplete(layout: Layout, target: Target, block: Block) -> str | None:
     """
     match target:
         case ImageName(_, Tag()) if not block.digests:
-            return "the tag is not in the cache: its digest is not refused under other names"
+            return "the tag is not here: its digest is not refused under other names"
         case Digest() as digest if not disk.has_whole(layout, digest):
             pass
         case ImageName(_, Digest() as digest) if not disk.has_whole(layout, digest):
@@ -230,11 +234,16 @@ async def unblock(layout: Layout, target: Target) -> Block | None:
     return removed[0] if removed else None
 
 
-async def _digests_of(layout: Layout, index: Index, target: Target) -> set[Digest]:
+async def _digests_of(
+    layout: Layout, index: Index, target: Target, hosted: Hosted | None
+) -> set[Digest]:
     """Return the manifests of a target: those that it names, and their children."""
     match target:
         case Digest() | ImageName(_, Digest()):
             digests = {target if isinstance(target, Digest) else _digest_of(target)}
+        case ImageName(repository, Tag() as tag) if hosted and hosted.has_image(str(target)):
+            text = await run_in_thread(read_hosted_tag, layout, repository, tag)
+            digests = set() if text is None else {Digest.parse(text)}
         case ImageName(_, Tag()) as name:
             digests = set((await tag_digests.read_tag_digests(layout, index, name)).all)
         case _:

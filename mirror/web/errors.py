@@ -78,6 +78,10 @@ _STATUS: Final[dict[type, int]] = {
     NamesDamaged: 503,
 }
 
+_STORAGE_RETRY_S: Final = 10
+"""Seconds until a client should try again if the disk is full or too few descriptors are free. An
+eviction takes seconds."""
+
 SAFE_HEADERS: Final = {
     # Content is the upstream's. A browser must not run it as a page of this server.
     "X-Content-Type-Options": "nosniff",
@@ -115,6 +119,8 @@ def error_headers(error: MirrorError) -> dict[str, str]:
         headers["Content-Range"] = unsatisfied_range(error.size)
     elif isinstance(error, Draining):
         headers["Retry-After"] = "1"
+    elif type(error) is StorageUnavailable:  # Its subclasses need an operator.
+        headers["Retry-After"] = str(_STORAGE_RETRY_S)
     elif isinstance(error, TooManyRequests):
         headers["Retry-After"] = str(_whole_seconds(error.retry_after))
     elif isinstance(error, UpstreamRateLimited) and (seconds := _whole_seconds(error.retry_after)):

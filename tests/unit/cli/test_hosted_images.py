@@ -18,7 +18,7 @@ import pytest
 from mirror.observability.hosted_events import Actor, HostedChange
 from mirror.oci.descriptor import OCI_INDEX
 from mirror.oci.reference import Digest
-from mirror.store.marks import Pin, change_marks
+from mirror.store.marks import Pin, change_marks, read_marks
 from tests.unit.cli.inventory_kit import CONFIG, Site
 from tests.unit.hosted.kit import CONFIG as HOSTED_CONFIG
 from tests.unit.hosted.kit import HostedKit, hosted_kit, index_of, manifest_of
@@ -303,6 +303,15 @@ def test_pin_of_an_image_that_is_hosted_since_then_is_not_absent(site: Site) -> 
 def test_block_of_a_hosted_repository_gets_no_warning(site: Site) -> None:
     _, _, errors = site.run("block", f"{NAME}/team/*")
     assert errors == ""
+
+
+def test_block_of_a_hosted_tag_has_the_digest_of_its_image(site: Site) -> None:
+    _, _, errors = site.run("block", f"{NAME}/team/app:v1")
+    assert errors == ""
+    (block,) = read_marks(site.data.layout).blocks.values()
+    assert block.digests == {TAGGED}
+    _, _, errors = site.run("block", f"{NAME}/team/app:missing")
+    assert "the tag is not here: its digest is not refused under other names" in errors
 
 
 def test_verify_names_the_command_if_an_upstream_has_the_content_too(site: Site) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from mirror.hosted import collection_rows
+from mirror.hosted import collection_rows, retention_rows
 from mirror.hosted.collection import collect, find_needless
 from mirror.hosted.collection_rows import NeedlessRow
 from mirror.hosted.name_rows import USE_STEP_S
-from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
+from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST, referrers_tag
 from mirror.oci.reference import Digest, Tag
 from tests.unit.hosted.kit import (
     NOW,
@@ -102,6 +103,57 @@ async def test_referrer_goes_with_its_subject_and_stays_if_the_subject_was_never
         collected = await digests(kit)
         assert signature in collected
         assert of_mirrored not in collected
+
+
+@pytest.mark.parametrize("ending", ["", ".sig", ".att", ".sbom", ".vex.json"])
+async def test_tag_of_a_subject_goes_with_it_and_stays_if_the_subject_was_never_here(
+    tmp_path: Path, ending: str
+) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        subject = await kit.push_image(b"layer", tag=None)
+        signature = await kit.push_image(b"sig", tag=referrers_tag(subject) + ending)
+        shared = await kit.push_image(b"both", tag=referrers_tag(subject) + ".other")
+        await kit.push_image(b"both", tag="usual")
+        mirrored = referrers_tag(Digest.of(b"elsewhere")) + ending
+        await kit.push_image(b"sig of a mirrored image", tag=mirrored)
+        assert await digests(kit, LATER + 10 * GRACE) == set()
+        await kit.service.delete_manifest("app", subject)
+        assert await digests(kit, NOW + GRACE) == set()
+        gone = {signature, Digest.of(b"layer"), Digest.of(b"sig")}
+        assert {row.digest for row in await find_needless(kit.database, LATER, GRACE)} == gone
+        assert await digests(kit) == gone
+        assert shared not in gone
+        tags, _ = await kit.service.tags("app", None, None)
+        assert set(tags) == {mirrored, referrers_tag(subject) + ".other", "usual"}
+
+
+async def test_tag_of_a_subject_goes_with_an_orphaned_subject_and_its_own_signature(
+    tmp_path: Path,
+) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        subject = await kit.push_image(b"layer", tag="v1")
+        signature = await kit.push_image(b"sig", tag=referrers_tag(subject) + ".sig")
+        second = await kit.push_image(b"sig of sig", tag=referrers_tag(signature) + ".sig")
+        remove = partial(
+            retention_rows.remove_unchanged,
+            rows=await kit.database.read(retention_rows.tagged_images),
+            now=NOW,
+        )
+        assert [row.digest for row in await kit.database.write(remove)] == [subject]
+        assert {subject, signature, second} <= await digests(kit)
+
+
+async def test_tag_of_a_subject_that_is_pushed_again_stays(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        subject = await kit.push_image(b"layer", tag="v1")
+        signature = await kit.push_image(b"sig", tag=referrers_tag(subject) + ".sig")
+        await kit.service.delete_manifest("app", subject)
+        await put(kit, manifest_of(b"layer"), "v1")
+        assert await digests(kit, LATER + 10 * GRACE) == set()
+        assert (
+            signature
+            == (await kit.service.find_manifest("app", Tag(referrers_tag(subject) + ".sig"))).digest
+        )
 
 
 @pytest.mark.parametrize("how", ["tag", "index", "subject", "pull"])

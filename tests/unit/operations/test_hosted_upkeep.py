@@ -16,7 +16,7 @@ from mirror.inventory.model import Inventory
 from mirror.inventory.read import read_inventory
 from mirror.observability.events import Event, HostedChange, LogMessage
 from mirror.observability.hosted_events import Actor
-from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
+from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST, referrers_tag
 from mirror.oci.errors import ManifestUnknown
 from mirror.oci.image_name import ImageName
 from mirror.oci.reference import Digest, Tag
@@ -108,6 +108,37 @@ async def test_older_than_counts_from_the_last_use_or_from_the_push(
         assert await tags_of(kit) == left
         word = "pushed 11 d ago" if age == "pushed" else "last used 11 d ago"
         assert word in {item.why for item in items if item.name == f"{NAME}/app:v2"}
+
+
+async def test_pull_of_a_platform_by_digest_is_a_use_of_its_indexes(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        platform = await kit.push_image(b"platform", tag=None)
+        index = index_of(manifest_of(b"platform"))
+        await kit.service.put_manifest("app", Tag("multi"), (), index, OCI_INDEX)
+        outer = json.dumps(
+            {
+                "schemaVersion": 2,
+                "mediaType": OCI_INDEX,
+                "manifests": [descriptor(index, OCI_INDEX)],
+            }
+        ).encode()
+        await kit.service.put_manifest("app", Tag("nested"), (), outer, OCI_INDEX)
+        await push_tags(kit, "v1")
+        kit.clock[0] += 10 * DAY
+        kit.service.mark_pulled("app", await kit.service.find_manifest("app", platform))
+        await kit.database.write(lambda connection: None)  # The record of the pull comes before.
+        kit.clock[0] += DAY
+        assert removed(await retain(kit, {"older_than": "5d"})) == {"app:v1"}
+        assert await tags_of(kit) == ["multi", "nested"]
+
+
+async def test_rules_are_not_about_tags_that_belong_to_a_subject(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        subject = await kit.push_image(b"layer", tag="main")
+        await push_tags(kit, f"{referrers_tag(subject)}.sig", referrers_tag(Digest.of(b"mirrored")))
+        rule = {"keep_last": 1, "older_than": "0s"}
+        assert await retain(kit, {"tags": "sha256-*", **rule}, rule) != []
+        assert len(await tags_of(kit)) == 3
 
 
 async def test_immutable_pinned_and_leased_images_stay(tmp_path: Path) -> None:
@@ -202,6 +233,21 @@ async def test_file_that_the_cache_needs_stays(tmp_path: Path) -> None:
         assert not kit.store.catalog.has_blob(Digest.of(b"alone"))
         with pytest.raises(Exception, match="does not have this blob"):
             await kit.service.blob_size("app", blob)
+
+
+async def test_file_that_becomes_cache_counts_in_the_quota_of_the_cache_at_once(
+    tmp_path: Path,
+) -> None:
+    async with hosted_kit(tmp_path, storage=Storage(max_size=10_000)) as kit:
+        layers = [letter * 6_000 for letter in (b"a", b"b")]
+        await kit.push_blob(layers[0])
+        for layer in layers:
+            await pull(kit.store, image(layer), "1.0", [b"{}", layer])
+        await until(lambda: any(not one.is_hosted for one in inventory_of(kit).images))
+        kit.clock[0] += 3 * DAY
+        await collect_all(kit)
+        left = [kit.store.catalog.has_blob(Digest.of(layer)) for layer in layers]
+        assert left.count(True) == 1
 
 
 async def test_command_plans_and_collects_beside_the_server(tmp_path: Path) -> None:

@@ -145,6 +145,11 @@ def test_every_error_body_is_printable_ascii_json(message: str, detail: str | No
     assert entry["message"].isprintable()
 
 
+def test_503_of_a_full_disk_says_when_to_try_again() -> None:
+    assert error_headers(errors.StorageUnavailable("the disk is full"))["Retry-After"] == "10"
+    assert "Retry-After" not in error_headers(errors.ContentUnreadable("an error of the disk"))
+
+
 def test_405_has_allow_and_416_has_content_range() -> None:
     assert error_headers(errors.MethodUnsupported("x"))["Allow"] == "GET, HEAD"
     assert error_headers(RangeNotSatisfiable(7))["Content-Range"] == "bytes */7"
