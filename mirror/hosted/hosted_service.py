@@ -300,15 +300,17 @@ class HostedService:
 
     @asynccontextmanager
     async def _stored(self, digest: Digest, body: bytes) -> AsyncIterator[None]:
-        """Make bytes durable as content, and keep them from eviction while the block runs."""
+        """Make bytes durable as content, and keep them while the block commits their row."""
+        layout, now = self._store.layout, self._now()
+        run = partial(asyncio.get_running_loop().run_in_executor, self._publishing)
         with disk_errors():
-            fd, is_new = await asyncio.get_running_loop().run_in_executor(
-                self._publishing,
-                partial(upload_files.store_body, self._store.layout, digest, body, self._now()),
-            )
+            fd, is_new = await run(partial(upload_files.store_body, layout, digest, body, now))
         try:
             self._store.on_pushed(digest, len(body), is_new=is_new)
             yield
+            keep = partial(upload_files.keep_published, layout, digest, fd, now)
+            with disk_errors():
+                await run(keep)
         finally:
             os.close(fd)
 

@@ -9,9 +9,10 @@ feeds an upload holds the lock of the file. Before it unlocks the file, what the
 falls back to the length of the file: an upload that nobody feeds keeps nothing from others. To
 finish an upload, its bytes are verified, synced, and renamed to content; then the row of the blob
 is written, in the same transaction that deletes the row of the upload. A crash before that leaves
-the upload, or content that no row names. An error of the disk ends the upload: an ``fsync`` that
-failed once may report success later without having written anything
-(:func:`mirror.store.disk.publish`), so the client has to send the bytes again.
+the upload, or content that no row names. Another file of the same content that a fetch or a push
+has published meanwhile is as good (:func:`mirror.hosted.upload_files.keep_published`). An error of
+the disk ends the upload: an ``fsync`` that failed once may report success later without having
+written anything (:func:`mirror.store.disk.publish`), so the client has to send the bytes again.
 """
 
 from __future__ import annotations
@@ -290,6 +291,9 @@ class UploadSessions:
             name_rows.add_blob(connection, feed.row.repository, digest, size, self._now())
 
         await self._database.write(record)
+        keep = partial(upload_files.keep_published, self._layout, digest, writer.fd, self._now())
+        with disk_errors():
+            await writer.run_last(self._publishing, keep)
         return size
 
     def _publish(self, upload_id: str, writer: UploadWriter, digest: Digest) -> bool:

@@ -16,13 +16,14 @@ import re
 import secrets
 import stat
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from mirror.oci.errors import StorageUnavailable
-from mirror.oci.reference import Digest
-from mirror.store.disk import Layout, is_at, open_locked, open_whole, try_lock
+from mirror.oci.reference import Digest, Verifier
+from mirror.store.disk import Layout, is_at, open_locked, open_whole, sync_directory, try_lock
 from mirror.store.ingest_writer import ShortWrite, write_all
 from mirror.store.private_directory import make_private_directory
 
@@ -32,8 +33,8 @@ _EVICTION_TIMEOUT_S: Final = 10.0
 """Seconds to wait for an eviction that removes the same content. It takes microseconds."""
 _NANOSECONDS: Final = 10**9
 """Nanoseconds in a second."""
-# Some file systems cannot sync a directory. There a rename is as durable as it gets.
-_NO_DIRECTORY_SYNC: Final = frozenset({errno.EINVAL, errno.ENOTSUP})
+_COPIED_BYTES: Final = 1024 * 1024
+"""Bytes that are read and written at a time where content is copied: few calls, little memory."""
 
 
 def is_upload_id(text: str) -> bool:
@@ -141,7 +142,7 @@ def publish_upload(layout: Layout, path: Path, fd: int, digest: Digest, now: flo
 
     Content of the same digest is replaced: its last verification may be old, and these bytes were
     hashed just now. The descriptor keeps a shared lock, so nothing evicts the content until the
-    caller closes it. By then a row has to name it.
+    caller closes it. By then a row has to name it, and :func:`keep_published` was called.
 
     Args:
         layout: The data directory.
@@ -154,7 +155,9 @@ def publish_upload(layout: Layout, path: Path, fd: int, digest: Digest, now: flo
         True if there was no such content before.
 
     Raises:
-        OSError: One of the steps failed. An ``fsync`` that failed is never tried again.
+        OSError: One of the steps failed. An ``fsync`` that failed is never tried again. If only the
+            directory could not be synced, the content stays, and others may have it: without a row
+            it is cache.
         StorageUnavailable: An eviction of the same content does not end.
     """
     target = layout.blob(digest)
@@ -170,7 +173,7 @@ def publish_upload(layout: Layout, path: Path, fd: int, digest: Digest, now: flo
     directory = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         path.rename(target)
-        _sync_directory(directory, target, is_new=earlier is None)
+        sync_directory(directory)
     finally:
         os.close(directory)
         if earlier is not None:
@@ -178,15 +181,52 @@ def publish_upload(layout: Layout, path: Path, fd: int, digest: Digest, now: flo
     return earlier is None
 
 
-def _sync_directory(directory: int, target: Path, *, is_new: bool) -> None:
+def keep_published(layout: Layout, digest: Digest, fd: int, now: float) -> None:
+    """Call once the row of published content is committed, and before that is acknowledged.
+
+    A fetch or another push of the same digest may have put its own file at the path since, which
+    the lock of ``fd`` does not protect: an eviction that did not see the row yet may have removed
+    it. Now that the row is there, no eviction removes a file that is found here. If there is none,
+    the content is copied from ``fd``.
+
+    Args:
+        layout: The data directory.
+        digest: The content.
+        fd: Its published file.
+        now: Seconds since the epoch.
+
+    Raises:
+        OSError: The disk refuses.
+        DigestMismatch: The copy has other bytes. It is not published.
+        StorageUnavailable: An eviction of the same content does not end.
+    """
+    target = layout.blob(digest)
+    if is_at(fd, target):
+        return
+    # An eviction that holds the lock of the other file ends first.
+    other = lease_content(layout, digest)
+    if other is None:
+        other, _ = _store(layout, digest, _read_verified(fd, digest), now)
+    else:  # Whoever has put it there may not have made that durable yet.
+        _sync_directory_of(target)
+    os.close(other)
+
+
+def _read_verified(fd: int, digest: Digest) -> Iterator[bytes]:
+    # After a cancellation, the number of the descriptor may be that of another file.
+    verifier = Verifier(digest)
+    while data := os.pread(fd, _COPIED_BYTES, verifier.position):
+        verifier.update(data)
+        yield data
+    verifier.finish()
+
+
+def _sync_directory_of(path: Path) -> None:
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(directory)
-    except OSError as error:
-        if error.errno in _NO_DIRECTORY_SYNC:
-            return
-        if is_new:  # Otherwise other repositories may have it. Either file has the same bytes.
-            target.unlink(missing_ok=True)
-        raise
+        sync_directory(directory)
+    finally:
+        os.close(directory)
 
 
 def lease_content(layout: Layout, digest: Digest) -> int | None:
@@ -229,13 +269,19 @@ def store_body(layout: Layout, digest: Digest, body: bytes, now: float) -> tuple
         OSError: One of the steps failed.
         StorageUnavailable: See :func:`publish_upload`.
     """
+    return _store(layout, digest, [body], now)
+
+
+def _store(layout: Layout, digest: Digest, chunks: Iterable[bytes], now: float) -> tuple[int, bool]:
     draft = path_of(layout, secrets.token_hex(16))
     make_private_directory(draft.parent)
     fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:
         try_lock(fd)  # No sweep removes it.
+        position = 0
         try:
-            write_all(fd, [body], 0)
+            for chunk in chunks:
+                position = write_all(fd, [chunk], position)
         except ShortWrite as short:
             raise short.cause from short
         return fd, publish_upload(layout, draft, fd, digest, now)

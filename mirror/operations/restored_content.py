@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from mirror.hosted import upload_files
+from mirror.hosted.sessions import disk_errors
 from mirror.oci.descriptor import MANIFEST_LIMIT
 from mirror.oci.errors import DigestInvalid, DigestMismatch, InvalidRequest, StorageUnavailable
 from mirror.oci.reference import Digest, Verifier
@@ -71,7 +72,7 @@ class RestoredContent:
     async def leased(
         self, digests: Iterable[Digest]
     ) -> AsyncIterator[dict[Digest, LeasedContent | InvalidRequest]]:
-        """Bring contents here, and keep them while the block runs.
+        """Bring contents here, and keep them while the block commits their rows.
 
         Yields each one, or why there is none. Each needs a descriptor: ask for some at a time.
 
@@ -83,6 +84,7 @@ class RestoredContent:
                 if isinstance(content, LeasedContent):
                     self._count(digest, content)
             yield leased
+            await run_in_thread(self._keep_all, leased)
         finally:
             _close_all(leased.values())
 
@@ -135,6 +137,13 @@ class RestoredContent:
             _close_all(leased.values())
             raise refused
         return leased
+
+    def _keep_all(self, leased: dict[Digest, LeasedContent | InvalidRequest]) -> None:
+        layout, now = self._store.layout, self._store.now()
+        with disk_errors("content cannot be restored"):
+            for digest, content in leased.items():
+                if isinstance(content, LeasedContent):
+                    upload_files.keep_published(layout, digest, content.fd, now)
 
     def _try_lease(self, digest: Digest) -> LeasedContent | InvalidRequest | StorageUnavailable:
         try:

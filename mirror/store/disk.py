@@ -405,10 +405,11 @@ def publish(layout: Layout, digest: Digest, fd: int, now: float) -> None:
         now: Its last use, in seconds since the epoch.
 
     Raises:
-        OSError: One of these steps failed. Nothing is left under ``blobs/``, and the ingest file is
-            removed. An ``fsync`` that failed once may report success later without having written
-            anything (Rebello et al., "Can Applications Recover from fsync Failures?"), so it is
-            never tried again.
+        OSError: One of these steps failed, and the ingest file is removed. An ``fsync`` that failed
+            once may report success later without having written anything (Rebello et al., "Can
+            Applications Recover from fsync Failures?"), so it is never tried again. If only the
+            directory could not be synced, the content stays: its bytes are whole, and its path may
+            name a file that a push has put there meanwhile.
     """
     source, target = layout.ingest(digest), layout.blob(digest)
     try:
@@ -435,11 +436,7 @@ def _rename_durably(source: Path, target: Path, fd: int, directory: int, used: i
     # From now on clients can open it as whole content, and its readers share the lock.
     fcntl.flock(fd, fcntl.LOCK_SH)
     source.rename(target)
-    try:
-        sync_directory(directory)
-    except OSError:
-        target.unlink(missing_ok=True)
-        raise
+    sync_directory(directory)
 
 
 def sync_directory(fd: int) -> None:

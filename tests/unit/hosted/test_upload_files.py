@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from mirror.hosted import upload_files
+from mirror.oci.errors import DigestMismatch
 from mirror.oci.reference import Digest
+from mirror.store import disk
 from mirror.store.disk import Layout, has_our_mtime, open_whole
 
 ID = "0123456789abcdef" * 2
@@ -114,7 +116,7 @@ def test_directory_that_cannot_be_synced_leaves_the_content_that_others_have(
     path, fd = written(layout)
     with pytest.raises(OSError, match="Input/output"):
         upload_files.publish_upload(layout, path, fd, DIGEST, NOW)
-    assert not layout.blob(DIGEST).exists(), "what was not synced is not there"
+    assert layout.blob(DIGEST).read_bytes() == DATA, "without a row it is cache"
     os.close(fd)
     layout.blob(DIGEST).write_bytes(DATA)
     path, fd = written(layout)
@@ -122,6 +124,78 @@ def test_directory_that_cannot_be_synced_leaves_the_content_that_others_have(
         upload_files.publish_upload(layout, path, fd, DIGEST, NOW)
     assert layout.blob(DIGEST).read_bytes() == DATA
     os.close(fd)
+
+
+def fetched(layout: Layout) -> None:
+    """Publish the same content by a proxied fetch."""
+    fd = disk.open_ingest(layout, DIGEST)
+    os.write(fd, DATA)
+    disk.publish(layout, DIGEST, fd, NOW)
+    os.close(fd)
+
+
+def test_file_that_a_fetch_has_put_in_place_of_a_push_is_kept_from_the_first_row_on(
+    tmp_path: Path,
+) -> None:
+    layout = Layout(tmp_path)
+    fd, _ = upload_files.store_body(layout, DIGEST, DATA, NOW)
+    fetched(layout)
+    ours = layout.blob(DIGEST).lstat()
+    assert not disk.is_at(fd, layout.blob(DIGEST))
+    upload_files.keep_published(layout, DIGEST, fd, NOW)
+    os.close(fd)
+    assert os.path.samestat(ours, layout.blob(DIGEST).lstat()), "nothing was copied"
+
+
+def test_content_that_an_eviction_took_before_the_row_is_brought_back(tmp_path: Path) -> None:
+    """A fetch replaced the file of the push, so the eviction found it without a lock."""
+    layout = Layout(tmp_path)
+    fd, _ = upload_files.store_body(layout, DIGEST, DATA, NOW)
+    fetched(layout)
+    with disk.open_locked(layout.blob(DIGEST)) as evicted:
+        assert evicted is not None, "the lock of the push is on another file"
+        thread = threading.Thread(
+            target=upload_files.keep_published, args=(layout, DIGEST, fd, NOW)
+        )
+        thread.start()
+        thread.join(0.05)
+        assert thread.is_alive(), "it waits for the eviction"
+        layout.blob(DIGEST).unlink()
+    thread.join(10)
+    os.close(fd)
+    assert layout.blob(DIGEST).read_bytes() == DATA
+    assert has_our_mtime(layout.blob(DIGEST).lstat())
+    assert list(layout.uploads.iterdir()) == []
+
+
+def test_content_is_not_brought_back_with_other_bytes(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    fd, _ = upload_files.store_body(layout, DIGEST, DATA, NOW)
+    layout.blob(DIGEST).unlink()
+    os.pwrite(fd, b"x", 0)
+    with pytest.raises(DigestMismatch):
+        upload_files.keep_published(layout, DIGEST, fd, NOW)
+    os.close(fd)
+    assert not layout.blob(DIGEST).exists()
+    assert list(layout.uploads.iterdir()) == []
+
+
+def test_push_whose_directory_sync_fails_leaves_the_file_that_another_push_has_put_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout, sync = Layout(tmp_path), os.fsync
+
+    def fail(fd: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{fd}"):
+            monkeypatch.setattr(os, "fsync", sync)
+            os.close(upload_files.store_body(layout, DIGEST, DATA, NOW)[0])
+            raise OSError(errno.EIO, "Input/output error")
+        sync(fd)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        upload_files.store_body(layout, DIGEST, DATA, NOW)
+    assert layout.blob(DIGEST).read_bytes() == DATA
 
 
 def test_small_content_is_stored_and_leased(tmp_path: Path) -> None:
