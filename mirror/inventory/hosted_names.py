@@ -30,7 +30,7 @@ _TAGS: Final = (
     "SELECT t.repository, t.tag, t.digest, t.pushed_at, t.pushed_by FROM tags t"
     " ORDER BY t.repository, t.tag"
 )
-_TAG: Final = "SELECT digest FROM tags WHERE repository = ? AND tag = ?"
+_SELECT_TAG: Final = "SELECT digest FROM tags WHERE repository = ? AND tag = ?"
 # Manifests that no tag names, and that no other manifest of the repository lists.
 _UNTAGGED: Final = (
     "SELECT m.repository, '', m.digest, m.pushed_at, m.pushed_by FROM manifests m"
@@ -151,10 +151,16 @@ def read_hosted_names(layout: Layout, name: str | None) -> HostedNames:
 def read_hosted_tag(layout: Layout, repository: Repository, tag: Tag) -> DigestText | None:
     """Return the manifest that a tag of a hosted repository names. None: there is no such tag.
 
-    Raises ``StorageUnavailable``.
+    Args:
+        layout: The data directory.
+        repository: The repository. Its host is not looked at.
+        tag: The tag.
+
+    Raises:
+        StorageUnavailable: There are hosted names, and they cannot be read.
     """
     with _reading(layout) as query:
-        for row in query(_TAG, repository.path, str(tag)):
+        for row in query(_SELECT_TAG, repository.path, str(tag)):
             return str(row[0])
     return None
 
