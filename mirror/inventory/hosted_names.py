@@ -30,7 +30,7 @@ _TAGS: Final = (
     "SELECT t.repository, t.tag, t.digest, t.pushed_at, t.pushed_by FROM tags t"
     " ORDER BY t.repository, t.tag"
 )
-_DIGEST_OF_TAG: Final = "SELECT digest FROM tags WHERE repository = ? AND tag = ?"
+_SELECT_TAG: Final = "SELECT digest FROM tags WHERE repository = ? AND tag = ?"
 # Manifests that no tag names, and that no other manifest of the repository lists.
 _UNTAGGED: Final = (
     "SELECT m.repository, '', m.digest, m.pushed_at, m.pushed_by FROM manifests m"
@@ -153,14 +153,14 @@ def read_hosted_tag(layout: Layout, repository: Repository, tag: Tag) -> DigestT
 
     Args:
         layout: The data directory.
-        repository: The hosted repository.
+        repository: The repository. Its host is not looked at.
         tag: The tag.
 
     Raises:
-        StorageUnavailable: The names cannot be read.
+        StorageUnavailable: There are hosted names, and they cannot be read.
     """
     with _reading(layout) as query:
-        for row in query(_DIGEST_OF_TAG, repository.path, str(tag)):
+        for row in query(_SELECT_TAG, repository.path, str(tag)):
             return str(row[0])
     return None
 
