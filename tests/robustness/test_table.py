@@ -155,7 +155,7 @@ def test_without_a_count():
 """
 
 
-@pytest.mark.parametrize("processes", [0, 3])
+@pytest.mark.parametrize("processes", [0, pytest.param(3, marks=pytest.mark.long)])
 def test_table_is_the_same_from_one_or_several_processes(tmp_path: Path, processes: int) -> None:
     (tmp_path / "test_suite.py").write_text(SUITE)
     document = tmp_path / "table.md"
