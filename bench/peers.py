@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from bench.measure import REPOSITORY
 from tests.real import images
-from tests.real.process import Program, find_go_program
+from tests.real.process import Program, find_go_program, go_program
 from tests.real.registry import DockerRegistry, NginxFront
 from tests.real.server import Mirror
 from tests.real.wire import ask
@@ -56,6 +56,15 @@ class Drayage(Program):
             return ask(f"{self.url}/v2/", timeout=2).status < 500
         except OSError:
             return False
+
+
+class Distribution3(DockerRegistry):
+    """Distribution 3, which ``go install`` builds as ``registry``. Debian has Distribution 2.8."""
+
+    name = "registry-3"
+
+    def command(self) -> Sequence[str | Path]:
+        return [go_program("registry"), *list(super().command())[1:]]
 
 
 class Zot(Program):

@@ -22,7 +22,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from bench.measure import MIB, back_memory, costs
-from bench.peers import Zot
+from bench.peers import Distribution3, Zot
 from bench.table import Run
 from tests.real.process import find_go_program, free_port, need
 from tests.real.registry import DockerRegistry
@@ -133,6 +133,8 @@ def _push(run: Run) -> Iterator[str]:
     with ExitStack() as stack, tempfile.TemporaryDirectory(prefix="push-") as directory:
         servers = {"oci-mirror, 1 worker": _hosting(stack)[1]}
         servers["docker-registry"] = stack.enter_context(DockerRegistry()).url
+        if find_go_program("registry") is not None:
+            servers["Distribution 3"] = stack.enter_context(Distribution3()).url
         if find_go_program("zot") is not None:
             servers["zot"] = stack.enter_context(Zot()).url
         large: dict[str, list[float]] = {name: [] for name in servers}
