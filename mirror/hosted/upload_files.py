@@ -245,8 +245,10 @@ def lease_content(layout: Layout, digest: Digest) -> int | None:
         if opened is not None:
             return opened[0]
         try:
-            layout.blob(digest).lstat()
+            status = layout.blob(digest).lstat()
         except FileNotFoundError:
+            return None
+        if not stat.S_ISREG(status.st_mode):
             return None
         if time.monotonic() > deadline:
             raise StorageUnavailable("an eviction of the same content does not end")

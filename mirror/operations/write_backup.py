@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from mirror.hosted.snapshot import Snapshot, opened_snapshot
+from mirror.hosted.upload_files import lease_content
 from mirror.oci.errors import DigestMismatch
 from mirror.oci.reference import Digest, Repository
 from mirror.operations.backup_files import BackupTarget, opened_target
 from mirror.operations.backup_rows import write_rows
-from mirror.store import disk
 from mirror.store.image_layout import FIRST_LINE, LAST_LINE, index_line
 from mirror.store.layout import Layout
 from mirror.store.records import NamedManifest
@@ -88,12 +88,12 @@ def _add_content(
 
 def _has_added(layout: Layout, target: BackupTarget, digest: Digest, size: int) -> bool:
     """Add content to a backup. Returns False if it is lost or damaged here."""
-    opened = disk.open_whole(layout, digest)
-    if opened is None:
+    # A removal may look at it at this moment, and leave it: the backup has its name.
+    fd = lease_content(layout, digest)
+    if fd is None:
         return False
-    fd, status = opened
     try:
-        if status.st_size != size:
+        if os.fstat(fd).st_size != size:
             return False
         target.add(digest, fd, layout.blob(digest), size)
     except DigestMismatch:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
 import io
 import json
 import os
@@ -22,6 +24,7 @@ from mirror.oci.reference import Digest, Tag
 from mirror.operations.restore import RestoreReport, restore_backup
 from mirror.operations.write_backup import BackupReport, write_backup
 from mirror.store import disk
+from mirror.threads import run_in_thread
 from tests.robustness.kit import every_file_hashes_to_its_name
 from tests.unit.hosted.kit import (
     CONFIG,
@@ -171,6 +174,18 @@ async def test_content_that_is_deleted_while_a_backup_reads_stays_until_its_end(
             assert digest in dict(snapshot.contents())
         await kit.store.evictor.remove([blob])
         assert not kit.store.catalog.has_blob(digest)
+
+
+async def test_content_that_a_removal_looks_at_meanwhile_is_not_called_lost(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path / "data") as kit:
+        await kit.push_image(b"layer", tag="v1")
+        file = kit.store.layout.blob(Digest.of(b"layer")).open("rb")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        # As a removal does, which leaves content that the backup names.
+        asyncio.get_running_loop().call_later(0.2, file.close)
+        report = await run_in_thread(write_backup, kit.store.layout, NAME, tmp_path / "backup")
+        assert file.closed
+        assert report.missing == []
 
 
 async def test_copy_of_a_killed_backup_keeps_nothing_and_is_removed(tmp_path: Path) -> None:
