@@ -23,7 +23,8 @@ test: packages
 lint: $(VENV)/.installed-dev
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	$(PYTHON) -m mypy mirror tests/real tests/conftest.py tools/readability.py tools/request_path.py
+	$(PYTHON) -m mypy
+	$(PYTHON) -m mypy tests/real tests/conftest.py tools/readability.py tools/request_path.py
 	$(PYTHON) tools/readability.py
 
 # The linters run beside the tests. Their output is kept apart, and shown at the end if one failed.
