@@ -60,7 +60,7 @@ class AccessControl:
         self._now = now
         self._rules: Rules | None = None
         self.is_enforced = False
-        """Whether there are rules. Otherwise everybody may do everything."""
+        """Whether there are rules. Without any, everybody may do all that needs no admin."""
         self._logins = ClientLogins(now)
         self._names = KnownNames(Layout(Path(settings.data_dir)).user_names)
         self._realm = ""

@@ -75,12 +75,9 @@ async def restore_backup(
         try:
             with source.opened(METADATA) as metadata:
                 has_rows = metadata is not None
-            if has_rows:
-                restore = BackupRestore(source, content, hosted, database, store, actor)
-                report = await restore.run(may_replace=may_replace)
-            else:
-                layout = LayoutRestore(source, content, hosted, database, store, actor)
-                report = await layout.run(may_replace=may_replace)
+            kind = BackupRestore if has_rows else LayoutRestore
+            restore = kind(source, content, hosted, database, store, actor)
+            report = await restore.run(may_replace=may_replace)
             report.contents, report.bytes = content.copied, content.copied_bytes
             return report
         finally:
