@@ -187,9 +187,12 @@ class HostedService:
 
         Raises ``BlobUnknown`` if that is not recorded in time, and a collection may soon remove it.
         """
-        mark = partial(
-            name_rows.mark_blob_used, repository=repository, digest=digest, now=self._now()
-        )
+        now = self._now()
+        # A push asks for each of its blobs, and most are new: reading costs less than a commit.
+        is_due = partial(name_rows.is_blob_mark_due, repository=repository, digest=digest, now=now)
+        if not await self._database.read(is_due):
+            return
+        mark = partial(name_rows.mark_blob_used, repository=repository, digest=digest, now=now)
         if await self._write_mark(mark):
             return
         # A collection of another process may have the lock before us.

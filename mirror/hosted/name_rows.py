@@ -85,6 +85,15 @@ def mount_blob(
     return size
 
 
+def is_blob_mark_due(connection: Connection, repository: str, digest: Digest, now: float) -> bool:
+    """Return whether :func:`mark_blob_used` would record anything: not of a missing blob."""
+    row = connection.execute(
+        "SELECT 1 FROM blobs WHERE repository = ? AND digest = ? AND used_at < ?",
+        (repository, str(digest), now - USE_STEP_S),
+    ).fetchone()
+    return row is not None
+
+
 def mark_blob_used(connection: Connection, repository: str, digest: Digest, now: float) -> None:
     """Record that a client has just asked for a blob. It may push a manifest that names it."""
     connection.execute(

@@ -24,6 +24,7 @@ import secrets
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from sqlite3 import Connection
 from typing import Final, TypeVar, TypeVarTuple
@@ -61,14 +62,25 @@ _ORPHAN_TTL_S: Final = 60.0
 ends."""
 _UPLOAD_STEP_BYTES: Final = 64 * 1024 * 1024
 """Bytes that an upload of unknown length reserves at a time: each step is one small transaction."""
+_UNRESERVED_BYTES: Final = 64 * 1024
+"""Bytes that an upload may reach without a reservation. The quota is checked when it is finished:
+a push of many small blobs has one transaction less for each."""
 _MEMORY_BYTES: Final = 8 * 1024 * 1024
 """Bytes of all uploads of a process that wait for the disk. Each may hold 256 KiB anyway.
 
 More would not make a push faster: the disk takes batches of this size well."""
-_MAX_HASHES: Final = 1000
-"""Running hashes that are kept between two requests of an upload. Without its hash, an upload is
-hashed once more from the disk when it is finished."""
+_MAX_KNOWN: Final = 1000
+"""Uploads that are remembered between two of their requests. Of any other one, the row is read
+again, and its bytes are hashed once more from the disk when it is finished."""
 _GONE: Final = "there is no such upload: it was finished, cancelled or abandoned"
+
+
+@dataclass(frozen=True, slots=True)
+class _KnownUpload:
+    """An upload as this process has left it."""
+
+    row: UploadRow
+    running_hash: RunningHash
 
 
 class UploadSessions:
@@ -93,7 +105,7 @@ class UploadSessions:
         self._boot = boot_id()
         self._loop = asyncio.get_running_loop()
         self._memory = MemoryBudget(_MEMORY_BYTES)
-        self._hashes: LRUCache[str, RunningHash] = LRUCache(_MAX_HASHES)
+        self._known: LRUCache[str, _KnownUpload] = LRUCache(_MAX_KNOWN)
         self._writers: dict[str, UploadWriter] = {}
         """The uploads that a request of this process feeds, or has fed a moment ago."""
         # Each kind of blocking work has its own pool, so that none waits for another.
@@ -129,13 +141,19 @@ class UploadSessions:
             *(upload_id, repository, user, size or 0, self._boot, self._now()),
             owner=user if owner is None else owner,
         )
-        begin = partial(upload_rows.begin_upload, row=row, hosted=self._hosted)
+
+        def begin(connection: Connection) -> str | None:
+            ended = upload_rows.begin_upload(connection, row, self._hosted)
+            # Here, and not in a thread of its own: a push of small blobs waits for each thread. A
+            # file whose row is not committed is removed like any other without a row.
+            with disk_errors():
+                upload_files.create(self._layout, upload_id)
+            return ended
+
         ended = await self._database.write(begin, is_durable=False)
-        await self._run(upload_files.create, self._layout, upload_id)
         if ended is not None:
             await self._remove_unless_fed(ended)
-        if algorithm != "sha256":
-            self._hashes[upload_id] = RunningHash(algorithm)
+        self._known[upload_id] = _KnownUpload(row, RunningHash(algorithm))
         return upload_id
 
     async def open(
@@ -169,18 +187,21 @@ class UploadSessions:
         if opened is None:
             raise UploadUnknown(_GONE)
         fd, position = opened
+        known = self._known.get(upload_id)
         try:
             # Under the lock: the request before this one has given back what it had reserved.
-            row = await self._find(upload_id, repository, user)
+            row = await self._find(upload_id, repository, user, position)
         except BaseException:
             if fd is not None:
                 os.close(fd)
             raise
         if fd is None:
             raise UploadOutOfOrder("another request feeds this upload", position)
-        running_hash = self._hashes.pop(upload_id, None)
-        if running_hash is None or running_hash.position > position:
+        self._known.pop(upload_id, None)
+        if known is None or known.running_hash.position > position:
             running_hash = RunningHash("sha256")
+        else:
+            running_hash = known.running_hash
 
         def before_unlock(length: int) -> asyncio.Future[None] | None:
             if feed.reserved <= length:
@@ -191,7 +212,8 @@ class UploadSessions:
 
         def on_closed() -> None:
             if not feed.has_ended:
-                self._hashes[upload_id] = running_hash
+                left = replace(row, reserved=min(feed.reserved, running_hash.position))
+                self._known[upload_id] = _KnownUpload(left, running_hash)
             del self._writers[upload_id]
 
         writer = UploadWriter(
@@ -228,11 +250,19 @@ class UploadSessions:
         if writer is not None and writer.is_closing:
             await writer.closed.wait()
 
-    async def _find(self, upload_id: str, repository: str, user: str) -> UploadRow:
+    async def _find(
+        self, upload_id: str, repository: str, user: str, position: int | None = None
+    ) -> UploadRow:
+        """Return the row of an upload of these. ``position``: its length, if it is locked."""
         if not upload_files.is_upload_id(upload_id):
             raise UploadUnknown(_GONE)
-        find = partial(upload_rows.find_upload, upload_id=upload_id)
-        row = await self._database.read(find)
+        known = self._known.get(upload_id)
+        row: UploadRow | None
+        if known is not None and known.running_hash.position == position:
+            row = known.row  # No other process has fed it since.
+        else:
+            find = partial(upload_rows.find_upload, upload_id=upload_id)
+            row = await self._database.read(find)
         # The same answer for an upload of somebody else: its id is nobody else's business.
         if row is None or (row.repository, row.user) != (repository, user):
             raise UploadUnknown(_GONE)
@@ -268,6 +298,7 @@ class UploadSessions:
         Raises:
             DigestInvalid: The bytes hash to another digest.
             UploadUnknown: The upload has ended meanwhile.
+            QuotaExceeded: The quota has no room for it. What was published is no more than cache.
             StorageUnavailable: The disk refuses.
         """
         writer, upload_id = feed.writer, feed.row.id
@@ -286,11 +317,17 @@ class UploadSessions:
         self._store.on_pushed(digest, size, is_new=is_new)
 
         def record(connection: Connection) -> None:
+            if size > feed.reserved:
+                upload_rows.reserve(connection, upload_id, size, self._hosted)
             if not upload_rows.end_upload(connection, upload_id):
                 raise UploadUnknown(_GONE)  # It had to give way to another one, or was cancelled.
             name_rows.add_blob(connection, feed.row.repository, digest, size, self._now())
 
-        await self._database.write(record)
+        try:
+            await self._database.write(record)
+        except QuotaExceeded:
+            await self._delete_row(upload_id)
+            raise
         keep = partial(upload_files.keep_published, self._layout, digest, writer.fd, self._now())
         with disk_errors():
             await writer.run_last(self._publishing, keep)
@@ -452,17 +489,17 @@ class UploadFeed:
 
     async def reserve(self, size: int) -> None:
         """Reserve as much of the quota as ``size`` bytes of the upload need, and of the disk."""
-        if size > self.reserved:
+        if size > max(self.reserved, _UNRESERVED_BYTES):
             await self._reserve(self.row.id, size)
             self.reserved = size
-        if size > self._has_room_until:
+        if size > max(self._has_room_until, self.position):
             await self._make_room(size - self.position)
             self._has_room_until = size
 
     async def write(self, chunk: bytes) -> None:
         """Append bytes. Raises ``QuotaExceeded``, ``StorageUnavailable``, ``UploadUnknown``."""
         end = self.position + len(chunk)
-        if end > self.reserved:
+        if end > max(self.reserved, _UNRESERVED_BYTES):
             try:
                 await self.reserve(end + _UPLOAD_STEP_BYTES)
             except QuotaExceeded:

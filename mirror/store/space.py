@@ -31,6 +31,7 @@ from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 from typing import Final, Protocol
 
 from mirror.config.settings import Storage
@@ -40,6 +41,8 @@ from mirror.store.layout import Layout
 
 _DISK_RESERVE: Final = 0.01
 """Fraction of a disk that is left free: the index needs space of its own."""
+_PROMISE_S: Final = 1.0
+"""Seconds for which half of the free bytes of a disk may be given without asking it again."""
 _ROOM_CHECK_INTERVAL_S: Final = 0.05
 """Seconds between two checks for room while a fetch waits for an eviction. It may have room before
 that eviction ends."""
@@ -385,6 +388,9 @@ class Space:
         self._check_lock = asyncio.Lock()
         self._requested = 0
         """Bytes that the current check is about. They count as if they were granted."""
+        self._promised = 0
+        """Bytes of the disk that :meth:`make_room_on_disk` gives without asking the disk."""
+        self._promised_until = 0.0
         self.is_disk_full = False
         """Whether the disk has no free byte left, although content was to be evicted."""
 
@@ -414,10 +420,17 @@ class Space:
         For content that does not count against the quota: clients have pushed it. Frees what it
         can, and never raises: a write that finds no space fails anyway.
         """
+        now = monotonic()
+        if need <= self._promised and now < self._promised_until:
+            self._promised -= need
+            return
         with suppress(OSError):
             usage, disk_free = await self._read()
             if usage is None or disk_free >= need:
+                # Others write, too, and small pushes need not ask the disk for each blob.
+                self._promised, self._promised_until = disk_free // 2 - need, now + _PROMISE_S
                 return
+            self._promised = 0
             quota = int(self._settings.max_size * self._settings.high_water)
             evictable = min(quota, usage.total - usage.unwritten + disk_free)
             eviction = self._evictor.start(min(need, evictable)) if evictable > 0 else None

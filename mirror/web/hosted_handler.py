@@ -11,7 +11,7 @@ import asyncio
 import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from typing import Final, assert_never
 
 from aiohttp import web
@@ -45,6 +45,8 @@ from mirror.web.pull_access import find_visible
 
 CLIENT_SILENCE_S: Final = 60.0
 """Seconds for which a client that pushes may send nothing. Its upload stays, for a day."""
+_MAX_HOSTS: Final = 64
+"""Values of ``Host`` that are remembered: clients send few different ones."""
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 BuildHeaders = Callable[[RequestRecord], dict[str, str]]
@@ -82,7 +84,8 @@ class HostedHandler:
         self._common_headers = common_headers
         self._find_prefix = find_prefix
         self._is_sole = is_sole
-        self._own_names = self._hosts | {self.name}
+        own_names = self._hosts | {self.name}
+        self._is_known_host = lru_cache(_MAX_HOSTS)(partial(may_be_private_host, names=own_names))
 
     def is_door_of(self, request: web.BaseRequest) -> bool:
         """Return whether a request has come to the push listener."""
@@ -137,12 +140,7 @@ class HostedHandler:
         host = request.headers.get("Host", "")
         if not is_same_site(request.headers, host, is_navigation=False):
             raise Denied("a web page of another site has caused this request")
-        if (
-            not self._is_sole
-            or self._access.is_enforced
-            or not host
-            or may_be_private_host(host, self._own_names)
-        ):
+        if not self._is_sole or self._access.is_enforced or not host or self._is_known_host(host):
             return
         raise Denied(
             f"this server does not know the name {host}: add it to hosted.hosts, or use localhost"

@@ -123,6 +123,50 @@ async def test_stream_of_unknown_length_ends_at_the_quota(tmp_path: Path) -> Non
         assert await kit.service.uploads.position(upload_id, "app", "") <= 500_000
 
 
+async def test_quota_of_a_small_upload_is_checked_when_it_is_finished(tmp_path: Path) -> None:
+    """It reserves nothing before, so others are not kept out, and it must not exceed the quota."""
+    async with hosted_kit(tmp_path, max_size="100kB") as kit:
+        uploads = kit.service.uploads
+        ids = [await uploads.begin("app", "", None) for _ in range(3)]
+        bodies = [random_bytes(40_000, number) for number in range(3)]
+        for upload_id, body in zip(ids, bodies, strict=True):
+            await feed_some(kit, upload_id, body, size=len(body))
+        assert set((await reserved(kit)).values()) == {0}
+        for upload_id, body in zip(ids[:2], bodies, strict=False):
+            assert await finish(kit, upload_id, Digest.of(body)) == 40_000
+        with pytest.raises(QuotaExceeded, match=r"19\.5KiB more than hosted\.max_size .* reserved"):
+            await finish(kit, ids[2], Digest.of(bodies[2]))
+        assert await reserved(kit) == {}
+        assert upload_files.list_ids(kit.store.layout) == []
+        with pytest.raises(BlobUnknown):
+            await kit.service.blob_size("app", Digest.of(bodies[2]))
+        await kit.service.delete_blob("app", Digest.of(bodies[0]))
+        await kit.push_blob(bodies[2])
+
+
+async def test_small_upload_that_grows_reserves_all_its_bytes(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path, max_size="1MB") as kit:
+        upload_id = await kit.service.uploads.begin("app", "", None)
+        await feed_some(kit, upload_id, DATA[:60_000])
+        assert await reserved(kit) == {upload_id: 0}
+        await feed_some(kit, upload_id, DATA[60_000:])
+        assert await reserved(kit) == {upload_id: len(DATA)}
+        assert await finish(kit, upload_id) == len(DATA)
+
+
+async def test_upload_that_another_process_has_ended_is_unknown_to_the_one_that_knew_it(
+    tmp_path: Path,
+) -> None:
+    async with hosted_kit(tmp_path) as one, hosted_kit(tmp_path) as two:
+        upload_id = await one.service.uploads.begin("app", "", None)
+        await feed_some(one, upload_id, b"data")
+        await two.database.write(lambda c: upload_rows.end_upload(c, upload_id))  # Its file stays.
+        with pytest.raises(UploadUnknown):
+            await finish(one, upload_id, Digest.of(b"data"))
+        with pytest.raises(BlobUnknown):
+            await one.service.blob_size("app", Digest.of(b"data"))
+
+
 async def test_broken_request_gives_back_what_it_has_reserved_and_not_received(
     tmp_path: Path,
 ) -> None:
@@ -341,7 +385,7 @@ async def test_disk_that_fails_at_the_end_acknowledges_nothing_and_ends_the_uplo
         with monkeypatch.context() as patch:
             patch.setattr(Path if call == "rename" else os, call, fail)
             if call == "pread":
-                kit.service.uploads._hashes.clear()
+                kit.service.uploads._known.clear()
             with pytest.raises(StorageUnavailable, match="Input/output error"):
                 await finish(kit, upload_id)
         with pytest.raises(BlobUnknown):

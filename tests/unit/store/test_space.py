@@ -547,6 +547,28 @@ async def test_full_disk_without_anything_to_evict_is_reported_until_there_is_ro
         assert written == [True, True]
 
 
+async def test_small_pushes_ask_the_disk_once_a_second_and_large_ones_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Path] = []
+    clock = [100.0]
+
+    def counted(path: Path) -> int:
+        asked.append(path)
+        return 1000
+
+    monkeypatch.setattr(space, "free_bytes", counted)
+    monkeypatch.setattr(space, "monotonic", lambda: clock[0])
+    async with opened(tmp_path) as store:
+        make_room = store.space.make_room_on_disk
+        for need, times in ((10, 1), (10, 1), (480, 1), (1, 2), (600, 3), (10, 4)):
+            await make_room(need)
+            assert len(asked) == times, need
+        clock[0] += 1.0
+        await make_room(10)
+        assert len(asked) == 5
+
+
 def test_reserve_of_the_disk_is_not_free(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "10m") as root:
         assert space.free_bytes(root) <= 0.99 * 10 * 2**20
