@@ -21,7 +21,7 @@ import asyncio
 import math
 import os
 import secrets
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -34,6 +34,7 @@ from cachetools import LRUCache
 from mirror.config.settings import Hosted
 from mirror.hosted import name_rows, upload_files, upload_rows
 from mirror.hosted.database import Database
+from mirror.hosted.upload_feed import UploadFeed
 from mirror.hosted.upload_rows import UploadRow
 from mirror.hosted.upload_writer import RunningHash, UploadWriter
 from mirror.oci.errors import (
@@ -60,11 +61,6 @@ once."""
 _ORPHAN_TTL_S: Final = 60.0
 """Seconds for which an upload may have a row without a file, or a file without a row: it begins, or
 ends."""
-_UPLOAD_STEP_BYTES: Final = 64 * 1024 * 1024
-"""Bytes that an upload of unknown length reserves at a time: each step is one small transaction."""
-_UNRESERVED_BYTES: Final = 64 * 1024
-"""Bytes that an upload may reach without a reservation. The quota is checked when it is finished:
-a push of many small blobs has one transaction less for each."""
 _MEMORY_BYTES: Final = 8 * 1024 * 1024
 """Bytes of all uploads of a process that wait for the disk. Each may hold 256 KiB anyway.
 
@@ -451,74 +447,6 @@ class UploadSessions:
         """End the threads. Running requests must have ended."""
         for pool in (self._opening, self._writing, self._publishing):
             await run_in_thread(pool.shutdown)
-
-
-class UploadFeed:
-    """One request that feeds an upload."""
-
-    def __init__(
-        self,
-        row: UploadRow,
-        writer: UploadWriter,
-        reserve: Callable[[str, int], Awaitable[None]],
-        make_room: Callable[[int], Awaitable[None]],
-    ) -> None:
-        """Feed an upload. Created by :meth:`UploadSessions.open`.
-
-        Args:
-            row: The upload.
-            writer: Appends to its file.
-            reserve: Reserves bytes of the quota for an upload.
-            make_room: Frees so many bytes of the disk, if it can.
-        """
-        self.row = row
-        self.writer = writer
-        self.reserved = row.reserved
-        """Bytes that the upload may reach."""
-        self.has_ended = False
-        """Whether the upload ends with this request, as a blob or without one."""
-        self._reserve = reserve
-        self._make_room = make_room
-        self._has_room_until = 0
-        """Length of the upload up to which the disk was asked for space."""
-
-    @property
-    def position(self) -> int:
-        """Bytes that the upload has, also those that wait for the disk."""
-        return self.writer.position
-
-    async def reserve(self, size: int) -> None:
-        """Reserve as much of the quota as ``size`` bytes of the upload need, and of the disk."""
-        if size > max(self.reserved, _UNRESERVED_BYTES):
-            await self._reserve(self.row.id, size)
-            self.reserved = size
-        if size > max(self._has_room_until, self.position):
-            await self._make_room(size - self.position)
-            self._has_room_until = size
-
-    async def write(self, chunk: bytes) -> None:
-        """Append bytes. Raises ``QuotaExceeded``, ``StorageUnavailable``, ``UploadUnknown``."""
-        end = self.position + len(chunk)
-        if end > max(self.reserved, _UNRESERVED_BYTES):
-            try:
-                await self.reserve(end + _UPLOAD_STEP_BYTES)
-            except QuotaExceeded:
-                await self.reserve(end)
-        elif end > self._has_room_until:
-            await self.reserve(self.reserved)
-        await self.writer.write(chunk)
-
-    async def flush(self) -> None:
-        """Return once all bytes are in the file. Raises ``StorageUnavailable``."""
-        await self.writer.flush()
-
-    def close(self) -> None:
-        """Unlock the upload, once no thread writes to it and it reserves no more than it has."""
-        self.writer.close()
-
-    async def wait_closed(self) -> None:
-        """Return once the upload is unlocked, so that another process can feed it."""
-        await self.writer.closed.wait()
 
 
 @contextmanager

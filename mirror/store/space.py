@@ -430,7 +430,6 @@ class Space:
                 # Others write, too, and small pushes need not ask the disk for each blob.
                 self._promised, self._promised_until = disk_free // 2 - need, now + _PROMISE_S
                 return
-            self._promised = 0
             quota = int(self._settings.max_size * self._settings.high_water)
             evictable = min(quota, usage.total - usage.unwritten + disk_free)
             eviction = self._evictor.start(min(need, evictable)) if evictable > 0 else None

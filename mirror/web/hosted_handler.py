@@ -20,7 +20,7 @@ from mirror.access.access_control import AccessControl
 from mirror.access.failure_limit import counted_address
 from mirror.access.identity import AccessRight
 from mirror.hosted.hosted_service import HostedService
-from mirror.hosted.sessions import UploadFeed
+from mirror.hosted.upload_feed import UploadFeed
 from mirror.observability.events import Kind, Outcome, RequestRecord
 from mirror.observability.hosted_events import Actor
 from mirror.oci.descriptor import MANIFEST_LIMIT
@@ -45,8 +45,6 @@ from mirror.web.pull_access import find_visible
 
 CLIENT_SILENCE_S: Final = 60.0
 """Seconds for which a client that pushes may send nothing. Its upload stays, for a day."""
-_MAX_HOSTS: Final = 64
-"""Values of ``Host`` that are remembered: clients send few different ones."""
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 BuildHeaders = Callable[[RequestRecord], dict[str, str]]
@@ -85,9 +83,9 @@ class HostedHandler:
         self._find_prefix = find_prefix
         self._is_sole = is_sole
         own_names = self._hosts | {self.name}
-        self._is_known_host = lru_cache(_MAX_HOSTS)(partial(may_be_private_host, names=own_names))
+        self._is_known_host = lru_cache(64)(partial(may_be_private_host, names=own_names))
 
-    def is_door_of(self, request: web.BaseRequest) -> bool:
+    def is_at_push_listener(self, request: web.BaseRequest) -> bool:
         """Return whether a request has come to the push listener."""
         if self._is_sole:
             return True
@@ -110,7 +108,7 @@ class HostedHandler:
         """Return the name of the user. Raises ``LoginRequired`` or ``Denied``."""
         authorization = request.headers.get("Authorization")
         try:
-            identity = await self._access.check_push_door(
+            identity = await self._access.check_at_push_listener(
                 authorization, pull.client, right, repository, is_ping=is_ping
             )
         except Denied as error:

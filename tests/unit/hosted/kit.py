@@ -1,4 +1,4 @@
-"""Helpers of the tests of hosted repositories: the service alone, and a client of the door."""
+"""Helpers of the tests of hosted repositories: the service alone, and a client that pushes."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def index_of(*children: bytes, **more: Any) -> bytes:
     ).encode()
 
 
-# --- a client of the door -------------------------------------------------------------------------
+# --- a client that pushes -------------------------------------------------------------------------
 
 
 @dataclass
@@ -172,7 +172,7 @@ class Reply:
 
 
 class PushClient:
-    """Sends requests to the door of a server."""
+    """Sends requests to the push listener of a server."""
 
     def __init__(self, server: Server, repository: str = "team/app", url: str = "") -> None:
         self.url = url or server.push_url

@@ -118,15 +118,15 @@ async def test_manifest_of_an_immutable_tag_keeps_its_media_type(
     ],
     ids=["no rules", "no admin", "admin"],
 )
-async def test_only_an_admin_deletes_an_immutable_tag_through_the_door(
+async def test_only_an_admin_deletes_an_immutable_tag_through_the_push_listener(
     tmp_path: Path, access: dict[str, object] | None, status: int
 ) -> None:
     more = {} if access is None else {"access": access}
     async with running(tmp_path, hosted={"immutable_tags": ["*:v*"]}, more=more) as server:
-        await check_door(server, status)
+        await check_listener(server, status)
 
 
-async def check_door(server: Server, status: int) -> None:
+async def check_listener(server: Server, status: int) -> None:
     client = PushClient(server)
     assert (await client.push_image(b"one")).status == 201
     await client.push(b"two")
