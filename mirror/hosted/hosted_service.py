@@ -7,10 +7,8 @@ durable. Must not know: HTTP, who may do what.
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from functools import partial
 from sqlite3 import Connection
 from typing import Final
@@ -30,6 +28,7 @@ from mirror.oci.descriptor import MANIFEST_LIMIT, ReferrersPage
 from mirror.oci.errors import BlobUnknown, DigestInvalid, ManifestUnknown, NameUnknown
 from mirror.oci.headers import OCTET_STREAM
 from mirror.oci.reference import Digest, Reference, Repository, Tag
+from mirror.store.content_hold import ContentHold
 from mirror.store.disk import has_whole_or_raise
 from mirror.store.reader import Reader
 from mirror.store.store import Store
@@ -88,6 +87,7 @@ class HostedService:
         repository: str,
         actor: Actor,
         tags: Sequence[str] = ("",),
+        hold: ContentHold | None = None,
     ) -> ManifestRow | None:
         """Return the result of ``change``, once it is durable with its record, and tell of it.
 
@@ -97,6 +97,7 @@ class HostedService:
             repository: The repository.
             actor: Who does it.
             tags: The changed tags; an empty one for a digest.
+            hold: Keeps the content until then.
         """
 
         def record(connection: Connection) -> tuple[ManifestRow | None, list[HostedChange]]:
@@ -113,7 +114,10 @@ class HostedService:
                 self.changes.tell(one)
 
         is_removal = action == "delete"
-        return (await self._database.write(record, is_removal=is_removal, on_committed=tell))[0]
+        result = await self._database.write(
+            record, is_removal=is_removal, on_committed=tell, hold=hold
+        )
+        return result[0]
 
     def _change_of(
         self, action: ChangeAction, repository: str, row: ManifestRow, actor: Actor, tag: str
@@ -297,25 +301,18 @@ class HostedService:
             return ManifestRow(digest, manifest.media_type, manifest.size)
 
         names = [str(tag) for tag in all_tags] or [""]
-        async with self._stored(digest, body):
-            await self._change(record, "push", repository, actor, names)
+        with ContentHold(self._store.layout) as hold:
+            await self._publish_body(digest, body, hold)
+            await self._change(record, "push", repository, actor, names, hold)
         return manifest
 
-    @asynccontextmanager
-    async def _stored(self, digest: Digest, body: bytes) -> AsyncIterator[None]:
-        """Make bytes durable as content, and keep them while the block commits their row."""
-        layout, now = self._store.layout, self._now()
-        run = partial(asyncio.get_running_loop().run_in_executor, self._publishing)
+    async def _publish_body(self, digest: Digest, body: bytes, hold: ContentHold) -> None:
+        """Make bytes durable as content, which ``hold`` keeps from removal. Raises as a push."""
+        layout, run = self._store.layout, asyncio.get_running_loop().run_in_executor
+        publish = partial(upload_files.publish_body, layout, digest, body, self._now(), hold)
         with disk_errors():
-            fd, is_new = await run(partial(upload_files.store_body, layout, digest, body, now))
-        try:
-            self._store.on_pushed(digest, len(body), is_new=is_new)
-            yield
-            keep = partial(upload_files.keep_published, layout, digest, fd, now)
-            with disk_errors():
-                await run(keep)
-        finally:
-            os.close(fd)
+            is_new = await run(self._publishing, publish)
+        self._store.on_pushed(digest, len(body), is_new=is_new)
 
     async def find_manifest(self, repository: str, reference: Reference) -> ManifestRow:
         """Return the row of a manifest. Raises ``ManifestUnknown``."""
