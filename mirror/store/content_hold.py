@@ -111,8 +111,12 @@ class ContentHold:
         directory = self._directories.get(digest.algorithm)
         if directory is None:  # Not under the mutex: the disk may be slow, and others wait for it.
             path = self._layout.blob(digest).parent
-            path.mkdir(parents=True, exist_ok=True)  # An operator may have removed it.
-            directory = self._directories[digest.algorithm] = _open_directory(path)
+            try:
+                directory = _open_directory(path)
+            except FileNotFoundError:
+                path.mkdir(parents=True, exist_ok=True)
+                directory = _open_directory(path)
+            self._directories[digest.algorithm] = directory
         return directory
 
 
