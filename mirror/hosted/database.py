@@ -56,10 +56,12 @@ CREATE TABLE manifests (
     PRIMARY KEY (repository, digest)) WITHOUT ROWID;
 CREATE INDEX orphaned_manifests ON manifests (repository, digest) WHERE orphaned_at > 0;
 CREATE INDEX manifests_by_subject ON manifests (repository, subject, digest) WHERE subject <> '';
+-- is_manifest: the part is listed as a manifest, not as a blob. The same bytes may be both.
 CREATE TABLE parts (
     repository TEXT NOT NULL, manifest TEXT NOT NULL, digest TEXT NOT NULL,
-    PRIMARY KEY (repository, manifest, digest)) WITHOUT ROWID;
-CREATE INDEX parts_by_digest ON parts (repository, digest);
+    is_manifest INTEGER NOT NULL,
+    PRIMARY KEY (repository, manifest, digest, is_manifest)) WITHOUT ROWID;
+CREATE INDEX parts_by_digest ON parts (repository, digest, is_manifest);
 CREATE TABLE tags (
     repository TEXT NOT NULL, tag TEXT NOT NULL, digest TEXT NOT NULL,
     pushed_at REAL NOT NULL, pushed_by TEXT NOT NULL,
@@ -86,11 +88,13 @@ CREATE TABLE totals (
 INSERT INTO totals VALUES (1, 0, 0);
 
 CREATE VIEW unnamed_blobs AS SELECT * FROM blobs b WHERE NOT EXISTS
-    (SELECT 1 FROM parts p WHERE p.repository = b.repository AND p.digest = b.digest);
+    (SELECT 1 FROM parts p WHERE p.repository = b.repository AND p.digest = b.digest
+        AND p.is_manifest = 0);
 CREATE VIEW unnamed_manifests AS SELECT * FROM manifests m WHERE NOT EXISTS
     (SELECT 1 FROM tags t WHERE t.repository = m.repository AND t.digest = m.digest)
     AND NOT EXISTS
-    (SELECT 1 FROM parts p WHERE p.repository = m.repository AND p.digest = m.digest);
+    (SELECT 1 FROM parts p WHERE p.repository = m.repository AND p.digest = m.digest
+        AND p.is_manifest = 1);
 CREATE VIEW orphans AS SELECT * FROM manifests m WHERE m.orphaned_at > 0 AND NOT EXISTS
     (SELECT 1 FROM tags t WHERE t.repository = m.repository AND t.digest = m.digest
         AND (t.tag NOT GLOB 'sha[25][51][62]-[0-9a-f]*' OR EXISTS
@@ -98,7 +102,8 @@ CREATE VIEW orphans AS SELECT * FROM manifests m WHERE m.orphaned_at > 0 AND NOT
             AND s.digest >= substr(t.tag, 1, 6) || ':' || substr(t.tag, 8, 64)
             AND s.digest < substr(t.tag, 1, 6) || ':' || substr(t.tag, 8, 64) || 'g')))
     AND NOT EXISTS
-    (SELECT 1 FROM parts p WHERE p.repository = m.repository AND p.digest = m.digest)
+    (SELECT 1 FROM parts p WHERE p.repository = m.repository AND p.digest = m.digest
+        AND p.is_manifest = 1)
     AND NOT EXISTS
     (SELECT 1 FROM manifests s WHERE s.repository = m.repository AND s.digest = m.subject);
 

@@ -232,7 +232,9 @@ class HostedService:
 
         def delete(connection: Connection) -> ManifestRow | None:
             if not may_change_immutable:
-                self._immutable_tags.check_deletion(connection, repository, digest)
+                self._immutable_tags.check_deletion(
+                    connection, repository, digest, is_manifest=False
+                )
             size = name_rows.delete_blob(connection, repository, digest)
             return None if size is None else ManifestRow(digest, OCTET_STREAM, size)
 

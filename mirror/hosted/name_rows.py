@@ -94,7 +94,7 @@ def mark_blob_used(connection: Connection, repository: str, digest: Digest, now:
 
 
 def is_needed_blob(connection: Connection, repository: str, digest: Digest, since: float) -> bool:
-    """Return whether a manifest names a blob, or it was used after ``since``."""
+    """Return whether a manifest lists a blob, or it was used after ``since``."""
     row = connection.execute(
         "SELECT 1 FROM unnamed_blobs WHERE repository = ? AND digest = ? AND used_at < ?",
         (repository, str(digest), since),
@@ -113,10 +113,11 @@ def delete_blob(connection: Connection, repository: str, digest: Digest) -> int 
 
 # --- manifests and tags ---------------------------------------------------------------------------
 
-# A content, and all manifests above it. CROSS JOIN keeps the order: from the content up.
+# A manifest or a blob, and all manifests above it. CROSS JOIN keeps the order: upwards.
 _ABOVE: Final = (
-    "WITH RECURSIVE above (digest) AS (VALUES (:digest) UNION SELECT p.manifest"
-    " FROM above a CROSS JOIN parts p ON p.repository = :repository AND p.digest = a.digest)"
+    "WITH RECURSIVE above (digest, is_manifest) AS (VALUES (:digest, :is_manifest)"
+    " UNION SELECT p.manifest, 1 FROM above a CROSS JOIN parts p"
+    " ON p.repository = :repository AND p.digest = a.digest AND p.is_manifest = a.is_manifest)"
 )
 IS_TAG_OF_SUBJECT: Final = (
     "(tag >= :subject_tag AND tag < :subject_tag || '/'"
@@ -168,7 +169,7 @@ def check_parts(
     Raises:
         PartsUnknown: Something is missing. The detail names it.
     """
-    missing = _missing(connection, "blobs", repository, manifest.blobs)
+    missing = _missing(connection, "blobs", repository, manifest.required_blobs)
     if not may_be_sparse:
         missing += _missing(connection, "manifests", repository, manifest.children)
     if missing:
@@ -240,10 +241,7 @@ def add_manifest(
                 "digest": digest,
             },
         )
-    connection.executemany(
-        "INSERT INTO parts VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
-        [(repository, digest, str(part)) for part in manifest.parts],
-    )
+    add_parts(connection, repository, manifest)
     # Its children and referrers are no orphans any more.
     connection.executemany(
         "UPDATE manifests SET orphaned_at = 0"
@@ -268,20 +266,40 @@ def add_manifest(
     )
 
 
+def add_parts(connection: Connection, repository: str, manifest: PushedManifest) -> None:
+    """Record what a manifest of a repository refers to, except its subject."""
+    connection.executemany(
+        "INSERT INTO parts VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING",
+        [
+            (repository, str(manifest.digest), str(part), is_manifest)
+            for is_manifest, parts in ((True, manifest.children), (False, manifest.blobs))
+            for part in parts
+        ],
+    )
+
+
 def _dump(annotations: dict[str, str]) -> str:
     # Not escaped: an entry of a list of referrers has no more bytes than its manifest.
     return json.dumps(annotations, separators=(",", ":"), ensure_ascii=False)
 
 
-def tags_above(connection: Connection, repository: str, digest: Digest) -> Iterator[str]:
-    """Yield the tags whose image has a content: the manifest that they name, or a part of it.
+def tags_above(
+    connection: Connection, repository: str, digest: Digest, *, is_manifest: bool
+) -> Iterator[str]:
+    """Yield the tags whose image has a manifest, or a blob: tags of it, or of one that lists it.
 
     The nearest come first, and no more rows are read than are asked for.
+
+    Args:
+        connection: The database.
+        repository: The repository.
+        digest: The manifest or the blob.
+        is_manifest: Which of both. The same bytes may be both, of different images.
     """
     rows = connection.execute(
         f"{_ABOVE} SELECT t.tag FROM above a CROSS JOIN tags t"  # noqa: S608 - our own text
-        " ON t.repository = :repository AND t.digest = a.digest",
-        {"repository": repository, "digest": str(digest)},
+        " ON t.repository = :repository AND t.digest = a.digest AND a.is_manifest",
+        {"repository": repository, "digest": str(digest), "is_manifest": is_manifest},
     )
     return (row[0] for row in rows)
 
@@ -305,7 +323,13 @@ def mark_manifest_used(
     connection.execute(
         f"{_ABOVE} UPDATE manifests SET pulled_at = :now WHERE repository = :repository"  # noqa: S608 - our own text
         " AND digest IN (SELECT digest FROM above) AND pulled_at < :since",
-        {"repository": repository, "digest": digest, "now": now, "since": now - USE_STEP_S},
+        {
+            "repository": repository,
+            "digest": digest,
+            "is_manifest": True,
+            "now": now,
+            "since": now - USE_STEP_S,
+        },
     )
 
 

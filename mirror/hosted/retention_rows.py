@@ -70,12 +70,12 @@ def untagged_images(connection: Connection) -> list[HostedImageRow]:
     ]
 
 
-def owners_of(connection: Connection, parts: Collection[Digest]) -> set[tuple[str, Digest]]:
-    """Return (repository, manifest) of all manifests that refer to one of ``parts``."""
+def owners_of(connection: Connection, children: Collection[Digest]) -> set[tuple[str, Digest]]:
+    """Return (repository, index) of all indexes that list one of the manifests ``children``."""
     rows = connection.execute(
         "SELECT DISTINCT repository, manifest FROM parts"
-        " WHERE digest IN (SELECT value FROM json_each(?))",
-        (json.dumps([str(one) for one in parts]),),
+        " WHERE is_manifest = 1 AND digest IN (SELECT value FROM json_each(?))",
+        (json.dumps([str(one) for one in children]),),
     )
     return {(row[0], Digest.parse(row[1])) for row in rows}
 

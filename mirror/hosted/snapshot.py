@@ -11,7 +11,6 @@ goes meanwhile. The lock ends with its process: a copy without it counts for not
 
 from __future__ import annotations
 
-import json
 import os
 import sqlite3
 import time
@@ -23,7 +22,6 @@ from sqlite3 import Connection
 from typing import Final
 
 from mirror.hosted.database import SCHEMA_VERSION, wrong_version
-from mirror.oci.descriptor import INDEX_TYPES
 from mirror.oci.errors import NamesDamaged, StorageUnavailable
 from mirror.oci.reference import Digest, Tag
 from mirror.store import disk
@@ -33,9 +31,8 @@ _SNAPSHOT_TIMEOUT_S: Final = 2.0
 """Seconds to wait for the lock. Who looks whether it is held, holds it for a moment."""
 _BUSY_TIMEOUT_S: Final = 10.0
 """Seconds to wait while a server recovers the database."""
-_MANIFESTS: Final = (
-    "SELECT repository, digest, media_type, size, pushed_at, pushed_by, pulled_at, orphaned_at"
-    " FROM manifests m"
+_COLUMNS: Final = (
+    "repository, digest, media_type, size, pushed_at, pushed_by, pulled_at, orphaned_at"
 )
 
 
@@ -106,21 +103,17 @@ class Snapshot:
     def manifests(self, repository: str) -> Iterator[SavedManifest]:
         """Return the manifests of a repository. Orphans come after all others."""
         rows = self._connection.execute(
-            f"{_MANIFESTS} WHERE repository = ? ORDER BY orphaned_at > 0, digest", (repository,)
+            f"SELECT {_COLUMNS} FROM manifests WHERE repository = ?"  # noqa: S608 - our own text
+            " ORDER BY orphaned_at > 0, digest",
+            (repository,),
         )
         return (SavedManifest(row[0], Digest.parse(row[1]), *row[2:]) for row in rows)
 
     def roots(self, repository: str) -> Iterator[SavedManifest]:
         """Return the manifests that neither a tag nor an index names, in order of digest."""
-        # A manifest whose bytes are a layer, too, is named by no index.
         rows = self._connection.execute(
-            f"{_MANIFESTS} WHERE repository = :repository AND NOT EXISTS"  # noqa: S608 - our own text
-            " (SELECT 1 FROM tags t WHERE t.repository = m.repository AND t.digest = m.digest)"
-            " AND NOT EXISTS (SELECT 1 FROM parts p JOIN manifests i"
-            " ON i.repository = p.repository AND i.digest = p.manifest"
-            " WHERE p.repository = m.repository AND p.digest = m.digest"
-            " AND lower(i.media_type) IN (SELECT value FROM json_each(:types))) ORDER BY digest",
-            {"repository": repository, "types": json.dumps(sorted(INDEX_TYPES))},
+            f"SELECT {_COLUMNS} FROM unnamed_manifests WHERE repository = ? ORDER BY digest",  # noqa: S608 - our own text
+            (repository,),
         )
         return (SavedManifest(row[0], Digest.parse(row[1]), *row[2:]) for row in rows)
 

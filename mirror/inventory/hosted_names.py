@@ -31,14 +31,7 @@ _TAGS: Final = (
     " ORDER BY t.repository, t.tag"
 )
 _SELECT_TAG: Final = "SELECT digest FROM tags WHERE repository = ? AND tag = ?"
-# Manifests that no tag names, and that no other manifest of the repository lists.
-_UNTAGGED: Final = (
-    "SELECT m.repository, '', m.digest, m.pushed_at, m.pushed_by FROM manifests m"
-    " WHERE NOT EXISTS (SELECT 1 FROM tags t WHERE t.repository = m.repository"
-    " AND t.digest = m.digest)"
-    " AND NOT EXISTS (SELECT 1 FROM parts p WHERE p.repository = m.repository"
-    " AND p.digest = m.digest)"
-)
+_UNTAGGED: Final = "SELECT repository, '', digest, pushed_at, pushed_by FROM unnamed_manifests"
 _SELECT_UPLOADS: Final = "SELECT id, repository, user, reserved, started_at FROM uploads"
 
 _USAGE: Final = (

@@ -12,6 +12,7 @@ from mirror.hosted.collection import collect, find_needless
 from mirror.hosted.collection_rows import NeedlessRow
 from mirror.hosted.name_rows import USE_STEP_S
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST, referrers_tag
+from mirror.oci.errors import ManifestUnknown
 from mirror.oci.reference import Digest, Tag
 from tests.unit.hosted.kit import (
     NOW,
@@ -87,6 +88,48 @@ async def test_deleted_index_takes_what_only_it_has_listed(tmp_path: Path) -> No
         gone = {Digest.of(data) for data in (*children[:2], b"one", b"two")}
         assert {row.digest for row in await find_needless(kit.database, LATER, GRACE)} == gone
         assert await digests(kit) == gone
+
+
+async def push_as_both(kit: HostedKit, data: bytes) -> bytes:
+    """Push an image without a tag, and the bytes of its manifest as a blob, too."""
+    await kit.push_image(data, tag=None)
+    body = manifest_of(data)
+    await kit.push_blob(body)
+    return body
+
+
+async def test_manifest_that_an_image_has_as_a_layer_stays_when_that_image_goes(
+    tmp_path: Path,
+) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        body = await push_as_both(kit, b"one")
+        other = await kit.push_image(body, tag="v1")
+        await kit.service.delete_manifest("app", other)
+        assert await digests(kit) == {Digest.of(body)}  # As a blob.
+        assert (await kit.service.find_manifest("app", Digest.of(body))).digest == Digest.of(body)
+
+
+async def test_orphan_that_an_image_has_as_a_layer_goes_and_its_bytes_stay_as_a_blob(
+    tmp_path: Path,
+) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        body = await push_as_both(kit, b"one")
+        index = await put(kit, index_of(body), "index", OCI_INDEX)
+        await kit.push_image(body, tag="v1")
+        await kit.service.delete_manifest("app", index)
+        assert await digests(kit) == {Digest.of(body), Digest.of(b"one")}
+        with pytest.raises(ManifestUnknown):
+            await kit.service.find_manifest("app", Digest.of(body))
+        assert await kit.read_blob(Digest.of(body)) == body
+
+
+async def test_blob_that_only_an_index_lists_as_a_manifest_goes(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        body = await push_as_both(kit, b"one")
+        await put(kit, index_of(body), "index", OCI_INDEX)
+        (row,) = await run(kit)
+        assert (row.digest, row.is_manifest) == (Digest.of(body), False)
+        assert (await kit.service.find_manifest("app", Digest.of(body))).digest == Digest.of(body)
 
 
 async def test_referrer_goes_with_its_subject_and_stays_if_the_subject_was_never_here(

@@ -93,6 +93,22 @@ async def test_immutable_tag_keeps_all_that_its_image_has(tmp_path: Path) -> Non
         await kit.service.delete_blob("app", Digest.of(b"layer"), may_change_immutable=True)
 
 
+async def test_immutable_tag_keeps_bytes_as_what_its_image_has(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path, immutable_tags=["*:v*"]) as kit:
+        layer, child = manifest_of(b"layer"), manifest_of(b"child")
+        for data in (b"layer", b"child"):
+            await kit.push_image(data, tag=None)
+            await kit.push_blob(manifest_of(data))
+        await kit.push_image(layer, tag="v1")
+        await kit.service.put_manifest("app", Tag("v2"), (), index_of(child), OCI_INDEX)
+        with pytest.raises(TagImmutable, match="v1 is immutable"):
+            await kit.service.delete_blob("app", Digest.of(layer))
+        await kit.service.delete_manifest("app", Digest.of(layer))
+        with pytest.raises(TagImmutable, match="v2 is immutable"):
+            await kit.service.delete_manifest("app", Digest.of(child))
+        await kit.service.delete_blob("app", Digest.of(child))
+
+
 @pytest.mark.parametrize("tag", ["v1", None])
 async def test_manifest_of_an_immutable_tag_keeps_its_media_type(
     tmp_path: Path, tag: str | None

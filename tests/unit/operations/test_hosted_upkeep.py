@@ -30,7 +30,7 @@ from mirror.operations.hosted_collection import (
 from mirror.operations.hosted_job import HOSTED_REPORT, HostedJob, run_upkeep
 from mirror.operations.hosted_retention import apply_hosted_retention, plan_hosted_retention
 from mirror.store.layout import Layout
-from mirror.store.marks import Marks, Pin, read_marks
+from mirror.store.marks import Lease, Marks, Pin, read_marks
 from tests.unit.hosted.kit import (
     CONFIG_DIGEST,
     NOW,
@@ -166,6 +166,37 @@ async def test_untagged_rule_is_about_manifests_that_nothing_names(tmp_path: Pat
         items = await retain(kit, {"about": "untagged", "older_than": "5d"})
         assert removed(items) == {f"app@{alone}"}
         assert await tags_of(kit) == ["index", "v1"]
+
+
+async def test_untagged_rule_is_about_a_manifest_that_an_image_has_as_a_layer(
+    tmp_path: Path,
+) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        alone = await kit.push_image(b"alone", tag=None)
+        await kit.push_blob(manifest_of(b"alone"))
+        await kit.push_image(manifest_of(b"alone"), tag="v1")
+        kit.clock[0] += 10 * DAY
+        assert removed(await retain(kit, {"about": "untagged", "older_than": "5d"})) == {
+            f"app@{alone}"
+        }
+        kit.clock[0] += 3 * DAY
+        items, changes = await collect_all(kit)
+        assert {item.digest for item in items} == {str(alone), str(Digest.of(b"alone"))}
+        assert len(changes) == 2
+        assert await kit.read_blob(alone) == manifest_of(b"alone")
+
+
+async def test_use_of_a_manifest_is_no_use_of_an_image_that_has_it_as_a_layer(
+    tmp_path: Path,
+) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        alone = await kit.push_image(b"alone", tag=None)
+        await kit.push_blob(manifest_of(b"alone"))
+        await kit.push_image(manifest_of(b"alone"), tag="v1")
+        kit.clock[0] += 10 * DAY
+        await kit.service.mark_manifest_used("app", alone)
+        marks = Marks(leases={alone: Lease(alone, kit.clock[0] + DAY, "node")})
+        assert removed(await retain(kit, {"older_than": "5d"}, marks=marks)) == {"app:v1"}
 
 
 async def test_image_that_is_pushed_or_pulled_meanwhile_stays(tmp_path: Path) -> None:
