@@ -31,6 +31,7 @@ from mirror.hosted.spare_space import SpareSpace, empty_log, is_without_space
 from mirror.oci.errors import MirrorError, NamesDamaged, StorageUnavailable
 from mirror.store.hosted_marker import DAMAGED_NAMES_REMEDY
 from mirror.store.private_directory import make_private_directory
+from mirror.store.sqlite_connection import connect
 from mirror.threads import run_in_thread
 
 T = TypeVar("T")
@@ -252,7 +253,7 @@ class Database:
         connection: Connection | None = getattr(self._local, "connection", None)
         try:
             if connection is None:
-                connection = self._local.connection = _connect(self._path, "ro")
+                connection = self._local.connection = connect(self._path, "ro")
                 self._readers.append(connection)
             return query(connection)
         except sqlite3.Error as error:
@@ -377,7 +378,7 @@ def open_checked(path: Path) -> Connection:
 
 
 def _open(path: Path, *, is_new: bool) -> Connection:
-    connection = _connect(path, "rwc")
+    connection = connect(path, "rwc", _WRITER_TIMEOUT_S)
     try:
         _prepare(connection, path)
         if is_new:
@@ -389,19 +390,8 @@ def _open(path: Path, *, is_new: bool) -> Connection:
     return connection
 
 
-def _connect(path: Path, mode: str) -> Connection:
-    connection = sqlite3.connect(
-        f"{path.absolute().as_uri()}?mode={mode}",
-        timeout=_WRITER_TIMEOUT_S,
-        isolation_level=None,
-        check_same_thread=False,
-        uri=True,
-    )
-    connection.execute("PRAGMA synchronous = FULL")
-    return connection
-
-
 def _prepare(connection: Connection, path: Path) -> None:
+    connection.execute("PRAGMA synchronous = FULL")
     mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
     if mode != "wal":
         raise NamesDamaged(f"{path}: its file system cannot share memory between processes (WAL)")

@@ -26,11 +26,10 @@ from mirror.oci.errors import NamesDamaged, StorageUnavailable
 from mirror.oci.reference import Digest, Tag
 from mirror.store import disk
 from mirror.store.layout import Layout
+from mirror.store.sqlite_connection import connect
 
 _SNAPSHOT_TIMEOUT_S: Final = 2.0
 """Seconds to wait for the lock. Who looks whether it is held, holds it for a moment."""
-_BUSY_TIMEOUT_S: Final = 10.0
-"""Seconds to wait while a server recovers the database."""
 _COLUMNS: Final = (
     "repository, digest, media_type, size, pushed_at, pushed_by, pulled_at, orphaned_at"
 )
@@ -131,7 +130,7 @@ def opened_snapshot(layout: Layout) -> Iterator[Snapshot]:
         layout.snapshot.unlink(missing_ok=True)
         try:
             _copy(layout)
-            with closing(_connect(layout.snapshot.as_uri())) as connection:
+            with closing(connect(layout.snapshot, "ro")) as connection:
                 yield Snapshot(connection)
         finally:
             layout.snapshot.unlink(missing_ok=True)
@@ -163,7 +162,7 @@ def _lock(layout: Layout) -> int:
 def _copy(layout: Layout) -> None:
     draft = _draft_of(layout)
     draft.unlink(missing_ok=True)
-    with closing(_connect(layout.hosted_names.absolute().as_uri())) as connection:
+    with closing(connect(layout.hosted_names, "ro")) as connection:
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         if version != SCHEMA_VERSION:
             raise NamesDamaged(wrong_version(layout.hosted_names, version))
@@ -173,9 +172,3 @@ def _copy(layout: Layout) -> None:
 
 def _draft_of(layout: Layout) -> Path:
     return layout.snapshot.with_suffix(".tmp")
-
-
-def _connect(uri: str) -> Connection:
-    return sqlite3.connect(
-        f"{uri}?mode=ro", uri=True, timeout=_BUSY_TIMEOUT_S, isolation_level=None
-    )

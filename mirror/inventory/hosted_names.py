@@ -21,10 +21,7 @@ from mirror.oci.reference import Repository, Tag
 from mirror.oci.text import time_text
 from mirror.store.hosted_marker import has_hosted_names
 from mirror.store.layout import Layout
-from mirror.store.saved_rows import connect_to_read
-
-_RECOVERY_TIMEOUT_S: Final = 10.0
-"""Seconds to wait while a server recovers the database after a crash."""
+from mirror.store.sqlite_connection import connect_to_read
 
 _TAGS: Final = (
     "SELECT t.repository, t.tag, t.digest, t.pushed_at, t.pushed_by FROM tags t"
@@ -199,7 +196,7 @@ def _reading(layout: Layout) -> Iterator[Callable[..., Iterable[Any]]]:
         yield lambda query, *values: ()
         return
     try:
-        with closing(connect_to_read(path, _RECOVERY_TIMEOUT_S)) as database:
+        with closing(connect_to_read(path)) as database:
             database.execute("BEGIN")
             yield lambda query, *values: database.execute(query, values).fetchall()
     except sqlite3.Error as error:
