@@ -21,22 +21,16 @@ from dataclasses import dataclass
 from sqlite3 import Connection
 
 from mirror.hosted import name_rows
-from mirror.hosted.name_rows import IS_TAG_OF_SUBJECT, USE_STEP_S
+from mirror.hosted.name_rows import IS_TAG_OF_SUBJECT, USE_STEP_S, ContentRow
 from mirror.oci.descriptor import referrers_tag
 from mirror.oci.headers import OCTET_STREAM
 from mirror.oci.reference import Digest
 
 
 @dataclass(frozen=True, slots=True)
-class NeedlessRow:
+class NeedlessRow(ContentRow):
     """A blob or a manifest of a repository that nothing needs."""
 
-    repository: str
-    digest: Digest
-    media_type: str
-    """Of a manifest. ``application/octet-stream`` for a blob."""
-    size: int
-    """Bytes."""
     is_manifest: bool
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
@@ -20,12 +20,12 @@ from mirror.hosted import collection_rows, name_rows, upload_files, upload_rows
 from mirror.hosted.change_feed import ChangeFeed
 from mirror.hosted.database import Database
 from mirror.hosted.immutable_tags import ImmutableTagRules
-from mirror.hosted.name_rows import USE_STEP_S, ManifestRow
+from mirror.hosted.name_rows import USE_STEP_S, ContentRow, ManifestRow
 from mirror.hosted.pushed_manifest import PushedManifest, read_pushed_manifest
 from mirror.hosted.referrer_rows import referrers_page
 from mirror.hosted.sessions import UploadSessions, disk_errors
-from mirror.observability.events import HostedChange, HostedMeasured, Observer
-from mirror.observability.hosted_events import SERVER, Actor, ChangeAction
+from mirror.observability.events import HostedMeasured, Observer
+from mirror.observability.hosted_events import SERVER, Actor
 from mirror.oci.descriptor import MANIFEST_LIMIT, ReferrersPage
 from mirror.oci.errors import BlobUnknown, DigestInvalid, ManifestUnknown, NameUnknown
 from mirror.oci.headers import OCTET_STREAM
@@ -63,7 +63,7 @@ class HostedService:
             database: The names.
             store: The content.
             now: Returns the seconds since the epoch.
-            emit: Receives a :class:`HostedChange` after each durable change. None: a server
+            emit: Receives a change after each durable change. None: a server
                 tells of the changes that this process makes.
         """
         self.settings = hosted
@@ -81,55 +81,6 @@ class HostedService:
         await self.changes.close()
         await run_in_thread(self._publishing.shutdown)
 
-    async def _change(
-        self,
-        change: Callable[[Connection], ManifestRow | None],
-        action: ChangeAction,
-        repository: str,
-        actor: Actor,
-        tags: Sequence[str] = ("",),
-    ) -> ManifestRow | None:
-        """Return the result of ``change``, once it is durable with its record, and tell of it.
-
-        Args:
-            change: Returns what it has changed. None: nothing.
-            action: What it does.
-            repository: The repository.
-            actor: Who does it.
-            tags: The changed tags; an empty one for a digest.
-        """
-
-        def record(connection: Connection) -> tuple[ManifestRow | None, list[HostedChange]]:
-            row = change(connection)
-            if row is None:
-                return None, []
-            changes = [self._change_of(action, repository, row, actor, tag) for tag in tags]
-            for one in changes:
-                self.changes.record(connection, one)
-            return row, changes
-
-        def tell(result: tuple[ManifestRow | None, list[HostedChange]]) -> None:
-            for one in result[1]:
-                self.changes.tell(one)
-
-        is_removal = action == "delete"
-        return (await self._database.write(record, is_removal=is_removal, on_committed=tell))[0]
-
-    def _change_of(
-        self, action: ChangeAction, repository: str, row: ManifestRow, actor: Actor, tag: str
-    ) -> HostedChange:
-        return HostedChange(
-            action=action,
-            repository=Repository(self.settings.name, repository),
-            digest=row.digest,
-            tag=tag,
-            media_type=row.media_type,
-            size=row.size,
-            user=actor.user,
-            client=actor.client,
-            at=self._now(),
-        )
-
     # --- blobs ----------------------------------------------------------------------------------
 
     async def mount(
@@ -142,14 +93,14 @@ class HostedService:
         if not self._store.catalog.has_blob(digest):
             return False
 
-        def mount(connection: Connection) -> ManifestRow | None:
+        def mount(connection: Connection) -> ContentRow | None:
             size = name_rows.mount_blob(connection, source, repository, digest, self._now())
             if size is None:
                 return None
             upload_rows.check_quota(connection, repository, self.settings)
-            return ManifestRow(digest, OCTET_STREAM, size)
+            return ContentRow(repository, digest, OCTET_STREAM, size)
 
-        return await self._change(mount, "mount", repository, actor) is not None
+        return await self.changes.commit(mount, "mount", actor)
 
     async def blob_size(self, repository: str, digest: Digest) -> int:
         """Return the bytes of a blob. Raises ``BlobUnknown``, also if its content is lost.
@@ -230,15 +181,15 @@ class HostedService:
             TagImmutable: The image of an immutable tag has it.
         """
 
-        def delete(connection: Connection) -> ManifestRow | None:
+        def delete(connection: Connection) -> ContentRow | None:
             if not may_change_immutable:
                 self._immutable_tags.check_deletion(
                     connection, repository, digest, is_manifest=False
                 )
             size = name_rows.delete_blob(connection, repository, digest)
-            return None if size is None else ManifestRow(digest, OCTET_STREAM, size)
+            return None if size is None else ContentRow(repository, digest, OCTET_STREAM, size)
 
-        if await self._change(delete, "delete", repository, actor) is None:
+        if not await self.changes.commit(delete, "delete", actor):
             raise BlobUnknown("the repository does not have this blob")
 
     # --- manifests ------------------------------------------------------------------------------
@@ -287,17 +238,16 @@ class HostedService:
         # Before anything is written. It is checked again in the transaction.
         await self._database.read(check)
 
-        def record(connection: Connection) -> ManifestRow:
+        def record(connection: Connection) -> ContentRow:
             check(connection)
             name_rows.add_manifest(
                 connection, repository, manifest, all_tags, self._now(), actor.user
             )
             upload_rows.check_quota(connection, repository, self.settings)
-            return ManifestRow(digest, manifest.media_type, manifest.size)
+            return ContentRow(repository, digest, manifest.media_type, manifest.size)
 
-        names = [str(tag) for tag in all_tags] or [""]
         async with self._stored(digest, body):
-            await self._change(record, "push", repository, actor, names)
+            await self.changes.commit(record, "push", actor, all_tags or [None])
         return manifest
 
     @asynccontextmanager
@@ -374,7 +324,7 @@ class HostedService:
             TagImmutable: It would take an immutable tag away, or a part of its image.
         """
 
-        def delete(connection: Connection) -> ManifestRow | None:
+        def delete(connection: Connection) -> ContentRow | None:
             if not may_change_immutable:
                 self._immutable_tags.check_deletion(connection, repository, reference)
             if isinstance(reference, Tag):
@@ -382,8 +332,8 @@ class HostedService:
             collection_rows.orphan_dependents(connection, repository, reference, self._now())
             return name_rows.delete_manifest(connection, repository, reference)
 
-        tag = reference.name if isinstance(reference, Tag) else ""
-        if await self._change(delete, "delete", repository, actor, (tag,)) is None:
+        tag = reference if isinstance(reference, Tag) else None
+        if not await self.changes.commit(delete, "delete", actor, [tag]):
             raise ManifestUnknown("the repository does not have this manifest")
 
     # --- lists ----------------------------------------------------------------------------------
@@ -486,7 +436,3 @@ class HostedService:
     async def fill_spare_space(self) -> None:
         """Keep space for deletions on a full disk. The server calls this now and then."""
         await self._database.fill_spare_space()
-
-    async def named_digests(self, digests: Collection[Digest]) -> set[Digest]:
-        """Return those of ``digests`` that a hosted repository has."""
-        return await self._database.read(partial(name_rows.named_digests, digests=digests))

@@ -9,7 +9,7 @@ A repository is its path (``team/app``), without the name of the server, which m
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from sqlite3 import Connection
 from typing import Any, Final
@@ -28,13 +28,21 @@ USE_STEP_S: Final = 600.0
 
 
 @dataclass(frozen=True, slots=True)
-class ManifestRow:
-    """A manifest of a repository."""
+class ContentRow:
+    """A blob or a manifest of a repository."""
 
+    repository: str
     digest: Digest
     media_type: str
+    """Of a manifest. ``application/octet-stream`` for a blob."""
     size: int
     """Bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestRow(ContentRow):
+    """A manifest of a repository."""
+
     pulled_at: float = 0.0
     """Last recorded pull, in seconds since the epoch. Zero: none."""
 
@@ -127,11 +135,13 @@ IS_TAG_OF_SUBJECT: Final = (
 
 ``:subject_tag`` is the ``referrers_tag`` of the subject. Of the characters of tags, only the hyphen
 and the point come before the slash, so the first line is a range of the primary key."""
-_MANIFEST: Final = "SELECT m.digest, m.media_type, m.size, m.pulled_at FROM manifests m"
+_MANIFEST: Final = (
+    "SELECT m.repository, m.digest, m.media_type, m.size, m.pulled_at FROM manifests m"
+)
 
 
 def _manifest_row(row: Any) -> ManifestRow | None:
-    return None if row is None else ManifestRow(Digest.parse(row[0]), *row[1:])
+    return None if row is None else ManifestRow(row[0], Digest.parse(row[1]), *row[2:])
 
 
 def manifest_by_digest(
@@ -387,18 +397,3 @@ def usage(connection: Connection) -> HostedUsage:
         " FROM totals"
     ).fetchone()
     return HostedUsage(*row)
-
-
-def named_digests(connection: Connection, digests: Collection[Digest]) -> set[Digest]:
-    """Return those of ``digests`` that any repository has, as a blob or as a manifest."""
-    wanted = {str(digest): digest for digest in digests}
-    names = list(wanted)
-    found: set[Digest] = set()
-    for start in range(0, len(names), _STEP):
-        step = names[start : start + _STEP]
-        rows = connection.execute(
-            f"SELECT digest FROM contents WHERE digest IN ({','.join('?' * len(step))})",  # noqa: S608 - question marks
-            step,
-        )
-        found |= {wanted[row[0]] for row in rows}
-    return found

@@ -22,6 +22,7 @@ from sqlite3 import Connection
 from typing import Final
 
 from mirror.hosted.database import SCHEMA_VERSION, wrong_version
+from mirror.hosted.name_rows import ContentRow
 from mirror.oci.errors import NamesDamaged, StorageUnavailable
 from mirror.oci.reference import Digest, Tag
 from mirror.store import disk
@@ -36,13 +37,9 @@ _COLUMNS: Final = (
 
 
 @dataclass(frozen=True, slots=True)
-class SavedManifest:
+class SavedManifest(ContentRow):
     """A manifest of a repository, as the database has it. Times are seconds since the epoch."""
 
-    repository: str
-    digest: Digest
-    media_type: str
-    size: int
     pushed_at: float
     pushed_by: str
     pulled_at: float
@@ -52,15 +49,10 @@ class SavedManifest:
 
 
 @dataclass(frozen=True, slots=True)
-class SavedTag:
-    """A tag of a repository."""
+class SavedTag(ContentRow):
+    """A tag of a repository, and its manifest."""
 
-    repository: str
     tag: Tag
-    digest: Digest
-    media_type: str
-    size: int
-    """Bytes of its manifest."""
     pushed_at: float
     pushed_by: str
 
@@ -92,12 +84,15 @@ class Snapshot:
     def tags(self, repository: str) -> Iterator[SavedTag]:
         """Return the tags of a repository, in order."""
         rows = self._connection.execute(
-            "SELECT t.repository, t.tag, t.digest, m.media_type, m.size, t.pushed_at, t.pushed_by"
+            "SELECT t.repository, t.digest, m.media_type, m.size, t.tag, t.pushed_at, t.pushed_by"
             " FROM tags t JOIN manifests m ON m.repository = t.repository AND m.digest = t.digest"
             " WHERE t.repository = ? ORDER BY t.tag",
             (repository,),
         )
-        return (SavedTag(row[0], Tag(row[1]), Digest.parse(row[2]), *row[3:]) for row in rows)
+        return (
+            SavedTag(row[0], Digest.parse(row[1]), row[2], row[3], Tag(row[4]), *row[5:])
+            for row in rows
+        )
 
     def manifests(self, repository: str) -> Iterator[SavedManifest]:
         """Return the manifests of a repository. Orphans come after all others."""

@@ -15,12 +15,14 @@ from multidict import CIMultiDictProxy
 from yarl import URL
 
 from mirror.config.settings import Hosted, Storage
+from mirror.hosted import change_rows
 from mirror.hosted.collection_rows import NeedlessRow
 from mirror.hosted.database import Database
 from mirror.hosted.hosted_service import HostedService
 from mirror.observability.events import Event, HostedChange
+from mirror.observability.hosted_events import Actor
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
-from mirror.oci.reference import Digest, Repository, Tag
+from mirror.oci.reference import Digest, Tag
 from mirror.store.reader import read_all
 from mirror.store.store import Store
 from tests.server_kit import Server
@@ -114,9 +116,8 @@ async def hosted_kit(
 
 def change_of(row: NeedlessRow) -> HostedChange:
     """Return what a collection records of a row."""
-    repository = Repository("registry.example", row.repository)
-    kind = row.media_type
-    return HostedChange("delete", repository, row.digest, "", kind, row.size, "collection", "", NOW)
+    actor = Actor("collection")
+    return change_rows.change_of("delete", row, registry="registry.example", actor=actor, at=NOW)
 
 
 # --- bodies ---------------------------------------------------------------------------------------
