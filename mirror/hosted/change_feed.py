@@ -64,11 +64,12 @@ class ChangeFeed:
         action: ChangeAction,
         actor: Actor,
         tags: Sequence[Tag | None] = (None,),
-    ) -> bool:
-        """Make a change durable with its record, and tell of it. Returns whether there was one.
+    ) -> list[HostedChange]:
+        """Make a change durable with its record, and tell of it. Returns one for each tag.
 
         Args:
-            change: Changes something, in a thread, and returns it. None: it has found nothing.
+            change: Changes something, in a thread, and returns it. None: it has found nothing, and
+                so there is no change.
             action: What it does.
             actor: Who does it.
             tags: The changed tags. None stands for the digest.
@@ -89,8 +90,7 @@ class ChangeFeed:
             return changes
 
         is_removal = action == "delete"
-        changes = await self._database.write(record, is_removal=is_removal, on_committed=self._tell)
-        return bool(changes)
+        return await self._database.write(record, is_removal=is_removal, on_committed=self._tell)
 
     def _tell(self, changes: list[HostedChange]) -> None:
         """Tell of changes that are committed, unless another process does."""

@@ -43,6 +43,8 @@ _WRITER_TIMEOUT_S: Final = 5.0
 """Seconds to wait for a write of another process. One commit takes milliseconds.
 
 A write may wait twice: for the commit before it, and for its own."""
+_SOON_S: Final = 1.0
+"""Seconds that a client waits for the record of its use. One commit takes milliseconds."""
 _MAX_BATCH: Final = 256
 """Writes of one commit. Each waits for all of them, which takes about 20 ms."""
 _READERS: Final = 2
@@ -235,6 +237,18 @@ class Database:
         self._waiting.append(write)
         self._writing.submit(self._commit_waiting)
         return write.future
+
+    async def write_soon(self, change: Callable[[Connection], T]) -> asyncio.Future[T]:
+        """Make a change as :meth:`write_later`, and wait for it, but only for a moment.
+
+        Returns its future. If it is not done after :data:`_SOON_S`, another process holds the lock,
+        and the change is the next write of ours. Raises what :meth:`write` raises.
+        """
+        future = self.write_later(change)
+        await asyncio.wait({future}, timeout=_SOON_S)
+        if future.done():
+            future.result()
+        return future
 
     async def fill_spare_space(self) -> None:
         """Keep space for removals, if the disk has some. The server calls this now and then."""

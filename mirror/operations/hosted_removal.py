@@ -127,7 +127,7 @@ async def remove_by_name(
         for image in hosted:
             try:
                 path, reference = image.repository.path, image.tag or image.digest
-                await service.delete_manifest(
+                await service.manifests.delete(
                     path, reference, actor, may_change_immutable=may_change_immutable
                 )
             except TagImmutable as error:

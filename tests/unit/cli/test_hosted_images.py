@@ -74,7 +74,7 @@ def test_manifest_that_an_index_lists_is_no_row_of_its_own(site: Site) -> None:
     async def push(kit: HostedKit) -> None:
         child = await kit.push_image(LAYERS[1], repository="team/multi", tag=None)
         body = index_of(manifest_of(LAYERS[1]))
-        await kit.service.put_manifest(
+        await kit.service.manifests.put(
             "team/multi", Digest.of(body), (), body, OCI_INDEX, Actor("ci")
         )
         assert child == Digest.of(manifest_of(LAYERS[1]))

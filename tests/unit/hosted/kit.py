@@ -15,10 +15,11 @@ from multidict import CIMultiDictProxy
 from yarl import URL
 
 from mirror.config.settings import Hosted, Storage
-from mirror.hosted import change_rows
+from mirror.hosted import change_rows, name_rows
 from mirror.hosted.collection_rows import NeedlessRow
 from mirror.hosted.database import Database
 from mirror.hosted.hosted_service import HostedService
+from mirror.hosted.name_rows import HostedUsage
 from mirror.observability.events import Event, HostedChange
 from mirror.observability.hosted_events import Actor
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
@@ -53,6 +54,10 @@ class HostedKit:
         self.events.clear()
         return changes
 
+    async def usage(self) -> HostedUsage:
+        """Return what all repositories take up."""
+        return await self.database.read(name_rows.usage)
+
     async def push_blob(self, data: bytes, repository: str = "app", user: str = "") -> Digest:
         """Push a blob by one request."""
         digest = Digest.of(data)
@@ -74,13 +79,13 @@ class HostedKit:
             await self.push_blob(data, repository)
         body = manifest_of(*layers, **more)
         reference = Digest.of(body) if tag is None else Tag(tag)
-        put = await self.service.put_manifest(repository, reference, (), body, OCI_MANIFEST)
+        put = await self.service.manifests.put(repository, reference, (), body, OCI_MANIFEST)
         return put.digest
 
     async def read_blob(self, digest: Digest, repository: str = "app") -> bytes:
         """Read a blob through a repository."""
-        size = await self.service.blob_size(repository, digest)
-        reader = await self.service.open_blob(digest, size)
+        size = await self.service.blobs.size(repository, digest)
+        reader = await self.service.blobs.open(digest, size)
         try:
             return await read_all(reader, 1 << 30)
         finally:
