@@ -19,8 +19,8 @@ from typing import Final
 
 from mirror.hosted import change_rows
 from mirror.hosted.change_rows import UNTAKEN, change_of
+from mirror.hosted.content_row import ContentRow
 from mirror.hosted.database import Database
-from mirror.hosted.name_rows import ContentRow
 from mirror.observability.events import HostedChange, Observer
 from mirror.observability.hosted_events import Actor, ChangeAction
 from mirror.oci.reference import Tag

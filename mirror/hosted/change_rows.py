@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from sqlite3 import Connection
 from typing import Final
 
-from mirror.hosted.name_rows import ContentRow
+from mirror.hosted.content_row import ContentRow
 from mirror.observability.hosted_events import Actor, ChangeAction, HostedChange
 from mirror.oci.reference import Digest, Repository, Tag
 

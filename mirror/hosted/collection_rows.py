@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from sqlite3 import Connection
 
 from mirror.hosted import name_rows
-from mirror.hosted.name_rows import IS_TAG_OF_SUBJECT, USE_STEP_S, ContentRow
+from mirror.hosted.content_row import ContentRow
+from mirror.hosted.name_rows import IS_TAG_OF_SUBJECT, USE_STEP_S
 from mirror.oci.descriptor import referrers_tag
 from mirror.oci.headers import OCTET_STREAM
 from mirror.oci.reference import Digest

@@ -13,9 +13,9 @@ from typing import Final
 from mirror.config.settings import Hosted
 from mirror.hosted import name_rows, upload_rows
 from mirror.hosted.change_feed import ChangeFeed
+from mirror.hosted.content_row import ContentRow
 from mirror.hosted.database import Database
 from mirror.hosted.immutable_tags import ImmutableTagRules
-from mirror.hosted.name_rows import ContentRow
 from mirror.hosted.sessions import disk_errors
 from mirror.observability.hosted_events import SERVER, Actor
 from mirror.oci.errors import BlobUnknown

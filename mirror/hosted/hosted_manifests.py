@@ -17,9 +17,10 @@ from sqlite3 import Connection
 from mirror.config.settings import Hosted
 from mirror.hosted import collection_rows, name_rows, upload_files, upload_rows
 from mirror.hosted.change_feed import ChangeFeed
+from mirror.hosted.content_row import ContentRow
 from mirror.hosted.database import Database
 from mirror.hosted.immutable_tags import ImmutableTagRules
-from mirror.hosted.name_rows import USE_STEP_S, ContentRow, ManifestRow
+from mirror.hosted.name_rows import USE_STEP_S, ManifestRow
 from mirror.hosted.pushed_manifest import PushedManifest, read_pushed_manifest
 from mirror.hosted.sessions import disk_errors
 from mirror.observability.hosted_events import SERVER, Actor

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from sqlite3 import Connection
 from typing import Any, Final
 
+from mirror.hosted.content_row import ContentRow
 from mirror.hosted.pushed_manifest import PushedManifest
 from mirror.oci.descriptor import referrers_tag
 from mirror.oci.errors import PartsUnknown
@@ -25,18 +26,6 @@ _MAX_SHOWN: Final = 20
 """Missing parts that an error names: it is one line."""
 USE_STEP_S: Final = 600.0
 """Seconds between two records of the use of one blob or manifest. Collection waits longer."""
-
-
-@dataclass(frozen=True, slots=True)
-class ContentRow:
-    """A blob or a manifest of a repository."""
-
-    repository: str
-    digest: Digest
-    media_type: str
-    """Of a manifest. ``application/octet-stream`` for a blob."""
-    size: int
-    """Bytes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ class PushedManifest:
     blobs: tuple[Digest, ...]
     """Blobs that it lists."""
     required_blobs: tuple[Digest, ...]
-    """Those of them that its repository must have."""
+    """Blobs that its repository must have. A layer may be elsewhere."""
     subject: Digest | None
     artifact_type: str
     """As the list of referrers has it: the type of the config if it states none."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from sqlite3 import Connection
 
 from mirror.hosted import collection_rows
-from mirror.hosted.name_rows import ContentRow
+from mirror.hosted.content_row import ContentRow
 from mirror.oci.descriptor import parse_referrers_tag
 from mirror.oci.reference import Digest, Tag
 

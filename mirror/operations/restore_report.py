@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from mirror.config.settings import Hosted
 from mirror.hosted.change_rows import change_of
-from mirror.hosted.name_rows import ContentRow
+from mirror.hosted.content_row import ContentRow
 from mirror.observability.hosted_events import Actor, HostedChange
 from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest, Tag

@@ -10,7 +10,7 @@ import sqlite3
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
-Mode: TypeAlias = Literal["ro", "ro&immutable=1", "rw", "rwc"]
+SqliteMode: TypeAlias = Literal["ro", "ro&immutable=1", "rw", "rwc"]
 """Parameters of SQLite's URI: read, read a file that nobody writes now, write, or create, too. An
 immutable file is read without its log, and no file is created beside it."""
 BUSY_TIMEOUT_S: Final = 10.0
@@ -18,7 +18,7 @@ BUSY_TIMEOUT_S: Final = 10.0
 write-ahead log waits only while another process recovers it after a crash."""
 
 
-def connect(path: Path, mode: Mode, timeout: float = BUSY_TIMEOUT_S) -> sqlite3.Connection:
+def connect(path: Path, mode: SqliteMode, timeout: float = BUSY_TIMEOUT_S) -> sqlite3.Connection:
     """Connect to a database. Each statement is a transaction, unless ``BEGIN`` starts one.
 
     Any thread may use the connection, one at a time.
