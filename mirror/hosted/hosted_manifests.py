@@ -117,16 +117,16 @@ class HostedManifests:
             return ContentRow(repository, digest, manifest.media_type, manifest.size)
 
         with ContentHold(self._store.layout) as hold:
-            await self._store_body(digest, body, hold)
+            await self._publish_body(digest, body, hold)
             await self._changes.commit(record, "push", actor, all_tags or [None], hold)
         return manifest
 
-    async def _store_body(self, digest: Digest, body: bytes, hold: ContentHold) -> None:
+    async def _publish_body(self, digest: Digest, body: bytes, hold: ContentHold) -> None:
         """Make bytes durable as content, which ``hold`` keeps from removal. Raises as a push."""
         layout, run = self._store.layout, asyncio.get_running_loop().run_in_executor
-        store = partial(upload_files.publish_body, layout, digest, body, self._now(), hold)
+        publish = partial(upload_files.publish_body, layout, digest, body, self._now(), hold)
         with disk_errors():
-            is_new = await run(self._publishing, store)
+            is_new = await run(self._publishing, publish)
         self._store.on_pushed(digest, len(body), is_new=is_new)
 
     async def find(self, repository: str, reference: Reference) -> ManifestRow:
