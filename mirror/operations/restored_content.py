@@ -139,9 +139,14 @@ class RestoredContent:
                 refused = content
             else:
                 leased[digest] = content
-        if refused is not None:
+        try:
+            if refused is not None:
+                raise refused
+            with hold, disk_errors("content cannot be restored"):
+                hold.sync()  # A fetch may have put there a moment ago what was found here.
+        except BaseException:
             _close_all(leased.values())
-            raise refused
+            raise
         return leased
 
     def _try_lease(
