@@ -24,6 +24,7 @@ from mirror.hosted.database import Database
 from mirror.observability.events import HostedChange, Observer
 from mirror.observability.hosted_events import Actor, ChangeAction
 from mirror.oci.reference import Tag
+from mirror.store.content_hold import ContentHold
 
 RETAKE_S: Final = 30.0
 """Seconds after which a change is told again. A server removes its record after two seconds."""
@@ -64,6 +65,7 @@ class ChangeFeed:
         action: ChangeAction,
         actor: Actor,
         tags: Sequence[Tag | None] = (None,),
+        hold: ContentHold | None = None,
     ) -> list[HostedChange]:
         """Make a change durable with its record, and tell of it. Returns one for each tag.
 
@@ -73,6 +75,7 @@ class ChangeFeed:
             action: What it does.
             actor: Who does it.
             tags: The changed tags. None stands for the digest.
+            hold: Keeps the content until then.
 
         Raises what :meth:`mirror.hosted.database.Database.write` raises.
         """
@@ -90,7 +93,9 @@ class ChangeFeed:
             return changes
 
         is_removal = action == "delete"
-        return await self._database.write(record, is_removal=is_removal, on_committed=self._tell)
+        return await self._database.write(
+            record, is_removal=is_removal, on_committed=self._tell, hold=hold
+        )
 
     def _tell(self, changes: list[HostedChange]) -> None:
         """Tell of changes that are committed, unless another process does."""

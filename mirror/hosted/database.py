@@ -29,6 +29,7 @@ from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 from mirror.hosted.spare_space import SpareSpace, empty_log, is_without_space
 from mirror.oci.errors import MirrorError, NamesDamaged, StorageUnavailable
+from mirror.store.content_hold import ContentHold
 from mirror.store.hosted_marker import DAMAGED_NAMES_REMEDY
 from mirror.store.private_directory import make_private_directory
 from mirror.store.sqlite_connection import connect
@@ -204,6 +205,7 @@ class Database:
         is_durable: bool = True,
         is_removal: bool = False,
         on_committed: Callable[[T], None] | None = None,
+        hold: ContentHold | None = None,
     ) -> T:
         """Return ``change(connection)``, called in a thread in a transaction, once it is committed.
 
@@ -216,6 +218,7 @@ class Database:
                 undo it.
             is_removal: It frees space in the end, so it may use the spare space of a full disk.
             on_committed: Called with the result after the commit, also if the caller was cancelled.
+            hold: Kept until the commit, or its failure, also if the caller was cancelled.
 
         Raises:
             NamesDamaged: The database is damaged.
@@ -224,6 +227,8 @@ class Database:
             Exception: The exception of ``change``.
         """
         future = self._loop.create_future()
+        if hold is not None:
+            hold.keep_until(future)
         write = _Write(change, is_durable, future, is_removal=is_removal, on_committed=on_committed)
         self._waiting.append(write)
         self._writing.submit(self._commit_waiting)

@@ -7,10 +7,8 @@ durable. Must not know: HTTP, who may do what.
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from functools import partial
 from sqlite3 import Connection
 
@@ -27,6 +25,7 @@ from mirror.observability.hosted_events import SERVER, Actor
 from mirror.oci.descriptor import MANIFEST_LIMIT
 from mirror.oci.errors import DigestInvalid, ManifestUnknown
 from mirror.oci.reference import Digest, Reference, Tag
+from mirror.store.content_hold import ContentHold
 from mirror.store.store import Store
 from mirror.threads import parse_in_thread_if_large, run_in_thread
 
@@ -117,25 +116,18 @@ class HostedManifests:
             upload_rows.check_quota(connection, repository, self._settings)
             return ContentRow(repository, digest, manifest.media_type, manifest.size)
 
-        async with self._stored(digest, body):
-            await self._changes.commit(record, "push", actor, all_tags or [None])
+        with ContentHold(self._store.layout) as hold:
+            await self._publish_body(digest, body, hold)
+            await self._changes.commit(record, "push", actor, all_tags or [None], hold)
         return manifest
 
-    @asynccontextmanager
-    async def _stored(self, digest: Digest, body: bytes) -> AsyncIterator[None]:
-        """Make bytes durable as content, and keep them while the block commits their row."""
-        layout, now = self._store.layout, self._now()
-        run = partial(asyncio.get_running_loop().run_in_executor, self._publishing)
+    async def _publish_body(self, digest: Digest, body: bytes, hold: ContentHold) -> None:
+        """Make bytes durable as content, which ``hold`` keeps from removal. Raises as a push."""
+        layout, run = self._store.layout, asyncio.get_running_loop().run_in_executor
+        publish = partial(upload_files.publish_body, layout, digest, body, self._now(), hold)
         with disk_errors():
-            fd, is_new = await run(partial(upload_files.store_body, layout, digest, body, now))
-        try:
-            self._store.on_pushed(digest, len(body), is_new=is_new)
-            yield
-            keep = partial(upload_files.keep_published, layout, digest, fd, now)
-            with disk_errors():
-                await run(keep)
-        finally:
-            os.close(fd)
+            is_new = await run(self._publishing, publish)
+        self._store.on_pushed(digest, len(body), is_new=is_new)
 
     async def find(self, repository: str, reference: Reference) -> ManifestRow:
         """Return the row of a manifest. Raises ``ManifestUnknown``."""

@@ -9,10 +9,10 @@ feeds an upload holds the lock of the file. Before it unlocks the file, what the
 falls back to the length of the file: an upload that nobody feeds keeps nothing from others. To
 finish an upload, its bytes are verified, synced, and renamed to content; then the row of the blob
 is written, in the same transaction that deletes the row of the upload. A crash before that leaves
-the upload, or content that no row names. Another file of the same content that a fetch or a push
-has published meanwhile is as good (:func:`mirror.hosted.upload_files.keep_published`). An error of
-the disk ends the upload: an ``fsync`` that failed once may report success later without having
-written anything (:func:`mirror.store.disk.publish`), so the client has to send the bytes again.
+the upload, or content that no row names. In between, nothing removes the content
+(:mod:`mirror.store.content_hold`). An error of the disk ends the upload: an ``fsync`` that failed
+once may report success later without having written anything (:func:`mirror.store.disk.publish`),
+so the client has to send the bytes again.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from mirror.oci.errors import (
     UploadUnknown,
 )
 from mirror.oci.reference import Digest
+from mirror.store.content_hold import ContentHold
 from mirror.store.disk import boot_id
 from mirror.store.ingest_writer import MemoryBudget
 from mirror.store.store import Store
@@ -273,30 +274,30 @@ class UploadSessions:
         writer, upload_id = feed.writer, feed.row.id
         await writer.flush()
         feed.has_ended = True
-        publish = partial(self._publish, upload_id, writer, digest)
-        try:
-            with disk_errors():
-                is_new = await writer.run_last(self._publishing, publish)
-        except (DigestInvalid, StorageUnavailable):
-            # Without its file, the upload has ended anyway. A sweep removes a row that stays.
-            with suppress(StorageUnavailable):
-                await self._delete_row(upload_id)
-            raise
         size = writer.position
-        self._store.on_pushed(digest, size, is_new=is_new)
 
         def record(connection: Connection) -> None:
             if not upload_rows.end_upload(connection, upload_id):
                 raise UploadUnknown(_GONE)  # It had to give way to another one, or was cancelled.
             name_rows.add_blob(connection, feed.row.repository, digest, size, self._now())
 
-        await self._database.write(record)
-        keep = partial(upload_files.keep_published, self._layout, digest, writer.fd, self._now())
-        with disk_errors():
-            await writer.run_last(self._publishing, keep)
+        with ContentHold(self._layout) as hold:
+            publish = partial(self._publish, upload_id, writer, digest, hold)
+            try:
+                with disk_errors():
+                    is_new = await writer.run_last(self._publishing, publish)
+            except (DigestInvalid, StorageUnavailable):
+                # Without its file, the upload has ended anyway. A sweep removes a row that stays.
+                with suppress(StorageUnavailable):
+                    await self._delete_row(upload_id)
+                raise
+            self._store.on_pushed(digest, size, is_new=is_new)
+            await self._database.write(record, hold=hold)
         return size
 
-    def _publish(self, upload_id: str, writer: UploadWriter, digest: Digest) -> bool:
+    def _publish(
+        self, upload_id: str, writer: UploadWriter, digest: Digest, hold: ContentHold
+    ) -> bool:
         """Verify and publish, in a thread. Returns whether the content is new.
 
         If it raises, the file is removed. Raises ``DigestInvalid``, and like ``publish_upload``.
@@ -304,12 +305,13 @@ class UploadSessions:
         running_hash, path = writer.running_hash, upload_files.path_of(self._layout, upload_id)
         if running_hash.algorithm != digest.algorithm:
             running_hash = RunningHash(digest.algorithm)
+        layout, fd = self._layout, writer.fd
         try:
-            running_hash.catch_up(writer.fd, writer.position)
+            running_hash.catch_up(fd, writer.position)
             found = running_hash.digest()
             if running_hash.position != writer.position or found != digest:
                 raise DigestInvalid(f"the uploaded bytes hash to {found}, and not to {digest}")
-            return upload_files.publish_upload(self._layout, path, writer.fd, digest, self._now())
+            return upload_files.publish_upload(layout, path, fd, digest, self._now(), hold)
         except BaseException:
             upload_files.drop(path)
             raise

@@ -16,25 +16,31 @@ import re
 import secrets
 import stat
 import time
-from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from mirror.oci.errors import StorageUnavailable
-from mirror.oci.reference import Digest, Verifier
-from mirror.store.disk import Layout, is_at, open_locked, open_whole, sync_directory, try_lock
+from mirror.oci.reference import Digest
+from mirror.store.content_hold import ContentHold
+from mirror.store.disk import (
+    Layout,
+    has_whole_or_raise,
+    is_at,
+    open_locked,
+    open_whole,
+    sync_directory,
+    try_lock,
+)
 from mirror.store.ingest_writer import ShortWrite, write_all
 from mirror.store.private_directory import make_private_directory
 
 # 128 random bits (secrets.token_hex). Nothing else becomes part of a path.
 _UPLOAD_ID: Final = re.compile(r"[0-9a-f]{32}", re.ASCII)
 _EVICTION_TIMEOUT_S: Final = 10.0
-"""Seconds to wait for an eviction that removes the same content. It takes microseconds."""
+"""Seconds to wait for another process that looks at the same content. It takes microseconds."""
 _NANOSECONDS: Final = 10**9
 """Nanoseconds in a second."""
-_COPIED_BYTES: Final = 1024 * 1024
-"""Bytes that are read and written at a time where content is copied: few calls, little memory."""
 
 
 def is_upload_id(text: str) -> bool:
@@ -137,12 +143,13 @@ def list_ids(layout: Layout) -> list[str]:
         return []
 
 
-def publish_upload(layout: Layout, path: Path, fd: int, digest: Digest, now: float) -> bool:
+def publish_upload(
+    layout: Layout, path: Path, fd: int, digest: Digest, now: float, hold: ContentHold
+) -> bool:
     """Make a verified file durable and visible as content: fsync, rename, fsync of the directory.
 
     Content of the same digest is replaced: its last verification may be old, and these bytes were
-    hashed just now. The descriptor keeps a shared lock, so nothing evicts the content until the
-    caller closes it. By then a row has to name it, and :func:`keep_published` was called.
+    hashed just now.
 
     Args:
         layout: The data directory.
@@ -150,6 +157,8 @@ def publish_upload(layout: Layout, path: Path, fd: int, digest: Digest, now: flo
         fd: Its descriptor.
         digest: The digest of its bytes.
         now: Seconds since the epoch.
+        hold: Keeps the content from removal. The caller holds it until a row that names the content
+            is committed.
 
     Returns:
         True if there was no such content before.
@@ -158,10 +167,8 @@ def publish_upload(layout: Layout, path: Path, fd: int, digest: Digest, now: flo
         OSError: One of the steps failed. An ``fsync`` that failed is never tried again. If only the
             directory could not be synced, the content stays, and others may have it: without a row
             it is cache.
-        StorageUnavailable: An eviction of the same content does not end.
+        StorageUnavailable: A removal of the same content does not end.
     """
-    target = layout.blob(digest)
-    target.parent.mkdir(parents=True, exist_ok=True)  # An operator may have removed it.
     used = int(now) * _NANOSECONDS
     os.utime(fd, ns=(used, used))
     os.fsync(fd)
@@ -169,75 +176,23 @@ def publish_upload(layout: Layout, path: Path, fd: int, digest: Digest, now: flo
         raise FileNotFoundError(errno.ENOENT, "the file of the upload was removed", str(path))
     # From now on clients can open it as whole content, and its readers share the lock.
     fcntl.flock(fd, fcntl.LOCK_SH)
-    earlier = lease_content(layout, digest)
-    directory = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        path.rename(target)
-        sync_directory(directory)
-    finally:
-        os.close(directory)
-        if earlier is not None:
-            os.close(earlier)
-    return earlier is None
-
-
-def keep_published(layout: Layout, digest: Digest, fd: int, now: float) -> None:
-    """Call once the row of published content is committed, and before that is acknowledged.
-
-    A fetch or another push of the same digest may have put its own file at the path since, which
-    the lock of ``fd`` does not protect: an eviction that did not see the row yet may have removed
-    it. Now that the row is there, no eviction removes a file that is found here. If there is none,
-    the content is copied from ``fd``.
-
-    Args:
-        layout: The data directory.
-        digest: The content.
-        fd: Its published file.
-        now: Seconds since the epoch.
-
-    Raises:
-        OSError: The disk refuses.
-        DigestMismatch: The copy has other bytes. It is not published.
-        StorageUnavailable: An eviction of the same content does not end.
-    """
-    target = layout.blob(digest)
-    if is_at(fd, target):
-        return
-    # An eviction that holds the lock of the other file ends first.
-    other = lease_content(layout, digest)
-    if other is None:
-        other, _ = _store(layout, digest, _read_verified(fd, digest), now)
-    else:  # Whoever has put it there may not have made that durable yet.
-        _sync_directory_of(target)
-    os.close(other)
-
-
-def _read_verified(fd: int, digest: Digest) -> Iterator[bytes]:
-    # After a cancellation, the number of the descriptor may be that of another file.
-    verifier = Verifier(digest)
-    while data := os.pread(fd, _COPIED_BYTES, verifier.position):
-        verifier.update(data)
-        yield data
-    verifier.finish()
-
-
-def _sync_directory_of(path: Path) -> None:
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        sync_directory(directory)
-    finally:
-        os.close(directory)
+    with hold:
+        hold.acquire([digest])
+        is_new = not has_whole_or_raise(layout, digest)
+        path.rename(layout.blob(digest))
+        sync_directory(hold.directory_of(digest))
+    return is_new
 
 
 def lease_content(layout: Layout, digest: Digest) -> int | None:
     """Keep content from eviction: return a descriptor with a shared lock. None if there is none.
 
-    An eviction that has chosen this content at the same moment ends first: it removes the path that
-    it has locked, which must not be a new file by then.
+    Another process may hold the exclusive lock for a moment: an eviction that looks at the content,
+    or a fetch that has just published it. That ends first.
 
     Raises:
         OSError: The content cannot be opened.
-        StorageUnavailable: The eviction does not end.
+        StorageUnavailable: The other process does not release the lock.
     """
     deadline = time.monotonic() + _EVICTION_TIMEOUT_S
     while True:
@@ -251,11 +206,13 @@ def lease_content(layout: Layout, digest: Digest) -> int | None:
         if not stat.S_ISREG(status.st_mode):
             return None
         if time.monotonic() > deadline:
-            raise StorageUnavailable("an eviction of the same content does not end")
+            raise StorageUnavailable("another process does not release the lock of this content")
         time.sleep(0.001)
 
 
-def store_body(layout: Layout, digest: Digest, body: bytes, now: float) -> tuple[int, bool]:
+def publish_body(
+    layout: Layout, digest: Digest, body: bytes, now: float, hold: ContentHold
+) -> bool:
     """Write small content, and publish it.
 
     Args:
@@ -263,34 +220,30 @@ def store_body(layout: Layout, digest: Digest, body: bytes, now: float) -> tuple
         digest: The digest of ``body``.
         body: All bytes.
         now: Seconds since the epoch.
+        hold: See :func:`publish_upload`.
 
     Returns:
-        A descriptor whose lock keeps the content from eviction, and whether it is new.
+        True if there was no such content before.
 
     Raises:
         OSError: One of the steps failed.
         StorageUnavailable: See :func:`publish_upload`.
     """
-    return _store(layout, digest, [body], now)
-
-
-def _store(layout: Layout, digest: Digest, chunks: Iterable[bytes], now: float) -> tuple[int, bool]:
     draft = path_of(layout, secrets.token_hex(16))
     make_private_directory(draft.parent)
     fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:
         try_lock(fd)  # No sweep removes it.
-        position = 0
         try:
-            for chunk in chunks:
-                position = write_all(fd, [chunk], position)
+            write_all(fd, [body], 0)
         except ShortWrite as short:
             raise short.cause from short
-        return fd, publish_upload(layout, draft, fd, digest, now)
+        return publish_upload(layout, draft, fd, digest, now, hold)
     except BaseException:
         drop(draft)
-        os.close(fd)
         raise
+    finally:
+        os.close(fd)
 
 
 def drop(path: Path) -> None:

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from mirror.hosted import upload_files
@@ -23,6 +24,7 @@ from mirror.oci.errors import DigestInvalid, DigestMismatch, InvalidRequest, Sto
 from mirror.oci.reference import Digest, Verifier
 from mirror.operations.backup_files import BackupSource, StoredBytes
 from mirror.store import disk
+from mirror.store.content_hold import ContentHold
 from mirror.store.ingest_writer import ShortWrite, write_all
 from mirror.store.store import Store
 from mirror.threads import run_in_thread
@@ -78,15 +80,16 @@ class RestoredContent:
 
         Raises ``StorageUnavailable`` if the disk refuses.
         """
-        leased = await run_in_thread(self._lease_all, list(dict.fromkeys(digests)))
-        try:
-            for digest, content in leased.items():
-                if isinstance(content, LeasedContent):
-                    self._count(digest, content)
-            yield leased
-            await run_in_thread(self._keep_all, leased)
-        finally:
-            _close_all(leased.values())
+        with ContentHold(self._store.layout) as hold:
+            wanted = list(dict.fromkeys(digests))
+            leased = await run_in_thread(self._lease_all, wanted, hold)
+            try:
+                for digest, content in leased.items():
+                    if isinstance(content, LeasedContent):
+                        self._count(digest, content)
+                yield leased
+            finally:
+                _close_all(leased.values())
 
     def _count(self, digest: Digest, content: LeasedContent) -> None:
         self._verified.add(digest)
@@ -123,12 +126,15 @@ class RestoredContent:
 
     # --- in threads -----------------------------------------------------------------------------
 
-    def _lease_all(self, digests: list[Digest]) -> dict[Digest, LeasedContent | InvalidRequest]:
+    def _lease_all(
+        self, digests: list[Digest], hold: ContentHold
+    ) -> dict[Digest, LeasedContent | InvalidRequest]:
         leased: dict[Digest, LeasedContent | InvalidRequest] = {}
         refused: StorageUnavailable | None = None
-        for digest, content in zip(
-            digests, self._threads.map(self._try_lease, digests), strict=True
-        ):
+        with disk_errors("content cannot be restored"):
+            hold.acquire(digests)
+        lease = partial(self._try_lease, hold=hold)
+        for digest, content in zip(digests, self._threads.map(lease, digests), strict=True):
             if isinstance(content, StorageUnavailable):
                 refused = content
             else:
@@ -138,22 +144,17 @@ class RestoredContent:
             raise refused
         return leased
 
-    def _keep_all(self, leased: dict[Digest, LeasedContent | InvalidRequest]) -> None:
-        layout, now = self._store.layout, self._store.now()
-        with disk_errors("content cannot be restored"):
-            for digest, content in leased.items():
-                if isinstance(content, LeasedContent):
-                    upload_files.keep_published(layout, digest, content.fd, now)
-
-    def _try_lease(self, digest: Digest) -> LeasedContent | InvalidRequest | StorageUnavailable:
+    def _try_lease(
+        self, digest: Digest, hold: ContentHold
+    ) -> LeasedContent | InvalidRequest | StorageUnavailable:
         try:
-            return self._lease(digest)
+            return self._lease(digest, hold)
         except (InvalidRequest, StorageUnavailable) as error:
             return error
         except OSError as error:
             return StorageUnavailable(f"content cannot be restored: {error.strerror or error}")
 
-    def _lease(self, digest: Digest) -> LeasedContent:
+    def _lease(self, digest: Digest, hold: ContentHold) -> LeasedContent:
         fd = upload_files.lease_content(self._store.layout, digest)
         if fd is not None:
             size = os.fstat(fd).st_size
@@ -168,10 +169,10 @@ class RestoredContent:
                     else "damaged here, and missing in the backup:"
                 )
                 raise InvalidRequest(f"{where} {digest}")
-            return self._copy(digest, stored)
+            return self._copy(digest, stored, hold)
 
-    def _copy(self, digest: Digest, stored: StoredBytes) -> LeasedContent:
-        layout = self._store.layout
+    def _copy(self, digest: Digest, stored: StoredBytes, hold: ContentHold) -> LeasedContent:
+        layout, now = self._store.layout, self._store.now()
         draft = upload_files.path_of(layout, secrets.token_hex(16))
         draft.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -184,7 +185,7 @@ class RestoredContent:
                 verifier.update(chunk)
             if not verifier.is_match():
                 raise DigestInvalid(f"{digest}: damaged in the backup")
-            is_new = upload_files.publish_upload(layout, draft, fd, digest, self._store.now())
+            is_new = upload_files.publish_upload(layout, draft, fd, digest, now, hold)
         except BaseException as error:
             upload_files.drop(draft)
             os.close(fd)

@@ -246,23 +246,24 @@ class BlobStore:
             return None
         fd, status = opened
         try:
-            body = self._read_open(digest, fd, limit) if status.st_size <= limit else b""
-            if Digest.of(body, digest.algorithm) == digest:
+            if status.st_size > limit:
+                return None
+            body = self._read_open(digest, fd, limit)
+            if body is not None and Digest.of(body, digest.algorithm) == digest:
                 return body
-            if status.st_size <= limit:
-                self._quarantine(digest, fd, status.st_size)
-                self._loop.call_soon_threadsafe(self._report_damage, digest)
+            self._quarantine(digest, fd, status.st_size, may_be_intact=body is None)
+            self._loop.call_soon_threadsafe(self._report_damage, digest)
             return None
         finally:
             os.close(fd)
 
-    def _read_open(self, digest: Digest, fd: int, limit: int) -> bytes:
+    def _read_open(self, digest: Digest, fd: int, limit: int) -> bytes | None:
         try:
             return os.pread(fd, limit + 1, 0)
         except OSError:
             if self._hosted.may_have(digest):
                 raise
-            return b""  # An unreadable sector counts as damage.
+            return None  # An unreadable sector counts as damage.
 
     async def _is_trusted(self, digest: Digest, status: os.stat_result) -> bool:
         if self._reverify <= 0 or not disk.has_our_mtime(status):
@@ -315,13 +316,15 @@ class BlobStore:
             # An unreadable sector counts as damage, unless no upstream has the content.
             if self._hosted.may_have(digest):
                 raise
-            self._quarantine(digest, fd, size)
+            self._quarantine(digest, fd, size, may_be_intact=True)
             raise DigestMismatch(f"content of {digest} cannot be read: {error.strerror}") from error
         disk.touch_open(fd, self._now())
 
-    def _quarantine(self, digest: Digest, fd: int, size: int) -> None:
+    def _quarantine(
+        self, digest: Digest, fd: int, size: int, *, may_be_intact: bool = False
+    ) -> None:
         """Move damaged content away, in a thread. It is counted once, by the process that did."""
-        if quarantine(self._layout, digest, fd):
+        if quarantine(self._layout, digest, fd, may_be_intact=may_be_intact):
             self._loop.call_soon_threadsafe(self._emit, Evicted(1, size, "corrupt"))
 
     def _verification_done(

@@ -4,9 +4,9 @@ Lives here: reading the one table that says so (``mirror/hosted/database.py`` ha
 every process that removes content, whether it hosts repositories itself or not; and the copy that a
 running backup reads (``mirror/hosted/snapshot.py``). Must not know: repositories, tags.
 
-A push makes content durable, keeps a shared lock on its file, and releases the lock once the row is
-committed. An eviction locks the file exclusively, and then asks here. So it either sees the row, or
-it comes first, and the push brings the bytes again.
+A push holds its content (:mod:`mirror.store.content_hold`) from before it is in its place until the
+row is committed. Whoever removes content asks here while no push holds it. So it either sees the
+row, or it has ended before the push puts its file there.
 """
 
 from __future__ import annotations

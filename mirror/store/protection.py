@@ -126,8 +126,8 @@ class Protection:
     def is_hosted(self, digest: Digest) -> bool:
         """Return whether a hosted repository has content. Raises ``ProtectionUnknown``.
 
-        Call it while the file is locked exclusively: a push has committed its row then, or brings
-        the bytes again.
+        Call it in a block of :func:`mirror.store.content_hold.removing`: no push comes between the
+        answer and the removal.
         """
         try:
             return bool(self._hosted.find([digest]))

@@ -17,6 +17,7 @@ from typing import Final
 from mirror.oci.errors import DigestInvalid
 from mirror.oci.reference import Digest
 from mirror.store import disk
+from mirror.store.content_hold import removing
 from mirror.store.hosted_contents import HostedContents
 from mirror.store.layout import Layout
 
@@ -24,17 +25,27 @@ MAX_QUARANTINED_FILES: Final = 16
 """Damaged files that are kept, the newest ones: enough to find the cause of the damage."""
 
 
-def quarantine(layout: Layout, digest: Digest, fd: int) -> bool:
+def quarantine(layout: Layout, digest: Digest, fd: int, *, may_be_intact: bool = False) -> bool:
     """Move damaged content out of ``blobs/``, if its path still names the open file ``fd``.
 
     Never raises. On a read-only disk the file stays: it is hashed at every use and never served.
+    Content that is being pushed stays, too: its file is about to be replaced.
+
+    Args:
+        layout: The data directory.
+        digest: The content.
+        fd: Its open file.
+        may_be_intact: It could not be read. Then it stays if it is hosted: no upstream has it, and
+            the error may pass.
 
     Returns:
         True if this call has moved it. Another process may have been first.
     """
     path, target = layout.blob(digest), layout.quarantine(digest)
-    with suppress(OSError):
-        if not disk.is_at(fd, path):
+    with suppress(OSError), removing(layout, digest) as may_remove:
+        if not may_remove or not disk.is_at(fd, path):
+            return False
+        if may_be_intact and HostedContents(layout).may_have(digest):
             return False
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +53,7 @@ def quarantine(layout: Layout, digest: Digest, fd: int) -> bool:
         except OSError:
             path.unlink()
         else:
-            if not disk.is_at(fd, target):  # A push has just replaced it: this is new content.
+            if not disk.is_at(fd, target):  # A fetch has just replaced it: this is new content.
                 target.rename(path)
                 return False
         trim_quarantine(layout, MAX_QUARANTINED_FILES)

@@ -6,9 +6,9 @@ ended fetches. Must not know: who removes content, and why.
 Theory of operation: one process removes content at a time, the one with the lock of
 ``eviction.lock``. It removes a batch while no command can set a mark, and compares the marks before
 (:meth:`mirror.store.protection.Protection.held`). Each file is unlinked under its own exclusive
-lock, so a client that reads it keeps it: readers hold a shared lock. A process that is killed
-leaves whole contents only. The running total then counts at most one batch too much, until the next
-scan.
+lock, so a client that reads it keeps it: readers hold a shared lock. What is being pushed stays,
+too (:mod:`mirror.store.content_hold`). A process that is killed leaves whole contents only. The
+running total then counts at most one batch too much, until the next scan.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Final, Protocol
 from mirror.oci.errors import DigestInvalid
 from mirror.oci.reference import Digest
 from mirror.store import disk
+from mirror.store.content_hold import removing
 from mirror.store.layout import Layout
 from mirror.store.pace import Pace
 from mirror.store.protection import Protection
@@ -63,6 +64,7 @@ class KeptBecause(StrEnum):
     MARKED = "a pin, a freeze or a lease protects it"
     HOSTED = "a hosted repository has it"
     READ = "a client reads it"
+    PUSHED = "it is being pushed or restored"
     USED = "a client has used it since it was chosen"
     REFUSED = "the disk refuses to remove it"
 
@@ -190,16 +192,20 @@ def _unlink(layout: Layout, content: Candidate, protection: Protection) -> int |
     """
     path = layout.blob(content.digest)
     try:
-        with disk.open_locked(path) as fd:
-            if fd is None:
-                return KeptBecause.READ
-            status = os.fstat(fd)
-            if status.st_mtime > content.used:
-                return KeptBecause.USED
+        with removing(layout, content.digest) as may_remove:
+            if not may_remove:
+                return KeptBecause.PUSHED
+            # Before the file is locked: a client that pulls it would not find it meanwhile.
             if protection.is_hosted(content.digest):
                 return KeptBecause.HOSTED
-            path.unlink()
-            return status.st_size
+            with disk.open_locked(path) as fd:
+                if fd is None:
+                    return KeptBecause.READ
+                status = os.fstat(fd)
+                if status.st_mtime > content.used:
+                    return KeptBecause.USED
+                path.unlink()
+                return status.st_size
     except FileNotFoundError:
         return None
     except OSError:

@@ -27,7 +27,6 @@ from typing import Final, Literal, TypeAlias
 from mirror.oci.errors import DigestMismatch
 from mirror.oci.reference import Digest, Verifier
 from mirror.store import disk
-from mirror.store.hosted_contents import HostedContents
 from mirror.store.layout import Layout
 from mirror.store.quarantine import quarantine
 
@@ -87,9 +86,8 @@ def scrub(layout: Layout, digest: Digest) -> Scrubbed:
     try:
         if result == "intact":
             return Scrubbed(str(digest), result, size)
-        if result == "unreadable" and HostedContents(layout).may_have(digest):
-            return Scrubbed(str(digest), result, size)  # No upstream has it: the error may pass.
-        return Scrubbed(str(digest), result, size, is_moved=quarantine(layout, digest, fd))
+        is_moved = quarantine(layout, digest, fd, may_be_intact=result == "unreadable")
+        return Scrubbed(str(digest), result, size, is_moved=is_moved)
     finally:
         os.close(fd)
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import fcntl
 import os
 import stat
 import struct
@@ -37,6 +36,7 @@ from mirror.config.settings import Storage
 from mirror.observability.events import LogMessage, Observer
 from mirror.store import disk
 from mirror.store.layout import Layout
+from mirror.store.range_lock import is_range_locked, lock_range
 
 _DISK_RESERVE: Final = 0.01
 """Fraction of a disk that is left free: the index needs space of its own."""
@@ -60,8 +60,6 @@ _HEADER: Final = struct.Struct("<8sqqqdd")
 seconds."""
 _SLOT: Final = struct.Struct("<qqqqq24x")
 """Count, bytes and leftover that a process has added, then its reserved and unwritten bytes."""
-_RANGE_LOCK: Final = struct.Struct("@hhqqi4x")
-"""``struct flock`` of Linux on 64 bits (fcntl(2)): type, whence, start, length, pid."""
 _IMPOSSIBLE: Final = 1 << 60
 """No sum of lengths, in bytes, reaches this. A slot with such a value is damaged and ignored."""
 
@@ -200,7 +198,7 @@ class Totals:
             for number, slot in enumerate(_slots(raw)):
                 count, size, leftover = count + slot[0], size + slot[1], leftover + slot[2]
                 # What a dead process had reserved is not written any more.
-                if slot[3] and (number == self._slot or _is_locked(fd, number)):
+                if slot[3] and (number == self._slot or is_range_locked(fd, *_range_of(number))):
                     reserved, unwritten = reserved + slot[3], unwritten + slot[4]
             hosted_count, hosted_bytes = self.hosted
             return Usage(
@@ -314,7 +312,7 @@ def _open_and_lock(path: Path) -> tuple[int, int]:
         for slot in range(_SLOTS):
             # Of the open file, not of the process: two stores in one process have two slots.
             with suppress(BlockingIOError, PermissionError):
-                fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _range_lock(slot))
+                lock_range(fd, *_range_of(slot))
                 return fd, slot
         raise BlockingIOError(f"all slots of {path} are in use")
     except BaseException:
@@ -322,16 +320,8 @@ def _open_and_lock(path: Path) -> tuple[int, int]:
         raise
 
 
-def _range_lock(slot: int) -> bytes:
-    return _RANGE_LOCK.pack(
-        fcntl.F_WRLCK, os.SEEK_SET, _RECORD_BYTES * (slot + 1), _RECORD_BYTES, 0
-    )
-
-
-def _is_locked(fd: int, slot: int) -> bool:
-    """Return whether another open file holds the lock of a slot: its process is alive."""
-    found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _range_lock(slot))
-    return bool(_RANGE_LOCK.unpack(found)[0] != fcntl.F_UNLCK)
+def _range_of(slot: int) -> tuple[int, int]:
+    return _RECORD_BYTES * (slot + 1), _RECORD_BYTES
 
 
 # --- room for a fetch -----------------------------------------------------------------------------

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sqlite3
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -24,7 +22,6 @@ from mirror.oci.errors import (
     QuotaExceeded,
 )
 from mirror.oci.reference import Digest, Tag
-from mirror.store import disk
 from tests.unit.hosted.kit import CONFIG, CONFIG_DIGEST, NOW, hosted_kit, index_of, manifest_of
 from tests.unit.store.kit import random_bytes
 from tests.waiting import until
@@ -273,35 +270,3 @@ async def test_quota_of_a_repository_counts_shared_content_once_and_mounts_too(
             await kit.service.blobs.mount("one", "two", Digest.of(large))
         assert await kit.service.blobs.mount("one", "three", Digest.of(large))
         assert (await kit.usage()).bytes < 16_000
-
-
-@pytest.mark.parametrize("kind", ["blob", "manifest"])
-async def test_push_is_whole_if_a_fetch_and_an_eviction_come_before_its_row(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    """The fetch puts its own file in place of the one that the push has locked."""
-    async with hosted_kit(tmp_path) as kit:
-        layout, data = kit.store.layout, b"layer"
-        if kind == "manifest":
-            for part in (CONFIG, data):
-                await kit.push_blob(part)
-        digest = Digest.of(manifest_of(data) if kind == "manifest" else data)
-        write, body = kit.database.write, manifest_of(data) if kind == "manifest" else data
-
-        async def write_late(*args: Any, **keys: Any) -> Any:
-            if layout.blob(digest).exists():
-                fd = disk.open_ingest(layout, digest)
-                os.write(fd, body)
-                disk.publish(layout, digest, fd, NOW)
-                os.close(fd)
-                with disk.open_locked(layout.blob(digest)) as evicted:
-                    assert evicted is not None
-                    layout.blob(digest).unlink()
-            return await write(*args, **keys)
-
-        monkeypatch.setattr(kit.database, "write", write_late)
-        if kind == "manifest":
-            await kit.service.manifests.put("app", digest, (), body, OCI_MANIFEST)
-        else:
-            await kit.push_blob(data)
-        assert layout.blob(digest).read_bytes() == body
