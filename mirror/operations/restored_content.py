@@ -101,10 +101,10 @@ class RestoredContent:
         """End the threads. Nothing is leased by now."""
         self._threads.shutdown()
 
-    def has_copy(self, digest: Digest) -> bool:
-        """Return whether the backup has content, which may be damaged. Blocks."""
+    def size_of_copy(self, digest: Digest) -> int | None:
+        """Return the bytes of content of the backup, which may be damaged. None without it."""
         with self._source.opened_blob(digest) as stored:
-            return stored is not None
+            return None if stored is None else int(stored.size)
 
     def read_manifest(self, digest: Digest) -> bytes:
         """Return the bytes of a manifest of the backup. Blocks. Raises ``InvalidRequest``."""
