@@ -283,19 +283,35 @@ def opened_target(path: Path) -> Iterator[BackupTarget]:
         StorageUnavailable: Another process writes it, or the directory has other files.
         OSError: It cannot be written.
     """
-    busy = StorageUnavailable(f"{path}: another process writes this backup")
-    if path.suffix == ".tar":
-        draft = path.with_name(f"{path.name}.tmp")
-        with open(os.open(draft, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "wb") as file:
-            if not disk.try_lock(file.fileno()) or not disk.is_at(file.fileno(), draft):
-                raise busy
-            file.truncate(0)
-            try:
-                yield TarTarget(path, draft, file)
-            finally:
-                if disk.is_at(file.fileno(), draft):
-                    draft.unlink()
-        return
+    try:
+        with _opened_tar(path) if path.suffix == ".tar" else _opened_directory(path) as target:
+            yield target
+    except OSError as error:
+        if error.filename is None:  # A write to an open file: the disk is full, or fails.
+            error.filename = os.fspath(path)
+        raise
+
+
+def _busy(path: Path) -> StorageUnavailable:
+    return StorageUnavailable(f"{path}: another process writes this backup")
+
+
+@contextmanager
+def _opened_tar(path: Path) -> Iterator[BackupTarget]:
+    draft = path.with_name(f"{path.name}.tmp")
+    with open(os.open(draft, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "wb") as file:
+        if not disk.try_lock(file.fileno()) or not disk.is_at(file.fileno(), draft):
+            raise _busy(path)
+        file.truncate(0)
+        try:
+            yield TarTarget(path, draft, file)
+        finally:
+            if disk.is_at(file.fileno(), draft):
+                draft.unlink()
+
+
+@contextmanager
+def _opened_directory(path: Path) -> Iterator[BackupTarget]:
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except FileExistsError:
@@ -305,7 +321,7 @@ def opened_target(path: Path) -> Iterator[BackupTarget]:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         if not disk.try_lock(fd):
-            raise busy
+            raise _busy(path)
         if not (path / METADATA).exists() and os.listdir(path) not in ([], [f"{METADATA}.tmp"]):
             raise StorageUnavailable(
                 f"{path}: has other files than a backup: name an empty or a new directory"

@@ -105,8 +105,7 @@ async def _stage(restore: BackupRestore | LayoutRestore) -> RestoreReport:
         return await restore.stage()
     except StorageUnavailable as error:
         raise StorageUnavailable(
-            f"{error.message}: no name was restored; run the command again once the disk works,"
-            " which goes on with the content that is here"
+            f"{error.message} (no name was restored; the next run copies only what is missing)"
         ) from error
 
 

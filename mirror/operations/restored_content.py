@@ -19,6 +19,7 @@ from typing import Final
 from mirror.hosted import upload_files
 from mirror.hosted.sessions import disk_errors
 from mirror.oci.descriptor import MANIFEST_LIMIT
+from mirror.oci.disk_failures import disk_failure_text
 from mirror.oci.errors import DigestInvalid, DigestMismatch, InvalidRequest, StorageUnavailable
 from mirror.oci.reference import Digest, Verifier
 from mirror.operations.backup_files import BackupSource, StoredBytes
@@ -151,7 +152,8 @@ class RestoredContent:
         except (InvalidRequest, StorageUnavailable) as error:
             return error
         except OSError as error:
-            return StorageUnavailable(f"content cannot be restored: {error.strerror or error}")
+            path = self._store.layout.blob(digest) if error.filename is None else error.filename
+            return StorageUnavailable(disk_failure_text(error, path))
 
     def _lease(self, digest: Digest) -> LeasedContent:
         fd = upload_files.lease_content(self._store.layout, digest)
