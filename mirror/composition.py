@@ -16,14 +16,13 @@ from functools import partial
 from mirror.config.settings import Settings
 from mirror.hosted.database import Database
 from mirror.hosted.hosted_service import HostedService
-from mirror.hosted.staged_names import has_unfinished_restore
 from mirror.observability.events import LogMessage, Observer
 from mirror.pull.content import ContentService
 from mirror.pull.hosted import HostedPulls
 from mirror.pull.marks_watch import MarksWatch
 from mirror.pull.service import PullService
 from mirror.single_flight import SingleFlight
-from mirror.store.hosted_marker import note_hosted_names, raise_if_lost
+from mirror.store.hosted_marker import has_unfinished_restore, note_hosted_names, raise_if_lost
 from mirror.store.layout import Layout
 from mirror.store.private_directory import close_to_others
 from mirror.store.store import Store

@@ -153,11 +153,6 @@ def _merge(connection: Connection, hosted: Hosted, *, may_replace: bool) -> list
     return [f"{repository}:{tag}" for repository, tag in moved]
 
 
-def has_unfinished_restore(layout: Layout) -> bool:
-    """Return whether a restore was killed, and none has run since. Blocks."""
-    return layout.staged_names.exists() and not disk.is_locked(layout.restore_lock)
-
-
 @contextmanager
 def opened_names(layout: Layout) -> Iterator[Connection]:
     """Read the names that are there. Without any, the database is empty. Blocks.

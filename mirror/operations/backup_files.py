@@ -32,6 +32,8 @@ from mirror.store import disk
 INDEX: Final = "index.json"
 METADATA: Final = "oci-mirror.json"
 """The file of all that an image layout has no place for: who has pushed what, and when."""
+USERS: Final = "oci-mirror.users"
+"""The file of the names that users have, or once had (:mod:`mirror.access.known_names`)."""
 _LAYOUT: Final = "oci-layout"
 _LAYOUT_TEXT: Final = '{"imageLayoutVersion": "1.0.0"}'
 _BACKUP_STEP_BYTES: Final = 1024 * 1024
@@ -65,8 +67,8 @@ class BackupTarget(Protocol):
         Raises ``DigestMismatch`` if the file is damaged, or cannot be read. Nothing is added then.
         """
 
-    def publish(self, index: Iterable[str], metadata: Iterable[str]) -> None:
-        """Make the backup whole: write the text of its two documents, and make all durable."""
+    def publish(self, index: Iterable[str], metadata: Iterable[str], users: str) -> None:
+        """Make the backup whole: write the text of its documents, and make all durable."""
 
 
 class _VerifiedReader:
@@ -151,10 +153,11 @@ class DirectoryTarget:
         draft.replace(target)
         self._kept.add((digest.algorithm, digest.hex))
 
-    def publish(self, index: Iterable[str], metadata: Iterable[str]) -> None:
+    def publish(self, index: Iterable[str], metadata: Iterable[str], users: str) -> None:
         """See :class:`BackupTarget`."""
         for algorithm in ALGORITHMS:
             _sync_directory(self._root / "blobs" / algorithm)
+        self._write(USERS, [users])
         self._write(METADATA, metadata)
         self._write(INDEX, index)
         self._prune()
@@ -251,9 +254,9 @@ class TarTarget:
             self._tar.offset = start
             raise
 
-    def publish(self, index: Iterable[str], metadata: Iterable[str]) -> None:
+    def publish(self, index: Iterable[str], metadata: Iterable[str], users: str) -> None:
         """See :class:`BackupTarget`."""
-        for name, text in ((METADATA, metadata), (INDEX, index)):
+        for name, text in ((USERS, [users]), (METADATA, metadata), (INDEX, index)):
             with tempfile.TemporaryFile(dir=self._path.parent) as file:  # Its size comes first.
                 file.writelines(part.encode() for part in text)
                 size = file.tell()

@@ -19,6 +19,7 @@ from pathlib import Path
 from sqlite3 import Connection
 from typing import Final
 
+from mirror.access.known_names import add_known_names, parse_known_names
 from mirror.config.settings import Hosted
 from mirror.hosted import restored_rows
 from mirror.hosted.change_rows import record_change
@@ -28,12 +29,13 @@ from mirror.hosted.staged_names import StagedNames
 from mirror.observability.hosted_events import SERVER, Actor, HostedChange
 from mirror.oci.errors import InvalidRequest, ManifestRefused, StorageUnavailable
 from mirror.oci.reference import Digest, Tag
-from mirror.operations.backup_files import METADATA, BackupSource
+from mirror.operations.backup_files import METADATA, USERS, BackupSource
 from mirror.operations.backup_rows import MAX_LINE_BYTES, BackupTag, RepositoryRows, read_rows
 from mirror.operations.restore_layout import LayoutRestore
 from mirror.operations.restore_plan import PlannedRepository, check_plan
 from mirror.operations.restore_report import RestoreContext, RestoreReport
 from mirror.operations.restored_content import LeasedContent, RestoredContent
+from mirror.store.layout import Layout
 from mirror.store.store import Store
 from mirror.threads import run_in_thread
 
@@ -88,6 +90,7 @@ async def restore_backup(
             # The whole backup is read first: nothing is copied of a damaged one.
             await check_plan(store, hosted, restore.plan(), may_replace=may_replace)
             report = await _stage(restore)
+            await run_in_thread(_restore_users, source, store.layout)
             for kept in await staged.merge(hosted, may_replace=may_replace):
                 report.problems.append(f"{kept} was pushed with another manifest meanwhile")
                 report.images -= 1
@@ -98,6 +101,21 @@ async def restore_backup(
             await staged.close()
     finally:
         source.close()
+
+
+def _restore_users(source: BackupSource, layout: Layout) -> None:
+    """Add the names of users to those that are known here. Without any, change nothing. Blocks."""
+    with source.opened(USERS) as stored:
+        raw = b"" if stored is None else b"".join(islice(stored.chunks(), 2))
+    try:
+        names = parse_known_names(raw)
+        if names:
+            add_known_names(layout.user_names, names)
+    except ValueError as error:
+        raise StorageUnavailable(
+            f"{USERS} of the backup cannot be added to {layout.user_names}: {error}: no name was"
+            " restored; repair that file, or delete it"
+        ) from None
 
 
 async def _stage(restore: BackupRestore | LayoutRestore) -> RestoreReport:

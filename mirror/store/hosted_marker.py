@@ -16,7 +16,7 @@ import os
 from typing import Final
 
 from mirror.oci.errors import StorageUnavailable
-from mirror.store.disk import sync_directory
+from mirror.store.disk import is_locked, sync_directory
 from mirror.store.layout import Layout
 
 LOST_REMEDY: Final = (
@@ -47,6 +47,11 @@ def raise_if_lost(layout: Layout) -> None:
 def lost_names(layout: Layout) -> StorageUnavailable:
     """Return the error for names that are lost."""
     return StorageUnavailable(f"{layout.hosted_names} was there, and is gone: {LOST_REMEDY}")
+
+
+def has_unfinished_restore(layout: Layout) -> bool:
+    """Return whether a restore was killed, and none has run since. Blocks."""
+    return layout.staged_names.exists() and not is_locked(layout.restore_lock)
 
 
 def note_hosted_names(layout: Layout) -> None:

@@ -54,7 +54,6 @@ BROKEN = [
     Broken("ls", "scandir", "/data/blobs/"),
     Broken("du", "scandir", "/data/blobs/"),
     Broken("verify", "scandir", "/data/blobs/"),
-    Broken("doctor", "scandir", "/data/blobs/"),
     Broken("backup TARGET", "open", "/target"),
     Broken("backup TARGET", "link", "/target"),
     Broken("backup TARGET.tar", "open", "/target"),
@@ -113,6 +112,25 @@ def test_command_fails_with_the_path_and_the_remedy(
     assert broken.path in lines[0] or f"{tmp_path}/data" in lines[0]
     assert os.strerror(number) in lines[0]
     assert any(remedy in lines[0] for remedy in REMEDIES), lines[0]
+
+
+@pytest.mark.parametrize("number", ERRORS, ids=errno.errorcode.get)
+@pytest.mark.parametrize("function", ["statvfs", "open"])
+def test_doctor_calls_the_refusal_of_the_disk_a_problem(
+    run: Run, tmp_path: Path, number: int, function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patches:
+        call = refusing(getattr(os, function), f"{tmp_path}/data", number, has_path=True)
+        patches.setattr(os, function, call)
+        result = run(URL, "doctor", more=HOSTED)
+    assert result.code == 1
+    lines = result.out.splitlines()
+    problem = next(
+        n
+        for n, line in enumerate(lines)
+        if f"{tmp_path}/data" in line and line.startswith("problem") and os.strerror(number) in line
+    )
+    assert "remedy: " in lines[problem + 1]
 
 
 @pytest.mark.parametrize("number", ERRORS, ids=errno.errorcode.get)

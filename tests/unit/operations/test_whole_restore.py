@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mirror.access.known_names import KnownNames, add_known_names, read_known_names
 from mirror.config.settings import Hosted
 from mirror.hosted.staged_names import StagedNames
 from mirror.hosted.upload_files import publish_upload
@@ -261,3 +262,50 @@ async def test_tag_that_an_index_has_twice_is_a_problem(tmp_path: Path) -> None:
         report = await restore(kit, layout)
         assert report.images == 1
         assert report.problems == ["a:1 is twice in index.json: the first one is restored"]
+
+
+# --- names of users -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["backup", "backup.tar"])
+async def test_names_of_removed_users_come_back_beside_those_that_are_known(
+    tmp_path: Path, name: str
+) -> None:
+    async with hosted_kit(tmp_path / "data") as kit:
+        await kit.push_image(b"x")
+        add_known_names(kit.store.layout.user_names, {"ann", "bob"})
+        backup(kit, tmp_path / name)
+    async with hosted_kit(tmp_path / "new") as kit:
+        add_known_names(kit.store.layout.user_names, {"carl"})
+        await restore(kit, tmp_path / name)
+        assert read_known_names(kit.store.layout.user_names) == {"ann", "bob", "carl"}
+        known = KnownNames(kit.store.layout.user_names)
+        known.refresh(set())
+        assert "who is or was in access.users" in known.reason_to_refuse("ann")
+
+
+async def test_backup_without_names_of_users_makes_no_file(tmp_path: Path, source: Path) -> None:
+    (source / "oci-mirror.users").unlink()  # As an earlier version writes it.
+    async with hosted_kit(tmp_path / "new") as kit:
+        assert (await restore(kit, source)).problems == []
+        assert not kit.store.layout.user_names.exists()
+
+
+@pytest.mark.parametrize("text", ["two words\n", "x" * (2 << 20)], ids=["odd", "large"])
+async def test_damaged_names_of_users_restore_nothing(
+    tmp_path: Path, source: Path, text: str
+) -> None:
+    (source / "oci-mirror.users").write_text(text)
+    async with hosted_kit(tmp_path / "new") as kit:
+        with pytest.raises(StorageUnavailable, match=r"oci-mirror\.users of the backup cannot be"):
+            await restore(kit, source)
+        assert (await state_of(kit))["tags"] == []
+
+
+async def test_damaged_names_of_users_are_not_backed_up(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path / "data") as kit:
+        path = kit.store.layout.user_names
+        add_known_names(path, {"ann"})
+        path.write_text("two words\n")
+        with pytest.raises(StorageUnavailable, match=r"access/names: .*: repair it, or delete it"):
+            backup(kit, tmp_path / "backup")
