@@ -32,6 +32,8 @@ from mirror.store import disk
 INDEX: Final = "index.json"
 METADATA: Final = "oci-mirror.json"
 """The file of all that an image layout has no place for: who has pushed what, and when."""
+USERS: Final = "oci-mirror.users"
+"""The file of the names that users have, or once had (:mod:`mirror.access.known_names`)."""
 _LAYOUT: Final = "oci-layout"
 _LAYOUT_TEXT: Final = '{"imageLayoutVersion": "1.0.0"}'
 _BACKUP_STEP_BYTES: Final = 1024 * 1024
@@ -65,8 +67,8 @@ class BackupTarget(Protocol):
         Raises ``DigestMismatch`` if the file is damaged, or cannot be read. Nothing is added then.
         """
 
-    def publish(self, index: Iterable[str], metadata: Iterable[str]) -> None:
-        """Make the backup whole: write the text of its two documents, and make all durable."""
+    def publish(self, index: Iterable[str], metadata: Iterable[str], users: str) -> None:
+        """Make the backup whole: write the text of its documents, and make all durable."""
 
 
 class _VerifiedReader:
@@ -151,10 +153,11 @@ class DirectoryTarget:
         draft.replace(target)
         self._kept.add((digest.algorithm, digest.hex))
 
-    def publish(self, index: Iterable[str], metadata: Iterable[str]) -> None:
+    def publish(self, index: Iterable[str], metadata: Iterable[str], users: str) -> None:
         """See :class:`BackupTarget`."""
         for algorithm in ALGORITHMS:
             _sync_directory(self._root / "blobs" / algorithm)
+        self._write(USERS, [users])
         self._write(METADATA, metadata)
         self._write(INDEX, index)
         self._prune()
@@ -251,9 +254,9 @@ class TarTarget:
             self._tar.offset = start
             raise
 
-    def publish(self, index: Iterable[str], metadata: Iterable[str]) -> None:
+    def publish(self, index: Iterable[str], metadata: Iterable[str], users: str) -> None:
         """See :class:`BackupTarget`."""
-        for name, text in ((METADATA, metadata), (INDEX, index)):
+        for name, text in ((USERS, [users]), (METADATA, metadata), (INDEX, index)):
             with tempfile.TemporaryFile(dir=self._path.parent) as file:  # Its size comes first.
                 file.writelines(part.encode() for part in text)
                 size = file.tell()
@@ -283,19 +286,35 @@ def opened_target(path: Path) -> Iterator[BackupTarget]:
         StorageUnavailable: Another process writes it, or the directory has other files.
         OSError: It cannot be written.
     """
-    busy = StorageUnavailable(f"{path}: another process writes this backup")
-    if path.suffix == ".tar":
-        draft = path.with_name(f"{path.name}.tmp")
-        with open(os.open(draft, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "wb") as file:
-            if not disk.try_lock(file.fileno()) or not disk.is_at(file.fileno(), draft):
-                raise busy
-            file.truncate(0)
-            try:
-                yield TarTarget(path, draft, file)
-            finally:
-                if disk.is_at(file.fileno(), draft):
-                    draft.unlink()
-        return
+    try:
+        with _opened_tar(path) if path.suffix == ".tar" else _opened_directory(path) as target:
+            yield target
+    except OSError as error:
+        if error.filename is None:  # A write to an open file: the disk is full, or fails.
+            error.filename = os.fspath(path)
+        raise
+
+
+def _busy(path: Path) -> StorageUnavailable:
+    return StorageUnavailable(f"{path}: another process writes this backup")
+
+
+@contextmanager
+def _opened_tar(path: Path) -> Iterator[BackupTarget]:
+    draft = path.with_name(f"{path.name}.tmp")
+    with open(os.open(draft, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "wb") as file:
+        if not disk.try_lock(file.fileno()) or not disk.is_at(file.fileno(), draft):
+            raise _busy(path)
+        file.truncate(0)
+        try:
+            yield TarTarget(path, draft, file)
+        finally:
+            if disk.is_at(file.fileno(), draft):
+                draft.unlink()
+
+
+@contextmanager
+def _opened_directory(path: Path) -> Iterator[BackupTarget]:
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except FileExistsError:
@@ -305,7 +324,7 @@ def opened_target(path: Path) -> Iterator[BackupTarget]:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         if not disk.try_lock(fd):
-            raise busy
+            raise _busy(path)
         if not (path / METADATA).exists() and os.listdir(path) not in ([], [f"{METADATA}.tmp"]):
             raise StorageUnavailable(
                 f"{path}: has other files than a backup: name an empty or a new directory"
