@@ -22,7 +22,7 @@ from pathlib import Path
 from sqlite3 import Connection
 from typing import Final
 
-from mirror.hosted.schema import SCHEMA_VERSION, wrong_version
+from mirror.hosted.name_tables import SCHEMA_VERSION, wrong_version
 from mirror.oci.descriptor import INDEX_TYPES
 from mirror.oci.errors import NamesDamaged, StorageUnavailable
 from mirror.oci.reference import Digest, Tag
