@@ -1,7 +1,7 @@
 """The database of the hosted repositories: opening it, its threads.
 
 Lives here: transactions, one commit for all writes that wait, damage. Must not know: its tables
-(``schema.py``), what the rows mean (``name_rows.py``).
+(``name_tables.py``), what the rows mean (``name_rows.py``).
 
 Theory of operation: SQLite with a write-ahead log. One thread of each process writes. It takes all
 waiting writes, and commits them together: each is a savepoint, so one that fails undoes nothing of
@@ -27,7 +27,7 @@ from pathlib import Path
 from sqlite3 import Connection
 from typing import Any, Final, Generic, TypeAlias, TypeVar
 
-from mirror.hosted.schema import create_schema, has_schema
+from mirror.hosted.name_tables import create_schema, has_schema
 from mirror.hosted.spare_space import SpareSpace, empty_log, is_without_space
 from mirror.oci.errors import MirrorError, NamesDamaged, StorageUnavailable
 from mirror.store.content_hold import ContentHold
@@ -342,7 +342,7 @@ def check_pages(connection: Connection, path: Path) -> None:
         raise NamesDamaged(f"{path}: damaged: {DAMAGED_NAMES_REMEDY}")
 
 
-def merge(path: Path, staged: Path, change: Callable[[Connection], T]) -> T:
+def change_with_staged(path: Path, staged: Path, change: Callable[[Connection], T]) -> T:
     """Return ``change(connection)``, called in one transaction, once it is on the disk. Blocks.
 
     Args:

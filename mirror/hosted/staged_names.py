@@ -22,8 +22,8 @@ from typing import Final
 
 from mirror.config.settings import Hosted
 from mirror.hosted import upload_rows
-from mirror.hosted.database import Database, check_pages, merge, translate
-from mirror.hosted.schema import create_schema, has_schema
+from mirror.hosted.database import Database, change_with_staged, check_pages, translate
+from mirror.hosted.name_tables import create_schema, has_schema
 from mirror.oci.errors import StorageUnavailable
 from mirror.store import disk
 from mirror.store.layout import Layout
@@ -40,11 +40,11 @@ INSERT INTO manifests SELECT * FROM staged.manifests WHERE true
     pushed_at = max(pushed_at, excluded.pushed_at), pulled_at = max(pulled_at, excluded.pulled_at),
     orphaned_at = min(orphaned_at, excluded.orphaned_at);
 INSERT INTO parts SELECT * FROM staged.parts WHERE true ON CONFLICT DO NOTHING;
-INSERT INTO tags SELECT * FROM staged.tags WHERE (repository, tag) NOT IN temp.moved
+INSERT INTO tags SELECT * FROM staged.tags WHERE (repository, tag) NOT IN temp.kept_tags
     ON CONFLICT (repository, tag) DO UPDATE SET
     digest = excluded.digest, pushed_at = excluded.pushed_at, pushed_by = excluded.pushed_by;
 INSERT INTO changes SELECT * FROM staged.changes
-    WHERE (repository, tag) NOT IN temp.moved ORDER BY rowid;
+    WHERE (repository, tag) NOT IN temp.kept_tags ORDER BY rowid;
 UPDATE manifests SET orphaned_at = 0 WHERE orphaned_at > 0 AND NOT EXISTS
     (SELECT 1 FROM staged.manifests s
         WHERE s.repository = manifests.repository AND s.digest = manifests.digest)
@@ -59,8 +59,8 @@ UPDATE manifests SET orphaned_at = 0 WHERE orphaned_at > 0 AND NOT EXISTS
 """
 """A manifest that is here already keeps its later times, and is no orphan if it was none. Nor is
 one that the restore has no row of, and that belongs to an image of it."""
-_MOVED: Final = (
-    "CREATE TEMP TABLE moved AS SELECT s.repository, s.tag FROM staged.tags s JOIN tags t"
+_CREATE_KEPT_TAGS: Final = (
+    "CREATE TEMP TABLE kept_tags AS SELECT s.repository, s.tag FROM staged.tags s JOIN tags t"
     " ON t.repository = s.repository AND t.tag = s.tag WHERE t.digest <> s.digest AND NOT ?"
 )
 """The tags that keep their other manifest. The parameter: whether they are replaced instead."""
@@ -70,7 +70,13 @@ class StagedNames:
     """The names of one restore. Create it with :meth:`open`."""
 
     def __init__(self, layout: Layout, lock: int, database: Database) -> None:
-        """Use a locked and open database. Call :meth:`open` instead."""
+        """Use an open database. Call :meth:`open` instead.
+
+        Args:
+            layout: The data directory.
+            lock: The descriptor of the locked file.
+            database: The database of the restore.
+        """
         self._layout = layout
         self._lock = lock
         self._is_open = True
@@ -110,7 +116,9 @@ class StagedNames:
         await self._close_database()
         change = partial(_merge, hosted=hosted, may_replace=may_replace)
         layout = self._layout
-        return await run_in_thread(merge, layout.hosted_names, layout.staged_names, change)
+        return await run_in_thread(
+            change_with_staged, layout.hosted_names, layout.staged_names, change
+        )
 
     async def close(self) -> None:
         """Remove the names of the restore, and release the lock."""
@@ -145,13 +153,13 @@ def _remove(path: Path) -> None:
 
 
 def _merge(connection: Connection, hosted: Hosted, *, may_replace: bool) -> list[str]:
-    connection.execute(_MOVED, (may_replace,))
+    connection.execute(_CREATE_KEPT_TAGS, (may_replace,))
     for statement in _MERGE.split(";"):
         connection.execute(statement)
     for (repository,) in connection.execute("SELECT name FROM staged.repositories").fetchall():
         upload_rows.check_quota(connection, repository, hosted)
-    moved = connection.execute("SELECT repository, tag FROM temp.moved ORDER BY 1, 2")
-    return [f"{repository}:{tag}" for repository, tag in moved]
+    kept = connection.execute("SELECT repository, tag FROM temp.kept_tags ORDER BY 1, 2")
+    return [f"{repository}:{tag}" for repository, tag in kept]
 
 
 @contextmanager

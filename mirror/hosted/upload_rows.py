@@ -108,6 +108,11 @@ def release_reservation(connection: Connection, upload_id: str, length: int) -> 
 def check_quota(connection: Connection, repository: str, hosted: Hosted) -> None:
     """Check that all hosted content, and what uploads have reserved, is within the quota.
 
+    Args:
+        connection: The database.
+        repository: The repository that has grown.
+        hosted: The quota, of all repositories and of each.
+
     Raises :class:`QuotaExceeded`.
     """
     used = used_bytes(connection)

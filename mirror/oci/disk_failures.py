@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Final
 
 _AGAIN: Final = "then run the command again"
-_REMEDIES: Final[Mapping[int, str]] = {
+_DISK_REMEDIES: Final[Mapping[int, str]] = {
     errno.EIO: f"the disk fails: look at dmesg, repair or replace it, {_AGAIN}",
     errno.EROFS: f"mount it for writing, {_AGAIN}",
     errno.ENOSPC: f"free space there, {_AGAIN}",
@@ -34,5 +34,17 @@ def disk_failure_text(error: OSError, path: object = None) -> str:
     where = path if path is not None else error.filename
     reason = error.strerror or str(error)
     text = reason if where is None else f"{where}: {reason}"
-    remedy = None if error.errno is None else _REMEDIES.get(error.errno)
+    remedy = None if error.errno is None else _DISK_REMEDIES.get(error.errno)
     return text if remedy is None else f"{text}: {remedy}"
+
+
+def not_stored_text(root: object, unwritable: str | None) -> str:
+    """Return why content that was fetched is not on the disk, with the remedy.
+
+    Args:
+        root: The data directory.
+        unwritable: Why nothing can be stored. None: there was too little room.
+    """
+    if unwritable is None:
+        return f"{root}: there was no room for it: raise storage.max_size, or free space there"
+    return f"{root}: {unwritable}: look at dmesg, its mount and its permissions, {_AGAIN}"

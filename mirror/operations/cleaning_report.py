@@ -81,7 +81,7 @@ class CleaningReport:
 
     @property
     def failures(self) -> list[str]:
-        """What the disk has refused: path, reason and remedy of each item."""
+        """Path, reason and remedy of each item that the disk refuses to remove."""
         return [item.failure for item in self.items if item.failure is not None]
 
     @property

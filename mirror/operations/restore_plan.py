@@ -31,7 +31,7 @@ _ROW_BYTES: Final = 2048
 
 @dataclass(frozen=True, slots=True)
 class PlannedRepository:
-    """What a restore brings to one repository."""
+    """The content and the tags that a restore brings to one repository."""
 
     repository: str
     blobs: Mapping[Digest, int]

@@ -43,7 +43,7 @@ class RestoreReport:
 
 @dataclass(frozen=True, slots=True)
 class RestoreContext:
-    """What each kind of restore works with."""
+    """The parts that each kind of restore works with."""
 
     source: BackupSource
     """The backup."""
@@ -54,7 +54,7 @@ class RestoreContext:
     registry: str
     """Name of the hosted repositories."""
     actor: Actor
-    """Who restores."""
+    """The user who restores."""
     now: Callable[[], float]
     """Returns the seconds since the epoch."""
 

@@ -113,7 +113,7 @@ class Problem:
     is_hosted: bool = False
     """Whether a hosted repository has it, and nothing else: no command brings it back."""
     failure: str = ""
-    """What the disk has refused: path, reason and remedy. Empty: nothing."""
+    """Path, reason and remedy, if the disk has refused something. Empty: it has not."""
 
     @property
     def is_damage(self) -> bool:
@@ -153,7 +153,7 @@ class VerifyReport:
 
     @property
     def failures(self) -> list[str]:
-        """What the disk has refused, without what was repaired: path, reason and remedy of each."""
+        """Path, reason and remedy of each refusal of the disk that no repair has mended."""
         found = [one.failure for one in self.problems if one.failure and not one.is_repaired]
         return [*found, self.index_failure] if self.index_failure else found
 

@@ -106,7 +106,7 @@ def _has_added(layout: Layout, target: BackupTarget, digest: Digest, size: int) 
     try:
         if os.fstat(fd).st_size != size:
             return False
-        target.add(digest, fd, layout.blob(digest), size)
+        target.add(digest, fd, os.fspath(layout.blob(digest)), size)
     except DigestMismatch:
         return False
     finally:

@@ -63,7 +63,7 @@ class Scrubbed:
     is_moved: bool = False
     """Whether this process has moved it to ``quarantine/``. If not, it is still in its place."""
     failure: str = ""
-    """What the disk refuses: path, reason and remedy. Empty: nothing."""
+    """Path, reason and remedy, if the disk refuses something. Empty: it does not."""
 
     def dump(self) -> str:
         """Return the line of the process."""

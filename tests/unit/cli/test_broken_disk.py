@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from mirror.threads import run_in_thread
+from tests.fakes.registry import FakeRegistry
 from tests.unit.cli.cleaning_kit import NAME, URL, content, fill
 from tests.unit.cli.kit import Run, make_run
 from tests.unit.cli.test_backup import HOSTED, push
@@ -112,6 +114,21 @@ def test_command_fails_with_the_path_and_the_remedy(
     assert broken.path in lines[0] or f"{tmp_path}/data" in lines[0]
     assert os.strerror(number) in lines[0]
     assert any(remedy in lines[0] for remedy in REMEDIES), lines[0]
+
+
+@pytest.mark.parametrize("number", ERRORS, ids=errno.errorcode.get)
+async def test_warm_fails_if_the_disk_refuses_content(
+    run: Run, tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with FakeRegistry() as registry:
+        registry.add_image(b"x" * 2048, tag="new")
+        call = refusing(os.open, "/data/ingest/", number, has_path=True)
+        monkeypatch.setattr(os, "open", call)
+        result = await run_in_thread(run, registry.url, "warm", "app:new")
+    assert result.code == 1
+    (line,) = result.err.splitlines()
+    assert f"{tmp_path}/data: " in line
+    assert any(remedy in line for remedy in REMEDIES), line
 
 
 @pytest.mark.parametrize("number", ERRORS, ids=errno.errorcode.get)

@@ -13,7 +13,7 @@ import pytest
 
 from mirror.hosted import database as module
 from mirror.hosted.database import Database, open_checked
-from mirror.hosted.schema import SCHEMA_VERSION
+from mirror.hosted.name_tables import SCHEMA_VERSION
 from mirror.oci.errors import NamesDamaged, StorageUnavailable
 
 

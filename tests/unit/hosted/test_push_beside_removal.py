@@ -365,7 +365,7 @@ async def test_no_acknowledged_push_is_lost_beside_fetches_and_evictions_that_st
                 for _ in range(seeded.randrange(20)):
                     assert kit.store.catalog.has_blob(digest), "acknowledged, and not deleted"
                     await asyncio.sleep(0.001)
-                await kit.service.delete_blob(repository, digest)
+                await kit.service.blobs.delete(repository, digest)
                 count += 1
             return count
 
