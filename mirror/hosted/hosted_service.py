@@ -25,7 +25,7 @@ from mirror.hosted.pushed_manifest import PushedManifest, read_pushed_manifest
 from mirror.hosted.referrer_rows import referrers_page
 from mirror.hosted.sessions import UploadSessions, disk_errors
 from mirror.observability.events import HostedChange, HostedMeasured, Observer
-from mirror.observability.hosted_events import SERVER, Actor, ChangeAction
+from mirror.observability.hosted_events import Actor, ChangeAction
 from mirror.oci.descriptor import MANIFEST_LIMIT, ReferrersPage
 from mirror.oci.errors import BlobUnknown, DigestInvalid, ManifestUnknown, NameUnknown
 from mirror.oci.headers import OCTET_STREAM
@@ -128,13 +128,12 @@ class HostedService:
             user=actor.user,
             client=actor.client,
             at=self._now(),
+            image_size=row.image_size,
         )
 
     # --- blobs ----------------------------------------------------------------------------------
 
-    async def mount(
-        self, source: str, repository: str, digest: Digest, actor: Actor = SERVER
-    ) -> bool:
+    async def mount(self, source: str, repository: str, digest: Digest, actor: Actor) -> bool:
         """Give a repository a blob of another one. Returns False if that is not possible.
 
         The caller has checked that the client may read ``source``. Raises ``QuotaExceeded``.
@@ -213,7 +212,7 @@ class HostedService:
         self,
         repository: str,
         digest: Digest,
-        actor: Actor = SERVER,
+        actor: Actor,
         *,
         may_change_immutable: bool = False,
     ) -> None:
@@ -248,7 +247,7 @@ class HostedService:
         tags: Sequence[Tag],
         body: bytes,
         content_type: str | None,
-        actor: Actor = SERVER,
+        actor: Actor,
     ) -> PushedManifest:
         """Store a manifest, and let tags name it. Returns once that is durable.
 
@@ -291,7 +290,9 @@ class HostedService:
                 connection, repository, manifest, all_tags, self._now(), actor.user
             )
             upload_rows.check_quota(connection, repository, self.settings)
-            return ManifestRow(digest, manifest.media_type, manifest.size)
+            return ManifestRow(
+                digest, manifest.media_type, manifest.size, image_size=manifest.image_size
+            )
 
         names = [str(tag) for tag in all_tags] or [""]
         async with self._stored(digest, body):
@@ -355,7 +356,7 @@ class HostedService:
         self,
         repository: str,
         reference: Reference,
-        actor: Actor = SERVER,
+        actor: Actor,
         *,
         may_change_immutable: bool = False,
     ) -> None:

@@ -37,6 +37,8 @@ class ManifestRow:
     """Bytes."""
     pulled_at: float = 0.0
     """Last recorded pull, in seconds since the epoch. Zero: none."""
+    image_size: int | None = None
+    """As :attr:`PushedManifest.image_size`, where the manifest was just read. None: not known."""
 
 
 @dataclass(frozen=True, slots=True)

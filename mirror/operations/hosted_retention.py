@@ -102,7 +102,7 @@ async def plan_hosted_retention(
 
 
 async def apply_hosted_retention(
-    database: Database, hosted: Hosted, marks: Marks, now: float, actor: Actor = RETENTION
+    database: Database, hosted: Hosted, marks: Marks, now: float, actor: Actor
 ) -> CleaningReport:
     """Remove what the rules name. Says what went and stayed, and why.
 

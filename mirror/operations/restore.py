@@ -24,7 +24,7 @@ from mirror.hosted.change_rows import record_change
 from mirror.hosted.database import Database
 from mirror.hosted.pushed_manifest import PushedManifest, read_pushed_manifest
 from mirror.hosted.snapshot import SavedManifest
-from mirror.observability.hosted_events import SERVER, Actor, HostedChange
+from mirror.observability.hosted_events import Actor, HostedChange
 from mirror.oci.errors import InvalidRequest, ManifestRefused
 from mirror.oci.reference import Digest, Tag
 from mirror.operations.backup_files import METADATA, BackupSource
@@ -49,7 +49,7 @@ async def restore_backup(
     path: Path,
     *,
     may_replace: bool,
-    actor: Actor = SERVER,
+    actor: Actor,
 ) -> RestoreReport:
     """Restore all images of a backup.
 

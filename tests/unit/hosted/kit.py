@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import aiohttp
 from multidict import CIMultiDictProxy
@@ -19,6 +19,7 @@ from mirror.hosted.collection_rows import NeedlessRow
 from mirror.hosted.database import Database
 from mirror.hosted.hosted_service import HostedService
 from mirror.observability.events import Event, HostedChange
+from mirror.observability.hosted_events import Actor
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store.reader import read_all
@@ -32,6 +33,9 @@ EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
 
 
 # --- the service ----------------------------------------------------------------------------------
+
+ANYBODY: Final = Actor()
+"""Who changes a repository where a test asks for nobody."""
 
 
 @dataclass
@@ -72,7 +76,9 @@ class HostedKit:
             await self.push_blob(data, repository)
         body = manifest_of(*layers, **more)
         reference = Digest.of(body) if tag is None else Tag(tag)
-        put = await self.service.put_manifest(repository, reference, (), body, OCI_MANIFEST)
+        put = await self.service.put_manifest(
+            repository, reference, (), body, OCI_MANIFEST, actor=ANYBODY
+        )
         return put.digest
 
     async def read_blob(self, digest: Digest, repository: str = "app") -> bytes:

@@ -14,6 +14,7 @@ from mirror.hosted.name_rows import USE_STEP_S
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST, referrers_tag
 from mirror.oci.reference import Digest, Tag
 from tests.unit.hosted.kit import (
+    ANYBODY,
     NOW,
     HostedKit,
     change_of,
@@ -37,7 +38,7 @@ async def digests(kit: HostedKit, now: float = LATER) -> set[Digest]:
 
 async def put(kit: HostedKit, body: bytes, tag: str | None, kind: str = OCI_MANIFEST) -> Digest:
     reference = Digest.of(body) if tag is None else Tag(tag)
-    manifest = await kit.service.put_manifest("app", reference, (), body, kind)
+    manifest = await kit.service.put_manifest("app", reference, (), body, kind, actor=ANYBODY)
     return manifest.digest
 
 
@@ -62,7 +63,7 @@ async def test_blob_stays_as_long_as_a_client_was_told_of_it_within_the_grace(
         found, mounted = [await kit.push_blob(data) for data in (b"found", b"mounted")]
         kit.clock[0] = LATER - 10
         await kit.service.mark_blob_used("app", found)
-        assert await kit.service.mount("app", "two", mounted)
+        assert await kit.service.mount("app", "two", mounted, actor=ANYBODY)
         collected = [(row.repository, row.digest) for row in await run(kit)]
         assert collected == [("app", mounted)]
 
@@ -71,7 +72,7 @@ async def test_manifest_without_a_tag_stays(tmp_path: Path) -> None:
     async with hosted_kit(tmp_path) as kit:
         await kit.push_image(b"layer", tag=None)
         await kit.push_image(b"other", tag="v1")
-        await kit.service.delete_manifest("app", Tag("v1"))
+        await kit.service.delete_manifest("app", Tag("v1"), actor=ANYBODY)
         assert await digests(kit) == set()
 
 
@@ -82,7 +83,7 @@ async def test_deleted_index_takes_what_only_it_has_listed(tmp_path: Path) -> No
             await kit.push_image(data, tag=tag)
         index = await put(kit, index_of(*children), "latest", OCI_INDEX)
         await put(kit, index_of(children[3]), "other", OCI_INDEX)
-        await kit.service.delete_manifest("app", index)
+        await kit.service.delete_manifest("app", index, actor=ANYBODY)
         assert await digests(kit, NOW + GRACE) == set()
         gone = {Digest.of(data) for data in (*children[:2], b"one", b"two")}
         assert {row.digest for row in await find_needless(kit.database, LATER, GRACE)} == gone
@@ -99,7 +100,7 @@ async def test_referrer_goes_with_its_subject_and_stays_if_the_subject_was_never
         of_mirrored = await kit.push_image(
             b"other", tag=None, subject=descriptor(b"elsewhere", OCI_MANIFEST)
         )
-        await kit.service.delete_manifest("app", subject)
+        await kit.service.delete_manifest("app", subject, actor=ANYBODY)
         collected = await digests(kit)
         assert signature in collected
         assert of_mirrored not in collected
@@ -117,7 +118,7 @@ async def test_tag_of_a_subject_goes_with_it_and_stays_if_the_subject_was_never_
         mirrored = referrers_tag(Digest.of(b"elsewhere")) + ending
         await kit.push_image(b"sig of a mirrored image", tag=mirrored)
         assert await digests(kit, LATER + 10 * GRACE) == set()
-        await kit.service.delete_manifest("app", subject)
+        await kit.service.delete_manifest("app", subject, actor=ANYBODY)
         assert await digests(kit, NOW + GRACE) == set()
         gone = {signature, Digest.of(b"layer"), Digest.of(b"sig")}
         assert {row.digest for row in await find_needless(kit.database, LATER, GRACE)} == gone
@@ -147,7 +148,7 @@ async def test_tag_of_a_subject_that_is_pushed_again_stays(tmp_path: Path) -> No
     async with hosted_kit(tmp_path) as kit:
         subject = await kit.push_image(b"layer", tag="v1")
         signature = await kit.push_image(b"sig", tag=referrers_tag(subject) + ".sig")
-        await kit.service.delete_manifest("app", subject)
+        await kit.service.delete_manifest("app", subject, actor=ANYBODY)
         await put(kit, manifest_of(b"layer"), "v1")
         assert await digests(kit, LATER + 10 * GRACE) == set()
         assert (
@@ -163,7 +164,7 @@ async def test_orphan_that_is_needed_again_stays(tmp_path: Path, how: str) -> No
         subject = await kit.push_image(b"layer", tag="v1")
         signature = manifest_of(b"sig", subject=descriptor(image, OCI_MANIFEST))
         orphan = await kit.push_image(b"sig", tag=None, subject=descriptor(image, OCI_MANIFEST))
-        await kit.service.delete_manifest("app", subject)
+        await kit.service.delete_manifest("app", subject, actor=ANYBODY)
         kit.clock[0] = LATER - 10
         if how == "tag":
             await put(kit, signature, "signature")
