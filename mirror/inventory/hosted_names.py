@@ -11,11 +11,13 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Final
+from dataclasses import dataclass
+from functools import cached_property
+from heapq import merge
+from typing import Any, Final, TypeAlias
 
-from mirror.inventory.image_names import Name
 from mirror.inventory.model import DigestText
+from mirror.inventory.name import Name
 from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Repository, Tag
 from mirror.oci.text import time_text
@@ -23,22 +25,28 @@ from mirror.store.hosted_marker import has_hosted_names
 from mirror.store.layout import Layout
 from mirror.store.saved_rows import connect_to_read
 
+Query: TypeAlias = Callable[..., Iterable[Any]]
+"""Runs a query with its values, and returns its rows, which it may read meanwhile."""
 _RECOVERY_TIMEOUT_S: Final = 10.0
 """Seconds to wait while a server recovers the database after a crash."""
 
+# A manifest that no tag names, and that no other manifest of the repository lists.
+_IS_UNTAGGED: Final = (
+    "NOT EXISTS (SELECT 1 FROM tags t WHERE t.repository = m.repository AND t.digest = m.digest)"
+    " AND NOT EXISTS (SELECT 1 FROM parts p WHERE p.repository = m.repository"
+    " AND p.digest = m.digest)"
+)
+_UNTAGGED: Final = (
+    "SELECT m.repository, '', m.digest, m.pushed_at, m.pushed_by FROM manifests m"  # noqa: S608 - our own text
+    f" WHERE {_IS_UNTAGGED} ORDER BY m.repository, m.digest"
+)
 _TAGS: Final = (
     "SELECT t.repository, t.tag, t.digest, t.pushed_at, t.pushed_by FROM tags t"
     " ORDER BY t.repository, t.tag"
 )
+_MANIFESTS: Final = "SELECT digest FROM manifests"
+_MEDIA_TYPES: Final = "SELECT digest, media_type FROM manifests"
 _SELECT_TAG: Final = "SELECT digest FROM tags WHERE repository = ? AND tag = ?"
-# Manifests that no tag names, and that no other manifest of the repository lists.
-_UNTAGGED: Final = (
-    "SELECT m.repository, '', m.digest, m.pushed_at, m.pushed_by FROM manifests m"
-    " WHERE NOT EXISTS (SELECT 1 FROM tags t WHERE t.repository = m.repository"
-    " AND t.digest = m.digest)"
-    " AND NOT EXISTS (SELECT 1 FROM parts p WHERE p.repository = m.repository"
-    " AND p.digest = m.digest)"
-)
 _SELECT_UPLOADS: Final = "SELECT id, repository, user, reserved, started_at FROM uploads"
 
 _USAGE: Final = (
@@ -47,16 +55,56 @@ _USAGE: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True)
 class HostedNames:
-    """All that hosted repositories have. Empty: there are none."""
+    """All that hosted repositories have, in one state of their database, which is open.
 
-    names: list[Name] = field(default_factory=list)
-    """Tags, and manifests without one, also of content that is lost."""
-    media_types: Mapping[DigestText, str] = field(default_factory=dict)
-    """Media types that manifests were pushed with."""
-    contents: frozenset[DigestText] = frozenset()
-    """Content that a hosted repository has. Nothing but a deletion removes it."""
+    Each call reads it again: 100,000 tags need not be in memory together.
+    """
+
+    def __init__(self, query: Query, host: str | None) -> None:
+        """Read nothing yet.
+
+        Args:
+            query: Runs a query.
+            host: The host of hosted repositories in image references. None: the configuration has
+                no hosted repositories, so they have no names, and still keep their content.
+        """
+        self._query = query
+        self._host = host
+
+    def names(self) -> Iterator[Name]:
+        """Yield tags, and manifests without one, also of content that is lost.
+
+        By repository, then by tag and digest. It takes 0.2 s for 100,000.
+        """
+        host, path, repository = self._host, None, None
+        rows = () if host is None else merge(self._query(_UNTAGGED), self._query(_TAGS))
+        for found, tag, text, pushed_at, user in rows:
+            if repository is None or found != path:
+                path, repository = found, Repository.parse(str(host), found)
+            yield Name(
+                repository,
+                tag=Tag(tag) if tag else None,
+                root=text,
+                current_root=text,
+                first_seen=pushed_at,
+                is_hosted=True,
+                pushed_by=user,
+            )
+
+    def roots(self) -> Iterator[DigestText]:
+        """Yield all manifests, also those without a name of their own. Some come again."""
+        yield from () if self._host is None else (row[0] for row in self._query(_MANIFESTS))
+
+    @cached_property
+    def media_types(self) -> Mapping[DigestText, str]:
+        """Media types that manifests were pushed with."""
+        return {} if self._host is None else dict(self._query(_MEDIA_TYPES))
+
+    @cached_property
+    def contents(self) -> frozenset[DigestText]:
+        """Content that a hosted repository has. Nothing but a deletion removes it."""
+        return frozenset(row[0] for row in self._query("SELECT digest FROM contents"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,39 +161,15 @@ def read_hosted_usage(layout: Layout) -> QuotaUsage:
     return QuotaUsage(contents=0, bytes=0, repositories=0, uploads=0, reserved=0)
 
 
-def read_hosted_names(layout: Layout, name: str | None) -> HostedNames:
-    """Read the names. It takes 0.1 s with 10,000 tags and 100,000 contents.
-
-    Args:
-        layout: The data directory.
-        name: The host of hosted repositories in image references. None: the configuration has no
-            hosted repositories, so they have no names, and still keep their content.
+@contextmanager
+def open_hosted_names(layout: Layout, host: str | None) -> Iterator[HostedNames]:
+    """Open the names, for the block. See :class:`HostedNames`.
 
     Raises:
-        StorageUnavailable: There are such names, and they cannot be read.
+        StorageUnavailable: There are such names, and they cannot be read. Also in the block.
     """
-    names: list[Name] = []
-    media_types: dict[DigestText, str] = {}
     with _reading(layout) as query:
-        contents = frozenset(row[0] for row in query("SELECT digest FROM contents"))
-        if name is not None and contents:
-            repositories: dict[str, Repository] = {}
-            for path, tag, text, pushed_at, user in (*query(_TAGS), *query(_UNTAGGED)):
-                if path not in repositories:
-                    repositories[path] = Repository.parse(name, path)
-                names.append(
-                    Name(
-                        repositories[path],
-                        tag=Tag(tag) if tag else None,
-                        root=text,
-                        current_root=text,
-                        first_seen=pushed_at,
-                        is_hosted=True,
-                        pushed_by=user,
-                    )
-                )
-            media_types.update(query("SELECT digest, media_type FROM manifests"))
-    return HostedNames(names=names, media_types=media_types, contents=contents)
+        yield HostedNames(query, host)
 
 
 def read_hosted_tag(layout: Layout, repository: Repository, tag: Tag) -> DigestText | None:
@@ -199,8 +223,8 @@ def _uploads(layout: Layout, name: str, rows: list[Any]) -> Iterator[HostedUploa
 
 
 @contextmanager
-def _reading(layout: Layout) -> Iterator[Callable[..., Iterable[Any]]]:
-    """Yield a function that runs a query, all in one state of the database. None: no rows."""
+def _reading(layout: Layout) -> Iterator[Query]:
+    """Yield a function that runs a query. All are in one state of the database."""
     path = layout.hosted_names
     if not has_hosted_names(layout):
         yield lambda query, *values: ()
@@ -208,7 +232,7 @@ def _reading(layout: Layout) -> Iterator[Callable[..., Iterable[Any]]]:
     try:
         with closing(connect_to_read(path, _RECOVERY_TIMEOUT_S)) as database:
             database.execute("BEGIN")
-            yield lambda query, *values: database.execute(query, values).fetchall()
+            yield lambda query, *values: database.execute(query, values)
     except sqlite3.Error as error:
         raise StorageUnavailable(
             f"{path} cannot be read ({error}): check its permissions; if it is damaged, oci-mirror"

@@ -11,7 +11,7 @@ import pytest
 from mirror.composition import open_hosted
 from mirror.config.settings import Hosted, Settings, Storage
 from mirror.hosted.database import Database
-from mirror.inventory.hosted_names import read_hosted_names
+from mirror.inventory.hosted_names import open_hosted_names
 from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest
 from mirror.operations.hosted_collection import find_hosted_garbage
@@ -73,12 +73,17 @@ async def test_data_directory_of_an_earlier_version_gets_the_marker(tmp_path: Pa
     assert layout.hosted_marker.exists()
 
 
+def _read_names(layout: Layout) -> None:
+    with open_hosted_names(layout, "registry.example") as names:
+        list(names.names())
+
+
 @pytest.mark.parametrize(
     "read",
     [
         lambda layout: HostedContents(layout).find([Digest.of(b"x")]),
         lambda layout: HostedContents(layout).usage(),
-        lambda layout: read_hosted_names(layout, "registry.example"),
+        _read_names,
     ],
     ids=["eviction", "usage", "inventory"],
 )
