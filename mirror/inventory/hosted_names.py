@@ -47,6 +47,17 @@ _TAGS: Final = (
 _MANIFESTS: Final = "SELECT digest FROM manifests"
 _MEDIA_TYPES: Final = "SELECT digest, media_type FROM manifests"
 _SELECT_TAG: Final = "SELECT digest FROM tags WHERE repository = ? AND tag = ?"
+# From a content up to the manifests that list it: some of those of a base layer.
+_SELECT_TAGS_ABOVE: Final = (
+    "WITH RECURSIVE above (digest) AS (SELECT :digest UNION SELECT p.manifest FROM above"
+    " JOIN parts p ON p.repository = :repository AND p.digest = above.digest LIMIT 1000)"
+    " SELECT DISTINCT t.tag FROM above JOIN tags t"
+    " ON t.repository = :repository AND t.digest = above.digest ORDER BY t.tag LIMIT :limit"
+)
+_HAS_CONTENT: Final = (
+    "SELECT 1 FROM manifests WHERE repository = :repository AND digest = :digest"
+    " UNION ALL SELECT 1 FROM blobs WHERE repository = :repository AND digest = :digest"
+)
 _SELECT_UPLOADS: Final = "SELECT id, repository, user, reserved, started_at FROM uploads"
 
 _USAGE: Final = (
@@ -184,9 +195,32 @@ def read_hosted_tag(layout: Layout, repository: Repository, tag: Tag) -> DigestT
         StorageUnavailable: There are hosted names, and they cannot be read.
     """
     with _reading(layout) as query:
-        for row in query(_SELECT_TAG, repository.path, str(tag)):
+        for row in query(_SELECT_TAG, (repository.path, str(tag))):
             return str(row[0])
     return None
+
+
+def read_tags_above(
+    layout: Layout, repository: Repository, digest: DigestText, limit: int
+) -> list[str] | None:
+    """Return tags of a hosted repository that need a content. It takes a few queries on indexes.
+
+    Args:
+        layout: The data directory.
+        repository: The repository. Its host is not looked at.
+        digest: A manifest, a platform of an index, or a blob.
+        limit: Tags at most.
+
+    Returns the tags, or None if the repository does not have the content.
+
+    Raises:
+        StorageUnavailable: There are hosted names, and they cannot be read.
+    """
+    given = {"repository": repository.path, "digest": digest, "limit": limit}
+    with _reading(layout) as query:
+        if not list(query(_HAS_CONTENT, given)):
+            return None
+        return [row[0] for row in query(_SELECT_TAGS_ABOVE, given)]
 
 
 def read_uploads(layout: Layout, name: str) -> list[HostedUpload]:
@@ -227,12 +261,12 @@ def _reading(layout: Layout) -> Iterator[Query]:
     """Yield a function that runs a query. All are in one state of the database."""
     path = layout.hosted_names
     if not has_hosted_names(layout):
-        yield lambda query, *values: ()
+        yield lambda query, values=(): ()
         return
     try:
         with closing(connect_to_read(path, _RECOVERY_TIMEOUT_S)) as database:
             database.execute("BEGIN")
-            yield lambda query, *values: database.execute(query, values)
+            yield database.execute
     except sqlite3.Error as error:
         raise StorageUnavailable(
             f"{path} cannot be read ({error}): check its permissions; if it is damaged, oci-mirror"

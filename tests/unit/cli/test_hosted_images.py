@@ -22,11 +22,12 @@ from mirror.inventory.json_rows import image_row, streamed_rows
 from mirror.inventory.read import open_listing, read_inventory
 from mirror.observability.hosted_events import Actor, HostedChange
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
-from mirror.oci.reference import Digest
+from mirror.oci.reference import Digest, Tag
 from mirror.store.marks import Block, Pin, change_marks, read_marks
 from tests.unit.cli.inventory_kit import CONFIG, Site
+from tests.unit.history.kit import a_pull, recording
+from tests.unit.hosted.kit import ANYBODY, HostedKit, hosted_kit, index_of, manifest_of
 from tests.unit.hosted.kit import CONFIG as HOSTED_CONFIG
-from tests.unit.hosted.kit import HostedKit, hosted_kit, index_of, manifest_of
 
 NAME = "registry.example"
 HOSTED = f"hosted: {{name: {NAME}, listen: '127.0.0.1:0', max_size: 1000000}}\n"
@@ -108,6 +109,45 @@ def test_images_are_listed_one_by_one_as_those_of_an_inventory(site: Site) -> No
         assert streamed == [row for row in expected if "hosted" in row["state"]]
         assert len(streamed) == 9
         assert sum("blocked" in row["state"] for row in streamed) == len(blocks)
+
+
+def test_explain_says_which_tags_need_hosted_content(site: Site) -> None:
+    digests = [Digest.of(LAYERS[1]), TAGGED, Digest.of(b"gone"), Digest.of(b"untagged")]
+
+    async def push(kit: HostedKit) -> None:
+        await kit.push_image(LAYERS[1], repository="team/multi", tag=None)
+        body = index_of(manifest_of(LAYERS[1]))
+        await kit.service.put_manifest("team/multi", Tag("all"), (), body, OCI_INDEX, actor=ANYBODY)
+        await kit.push_blob(b"untagged", "team/app")
+
+    change(site, push)
+
+    async def record() -> None:
+        with recording(site.data.layout.root, site.now) as made:
+            for repository in ("team/app", "team/multi"):
+                for digest in digests:
+                    text, request_id = str(digest), f"{repository}-{digest.hex[:8]}"
+                    place = {"upstream": NAME, "repository": repository, "reference": text}
+                    made.end(a_pull(request_id=request_id, digest=text, duration=2.0, **place))
+            made.write()
+
+    asyncio.run(record())
+    found = {
+        row["request_id"]: row["sentences"][-1] for row in site.rows("explain", "--last", "20")
+    }
+    app, multi = f"{NAME}/team/app", f"{NAME}/team/multi"
+    gone = "does not have it now: it was deleted, or never pushed there."
+    expected = [
+        (app, digests[0], f"Hosted: {app} has it, by the tag v1."),
+        (app, digests[1], f"Hosted: {app} has it, by the tag v1."),
+        (app, digests[2], f"Hosted: {app} {gone}"),
+        (app, digests[3], f"Hosted: {app} has it, and no tag names it now."),
+        (multi, digests[0], f"Hosted: {multi} has it, by the tag all."),
+        (multi, digests[1], f"Hosted: {multi} {gone}"),
+    ]
+    for repository, digest, sentence in expected:
+        path = repository.removeprefix(f"{NAME}/")
+        assert found[f"{path}-{digest.hex[:8]}"] == sentence
 
 
 def test_many_hosted_tags_are_listed_in_flat_memory(site: Site) -> None:
