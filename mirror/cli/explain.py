@@ -17,6 +17,7 @@ from mirror.cli.data_directory import find_layout, layout_of
 from mirror.cli.inventory import add_no_trunc
 from mirror.cli.listing import print_text
 from mirror.cli.output import UsageError, print_line, print_note
+from mirror.cli.short_digests import image_or_short_name, whole_names
 from mirror.observability.events import Kind, Outcome
 from mirror.oci.errors import InvalidRequest
 from mirror.oci.image_name import ImageName
@@ -133,7 +134,7 @@ def run(arguments: argparse.Namespace) -> int:
     by_request = arguments.is_json or arguments.by_request
     number = arguments.last * (1 if by_request else _REQUESTS_OF_PULL)
     with open_history(find_layout(settings)) as history:
-        pulls = _find_pulls(history, arguments, number)
+        pulls = _find_pulls(history, arguments, settings, number)
         begin = None if pulls else history.begin()
     # The rows of several processes are a second apart.
     pulls.sort(key=lambda pull: pull.at, reverse=True)
@@ -224,7 +225,7 @@ def _print(text: str, is_whole: bool) -> None:
 
 
 def _find_pulls(
-    history: HistoryReader, arguments: argparse.Namespace, number: int
+    history: HistoryReader, arguments: argparse.Namespace, settings: Settings, number: int
 ) -> list[StoredPull]:
     subject: str = arguments.subject
     filters: dict[str, Any] = {
@@ -243,7 +244,12 @@ def _find_pulls(
     except InvalidRequest:
         pass  # It is ``image:tag``.
     try:
-        name = ImageName.parse(subject)
+        parsed = image_or_short_name(subject)
+        name = parsed if isinstance(parsed, ImageName) else whole_names([parsed], settings)[0]
+    except argparse.ArgumentTypeError:
+        name = None
+    try:
+        name = name or ImageName.parse(subject)
     except InvalidRequest as error:
         raise UsageError(
             f"'{subject}' is no image name, and no known id: {error.message}"

@@ -15,6 +15,7 @@ from mirror.cli.arguments import load_settings
 from mirror.cli.data_directory import find_layout, opened_index, opened_mirror
 from mirror.cli.listing import print_rows, since_text
 from mirror.cli.output import print_line, print_note
+from mirror.cli.short_digests import whole_names
 from mirror.cli.table_layout import Column, short_digests
 from mirror.config.settings import Settings
 from mirror.oci.image_name import ImageName
@@ -41,11 +42,12 @@ def _pin(arguments: argparse.Namespace) -> int:
         _print_table(_PIN_COLUMNS, map(_pin_row, read_marks(layout).pins.values()), arguments)
         return 0
 
-    marking.check_not_hosted(arguments.images, settings.hosted)
+    names = whole_names(arguments.images, settings)
+    marking.check_not_hosted(names, settings.hosted)
 
     async def pin() -> list[Pin]:
         async with opened_index(layout) as index:
-            return await marking.pin(layout, index, arguments.images, time.time())
+            return await marking.pin(layout, index, names, time.time())
 
     pins = asyncio.run(pin())
     _report([_pin_row(one) for one in pins], [f"pinned {one.name}" for one in pins], arguments)
@@ -54,12 +56,13 @@ def _pin(arguments: argparse.Namespace) -> int:
 
 
 def _unpin(arguments: argparse.Namespace) -> int:
-    layout = find_layout(load_settings(arguments))
-    removed = asyncio.run(marking.unpin(layout, arguments.images))
+    settings = load_settings(arguments)
+    layout, images = find_layout(settings), whole_names(arguments.images, settings)
+    removed = asyncio.run(marking.unpin(layout, images))
     lines = [f"unpinned {one.name}" for one in removed]
     _report([_pin_row(one) for one in removed], lines, arguments)
     names = {one.name for one in removed}
-    wanted = [str(name.with_default_tag()) for name in arguments.images]
+    wanted = [str(name.with_default_tag()) for name in images]
     _note_absent([name for name in wanted if name not in names], "pinned")
     return 0
 

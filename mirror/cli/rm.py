@@ -10,11 +10,12 @@ import argparse
 import asyncio
 from typing import TYPE_CHECKING
 
-from mirror.cli.arguments import Commands, add_config, add_json, image_name, load_settings
+from mirror.cli.arguments import Commands, add_config, add_json, load_settings
 from mirror.cli.cleaning import add_dry_run, print_items, summary
 from mirror.cli.data_directory import load_inventory, opened_store
 from mirror.cli.exit_codes import EX_FAILED
 from mirror.cli.output import CommandFailed, UsageError, print_line, print_note
+from mirror.cli.short_digests import ShortName, image_or_short_name, whole_names
 
 if TYPE_CHECKING:
     from mirror.config.settings import Settings
@@ -57,12 +58,12 @@ def add_parser(commands: Commands) -> None:
     parser.set_defaults(run=run)
 
 
-def _one_image(text: str) -> ImageName:
+def _one_image(text: str) -> ImageName | ShortName:
     if set("*?") & set(text):
         raise argparse.ArgumentTypeError(
             f"'{text}': rm takes no pattern: use `oci-mirror prune --match '{text}'`"
         )
-    return image_name(text)
+    return image_or_short_name(text)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -82,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
         print_items(report, is_json=arguments.is_json)
         return 0
     inventory = load_inventory(settings)
-    images = find_images(inventory, arguments.images)
+    images = find_images(inventory, whole_names(arguments.images, settings))
     report = asyncio.run(
         _remove(
             settings,

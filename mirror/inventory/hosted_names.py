@@ -54,6 +54,9 @@ _SELECT_TAGS_ABOVE: Final = (
     " SELECT DISTINCT t.tag FROM above JOIN tags t"
     " ON t.repository = :repository AND t.digest = above.digest ORDER BY t.tag LIMIT :limit"
 )
+_SELECT_BEGINNING: Final = (
+    "SELECT digest FROM manifests WHERE repository = ? AND digest >= ? AND digest < ?"
+)
 _HAS_CONTENT: Final = (
     "SELECT 1 FROM manifests WHERE repository = :repository AND digest = :digest"
     " UNION ALL SELECT 1 FROM blobs WHERE repository = :repository AND digest = :digest"
@@ -198,6 +201,18 @@ def read_hosted_tag(layout: Layout, repository: Repository, tag: Tag) -> DigestT
         for row in query(_SELECT_TAG, (repository.path, str(tag))):
             return str(row[0])
     return None
+
+
+def read_manifests_beginning(
+    layout: Layout, repository: Repository, beginning: str
+) -> list[DigestText]:
+    """Return the manifests of a hosted repository whose digest begins so, by an index.
+
+    Raises ``StorageUnavailable``: there are hosted names, and they cannot be read.
+    """
+    with _reading(layout) as query:
+        values = repository.path, beginning, f"{beginning}\x7f"
+        return [row[0] for row in query(_SELECT_BEGINNING, values)]
 
 
 def read_tags_above(
