@@ -17,7 +17,7 @@ from mirror.cli.data_directory import find_layout, layout_of
 from mirror.cli.inventory import add_no_trunc
 from mirror.cli.listing import print_text
 from mirror.cli.output import UsageError, print_line, print_note
-from mirror.cli.short_digests import image_or_short_name, whole_names
+from mirror.cli.short_digests import parse_short_name, whole_names
 from mirror.observability.events import Kind, Outcome
 from mirror.oci.errors import InvalidRequest
 from mirror.oci.image_name import ImageName
@@ -244,12 +244,7 @@ def _find_pulls(
     except InvalidRequest:
         pass  # It is ``image:tag``.
     try:
-        parsed = image_or_short_name(subject)
-        name = parsed if isinstance(parsed, ImageName) else whole_names([parsed], settings)[0]
-    except argparse.ArgumentTypeError:
-        name = None
-    try:
-        name = name or ImageName.parse(subject)
+        (name,) = whole_names([parse_short_name(subject) or ImageName.parse(subject)], settings)
     except InvalidRequest as error:
         raise UsageError(
             f"'{subject}' is no image name, and no known id: {error.message}"

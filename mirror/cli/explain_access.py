@@ -27,8 +27,8 @@ _VERBS: Final = {
     AccessRight.DELETE: "delete from",
     AccessRight.ADMIN: "administrate",
 }
-_CHANGES: Final = frozenset({AccessRight.PUSH, AccessRight.DELETE})
-"""What can be done with hosted repositories only."""
+_HOSTED_ONLY: Final = frozenset({AccessRight.PUSH, AccessRight.DELETE})
+"""The actions on hosted repositories only."""
 
 
 def explain_access(arguments: argparse.Namespace, settings: Settings) -> int:
@@ -54,13 +54,13 @@ def explain_access(arguments: argparse.Namespace, settings: Settings) -> int:
 def _decisions(
     arguments: argparse.Namespace, settings: Settings, name: ImageName
 ) -> Iterator[dict[str, Any]]:
-    identity = Identity(arguments.user, frozenset(arguments.groups))
+    identity = Identity(user=arguments.user, groups=frozenset(arguments.groups))
     if arguments.user == EVERYBODY:
         identity = ANONYMOUS
     access, hosted = settings.access, settings.hosted
     rules = None if access is None else Rules(access, None if hosted is None else hosted.name)
     for action in [AccessRight(arguments.may)] if arguments.may else AccessRight:
-        if action in _CHANGES and (hosted is None or not hosted.has_image(str(name))):
+        if action in _HOSTED_ONLY and (hosted is None or not hosted.has_image(str(name))):
             decision = AccessDecision(is_allowed=False)
             why = "nobody pushes to a mirrored repository, and nobody deletes from it"
         elif rules is None or access is None:
@@ -71,7 +71,7 @@ def _decisions(
         else:
             decision = rules.decide(identity, name.repository, action)
             why = _why(decision, action, access.rules)
-        if action in _CHANGES and _is_immutable(settings, name):
+        if action in _HOSTED_ONLY and _is_immutable(settings, name):
             why += (
                 f". The tag {name.reference} is immutable (hosted.immutable_tags): once it is"
                 " there, it cannot be moved, and only an admin deletes it"

@@ -84,14 +84,12 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     inventory = load_inventory(settings)
     images = find_images(inventory, whole_names(arguments.images, settings))
-    report = asyncio.run(
-        _remove(
-            settings,
-            inventory,
-            images,
-            is_dry_run=arguments.is_dry_run,
-            may_change_immutable=arguments.may_change_immutable,
-        )
+    report = _remove(
+        settings,
+        inventory,
+        images,
+        is_dry_run=arguments.is_dry_run,
+        may_change_immutable=arguments.may_change_immutable,
     )
     print_items(report, is_json=arguments.is_json)
     if not arguments.is_json:
@@ -117,7 +115,7 @@ def find_images(inventory: Inventory, names: list[ImageName]) -> list[Image]:
     return list(images)
 
 
-async def _remove(
+def _remove(
     settings: Settings,
     inventory: Inventory,
     images: list[Image],
@@ -133,16 +131,20 @@ async def _remove(
         return plan_removal_by_name(
             settings, inventory, images, whys, may_change_immutable=may_change_immutable
         )
-    async with opened_store(settings) as store:
-        return await remove_by_name(
-            settings,
-            store,
-            inventory,
-            images,
-            whys,
-            local_actor(),
-            may_change_immutable=may_change_immutable,
-        )
+
+    async def remove() -> CleaningReport:
+        async with opened_store(settings) as store:
+            return await remove_by_name(
+                settings,
+                store,
+                inventory,
+                images,
+                whys,
+                local_actor(),
+                may_change_immutable=may_change_immutable,
+            )
+
+    return asyncio.run(remove())
 
 
 async def _end_uploads(settings: Settings, upload_ids: list[str]) -> CleaningReport:

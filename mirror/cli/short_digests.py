@@ -18,6 +18,7 @@ from mirror.cli.arguments import image_name
 from mirror.cli.data_directory import find_layout
 from mirror.cli.output import CommandFailed
 from mirror.config.settings import Settings
+from mirror.oci.errors import InvalidRequest
 from mirror.oci.image_name import ImageName
 from mirror.oci.reference import Digest, Repository
 from mirror.store.layout import Layout
@@ -43,10 +44,21 @@ def image_or_short_name(text: str) -> ImageName | ShortName:
 
     Raises ``argparse.ArgumentTypeError``, which argparse reports as wrong usage.
     """
+    try:
+        return parse_short_name(text) or image_name(text)
+    except InvalidRequest:
+        return image_name(text)  # It says what is wrong.
+
+
+def parse_short_name(text: str) -> ShortName | None:
+    """Parse a name with the beginning of a digest. None: it has a whole one, or none.
+
+    Raises ``InvalidRequest``.
+    """
     match = _SHORT.fullmatch(text)
     if match is None:
-        return image_name(text)
-    return ShortName(image_name(match["name"]).repository, match["digest"])
+        return None
+    return ShortName(ImageName.parse(match["name"]).repository, match["digest"])
 
 
 def whole_names(names: Iterable[ImageName | ShortName], settings: Settings) -> list[ImageName]:

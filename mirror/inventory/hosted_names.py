@@ -44,7 +44,7 @@ _TAGS: Final = (
     "SELECT t.repository, t.tag, t.digest, t.pushed_at, t.pushed_by FROM tags t"
     " ORDER BY t.repository, t.tag"
 )
-_MANIFESTS: Final = "SELECT digest FROM manifests"
+_SELECT_MANIFESTS: Final = "SELECT digest FROM manifests"
 _MEDIA_TYPES: Final = "SELECT digest, media_type FROM manifests"
 _SELECT_TAG: Final = "SELECT digest FROM tags WHERE repository = ? AND tag = ?"
 # From a content up to the manifests that list it: some of those of a base layer.
@@ -108,7 +108,7 @@ class HostedNames:
 
     def roots(self) -> Iterator[DigestText]:
         """Yield all manifests, also those without a name of their own. Some come again."""
-        yield from () if self._host is None else (row[0] for row in self._query(_MANIFESTS))
+        yield from () if self._host is None else (row[0] for row in self._query(_SELECT_MANIFESTS))
 
     @cached_property
     def media_types(self) -> Mapping[DigestText, str]:

@@ -19,7 +19,7 @@ ChangeAction: TypeAlias = Literal["push", "delete", "mount"]
 - ``delete``: a tag, a manifest with its tags, or a blob was deleted.
 - ``mount``: a blob of another repository was mounted."""
 
-_MESSAGES: Final = {"push": "pushed", "delete": "deleted", "mount": "mounted"}
+_LINE_MESSAGES: Final = {"push": "pushed", "delete": "deleted", "mount": "mounted"}
 """Action -> the message of its line in the log."""
 
 
@@ -84,8 +84,8 @@ class HostedChange:
 
     @property
     def log_message(self) -> str:
-        """What has happened, as the message of its line in the log."""
-        return _MESSAGES[self.action]
+        """The message of its line in the log."""
+        return _LINE_MESSAGES[self.action]
 
     def log_fields(self) -> dict[str, Any]:
         """Return the fields of its line in the log. Sizes are bytes."""
