@@ -95,7 +95,13 @@ class Rules:
     def decide(
         self, identity: Identity, repository: Repository, action: AccessRight
     ) -> AccessDecision:
-        """Decide as :meth:`is_allowed`, and say by which rule. It is not remembered."""
+        """Decide as :meth:`is_allowed`, and say by which rule. It is not remembered.
+
+        Args:
+            identity: The client.
+            repository: The repository, which need not exist.
+            action: What the client wants to do.
+        """
         more = self._groups_of.get(identity.user)
         if more is not None:
             identity = Identity(user=identity.user, groups=identity.groups | more)

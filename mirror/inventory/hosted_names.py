@@ -208,6 +208,11 @@ def read_manifests_beginning(
 ) -> list[DigestText]:
     """Return the manifests of a hosted repository whose digest begins so, by an index.
 
+    Args:
+        layout: The data directory.
+        repository: The repository. Its host is not looked at.
+        beginning: The algorithm, a colon, and some digits.
+
     Raises ``StorageUnavailable``: there are hosted names, and they cannot be read.
     """
     with _reading(layout) as query:

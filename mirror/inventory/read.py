@@ -80,8 +80,16 @@ def open_listing(
     """Read a data directory for a listing, which looks at each image once.
 
     In the block, ``stream_hosted`` of the inventory yields the images of hosted repositories, one
-    after the other. All else of it is about the other images. Arguments and errors are those of
-    :func:`read_inventory`.
+    after the other. All else of it is about the other images.
+
+    Args:
+        layout: The data directory.
+        upstreams: The configured upstreams, for the freshness of tags.
+        marks: The marks of the data directory.
+        now: Seconds since the epoch.
+        hosted: The settings of hosted repositories. None: the configuration has none.
+
+    Raises what :func:`read_inventory` raises.
     """
     present = list_contents(layout)
     with open_hosted_names(layout, None if hosted is None else hosted.name) as pushed:
