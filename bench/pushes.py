@@ -37,7 +37,7 @@ MEMORY_BOUND: Final = 150 * MIB
 """Most memory of the server beside 50 pushes."""
 
 
-class Door:
+class PushConnection:
     """A registry that takes pushes, over one connection."""
 
     def __init__(self, url: str) -> None:
@@ -95,10 +95,10 @@ def _seconds_of_large(url: str, number: int, size: int, directory: Path) -> floa
             digest.update(chunk)
     back_memory(3 * size)  # The file, the copy of the server, and what else it needs.
     os.sync()
-    door = Door(url)
+    connection = PushConnection(url)
     begun = time.perf_counter()
-    location = door.send_file(door.begin(f"bench/large{number}"), file)
-    door.finish(location, f"sha256:{digest.hexdigest()}")
+    location = connection.send_file(connection.begin(f"bench/large{number}"), file)
+    connection.finish(location, f"sha256:{digest.hexdigest()}")
     return time.perf_counter() - begun
 
 
@@ -107,9 +107,9 @@ def _seconds_of_small(url: str, number: int) -> float:
     os.sync()
 
     def push_some(first: int) -> None:
-        door = Door(url)
+        connection = PushConnection(url)
         for data in layers[first::CONNECTIONS]:
-            door.push(f"bench/small{number}", data)
+            connection.push(f"bench/small{number}", data)
 
     begun = time.perf_counter()
     with ThreadPoolExecutor(CONNECTIONS) as threads:
@@ -118,10 +118,10 @@ def _seconds_of_small(url: str, number: int) -> float:
 
 
 def _hosting(stack: ExitStack) -> tuple[Mirror, str]:
-    door = f"127.0.0.1:{free_port()}"
-    hosted = {"name": "registry.example", "listen": door}
+    push_host = f"127.0.0.1:{free_port()}"
+    hosted = {"name": "registry.example", "listen": push_host}
     mirror = stack.enter_context(Mirror({"docker.io": "http://127.0.0.1:9"}, hosted=hosted))
-    return mirror, f"http://{door}"
+    return mirror, f"http://{push_host}"
 
 
 def _push(run: Run) -> Iterator[str]:
@@ -161,8 +161,10 @@ def _push_memory(run: Run) -> Iterator[str]:
         digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
 
         def push(number: int) -> None:
-            door = Door(url)
-            door.finish(door.send_file(door.begin(f"bench/r{number}"), file), digest)
+            connection = PushConnection(url)
+            connection.finish(
+                connection.send_file(connection.begin(f"bench/r{number}"), file), digest
+            )
 
         peak = 0
         for _ in range(run.rounds):

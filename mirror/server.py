@@ -54,7 +54,7 @@ from mirror.threads import (
     run_in_thread,
 )
 from mirror.upstream.named_documents import fetch_named_document
-from mirror.web.doors import Certificate, Door, listen
+from mirror.web.listener import Certificate, Listener, listen
 from mirror.web.handler import Handler
 from mirror.web.health import Health
 from mirror.web.stored_responses import UnsentConnections
@@ -330,44 +330,48 @@ class RunningServer:
 
     mirror: Mirror
     health: Health
-    door: Door
+    own_listener: Listener
     """The mirror's own listener."""
-    push_door: Door | None
+    push_listener: Listener | None
     """The listener of the hosted repositories. None: they have none of their own."""
     access: AccessControl
 
     @property
-    def doors(self) -> tuple[Door, ...]:
+    def listeners(self) -> tuple[Listener, ...]:
         """All listeners."""
-        return (self.door,) if self.push_door is None else (self.door, self.push_door)
+        return (
+            (self.own_listener,)
+            if self.push_listener is None
+            else (self.own_listener, self.push_listener)
+        )
 
     @property
     def handler(self) -> Handler:
         """The handler of the mirror's own listener."""
-        return self.door.handler
+        return self.own_listener.handler
 
     @property
     def unsent(self) -> UnsentConnections:
         """The connections to the mirror's own listener with bytes that wait for the client."""
-        return self.door.unsent
+        return self.own_listener.unsent
 
     def stop_listening(self) -> None:
         """Close the listening sockets. Open connections stay."""
-        for door in self.doors:
-            door.stop_listening()
+        for listener in self.listeners:
+            listener.stop_listening()
 
     def forget_responses(self) -> None:
         """Reuse no stored response any more."""
-        for door in self.doors:
-            door.handler.stored_responses.clear()
+        for listener in self.listeners:
+            listener.handler.stored_responses.clear()
 
     def apply(self, settings: Settings) -> None:
         """Use a changed configuration for new requests, as :meth:`Mirror.apply` does."""
         use_access = self.access.prepare(settings)
         self.mirror.apply(settings)
         use_access()
-        for door in self.doors:
-            door.handler.configure(settings)
+        for listener in self.listeners:
+            listener.handler.configure(settings)
 
 
 @asynccontextmanager
@@ -415,14 +419,14 @@ async def start_server(
             options=options,
         )
         async with AsyncExitStack() as stack:
-            push_door = None
+            push = None
             if push_listener is not None:
-                handler = build(is_push_door=True)
-                push_door = await stack.enter_async_context(listening(handler, push_listener))
+                handler = build(is_push_listener=True)
+                push = await stack.enter_async_context(listening(handler, push_listener))
             handler = build()
-            door = await stack.enter_async_context(listening(handler, listener))
+            own = await stack.enter_async_context(listening(handler, listener))
             stack.callback(access.close)
-            running = RunningServer(mirror, health, door, push_door, access)
+            running = RunningServer(mirror, health, own, push, access)
             mirror.marks.call_after_changes(lambda _: running.forget_responses())
             yield running
 
@@ -444,13 +448,13 @@ async def _drain(running: RunningServer, emit: Observer) -> None:
     Waits for at most ``drain_timeout`` seconds. Then it cuts off the clients that still receive.
     """
     running.health.is_draining = True
-    pulls = sum(door.handler.in_flight for door in running.doors)
+    pulls = sum(listener.handler.in_flight for listener in running.listeners)
     emit(LogMessage("info", "draining", (("pulls", pulls),)))
     try:
         async with asyncio.timeout(running.mirror.settings.drain_timeout):
-            for door in running.doors:
-                await door.wait_until_idle()
+            for listener in running.listeners:
+                await listener.wait_until_idle()
             await running.mirror.store.wait_until_published()
     except TimeoutError:
-        cut = sum(door.handler.abort_all() for door in running.doors)
+        cut = sum(listener.handler.abort_all() for listener in running.listeners)
         emit(LogMessage("warning", "the drain timeout is over", (("cut", cut),)))

@@ -169,8 +169,8 @@ async def running(
 def _hosted_section(hosted: Mapping[str, Any] | None) -> dict[str, Any]:
     if hosted is None:
         return {}
-    door = {} if "hosts" in hosted else {"listen": "127.0.0.1:0"}
-    return {"hosted": {"name": "registry.example", **door, **hosted}}
+    push_host = {} if "hosts" in hosted else {"listen": "127.0.0.1:0"}
+    return {"hosted": {"name": "registry.example", **push_host, **hosted}}
 
 
 def _tls(certificate: Certificate | None) -> dict[str, str] | None:

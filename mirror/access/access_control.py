@@ -132,7 +132,7 @@ class AccessControl:
         except LoginFailed as error:
             raise self._challenge(str(error)) from None
 
-    async def check_push_door(
+    async def check_at_push_listener(
         self,
         authorization: str | None,
         client: str,

@@ -119,7 +119,7 @@ class Hosted(Section):
         return image.startswith(f"{self.name}/")
 
     @model_validator(mode="after")
-    def _check_door(self) -> Self:
+    def _check_listener(self) -> Self:
         if self.listen is None and not self.hosts:
             raise key_error(
                 ("listen",),

@@ -20,13 +20,13 @@ from mirror.upstream.transport import Transport
 
 def listener_addresses(settings: Settings) -> frozenset[tuple[str, int]]:
     """Return the (host, port) pairs of all listeners of this mirror."""
-    doors = (
+    listeners = (
         settings.listen,
         settings.admin.listen if settings.admin is not None else None,
         settings.hosted.listen if settings.hosted is not None else None,
     )
     return frozenset(
-        address for door in doors if door is not None for address in own_addresses(door)
+        address for listen in listeners if listen is not None for address in own_addresses(listen)
     )
 
 

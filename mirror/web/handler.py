@@ -90,7 +90,7 @@ class Handler:
         access: AccessControl,
         hosted: HostedService | None = None,
         *,
-        is_push_door: bool = False,
+        is_push_listener: bool = False,
     ) -> None:
         """Create the handler of a listener.
 
@@ -102,21 +102,23 @@ class Handler:
             emit: Receives the events of each request.
             access: Says who the client is, and what it may do.
             hosted: The hosted repositories. None: there are none.
-            is_push_door: True if all requests to this listener are for the hosted repositories.
+            is_push_listener: True if all requests to this listener are for the hosted repositories.
         """
-        self._door: HostedHandler | None = None
+        self._hosted_handler: HostedHandler | None = None
         """The push listener. None: nothing can be pushed through this listener."""
-        has_door = settings.hosted is not None and (is_push_door or settings.hosted.hosts)
-        if hosted is not None and has_door:
-            self._door = HostedHandler(
+        has_push_listener = settings.hosted is not None and (
+            is_push_listener or settings.hosted.hosts
+        )
+        if hosted is not None and has_push_listener:
+            self._hosted_handler = HostedHandler(
                 hosted,
                 access,
                 common_headers,
                 self._forwarded_prefix,
-                is_sole=is_push_door,
+                is_sole=is_push_listener,
             )
         self._access = access
-        self._is_push_door = is_push_door
+        self._is_push_listener = is_push_listener
         self.addresses = AddressLimit(settings.max_client_connections)
         """Counts the connections of each client address. Behind trusted proxies: its requests."""
         self.proxies: TrustedProxies | None = None
@@ -141,8 +143,8 @@ class Handler:
             host.lower(): name for name, one in settings.upstreams.items() for host in one.hosts
         }
         if (hosted := settings.hosted) is not None:
-            names = hosted.names() if self._is_push_door else {**names, **hosted.names()}
-            default = hosted.name if self._is_push_door else default
+            names = hosted.names() if self._is_push_listener else {**names, **hosted.names()}
+            default = hosted.name if self._is_push_listener else default
             self._upstream_of_host |= {host.lower(): hosted.name for host in hosted.hosts}
         self._parse = paths.build_parser(names, default)
         networks = settings.trusted_proxies
@@ -262,8 +264,8 @@ class Handler:
 
     async def _dispatch(self, request: web.BaseRequest, pull: RequestRecord) -> web.StreamResponse:
         path, _, query = pull.path.partition("?")
-        if self._door is not None and self._door.is_door_of(request):
-            response = await self._door.respond(request, pull)
+        if self._hosted_handler is not None and self._hosted_handler.is_at_push_listener(request):
+            response = await self._hosted_handler.respond(request, pull)
             if isinstance(response, web.StreamResponse):
                 return response
             parsed = response

@@ -84,7 +84,7 @@ class HostedHandler:
         self._is_sole = is_sole
         self._own_names = self._hosts | {self.name}
 
-    def is_door_of(self, request: web.BaseRequest) -> bool:
+    def is_at_push_listener(self, request: web.BaseRequest) -> bool:
         """Return whether a request has come to the push listener."""
         if self._is_sole:
             return True
@@ -107,7 +107,7 @@ class HostedHandler:
         """Return the name of the user. Raises ``LoginRequired`` or ``Denied``."""
         authorization = request.headers.get("Authorization")
         try:
-            identity = await self._access.check_push_door(
+            identity = await self._access.check_at_push_listener(
                 authorization, pull.client, right, repository, is_ping=is_ping
             )
         except Denied as error:

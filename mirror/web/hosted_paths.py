@@ -23,7 +23,7 @@ from mirror.oci.errors import (
 from mirror.oci.reference import ALGORITHMS, Digest, Reference, Repository, Tag, parse_reference
 from mirror.web.paths import decode_part
 
-DOOR_METHODS: Final = ("GET", "HEAD", "POST", "PATCH", "PUT", "DELETE")
+PUSH_LISTENER_METHODS: Final = ("GET", "HEAD", "POST", "PATCH", "PUT", "DELETE")
 """Methods of the push listener."""
 _MAX_PUSH_PARAMETERS: Final = 64
 """Parameters in one query. The specification asks for at least 10 tags."""
@@ -101,8 +101,8 @@ def parse_change(method: str, path: str, query: str, name: str) -> Change:
         NotFound: No such path.
         InvalidRequest: A part violates its grammar.
     """
-    if method not in DOOR_METHODS:
-        raise MethodUnsupported("this method is not supported", allowed=DOOR_METHODS)
+    if method not in PUSH_LISTENER_METHODS:
+        raise MethodUnsupported("this method is not supported", allowed=PUSH_LISTENER_METHODS)
     if "#" in query or not path.startswith("/v2/"):
         raise NotFound("no such path")
     parameters = _parse_query(query)

@@ -56,9 +56,11 @@ def test_json_of_every_command_fits_its_schema_after_real_clients_pulled(
     used.write_text(f"{NAME}\n{OTHER}\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # ``verify`` starts a process that hashes.
-    door = f"127.0.0.1:{free_port()}"
-    with deploy("open", hosted={"name": "registry.example.internal", "listen": door}) as deployment:
-        images.push(f"http://{door}", "team/app", images.image(5), "v1")
+    push_host = f"127.0.0.1:{free_port()}"
+    with deploy(
+        "open", hosted={"name": "registry.example.internal", "listen": push_host}
+    ) as deployment:
+        images.push(f"http://{push_host}", "team/app", images.image(5), "v1")
         monkeypatch.setenv("OCI_MIRROR_CONFIG", str(deployment.mirror.config_file))
         fill_by_clients(deployment)
         plant_garbage_and_damage(deployment)

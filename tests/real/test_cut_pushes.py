@@ -35,18 +35,18 @@ TENTHS = [
 @contextmanager
 def hosting(*upstream: str) -> Iterator[tuple[Mirror, str]]:
     """Run a server that hosts. Yields it, and ``host:port`` of the push listener."""
-    door = f"127.0.0.1:{free_port()}"
-    hosted = {"name": NAME, "listen": door}
+    push_host = f"127.0.0.1:{free_port()}"
+    hosted = {"name": NAME, "listen": push_host}
     with Mirror({"docker.io": (*upstream, "http://127.0.0.1:9")[0]}, hosted=hosted) as mirror:
-        yield mirror, door
+        yield mirror, push_host
 
 
 class CuttingProxy:
     """Passes connections on to a server, and cuts the first one that has sent so many bytes."""
 
-    def __init__(self, door: str, after: int) -> None:
+    def __init__(self, push_host: str, after: int) -> None:
         """Listen. ``after``: bytes of one connection from the client. It is cut once."""
-        self._target = urlsplit(f"http://{door}")
+        self._target = urlsplit(f"http://{push_host}")
         self._after = after
         self.cuts = 0
         self._lock = threading.Lock()
@@ -103,7 +103,10 @@ def test_push_that_is_cut_is_repeated_by_the_client(
 ) -> None:
     image = images.image(20 + tenth, layers=(1_000_000,))
     layout = images.write_layout(tmp_path, image)
-    with hosting() as (mirror, door), closing(CuttingProxy(door, 1 + 100_000 * tenth)) as proxy:
+    with (
+        hosting() as (mirror, push_host),
+        closing(CuttingProxy(push_host, 1 + 100_000 * tenth)) as proxy,
+    ):
         target = f"docker://{proxy.host}/team/app:v1"
         flags = ("--preserve-digests", "--dest-tls-verify=false")
         with ExitStack() as stack:
@@ -126,11 +129,11 @@ def test_push_that_is_cut_is_repeated_by_the_client(
         assert client == "podman" or found == image.contents()
 
 
-def send_part(door: str, path: str, data: bytes, start: int, end: int) -> None:
+def send_part(push_host: str, path: str, data: bytes, start: int, end: int) -> None:
     """Announce the rest of ``data`` from ``start`` on, send it up to ``end``, and disconnect."""
-    with socket.create_connection(("127.0.0.1", int(door.partition(":")[2]))) as connection:
+    with socket.create_connection(("127.0.0.1", int(push_host.partition(":")[2]))) as connection:
         connection.sendall(
-            f"PATCH {path} HTTP/1.1\r\nHost: {door}\r\nContent-Length: {len(data) - start}\r\n"
+            f"PATCH {path} HTTP/1.1\r\nHost: {push_host}\r\nContent-Length: {len(data) - start}\r\n"
             f"Content-Range: {start}-{len(data) - 1}\r\n\r\n".encode()
         )
         connection.sendall(data[start:end])
@@ -141,8 +144,8 @@ def test_push_that_is_cut_at_every_tenth_goes_on_where_it_ended() -> None:
     data = images.random_bytes(5_000_000, 9)
     digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
     sent = position = 0
-    with hosting() as (_, door):
-        url = f"http://{door}"
+    with hosting() as (_, push_host):
+        url = f"http://{push_host}"
         path = ask(f"{url}/v2/team/app/blobs/uploads/", "POST", body=b"").headers["Location"]
 
         def is_free() -> bool:
@@ -154,7 +157,7 @@ def test_push_that_is_cut_at_every_tenth_goes_on_where_it_ended() -> None:
 
         for tenth in range(1, 11):
             end = len(data) * tenth // 10
-            send_part(door, path, data, position, end)
+            send_part(push_host, path, data, position, end)
             sent += end - position
             before = position
             wait_until(is_free, "the upload can go on", 20)
@@ -175,12 +178,12 @@ def received(response: Response) -> int:
 def test_two_pushes_of_one_tag_at_once_leave_one_of_both_whole(tmp_path: Path) -> None:
     both = [images.image(seed, layers=(300_000,)) for seed in (31, 32)]
     layouts = [images.write_layout(tmp_path / image.digest[7:], image) for image in both]
-    with hosting() as (mirror, door):
+    with hosting() as (mirror, push_host):
 
         def push(layout: Path) -> None:
             Skopeo().skopeo(
                 *("copy", "--preserve-digests", "--dest-tls-verify=false"),
-                *(f"oci:{layout}:latest", f"docker://{door}/team/app:v1"),
+                *(f"oci:{layout}:latest", f"docker://{push_host}/team/app:v1"),
             )
 
         with ThreadPoolExecutor(2) as threads:
@@ -188,7 +191,7 @@ def test_two_pushes_of_one_tag_at_once_leave_one_of_both_whole(tmp_path: Path) -
         found = Skopeo().copy(f"{mirror.host}/{NAME}/team/app:v1")
         assert found in [image.contents() for image in both]
         for image in both:
-            assert Skopeo().copy(f"{door}/team/app@{image.digest}") == image.contents()
+            assert Skopeo().copy(f"{push_host}/team/app@{image.digest}") == image.contents()
 
 
 def test_push_beside_pull_of_the_same_content_keeps_one_copy_and_both_rights() -> None:
@@ -196,8 +199,8 @@ def test_push_beside_pull_of_the_same_content_keeps_one_copy_and_both_rights() -
     digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
     with DockerRegistry() as registry:
         images.push_blob(registry.url, "library/app", digest, len(data), iter((data,)))
-        with hosting(registry.url) as (mirror, door), ThreadPoolExecutor(4) as threads:
-            url = f"http://{door}"
+        with hosting(registry.url) as (mirror, push_host), ThreadPoolExecutor(4) as threads:
+            url = f"http://{push_host}"
             pulls = [
                 threads.submit(mirror.download, f"/v2/library/app/blobs/{digest}") for _ in range(2)
             ]
@@ -235,8 +238,8 @@ def test_layer_of_5_gib_is_pushed_and_pulled_in_little_memory(tmp_path: Path, si
     whole, block = hashlib.sha256(), bytes(1 << 20)
     for _ in range(size >> 20):
         whole.update(block)
-    with hosting() as (mirror, door):
-        url = f"http://{door}"
+    with hosting() as (mirror, push_host):
+        url = f"http://{push_host}"
         path = ask(f"{url}/v2/team/app/blobs/uploads/", "POST", body=b"").headers["Location"]
         run("curl", "-sSf", "-X", "PATCH", "-T", file, f"{url}{path}", timeout=900)
         done = ask(f"{url}{path}?digest=sha256:{whole.hexdigest()}", "PUT", body=b"", timeout=300)

@@ -192,10 +192,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     directory = tmp_path_factory.mktemp("site")
     with DockerRegistry() as registry:
         upstream = {"endpoints": [registry.url], "tag_ttl": 0}
-        door = f"127.0.0.1:{free_port()}"
-        hosted = {"name": "registry.example.internal", "listen": door}
+        push_host = f"127.0.0.1:{free_port()}"
+        hosted = {"name": "registry.example.internal", "listen": push_host}
         with Mirror(dict.fromkeys(UPSTREAMS, upstream), hosted=hosted) as mirror:
-            images.push(f"http://{door}", "team/app", images.image(5), "v1")
+            images.push(f"http://{push_host}", "team/app", images.image(5), "v1")
             (directory / "config").mkdir()
             (directory / "config/mirror.yaml").write_text(mirror.config_file.read_text())
             for name, text in FILES.items():

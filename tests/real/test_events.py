@@ -20,22 +20,22 @@ pytestmark = pytest.mark.timeout(120)
 
 
 def test_push_pull_and_delete_are_told_once_by_two_workers(tmp_path: Path) -> None:
-    door = f"127.0.0.1:{free_port()}"
+    push_host = f"127.0.0.1:{free_port()}"
     image = images.image(1)
     with (
         WebhookReceiver(tmp_path) as receiver,
         Mirror(
             {"docker.io": "http://127.0.0.1:9"},
-            hosted={"name": NAME, "listen": door},
+            hosted={"name": NAME, "listen": push_host},
             events=[receiver.target()],
             workers=2,
         ) as mirror,
     ):
-        images.push(f"http://{door}", "team/app", image, "v1", "v2")
+        images.push(f"http://{push_host}", "team/app", image, "v1", "v2")
         assert mirror.ask(f"/v2/{NAME}/team/app/manifests/v1").status == 200
         assert mirror.ask(f"/v2/{NAME}/team/app/manifests/v1", "HEAD").status == 200
-        assert ask(f"http://{door}/v2/team/app/manifests/v2").status == 200
-        assert ask(f"http://{door}/v2/team/app/manifests/v1", "DELETE").status == 202
+        assert ask(f"http://{push_host}/v2/team/app/manifests/v2").status == 200
+        assert ask(f"http://{push_host}/v2/team/app/manifests/v1", "DELETE").status == 202
         expected = {
             *("oci-mirror.push team/app:v1", "oci-mirror.push team/app:v2"),
             *("oci-mirror.pull team/app:v1", "oci-mirror.pull team/app:v2"),
@@ -53,6 +53,6 @@ def test_push_pull_and_delete_are_told_once_by_two_workers(tmp_path: Path) -> No
         os.kill(mirror.pid, signal.SIGHUP)
         read = "the configuration was read again"
         wait_until(lambda: [line["message"] for line in mirror.log()].count(read) == 2, read)
-        images.push(f"http://{door}", "team/app", image, "v3")
+        images.push(f"http://{push_host}", "team/app", image, "v3")
         wait_until(lambda: len(receiver.accepted) == 6, "the new target has the event")
         assert receiver.accepted_subjects()[5] == "oci-mirror.push team/app:v3"

@@ -34,7 +34,7 @@ RULES = [
 @pytest.fixture
 def hosting(tmp_path: Path) -> Iterator[tuple[Mirror, str]]:
     """Run a server with access. Yields it, and ``host:port`` of the push listener."""
-    door = f"127.0.0.1:{free_port()}"
+    push_host = f"127.0.0.1:{free_port()}"
     users = tmp_path / "htpasswd"
     run("htpasswd", "-cbB", users, "ci", "right")
     run("htpasswd", "-bB", "-C", "6", users, "reader", "reader's")
@@ -52,45 +52,45 @@ def hosting(tmp_path: Path) -> Iterator[tuple[Mirror, str]]:
         "issuers": [issuer],
         "rules": RULES,
     }
-    hosted = {"name": NAME, "listen": door}
+    hosted = {"name": NAME, "listen": push_host}
     upstreams = {"docker.io": "http://127.0.0.1:9"}
     with Mirror(upstreams, hosted=hosted, access=access) as mirror:
-        yield mirror, door
+        yield mirror, push_host
 
 
-def push(door: str, tmp_path: Path, seed: int, user: str = "ci:right") -> images.Image:
+def push(push_host: str, tmp_path: Path, seed: int, user: str = "ci:right") -> images.Image:
     """Push an image by skopeo."""
     image = images.image(seed)
     layout = images.write_layout(tmp_path / f"layout-{seed}", image)
     with Skopeo() as skopeo:
         skopeo.skopeo(
             *("copy", "--dest-tls-verify=false", "--dest-creds", user),
-            *(f"oci:{layout}:latest", f"docker://{door}/team/app:v{seed}"),
+            *(f"oci:{layout}:latest", f"docker://{push_host}/team/app:v{seed}"),
         )
     return image
 
 
 def test_skopeo_logs_in(hosting: tuple[Mirror, str], tmp_path: Path) -> None:
-    mirror, door = hosting
+    mirror, push_host = hosting
     jwt = KEY.sign(now=time())
     with Skopeo() as skopeo:
         for user, password in (("ci", "right"), ("any", TOKEN), ("any", jwt)):
-            login = ("login", "--tls-verify=false", "-u", user, "-p", password, door)
+            login = ("login", "--tls-verify=false", "-u", user, "-p", password, push_host)
             assert b"Login Succeeded" in skopeo.skopeo(*login).stdout
-            skopeo.skopeo("logout", door)
-        wrong = ("login", "--tls-verify=false", "-u", "ci", "-p", "wrong", door)
+            skopeo.skopeo("logout", push_host)
+        wrong = ("login", "--tls-verify=false", "-u", "ci", "-p", "wrong", push_host)
         assert b"invalid username/password" in skopeo.skopeo(*wrong, check=False).stderr
-        reference = f"docker://{door}/team/app:v1"
+        reference = f"docker://{push_host}/team/app:v1"
         absent = skopeo.skopeo("inspect", "--tls-verify=false", reference, check=False)
         assert b"log in to pull from this repository" in absent.stderr
         # Kept by a login, and sent at each request.
-        skopeo.skopeo("login", "--tls-verify=false", "-u", "ci", "-p", "right", door)
+        skopeo.skopeo("login", "--tls-verify=false", "-u", "ci", "-p", "right", push_host)
         image = images.image(1)
         layout = images.write_layout(tmp_path, image)
         copy = ("copy", "--dest-tls-verify=false", f"oci:{layout}:latest")
         skopeo.skopeo(*copy, reference)
-        assert skopeo.copy(f"{door}/team/app:v1") == image.contents()
-        denied = skopeo.skopeo(*copy, f"docker://{door}/other/app:v1", check=False)
+        assert skopeo.copy(f"{push_host}/team/app:v1") == image.contents()
+        denied = skopeo.skopeo(*copy, f"docker://{push_host}/other/app:v1", check=False)
         assert b"403 (Forbidden)" in denied.stderr
         reader = ("--creds", "reader:reader's")
         inspect = ("inspect", "--tls-verify=false", *reader, reference)
@@ -102,45 +102,48 @@ def test_skopeo_logs_in(hosting: tuple[Mirror, str], tmp_path: Path) -> None:
 
 
 def test_podman_logs_in(hosting: tuple[Mirror, str], tmp_path: Path) -> None:
-    _, door = hosting
-    image = push(door, tmp_path, 2)
-    reference = f"{door}/team/app:v2"
+    _, push_host = hosting
+    image = push(push_host, tmp_path, 2)
+    reference = f"{push_host}/team/app:v2"
     with Podman() as podman:
         pull = ("pull", "--quiet", "--tls-verify=false", reference)
         assert podman.podman(*pull, check=False).returncode != 0
         login = ("login", "--tls-verify=false", "-u", "ci", "-p")
-        assert podman.podman(*login, "wrong", door, check=False).returncode != 0
-        podman.podman(*login, "right", door)
+        assert podman.podman(*login, "wrong", push_host, check=False).returncode != 0
+        podman.podman(*login, "right", push_host)
         podman.pull(reference, "--tls-verify=false")
         assert podman.layers(reference) == list(image.diff_ids)
-        podman.podman("push", "--tls-verify=false", reference, f"docker://{door}/team/copy:v2")
+        podman.podman("push", "--tls-verify=false", reference, f"docker://{push_host}/team/copy:v2")
 
 
 def test_docker_logs_in(hosting: tuple[Mirror, str], tmp_path: Path) -> None:
-    _, door = hosting
-    image = push(door, tmp_path, 3)
-    reference = f"{door}/team/app:v3"
+    _, push_host = hosting
+    image = push(push_host, tmp_path, 3)
+    reference = f"{push_host}/team/app:v3"
     with Dockerd("http://127.0.0.1:9") as docker:
         absent = docker.docker("pull", reference, check=False)
         assert b"no basic auth credentials" in absent.stderr
-        wrong = docker.docker("login", "-u", "ci", "-p", "wrong", door, check=False)
+        wrong = docker.docker("login", "-u", "ci", "-p", "wrong", push_host, check=False)
         assert b"401 Unauthorized" in wrong.stderr or b"unauthorized" in wrong.stderr
-        assert b"Login Succeeded" in docker.docker("login", "-u", "ci", "-p", "right", door).stdout
+        assert (
+            b"Login Succeeded"
+            in docker.docker("login", "-u", "ci", "-p", "right", push_host).stdout
+        )
         docker.pull(reference)
         assert docker.layers(reference) == list(image.diff_ids)
-        docker.docker("tag", reference, f"{door}/team/copy:v3")
-        docker.docker("push", f"{door}/team/copy:v3")
-        docker.docker("tag", reference, f"{door}/other/copy:v3")
-        denied = docker.docker("push", f"{door}/other/copy:v3", check=False)
+        docker.docker("tag", reference, f"{push_host}/team/copy:v3")
+        docker.docker("push", f"{push_host}/team/copy:v3")
+        docker.docker("tag", reference, f"{push_host}/other/copy:v3")
+        denied = docker.docker("push", f"{push_host}/other/copy:v3", check=False)
         assert b"denied" in denied.stderr
-        docker.docker("logout", door)
+        docker.docker("logout", push_host)
 
 
 def test_containerd_sends_the_header_of_clients_to_the_mirror(
     hosting: tuple[Mirror, str], tmp_path: Path
 ) -> None:
-    mirror, door = hosting
-    image = push(door, tmp_path, 4)
+    mirror, push_host = hosting
+    image = push(push_host, tmp_path, 4)
     secret = tmp_path / "login"
     secret.write_text("reader:reader's\n")
     with Containerd() as containerd:
@@ -165,9 +168,9 @@ def test_containerd_sends_the_header_of_clients_to_the_mirror(
 
 
 def test_user_who_is_removed_is_refused_within_a_second(hosting: tuple[Mirror, str]) -> None:
-    mirror, door = hosting
+    mirror, push_host = hosting
     users = Path(mirror.settings["access"]["users"])
-    url = f"http://{door}/v2/"
+    url = f"http://{push_host}/v2/"
     command = ("curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "-u", "ci:right", url)
     assert run(*command).stdout == b"200"
     users.write_text("")
@@ -199,7 +202,7 @@ def test_keys_of_an_issuer_are_fetched_over_tls(tmp_path: Path) -> None:
     context.load_cert_chain(certificate.cert_file, certificate.key_file)
     server.socket = context.wrap_socket(server.socket, server_side=True)
     Thread(target=server.serve_forever, daemon=True).start()
-    door = f"127.0.0.1:{free_port()}"
+    push_host = f"127.0.0.1:{free_port()}"
     issuer = {
         "issuer": ISSUER,
         "jwks": f"https://127.0.0.1:{server.server_port}/keys",
@@ -207,13 +210,13 @@ def test_keys_of_an_issuer_are_fetched_over_tls(tmp_path: Path) -> None:
         "ca": str(certificate.cert_file),
     }
     access = {"issuers": [issuer], "rules": RULES}
-    hosted = {"name": NAME, "listen": door}
+    hosted = {"name": NAME, "listen": push_host}
     try:
         with Mirror({"docker.io": "http://127.0.0.1:9"}, hosted=hosted, access=access, workers=2):
             for token, status in ((KEY.sign(now=time()), b"200"), (KEY.sign(now=0), b"401")):
                 header = f"Authorization: Bearer {token}"
                 command = ("curl", "-s", "-w", "%{http_code}", "-o", "/dev/null", "-H", header)
-                assert run(*command, f"http://{door}/v2/").stdout == status
+                assert run(*command, f"http://{push_host}/v2/").stdout == status
     finally:
         server.shutdown()
         server.server_close()

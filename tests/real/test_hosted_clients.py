@@ -24,10 +24,10 @@ NAME = "registry.example"
 @pytest.fixture
 def hosting() -> Iterator[tuple[Mirror, str]]:
     """Run a server that hosts. Yields it, and ``host:port`` of the push listener."""
-    door = f"127.0.0.1:{free_port()}"
-    hosted = {"name": NAME, "listen": door}
+    push_host = f"127.0.0.1:{free_port()}"
+    hosted = {"name": NAME, "listen": push_host}
     with Mirror({"docker.io": "http://127.0.0.1:9"}, hosted=hosted) as mirror:
-        yield mirror, door
+        yield mirror, push_host
 
 
 def tool(tmp_path: Path, program: str, *arguments: str | Path) -> str:
@@ -42,37 +42,47 @@ def tool(tmp_path: Path, program: str, *arguments: str | Path) -> str:
 def test_crane_pushes_copies_lists_pulls_and_deletes(
     hosting: tuple[Mirror, str], tmp_path: Path
 ) -> None:
-    mirror, door = hosting
+    mirror, push_host = hosting
     index = images.index(2)
     layout = images.write_layout(tmp_path / "layout", index)
-    tool(tmp_path, "crane", "push", "--insecure", layout, f"{door}/team/app:v1")
-    tool(tmp_path, "crane", "copy", "--insecure", f"{door}/team/app:v1", f"{door}/team/copy:v2")
-    tool(tmp_path, "crane", "tag", "--insecure", f"{door}/team/copy:v2", "v3")
-    assert tool(tmp_path, "crane", "ls", "--insecure", f"{door}/team/copy").split() == ["v2", "v3"]
-    assert tool(tmp_path, "crane", "catalog", "--insecure", door).split() == [
+    tool(tmp_path, "crane", "push", "--insecure", layout, f"{push_host}/team/app:v1")
+    tool(
+        tmp_path,
+        "crane",
+        "copy",
+        "--insecure",
+        f"{push_host}/team/app:v1",
+        f"{push_host}/team/copy:v2",
+    )
+    tool(tmp_path, "crane", "tag", "--insecure", f"{push_host}/team/copy:v2", "v3")
+    assert tool(tmp_path, "crane", "ls", "--insecure", f"{push_host}/team/copy").split() == [
+        "v2",
+        "v3",
+    ]
+    assert tool(tmp_path, "crane", "catalog", "--insecure", push_host).split() == [
         *("team/app", "team/copy")
     ]
-    digest = tool(tmp_path, "crane", "digest", "--insecure", f"{door}/team/copy:v3").strip()
+    digest = tool(tmp_path, "crane", "digest", "--insecure", f"{push_host}/team/copy:v3").strip()
     assert digest == index.digest
     assert Skopeo().copy(f"{mirror.host}/{NAME}/team/copy:v3") == index.contents()
-    tool(tmp_path, "crane", "delete", "--insecure", f"{door}/team/copy@{digest}")
-    assert tool(tmp_path, "crane", "ls", "--insecure", f"{door}/team/copy").split() == []
+    tool(tmp_path, "crane", "delete", "--insecure", f"{push_host}/team/copy@{digest}")
+    assert tool(tmp_path, "crane", "ls", "--insecure", f"{push_host}/team/copy").split() == []
 
 
 @pytest.mark.go_program("oras")
 def test_oras_pushes_attaches_discovers_and_pulls(
     hosting: tuple[Mirror, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mirror, door = hosting
+    mirror, push_host = hosting
     monkeypatch.chdir(tmp_path)  # oras keeps the path of a file as its name.
     (tmp_path / "report.txt").write_bytes(images.random_bytes(5000, 1))
     (tmp_path / "sbom.json").write_text("{}")
-    tool(tmp_path, "oras", "push", "--plain-http", f"{door}/team/report:v1", "report.txt")
+    tool(tmp_path, "oras", "push", "--plain-http", f"{push_host}/team/report:v1", "report.txt")
     tool(
         *(tmp_path, "oras", "attach", "--plain-http", "--artifact-type", "application/sbom"),
-        *(f"{door}/team/report:v1", "sbom.json"),
+        *(f"{push_host}/team/report:v1", "sbom.json"),
     )
-    for source in (f"{door}/team/report:v1", f"{mirror.host}/{NAME}/team/report:v1"):
+    for source in (f"{push_host}/team/report:v1", f"{mirror.host}/{NAME}/team/report:v1"):
         found = json.loads(
             tool(tmp_path, "oras", "discover", "--plain-http", "--format", "json", source)
         )
@@ -85,14 +95,14 @@ def test_oras_pushes_attaches_discovers_and_pulls(
 
 @pytest.mark.go_program("helm")
 def test_helm_pushes_and_pulls_a_chart(hosting: tuple[Mirror, str], tmp_path: Path) -> None:
-    mirror, door = hosting
+    mirror, push_host = hosting
     chart = tmp_path / "chart"
     (chart / "templates").mkdir(parents=True)
     (chart / "Chart.yaml").write_text("apiVersion: v2\nname: app\nversion: 0.1.0\n")
     tool(tmp_path, "helm", "package", chart, "--destination", tmp_path)
     package = tmp_path / "app-0.1.0.tgz"
-    tool(tmp_path, "helm", "push", "--plain-http", package, f"oci://{door}/charts")
-    for number, source in enumerate((door, f"{mirror.host}/{NAME}")):
+    tool(tmp_path, "helm", "push", "--plain-http", package, f"oci://{push_host}/charts")
+    for number, source in enumerate((push_host, f"{mirror.host}/{NAME}")):
         target = tmp_path / str(number)
         target.mkdir()
         where = f"oci://{source}/charts/app"
@@ -103,15 +113,15 @@ def test_helm_pushes_and_pulls_a_chart(hosting: tuple[Mirror, str], tmp_path: Pa
 
 @pytest.mark.go_program("cosign")
 def test_cosign_signs_and_verifies_an_image(hosting: tuple[Mirror, str], tmp_path: Path) -> None:
-    mirror, door = hosting
+    mirror, push_host = hosting
     image = images.image(3)
-    images.push(f"http://{door}", "team/app", image, "v1")
+    images.push(f"http://{push_host}", "team/app", image, "v1")
     prefix = tmp_path / "key"
     tool(tmp_path, "cosign", "generate-key-pair", "--output-key-prefix", prefix)
     more = ("--allow-insecure-registry", "--allow-http-registry")
-    name = f"{door}/team/app@{image.digest}"
+    name = f"{push_host}/team/app@{image.digest}"
     tool(tmp_path, "cosign", "sign", "--tlog-upload=false", "--key", f"{prefix}.key", *more, name)
-    for source in (door, f"{mirror.host}/{NAME}"):
+    for source in (push_host, f"{mirror.host}/{NAME}"):
         tool(
             *(tmp_path, "cosign", "verify", "--insecure-ignore-tlog=true"),
             *("--key", f"{prefix}.pub", *more, f"{source}/team/app:v1"),
@@ -120,11 +130,11 @@ def test_cosign_signs_and_verifies_an_image(hosting: tuple[Mirror, str], tmp_pat
 
 @pytest.mark.go_program("notation")
 def test_notation_signs_and_verifies_an_image(hosting: tuple[Mirror, str], tmp_path: Path) -> None:
-    _, door = hosting
+    _, push_host = hosting
     image = images.image(4)
-    images.push(f"http://{door}", "team/app", image, "v1")
+    images.push(f"http://{push_host}", "team/app", image, "v1")
     tool(tmp_path, "notation", "cert", "generate-test", "--default", "example")
-    name = f"{door}/team/app@{image.digest}"
+    name = f"{push_host}/team/app@{image.digest}"
     tool(tmp_path, "notation", "sign", "--insecure-registry", name)
     assert "application/vnd.cncf.notary.signature" in tool(
         tmp_path, "notation", "list", "--insecure-registry", name
@@ -137,15 +147,15 @@ def test_buildkit_builds_and_pushes_with_its_cache(
 ) -> None:
     from tests.real.test_buildkit import Buildkitd
 
-    mirror, door = hosting
+    mirror, push_host = hosting
     source = tmp_path / "source"
     source.mkdir()
     (source / "Dockerfile").write_text("FROM scratch\nCOPY data /data\n")
     (source / "data").write_bytes(images.random_bytes(100_000, 5))
-    registry = f'[registry."{door}"]\n  http = true\n'
-    cache = f"type=registry,ref={door}/team/cache:main"
+    registry = f'[registry."{push_host}"]\n  http = true\n'
+    cache = f"type=registry,ref={push_host}/team/cache:main"
     with Buildkitd(registry) as buildkit:
-        output = f"type=image,name={door}/team/built:v1,push=true"
+        output = f"type=image,name={push_host}/team/built:v1,push=true"
         buildkit.build(source, "--output", output, "--export-cache", f"{cache},mode=max")
     with Buildkitd(registry) as buildkit:
         said = buildkit.build(source, "--import-cache", cache)

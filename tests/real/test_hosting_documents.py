@@ -39,7 +39,7 @@ DOCUMENT: Final = (ROOT / "docs/hosting.md").read_text(encoding="utf-8")
 TEXT: Final = "".join(
     re.findall(rf"^## (?:{'|'.join(SECTIONS)})\n(.*?)(?=^## )", DOCUMENT, re.MULTILINE | re.DOTALL)
 )
-DOOR, OWN = "127.0.0.1:5101", "127.0.0.1:5100"
+PUSH_HOST, OWN = "127.0.0.1:5101", "127.0.0.1:5100"
 """The addresses in the document."""
 
 
@@ -58,11 +58,11 @@ class Site:
     """A server that hosts, and its addresses in place of those of the document."""
 
     mirror: Mirror
-    door: str
+    push_host: str
 
     def text(self, text: str) -> str:
         """Return a text of the document, with the addresses of this site."""
-        return text.replace(DOOR, self.door).replace(OWN, self.mirror.host)
+        return text.replace(PUSH_HOST, self.push_host).replace(OWN, self.mirror.host)
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +74,9 @@ def upstream() -> Iterator[DockerRegistry]:
 
 @pytest.fixture
 def site(upstream: DockerRegistry) -> Iterator[Site]:
-    door = f"127.0.0.1:{free_port()}"
-    with Mirror({"docker.io": upstream.url}, hosted={"name": NAME, "listen": door}) as mirror:
-        yield Site(mirror, door)
+    push_host = f"127.0.0.1:{free_port()}"
+    with Mirror({"docker.io": upstream.url}, hosted={"name": NAME, "listen": push_host}) as mirror:
+        yield Site(mirror, push_host)
 
 
 def jobs(*, with_login: bool) -> list[str]:
@@ -109,7 +109,7 @@ def test_shell_examples_and_ci_jobs_run(site: Site, tmp_path: Path) -> None:
             **skopeo.environment(),
             "DOCKER_CONFIG": str(docker.dir / "client"),
             "DOCKER_HOST": f"unix://{docker.socket}",
-            "REGISTRY": site.door,
+            "REGISTRY": site.push_host,
             "CI_COMMIT_SHORT_SHA": "0a1b2c3d",
             "GITHUB_SHA": "0a1b2c3d4e5f",
         }
@@ -154,8 +154,8 @@ def test_ci_jobs_log_in_with_the_tokens_of_their_issuers(
     env["MIRROR_TOKEN"], TokenService.token = tokens
     (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY data /data\n")
     (tmp_path / "data").write_bytes(images.random_bytes(10_000, 3))
-    door = f"127.0.0.1:{free_port()}"
-    hosted = {"name": NAME, "listen": door}
+    push_host = f"127.0.0.1:{free_port()}"
+    hosted = {"name": NAME, "listen": push_host}
     with (
         Mirror({"docker.io": upstream.url}, hosted=hosted, access=access) as mirror,
         ThreadingHTTPServer(("127.0.0.1", 0), TokenService) as service,
@@ -163,7 +163,7 @@ def test_ci_jobs_log_in_with_the_tokens_of_their_issuers(
     ):
         threading.Thread(target=service.serve_forever, daemon=True).start()
         env |= {
-            "REGISTRY": door,
+            "REGISTRY": push_host,
             "DOCKER_CONFIG": str(docker.dir / "client"),
             "DOCKER_HOST": f"unix://{docker.socket}",
             "ACTIONS_ID_TOKEN_REQUEST_TOKEN": "request-token",
@@ -173,7 +173,7 @@ def test_ci_jobs_log_in_with_the_tokens_of_their_issuers(
         assert len(scripts) == len(who)
         for script in scripts:
             run("bash", "-euo", "pipefail", "-c", f"cd {tmp_path}\n{script}", env=env)
-            run("docker", "logout", door, env=env)
+            run("docker", "logout", push_host, env=env)
         service.shutdown()
         pushed = [line for line in mirror.log() if line.get("message") == "pushed"]
     assert {line["user"] for line in pushed} == set(who)
@@ -184,7 +184,7 @@ def test_cluster_pulls_hosted_and_mirrored_images_by_one_mirror(
     site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hosted = images.image(4)
-    images.push(f"http://{site.door}", "team/app", hosted, "1")
+    images.push(f"http://{site.push_host}", "team/app", hosted, "1")
     config = str(site.mirror.config_file)
     main(["clients", "--config", config, "--for", "containerd", "--write", str(tmp_path)])
     capsys.readouterr()

@@ -35,7 +35,7 @@ def queued_subjects(data: Path) -> set[str]:
 def kill_among_deliveries(tmp_path: Path, kills: int, seed: int) -> None:
     """Push, kill and start a server again and again. Each queued push reaches the receiver."""
     choose = random.Random(seed)
-    door = f"127.0.0.1:{free_port()}"
+    push_host = f"127.0.0.1:{free_port()}"
     image = images.image(1)
 
     def may_fail(event: dict[str, Any]) -> int:
@@ -45,7 +45,7 @@ def kill_among_deliveries(tmp_path: Path, kills: int, seed: int) -> None:
         WebhookReceiver(tmp_path) as receiver,
         Mirror(
             {"docker.io": "http://127.0.0.1:9"},
-            hosted={"name": NAME, "listen": door},
+            hosted={"name": NAME, "listen": push_host},
             events=[receiver.target()],
             workers=2,
         ) as mirror,
@@ -59,7 +59,7 @@ def kill_among_deliveries(tmp_path: Path, kills: int, seed: int) -> None:
         for number in range(kills):
             new = [f"t{number}.{n}" for n in range(choose.randint(1, 8))]
             tags += new
-            images.push(f"http://{door}", "team/app", image, *new)
+            images.push(f"http://{push_host}", "team/app", image, *new)
             last = f"team/app:{new[-1]}"
             wait_until(
                 lambda last=last: last in queued_subjects(mirror.data_dir) or has_event(last),  # type: ignore[misc] # mypy cannot infer it

@@ -117,7 +117,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         *("store", "web.browser_guard", "web.client_socket", *SHARED),
     },
     "housekeeping": {
-        *("access", "composition", "operations", "pull.marks_watch", "web.doors", *SHARED),
+        *("access", "composition", "operations", "pull.marks_watch", "web.listener", *SHARED),
     },
     "server": {
         *(

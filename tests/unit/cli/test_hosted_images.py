@@ -117,7 +117,9 @@ def test_explain_says_which_tags_need_hosted_content(site: Site) -> None:
     async def push(kit: HostedKit) -> None:
         await kit.push_image(LAYERS[1], repository="team/multi", tag=None)
         body = index_of(manifest_of(LAYERS[1]))
-        await kit.service.put_manifest("team/multi", Tag("all"), (), body, OCI_INDEX, actor=ANYBODY)
+        await kit.service.manifests.put(
+            "team/multi", Tag("all"), (), body, OCI_INDEX, actor=ANYBODY
+        )
         await kit.push_blob(b"untagged", "team/app")
 
     change(site, push)
@@ -176,7 +178,7 @@ def test_manifest_that_an_index_lists_is_no_row_of_its_own(site: Site) -> None:
     async def push(kit: HostedKit) -> None:
         child = await kit.push_image(LAYERS[1], repository="team/multi", tag=None)
         body = index_of(manifest_of(LAYERS[1]))
-        await kit.service.put_manifest(
+        await kit.service.manifests.put(
             "team/multi", Digest.of(body), (), body, OCI_INDEX, Actor("ci")
         )
         assert child == Digest.of(manifest_of(LAYERS[1]))

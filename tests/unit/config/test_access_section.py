@@ -175,7 +175,7 @@ def test_issuer_is_listed_once() -> None:
 # --- reach ----------------------------------------------------------------------------------------
 
 
-def test_door_beyond_loopback_needs_access_and_tls() -> None:
+def test_push_listener_beyond_loopback_needs_access_and_tls() -> None:
     with pytest.raises(InvalidSetting, match="add the section access, or use a loopback address"):
         build({"upstreams": UPSTREAMS, "hosted": HOSTED})
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""The section ``hosted``: its door, its names, and who may reach it."""
+"""The section ``hosted``: its listener, its names, and who may reach it."""
 
 from __future__ import annotations
 

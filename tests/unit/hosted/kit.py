@@ -1,4 +1,4 @@
-"""Helpers of the tests of hosted repositories: the service alone, and a client of the door."""
+"""Helpers of the tests of hosted repositories: the service alone, and a client that pushes."""
 
 from __future__ import annotations
 
@@ -76,15 +76,15 @@ class HostedKit:
             await self.push_blob(data, repository)
         body = manifest_of(*layers, **more)
         reference = Digest.of(body) if tag is None else Tag(tag)
-        put = await self.service.put_manifest(
+        put = await self.service.manifests.put(
             repository, reference, (), body, OCI_MANIFEST, actor=ANYBODY
         )
         return put.digest
 
     async def read_blob(self, digest: Digest, repository: str = "app") -> bytes:
         """Read a blob through a repository."""
-        size = await self.service.blob_size(repository, digest)
-        reader = await self.service.open_blob(digest, size)
+        size = await self.service.blobs.size(repository, digest)
+        reader = await self.service.blobs.open(digest, size)
         try:
             return await read_all(reader, 1 << 30)
         finally:
@@ -155,7 +155,7 @@ def index_of(*children: bytes, **more: Any) -> bytes:
     ).encode()
 
 
-# --- a client of the door -------------------------------------------------------------------------
+# --- a client that pushes -------------------------------------------------------------------------
 
 
 @dataclass
@@ -178,7 +178,7 @@ class Reply:
 
 
 class PushClient:
-    """Sends requests to the door of a server."""
+    """Sends requests to the push listener of a server."""
 
     def __init__(self, server: Server, repository: str = "team/app", url: str = "") -> None:
         self.url = url or server.push_url

@@ -65,7 +65,7 @@ async def test_change_of_a_server_that_was_killed_is_told_by_another_one_under_i
 async def test_failed_change_leaves_no_record(tmp_path: Path) -> None:
     async with hosted_kit(tmp_path) as kit:
         with pytest.raises(ManifestUnknown):
-            await kit.service.delete_manifest("app", Tag("v1"), actor=ANYBODY)
+            await kit.service.manifests.delete("app", Tag("v1"), actor=ANYBODY)
         assert await recorded(kit) == 0
 
 

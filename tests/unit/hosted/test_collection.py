@@ -38,7 +38,7 @@ async def digests(kit: HostedKit, now: float = LATER) -> set[Digest]:
 
 async def put(kit: HostedKit, body: bytes, tag: str | None, kind: str = OCI_MANIFEST) -> Digest:
     reference = Digest.of(body) if tag is None else Tag(tag)
-    manifest = await kit.service.put_manifest("app", reference, (), body, kind, actor=ANYBODY)
+    manifest = await kit.service.manifests.put("app", reference, (), body, kind, actor=ANYBODY)
     return manifest.digest
 
 
@@ -62,8 +62,8 @@ async def test_blob_stays_as_long_as_a_client_was_told_of_it_within_the_grace(
     async with hosted_kit(tmp_path) as kit:
         found, mounted = [await kit.push_blob(data) for data in (b"found", b"mounted")]
         kit.clock[0] = LATER - 10
-        await kit.service.mark_blob_used("app", found)
-        assert await kit.service.mount("app", "two", mounted, actor=ANYBODY)
+        await kit.service.blobs.mark_used("app", found)
+        assert await kit.service.blobs.mount("app", "two", mounted, actor=ANYBODY)
         collected = [(row.repository, row.digest) for row in await run(kit)]
         assert collected == [("app", mounted)]
 
@@ -72,7 +72,7 @@ async def test_manifest_without_a_tag_stays(tmp_path: Path) -> None:
     async with hosted_kit(tmp_path) as kit:
         await kit.push_image(b"layer", tag=None)
         await kit.push_image(b"other", tag="v1")
-        await kit.service.delete_manifest("app", Tag("v1"), actor=ANYBODY)
+        await kit.service.manifests.delete("app", Tag("v1"), actor=ANYBODY)
         assert await digests(kit) == set()
 
 
@@ -83,7 +83,7 @@ async def test_deleted_index_takes_what_only_it_has_listed(tmp_path: Path) -> No
             await kit.push_image(data, tag=tag)
         index = await put(kit, index_of(*children), "latest", OCI_INDEX)
         await put(kit, index_of(children[3]), "other", OCI_INDEX)
-        await kit.service.delete_manifest("app", index, actor=ANYBODY)
+        await kit.service.manifests.delete("app", index, actor=ANYBODY)
         assert await digests(kit, NOW + GRACE) == set()
         gone = {Digest.of(data) for data in (*children[:2], b"one", b"two")}
         assert {row.digest for row in await find_needless(kit.database, LATER, GRACE)} == gone
@@ -100,7 +100,7 @@ async def test_referrer_goes_with_its_subject_and_stays_if_the_subject_was_never
         of_mirrored = await kit.push_image(
             b"other", tag=None, subject=descriptor(b"elsewhere", OCI_MANIFEST)
         )
-        await kit.service.delete_manifest("app", subject, actor=ANYBODY)
+        await kit.service.manifests.delete("app", subject, actor=ANYBODY)
         collected = await digests(kit)
         assert signature in collected
         assert of_mirrored not in collected
@@ -118,13 +118,13 @@ async def test_tag_of_a_subject_goes_with_it_and_stays_if_the_subject_was_never_
         mirrored = referrers_tag(Digest.of(b"elsewhere")) + ending
         await kit.push_image(b"sig of a mirrored image", tag=mirrored)
         assert await digests(kit, LATER + 10 * GRACE) == set()
-        await kit.service.delete_manifest("app", subject, actor=ANYBODY)
+        await kit.service.manifests.delete("app", subject, actor=ANYBODY)
         assert await digests(kit, NOW + GRACE) == set()
         gone = {signature, Digest.of(b"layer"), Digest.of(b"sig")}
         assert {row.digest for row in await find_needless(kit.database, LATER, GRACE)} == gone
         assert await digests(kit) == gone
         assert shared not in gone
-        tags, _ = await kit.service.tags("app", None, None)
+        tags, _ = await kit.service.lists.tags("app", None, None)
         assert set(tags) == {mirrored, referrers_tag(subject) + ".other", "usual"}
 
 
@@ -148,12 +148,14 @@ async def test_tag_of_a_subject_that_is_pushed_again_stays(tmp_path: Path) -> No
     async with hosted_kit(tmp_path) as kit:
         subject = await kit.push_image(b"layer", tag="v1")
         signature = await kit.push_image(b"sig", tag=referrers_tag(subject) + ".sig")
-        await kit.service.delete_manifest("app", subject, actor=ANYBODY)
+        await kit.service.manifests.delete("app", subject, actor=ANYBODY)
         await put(kit, manifest_of(b"layer"), "v1")
         assert await digests(kit, LATER + 10 * GRACE) == set()
         assert (
             signature
-            == (await kit.service.find_manifest("app", Tag(referrers_tag(subject) + ".sig"))).digest
+            == (
+                await kit.service.manifests.find("app", Tag(referrers_tag(subject) + ".sig"))
+            ).digest
         )
 
 
@@ -164,7 +166,7 @@ async def test_orphan_that_is_needed_again_stays(tmp_path: Path, how: str) -> No
         subject = await kit.push_image(b"layer", tag="v1")
         signature = manifest_of(b"sig", subject=descriptor(image, OCI_MANIFEST))
         orphan = await kit.push_image(b"sig", tag=None, subject=descriptor(image, OCI_MANIFEST))
-        await kit.service.delete_manifest("app", subject, actor=ANYBODY)
+        await kit.service.manifests.delete("app", subject, actor=ANYBODY)
         kit.clock[0] = LATER - 10
         if how == "tag":
             await put(kit, signature, "signature")
@@ -173,7 +175,7 @@ async def test_orphan_that_is_needed_again_stays(tmp_path: Path, how: str) -> No
         elif how == "subject":
             await put(kit, image, "v1")
         else:
-            await kit.service.mark_manifest_used("app", orphan)
+            await kit.service.manifests.mark_used("app", orphan)
         assert orphan not in await digests(kit)
         if how != "pull":  # For good: it is no orphan any more.
             assert orphan not in await digests(kit, LATER + 10 * GRACE)
@@ -184,7 +186,9 @@ async def test_mirror_of_a_pull_is_recorded_once_in_a_while(tmp_path: Path) -> N
         await kit.push_image(b"layer")
         for now, recorded in ((NOW, NOW), (NOW + 10, NOW), (NOW + 700, NOW + 700)):
             kit.clock[0] = now
-            kit.service.mark_pulled("app", await kit.service.find_manifest("app", Tag("v1")))
+            kit.service.manifests.mark_pulled(
+                "app", await kit.service.manifests.find("app", Tag("v1"))
+            )
             await kit.database.write(lambda db: None)
-            row = await kit.service.find_manifest("app", Tag("v1"))
+            row = await kit.service.manifests.find("app", Tag("v1"))
             assert row.pulled_at == recorded

@@ -56,7 +56,7 @@ async def test_immutable_tag_keeps_its_digest_and_may_be_pushed_again(tmp_path: 
         with pytest.raises(TagImmutable, match=f"v1 is immutable, and names {first}"):
             await kit.push_image(b"two")
         assert await kit.push_image(b"one") == first
-        row = await kit.service.find_manifest("app", Tag("v1"))
+        row = await kit.service.manifests.find("app", Tag("v1"))
         assert row.digest == first
         await kit.push_image(b"two", tag="latest")
         await kit.push_image(b"three", tag="latest")
@@ -70,9 +70,9 @@ async def test_immutable_tag_is_not_deleted_by_tag_or_by_digest(
         digest = await kit.push_image(b"one")
         reference = digest if is_by_digest else Tag("v1")
         with pytest.raises(TagImmutable, match="only an admin can delete it"):
-            await kit.service.delete_manifest("app", reference, actor=ANYBODY)
-        await kit.service.find_manifest("app", Tag("v1"))
-        await kit.service.delete_manifest(
+            await kit.service.manifests.delete("app", reference, actor=ANYBODY)
+        await kit.service.manifests.find("app", Tag("v1"))
+        await kit.service.manifests.delete(
             "app", reference, may_change_immutable=True, actor=ANYBODY
         )
 
@@ -81,19 +81,19 @@ async def test_immutable_tag_keeps_all_that_its_image_has(tmp_path: Path) -> Non
     async with hosted_kit(tmp_path, immutable_tags=["*:v*"]) as kit:
         child = await kit.push_image(b"layer", tag=None)
         index = index_of(manifest_of(b"layer"))
-        await kit.service.put_manifest("app", Tag("v1"), (), index, OCI_INDEX, actor=ANYBODY)
+        await kit.service.manifests.put("app", Tag("v1"), (), index, OCI_INDEX, actor=ANYBODY)
         with pytest.raises(TagImmutable, match="v1 is immutable: only an admin"):
-            await kit.service.delete_manifest("app", child, actor=ANYBODY)
+            await kit.service.manifests.delete("app", child, actor=ANYBODY)
         for blob in (CONFIG, b"layer"):
             with pytest.raises(TagImmutable, match="v1 is immutable: only an admin"):
-                await kit.service.delete_blob("app", Digest.of(blob), actor=ANYBODY)
+                await kit.service.blobs.delete("app", Digest.of(blob), actor=ANYBODY)
         # What other images have, and the same content in other repositories, is not protected.
         await kit.push_image(b"free", tag="latest")
-        await kit.service.delete_blob("app", Digest.of(b"free"), actor=ANYBODY)
+        await kit.service.blobs.delete("app", Digest.of(b"free"), actor=ANYBODY)
         await kit.push_image(b"layer", repository="other", tag="latest")
-        await kit.service.delete_blob("other", Digest.of(b"layer"), actor=ANYBODY)
-        await kit.service.delete_manifest("app", child, may_change_immutable=True, actor=ANYBODY)
-        await kit.service.delete_blob(
+        await kit.service.blobs.delete("other", Digest.of(b"layer"), actor=ANYBODY)
+        await kit.service.manifests.delete("app", child, may_change_immutable=True, actor=ANYBODY)
+        await kit.service.blobs.delete(
             "app", Digest.of(b"layer"), may_change_immutable=True, actor=ANYBODY
         )
 
@@ -107,13 +107,13 @@ async def test_manifest_of_an_immutable_tag_keeps_its_media_type(
         body = manifest_of(b"layer", mediaType=None)
         if tag is None:
             index = index_of(body)
-            await kit.service.put_manifest("app", Tag("v1"), (), index, OCI_INDEX, actor=ANYBODY)
+            await kit.service.manifests.put("app", Tag("v1"), (), index, OCI_INDEX, actor=ANYBODY)
         with pytest.raises(TagImmutable, match="v1 is immutable: this manifest stays"):
-            await kit.service.put_manifest(
+            await kit.service.manifests.put(
                 "app", digest, (), body, "application/vnd.evil+json", actor=ANYBODY
             )
-        assert (await kit.service.find_manifest("app", digest)).media_type == OCI_MANIFEST
-        await kit.service.put_manifest("app", digest, (), body, OCI_MANIFEST, actor=ANYBODY)
+        assert (await kit.service.manifests.find("app", digest)).media_type == OCI_MANIFEST
+        await kit.service.manifests.put("app", digest, (), body, OCI_MANIFEST, actor=ANYBODY)
 
 
 @pytest.mark.parametrize(
@@ -125,15 +125,15 @@ async def test_manifest_of_an_immutable_tag_keeps_its_media_type(
     ],
     ids=["no rules", "no admin", "admin"],
 )
-async def test_only_an_admin_deletes_an_immutable_tag_through_the_door(
+async def test_only_an_admin_deletes_an_immutable_tag_through_the_push_listener(
     tmp_path: Path, access: dict[str, object] | None, status: int
 ) -> None:
     more = {} if access is None else {"access": access}
     async with running(tmp_path, hosted={"immutable_tags": ["*:v*"]}, more=more) as server:
-        await check_door(server, status)
+        await check_listener(server, status)
 
 
-async def check_door(server: Server, status: int) -> None:
+async def check_listener(server: Server, status: int) -> None:
     client = PushClient(server)
     assert (await client.push_image(b"one")).status == 201
     await client.push(b"two")

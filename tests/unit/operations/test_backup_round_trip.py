@@ -99,18 +99,18 @@ class Pusher:
         elif kind == "blob":
             await self.kit.push_blob(data, repository)
         elif kind == "delete":
-            await service.delete_manifest(repository, Digest.of(body), actor=ANYBODY)
+            await service.manifests.delete(repository, Digest.of(body), actor=ANYBODY)
         elif kind == "delete-tag":
-            await service.delete_manifest(repository, Tag(TAGS[one % len(TAGS)]), actor=ANYBODY)
+            await service.manifests.delete(repository, Tag(TAGS[one % len(TAGS)]), actor=ANYBODY)
         elif kind == "delete-blob":
-            await service.delete_blob(
+            await service.blobs.delete(
                 repository, Digest.of([*BLOBS, CONFIG, body][one % 5]), actor=ANYBODY
             )
         elif kind == "collect":
             grace = USE_STEP_S * one
             await collect(self.kit.database, self.kit.clock[0], grace, change_of)
         elif kind == "pull":
-            await service.mark_manifest_used(repository, Digest.of(body))
+            await service.manifests.mark_used(repository, Digest.of(body))
 
     async def _push(
         self, repository: str, body: bytes, media_type: str, number: int, *blobs: bytes
@@ -122,7 +122,7 @@ class Pusher:
         tag = TAGS[number] if number < len(TAGS) else None
         reference = Digest.of(body, algorithm) if tag is None else Tag(tag)
         user = Actor(["", "ann"][number % 2])
-        await self.kit.service.put_manifest(repository, reference, (), body, media_type, user)
+        await self.kit.service.manifests.put(repository, reference, (), body, media_type, user)
 
 
 async def answers_of(kit: HostedKit, bodies: list[bytes]) -> dict[Any, Any]:
@@ -164,8 +164,8 @@ async def answers_of(kit: HostedKit, bodies: list[bytes]) -> dict[Any, Any]:
 
 
 async def read_manifest(kit: HostedKit, repository: str, reference: Any) -> Any:
-    row = await kit.service.find_manifest(repository, reference)
-    return row, await kit.service.read_manifest(row)
+    row = await kit.service.manifests.find(repository, reference)
+    return row, await kit.service.manifests.read(row)
 
 
 async def read_blob(kit: HostedKit, repository: str, digest: Digest) -> bytes:

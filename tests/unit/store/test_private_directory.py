@@ -12,7 +12,7 @@ from mirror.operations.backup_files import opened_target
 from mirror.store.private_directory import close_to_others, make_private_directory
 from tests.server_kit import running
 from tests.unit.hosted.kit import PushClient
-from tests.unit.web.test_access_doors import doors, push_image
+from tests.unit.web.test_access_listeners import both_listeners, push_image
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ async def test_names_and_uploads_are_for_the_owner_only(tmp_path: Path) -> None:
 async def test_data_directory_is_closed_to_others_once_there_are_rules(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir(mode=0o755)
     (tmp_path / "data" / "hosted").mkdir(mode=0o755)
-    async with doors(tmp_path) as both:
+    async with both_listeners(tmp_path) as both:
         await push_image(both)
         assert mode_of(tmp_path / "data") == mode_of(tmp_path / "data" / "hosted") == 0o750
 

@@ -99,7 +99,7 @@ def test_upstream_failure_is_never_404_or_500() -> None:
         assert (status_of(make(kind)) == 404) == issubclass(kind, NotFound)
 
 
-def test_only_the_door_for_pushes_challenges() -> None:
+def test_only_the_push_listener_challenges() -> None:
     for kind in every_error():
         is_challenge = kind is LoginRequired
         assert (status_of(make(kind)) == 401) == is_challenge

@@ -37,7 +37,7 @@ ALGORITHMS = ("sha256", "sha512")
 
 
 @asynccontextmanager
-async def door(root: Path, **more: Any) -> AsyncIterator[tuple[Server, PushClient]]:
+async def hosting(root: Path, **more: Any) -> AsyncIterator[tuple[Server, PushClient]]:
     async with running(root, hosted=more.pop("hosted", {}), **more) as server:
         yield server, PushClient(server)
 
@@ -45,7 +45,7 @@ async def door(root: Path, **more: Any) -> AsyncIterator[tuple[Server, PushClien
 async def test_push_with_the_path_prefix_of_the_mirror_is_refused_with_a_hint(
     tmp_path: Path,
 ) -> None:
-    async with door(tmp_path, hosted={"name": "registry.example:5101"}) as (server, _):
+    async with hosting(tmp_path, hosted={"name": "registry.example:5101"}) as (server, _):
         for prefix in ("registry.example_5101", "registry.example_5101/team"):
             client = PushClient(server, f"{prefix}/app")
             put = await client.put_manifest(manifest_of(), "v1")
@@ -61,7 +61,7 @@ async def test_push_with_the_path_prefix_of_the_mirror_is_refused_with_a_hint(
 
 
 async def test_blob_is_pushed_by_post_alone(tmp_path: Path) -> None:
-    async with door(tmp_path) as (_, client):
+    async with hosting(tmp_path) as (_, client):
         for algorithm in ALGORITHMS:
             digest = Digest.of(DATA, algorithm)
             done = await client.start(f"?digest={digest}", DATA)
@@ -71,7 +71,7 @@ async def test_blob_is_pushed_by_post_alone(tmp_path: Path) -> None:
 
 
 async def test_blob_is_pushed_by_post_and_put_which_names_the_algorithm(tmp_path: Path) -> None:
-    async with door(tmp_path) as (_, client):
+    async with hosting(tmp_path) as (_, client):
         for algorithm in ALGORITHMS:
             digest = Digest.of(DATA, algorithm)
             begun = await client.start()
@@ -89,7 +89,7 @@ async def test_blob_is_streamed_without_content_range(tmp_path: Path) -> None:
         for start in range(0, len(DATA), 1000):
             yield DATA[start : start + 1000]
 
-    async with door(tmp_path) as (_, client):
+    async with hosting(tmp_path) as (_, client):
         for algorithm, query in product(ALGORITHMS, ("", "?digest-algorithm=sha512")):
             begun = await client.start(query)
             sent = await client.ask("PATCH", begun.location, chunks())
@@ -123,7 +123,7 @@ async def push_in_chunks(client: PushClient, digest: Digest, *, is_last_in_put: 
 
 
 async def test_blob_is_pushed_in_chunks_of_any_length(tmp_path: Path) -> None:
-    async with door(tmp_path) as (_, client):
+    async with hosting(tmp_path) as (_, client):
         for algorithm, is_last_in_put in product(ALGORITHMS, (False, True)):
             digest = Digest.of(DATA, algorithm)
             done = await push_in_chunks(client, digest, is_last_in_put=is_last_in_put)
@@ -135,7 +135,7 @@ async def test_blob_is_pushed_in_chunks_of_any_length(tmp_path: Path) -> None:
 async def test_chunk_out_of_order_is_416_and_the_upload_goes_on(
     tmp_path: Path, method: str
 ) -> None:
-    async with door(tmp_path) as (_, client):
+    async with hosting(tmp_path) as (_, client):
         location = (await client.start()).location
         first = await client.ask("PATCH", location, DATA[:1000], {"Content-Range": "0-999"})
         for start in (0, 999, 1001, 2000):
@@ -161,7 +161,7 @@ async def test_chunk_out_of_order_is_416_and_the_upload_goes_on(
 
 async def test_wrong_digest_is_400_and_ends_the_upload(tmp_path: Path) -> None:
     wrong = DATA + b"oh no"
-    async with door(tmp_path) as (server, client):
+    async with hosting(tmp_path) as (server, client):
         for algorithm, way in product(ALGORITHMS, ("post", "put", "patch", "chunks")):
             digest = Digest.of(DATA, algorithm)
             if way == "post":
@@ -182,7 +182,7 @@ async def test_wrong_digest_is_400_and_ends_the_upload(tmp_path: Path) -> None:
 
 
 async def test_empty_and_tiny_blobs_are_pushed(tmp_path: Path) -> None:
-    async with door(tmp_path) as (_, client):
+    async with hosting(tmp_path) as (_, client):
         for algorithm, data in product(ALGORITHMS, (b"", b"{}")):
             digest = await client.push(data, algorithm)
             got = await client.ask("HEAD", f"{client.base}/blobs/{digest}")
@@ -191,7 +191,7 @@ async def test_empty_and_tiny_blobs_are_pushed(tmp_path: Path) -> None:
 
 
 async def test_cancelled_upload_is_204_and_then_unknown(tmp_path: Path) -> None:
-    async with door(tmp_path) as (_, client):
+    async with hosting(tmp_path) as (_, client):
         location = (await client.start()).location
         await client.ask("PATCH", location, DATA)
         assert (await client.ask("DELETE", location)).status == 204
@@ -206,7 +206,7 @@ async def test_cancelled_upload_is_204_and_then_unknown(tmp_path: Path) -> None:
 
 
 async def test_pushed_blob_is_served_by_ranges(tmp_path: Path) -> None:
-    async with door(tmp_path) as (_, client):
+    async with hosting(tmp_path) as (_, client):
         path = f"{client.base}/blobs/{await client.push(DATA)}"
         for wanted, expected in (
             ("500-1499", DATA[500:1500]),
@@ -225,7 +225,7 @@ async def test_pushed_blob_is_served_by_ranges(tmp_path: Path) -> None:
 
 
 async def test_blob_is_mounted_from_a_repository_that_has_it(tmp_path: Path) -> None:
-    async with door(tmp_path) as (server, client):
+    async with hosting(tmp_path) as (server, client):
         other = PushClient(server, "other")
         digest = await other.push(DATA)
         done = await client.start(f"?mount={digest}&from=other")
@@ -236,7 +236,7 @@ async def test_blob_is_mounted_from_a_repository_that_has_it(tmp_path: Path) -> 
 
 async def test_what_cannot_be_mounted_begins_an_upload(tmp_path: Path) -> None:
     """Without a source too: the answer would tell what others have."""
-    async with door(tmp_path) as (server, client):
+    async with hosting(tmp_path) as (server, client):
         missing = Digest.of(b"missing")
         digest = await PushClient(server, "other").push(DATA)
         for query in (
@@ -251,7 +251,7 @@ async def test_what_cannot_be_mounted_begins_an_upload(tmp_path: Path) -> None:
 
 
 async def test_content_of_a_mirrored_repository_cannot_be_mounted(tmp_path: Path) -> None:
-    async with door(tmp_path) as (server, client):
+    async with hosting(tmp_path) as (server, client):
         path = server.store.layout.blob(DIGEST)
         path.write_bytes(DATA)
         for source in ("library/app", "docker.io/library/app"):
@@ -263,7 +263,7 @@ async def test_content_of_a_mirrored_repository_cannot_be_mounted(tmp_path: Path
 
 
 async def test_image_is_pushed_by_tag_and_pulled_byte_for_byte(tmp_path: Path) -> None:
-    async with door(tmp_path) as (_, client):
+    async with hosting(tmp_path) as (_, client):
         done = await client.push_image(DATA)
         body = manifest_of(DATA)
         digest = str(Digest.of(body))
@@ -280,7 +280,7 @@ async def test_image_is_pushed_by_tag_and_pulled_byte_for_byte(tmp_path: Path) -
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 async def test_manifest_is_pushed_by_digest_with_tags(tmp_path: Path, algorithm: str) -> None:
-    async with door(tmp_path) as (_, client):
+    async with hosting(tmp_path) as (_, client):
         await client.push(CONFIG)
         body = manifest_of()
         digest = Digest.of(body, algorithm)
@@ -295,7 +295,7 @@ async def test_manifest_is_pushed_by_digest_with_tags(tmp_path: Path, algorithm:
 
 
 async def test_index_and_nested_index_are_pushed(tmp_path: Path) -> None:
-    async with door(tmp_path) as (_, client):
+    async with hosting(tmp_path) as (_, client):
         await client.push_image(DATA, reference="child")
         index = index_of(manifest_of(DATA))
         assert (await client.put_manifest(index, "index", OCI_INDEX)).status == 201
@@ -306,7 +306,7 @@ async def test_index_and_nested_index_are_pushed(tmp_path: Path) -> None:
 
 
 async def test_largest_manifest_is_accepted_and_a_larger_one_is_413(tmp_path: Path) -> None:
-    async with door(tmp_path) as (_, client):
+    async with hosting(tmp_path) as (_, client):
         await client.push(CONFIG)
         body = manifest_of(annotations={"a": ""})
         body = manifest_of(annotations={"a": "x" * (MANIFEST_LIMIT - len(body))})
@@ -320,7 +320,7 @@ async def test_largest_manifest_is_accepted_and_a_larger_one_is_413(tmp_path: Pa
 async def test_missing_parts_are_refused_by_name_and_a_missing_subject_is_not(
     tmp_path: Path,
 ) -> None:
-    async with door(tmp_path) as (_, client):
+    async with hosting(tmp_path) as (_, client):
         refused = await client.put_manifest(manifest_of(DATA), "v1")
         assert (refused.status, refused.code) == (400, "MANIFEST_BLOB_UNKNOWN")
         detail = json.loads(refused.body)["errors"][0]["detail"]
@@ -335,13 +335,13 @@ async def test_missing_parts_are_refused_by_name_and_a_missing_subject_is_not(
 
 
 async def test_sparse_index_is_accepted_by_a_key(tmp_path: Path) -> None:
-    async with door(tmp_path, hosted={"sparse_indexes": True}) as (_, client):
+    async with hosting(tmp_path, hosted={"sparse_indexes": True}) as (_, client):
         done = await client.put_manifest(index_of(manifest_of(DATA)), "index", OCI_INDEX)
         assert done.status == 201
 
 
 async def test_wrong_and_malformed_references_are_400(tmp_path: Path) -> None:
-    async with door(tmp_path) as (_, client):
+    async with hosting(tmp_path) as (_, client):
         await client.push(CONFIG)
         body = manifest_of()
         refused = await client.put_manifest(body + b"  ", str(Digest.of(body)))
@@ -359,7 +359,7 @@ async def test_wrong_and_malformed_references_are_400(tmp_path: Path) -> None:
 
 
 async def test_what_is_not_there_is_404(tmp_path: Path) -> None:
-    async with door(tmp_path) as (_, client):
+    async with hosting(tmp_path) as (_, client):
         for path, code in (
             (f"manifests/{Digest.of(b'x')}", "MANIFEST_UNKNOWN"),
             ("manifests/missing", "MANIFEST_UNKNOWN"),
@@ -375,7 +375,7 @@ async def test_what_is_not_there_is_404(tmp_path: Path) -> None:
 
 
 async def test_tags_are_listed_in_pages(tmp_path: Path) -> None:
-    async with door(tmp_path) as (_, client):
+    async with hosting(tmp_path) as (_, client):
         await client.push(CONFIG)
         body = manifest_of()
         tags = sorted(["b", "a", "c", "B", "1"])
@@ -397,7 +397,7 @@ async def test_tags_are_listed_in_pages(tmp_path: Path) -> None:
 
 
 async def test_repository_without_tags_has_an_empty_list(tmp_path: Path) -> None:
-    async with door(tmp_path) as (_, client):
+    async with hosting(tmp_path) as (_, client):
         await client.push(CONFIG)
         body = manifest_of()
         await client.put_manifest(body, str(Digest.of(body)))
@@ -408,7 +408,7 @@ async def test_repository_without_tags_has_an_empty_list(tmp_path: Path) -> None
 
 
 async def test_referrers_are_there_at_once_and_filtered(tmp_path: Path) -> None:
-    async with door(tmp_path) as (_, client):
+    async with hosting(tmp_path) as (_, client):
         subject = descriptor(b"not pushed here", OCI_MANIFEST)
         path = f"{client.base}/referrers/{subject['digest']}"
         empty = await client.ask("GET", path)
@@ -456,7 +456,7 @@ async def test_referrers_are_there_at_once_and_filtered(tmp_path: Path) -> None:
 
 async def test_long_list_of_referrers_has_pages_that_clients_read(tmp_path: Path) -> None:
     """Most of them read at most 4 MiB of an index."""
-    async with door(tmp_path) as (_, client):
+    async with hosting(tmp_path) as (_, client):
         subject = descriptor(b"not pushed here", OCI_MANIFEST)
         await client.push(CONFIG)
         pushed = set()
@@ -480,7 +480,7 @@ async def test_long_list_of_referrers_has_pages_that_clients_read(tmp_path: Path
 
 
 async def test_catalog_lists_repositories_with_a_manifest_in_pages(tmp_path: Path) -> None:
-    async with door(tmp_path) as (server, client):
+    async with hosting(tmp_path) as (server, client):
         for name in ("b", "a/x", "c", "only-a-blob"):
             other = PushClient(server, name)
             await other.push(CONFIG)
@@ -499,7 +499,7 @@ async def test_catalog_lists_repositories_with_a_manifest_in_pages(tmp_path: Pat
 
 
 async def test_tag_manifest_and_blob_are_deleted_with_202_and_then_404(tmp_path: Path) -> None:
-    async with door(tmp_path) as (_, client):
+    async with hosting(tmp_path) as (_, client):
         await client.push_image(DATA, reference="v1")
         digest = Digest.of(manifest_of(DATA))
         await client.put_manifest(manifest_of(DATA), "v2")
@@ -517,13 +517,13 @@ async def test_tag_manifest_and_blob_are_deleted_with_202_and_then_404(tmp_path:
         assert (await client.ask("DELETE", blob)).status == 404
 
 
-# --- the doors ------------------------------------------------------------------------------------
+# --- the listeners ------------------------------------------------------------------------------------
 
 
 async def test_mirror_serves_hosted_repositories_like_an_upstream_and_takes_no_push(
     tmp_path: Path,
 ) -> None:
-    async with door(tmp_path) as (server, client):
+    async with hosting(tmp_path) as (server, client):
         await client.push_image(DATA)
         for path, query in (
             ("registry.example/team/app", ""),
@@ -542,11 +542,11 @@ async def test_mirror_serves_hosted_repositories_like_an_upstream_and_takes_no_p
         url = f"{server.push_url}/v2/team/app/manifests/v1?ns=docker.io"
         status, _, refused = await server.get(url)
         assert b"serves only registry.example: pull all others from the mirror" in refused
-        assert status == 404, "the door reaches no upstream"
+        assert status == 404, "the push listener reaches no upstream"
 
 
-async def test_door_under_a_host_name_of_the_mirrors_listener(tmp_path: Path) -> None:
-    async with door(tmp_path, hosted={"hosts": ["push.example"]}) as (server, _):
+async def test_push_listener_under_a_host_name_of_the_mirrors_listener(tmp_path: Path) -> None:
+    async with hosting(tmp_path, hosted={"hosts": ["push.example"]}) as (server, _):
         client = PushClient(server, url=server.url)
         for host, status in (
             ("push.example", 202),
@@ -564,9 +564,9 @@ async def test_door_under_a_host_name_of_the_mirrors_listener(tmp_path: Path) ->
         assert (await client.ask("GET", done.location)).status != 200, "that is docker.io's"
 
 
-async def test_door_behind_a_proxy_that_removes_a_prefix(tmp_path: Path) -> None:
+async def test_push_listener_behind_a_proxy_that_removes_a_prefix(tmp_path: Path) -> None:
     more = {"trusted_proxies": ["127.0.0.1"]}
-    async with door(tmp_path, more=more) as (_, client):
+    async with hosting(tmp_path, more=more) as (_, client):
         headers = {"X-Forwarded-Prefix": "/registry", "X-Forwarded-For": "192.0.2.1"}
         begun = await client.ask("POST", f"{client.base}/blobs/uploads/", None, headers)
         assert begun.location.startswith("/registry/v2/team/app/blobs/uploads/")
@@ -582,7 +582,7 @@ def has_ended(server: Server, count: int) -> bool:
 
 async def test_push_that_is_cut_is_taken_up_where_it_ended(tmp_path: Path) -> None:
     data = random_bytes(1_000_000, 9)
-    async with door(tmp_path) as (server, client):
+    async with hosting(tmp_path) as (server, client):
         location = (await client.start()).location
         position = 0
         _, _, port = server.push_url.rpartition(":")
@@ -613,7 +613,7 @@ async def test_push_that_is_cut_is_taken_up_where_it_ended(tmp_path: Path) -> No
 
 
 async def test_second_request_for_an_upload_that_is_being_fed_is_416(tmp_path: Path) -> None:
-    async with door(tmp_path) as (server, client):
+    async with hosting(tmp_path) as (server, client):
         location = (await client.start()).location
         may_end = asyncio.Event()
 
@@ -639,7 +639,7 @@ async def test_silent_client_is_cut_off_and_its_upload_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hosted_handler, "CLIENT_SILENCE_S", 0.05)
-    async with door(tmp_path) as (server, client):
+    async with hosting(tmp_path) as (server, client):
         location = (await client.start()).location
         _, _, port = server.push_url.rpartition(":")
         reader, writer = await asyncio.open_connection("127.0.0.1", int(port))
@@ -653,7 +653,7 @@ async def test_silent_client_is_cut_off_and_its_upload_stays(
 
 
 async def test_client_that_waits_for_permission_gets_100(tmp_path: Path) -> None:
-    async with door(tmp_path) as (server, client):
+    async with hosting(tmp_path) as (server, client):
         location = (await client.start()).location
         _, _, port = server.push_url.rpartition(":")
         reader, writer = await asyncio.open_connection("127.0.0.1", int(port))
@@ -701,7 +701,7 @@ HOSTILE = [
 
 
 async def test_hostile_requests_are_refused_and_change_nothing(tmp_path: Path) -> None:
-    async with door(tmp_path) as (server, client):
+    async with hosting(tmp_path) as (server, client):
         location = (await client.start()).location
         root = server.store.layout.root
         for method, path, headers, status in HOSTILE:
@@ -715,7 +715,7 @@ async def test_hostile_requests_are_refused_and_change_nothing(tmp_path: Path) -
 async def test_announced_length_beyond_the_quota_is_denied_before_a_byte_is_taken(
     tmp_path: Path,
 ) -> None:
-    async with door(tmp_path, hosted={"max_size": "1MiB"}) as (server, client):
+    async with hosting(tmp_path, hosted={"max_size": "1MiB"}) as (server, client):
         location = (await client.start()).location
         _, _, port = server.push_url.rpartition(":")
         reader, writer = await asyncio.open_connection("127.0.0.1", int(port))
@@ -730,12 +730,12 @@ async def test_announced_length_beyond_the_quota_is_denied_before_a_byte_is_take
 
 
 async def test_push_is_recorded_with_its_bytes(tmp_path: Path) -> None:
-    async with door(tmp_path) as (server, client):
+    async with hosting(tmp_path) as (server, client):
         await client.push_image(DATA)
         await client.ask("DELETE", f"{client.base}/manifests/v1")
-        push_door = server.running_server.push_door
-        assert push_door is not None
-        await push_door.handler.wait_until_idle()
+        push_listener = server.running_server.push_listener
+        assert push_listener is not None
+        await push_listener.handler.wait_until_idle()
         puts = [pull for pull in server.pulls if pull.method == "PUT"]
         assert [pull.outcome for pull in puts] == [Outcome.PUSHED] * 3
         assert [pull.bytes_received for pull in puts] == [2, len(DATA), len(manifest_of(DATA))]

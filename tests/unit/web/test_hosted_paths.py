@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mirror.oci.errors import InvalidRequest, MethodUnsupported, MirrorError, NotFound
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.web.hosted_paths import (
-    DOOR_METHODS,
+    PUSH_LISTENER_METHODS,
     BlobDeletion,
     ManifestChange,
     StartUpload,
@@ -111,7 +111,7 @@ PIECES = ["/v2/", "app/", "blobs/", "uploads/", "manifests/", str(DIGEST), "..",
 
 
 @given(
-    st.sampled_from([*DOOR_METHODS, "TRACE"]),
+    st.sampled_from([*PUSH_LISTENER_METHODS, "TRACE"]),
     st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=8).map("".join),
     st.text(max_size=30) | st.just(f"digest={DIGEST}&mount=x"),
 )

@@ -1,4 +1,4 @@
-"""Both doors with the section ``access``: who gets what, and what nobody gets to know."""
+"""Both listeners with the section ``access``: who gets what, and what nobody gets to know."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ LAYER = b"layer" * 100
 
 
 @dataclass
-class Doors:
-    """A server with both doors, and a user at each."""
+class BothListeners:
+    """A server with both listeners, and a user at each."""
 
     server: Server
     users: Path
@@ -49,7 +49,7 @@ class Doors:
         return await client.ask(method, path, data, headers)
 
     async def pull(self, path: str, user: str | None = None) -> Reply:
-        """Send a GET to the mirror's door."""
+        """Send a GET to the mirror's listener."""
         return await self.ask("GET", path, user, url=self.server.url)
 
     def reload_files(self) -> None:
@@ -58,14 +58,14 @@ class Doors:
 
 
 @asynccontextmanager
-async def doors(
+async def both_listeners(
     root: Path,
     *rules: Mapping[str, Any],
     hosted: Mapping[str, Any] | None = None,
     more: Mapping[str, Any] | None = None,
     endpoints: tuple[str, ...] = (),
     **keys: Any,
-) -> AsyncIterator[Doors]:
+) -> AsyncIterator[BothListeners]:
     """Run a server. ``keys``: of the section ``access``; the rest as of ``running``."""
     users, tokens = root / "htpasswd", root / "tokens.yaml"
     users.write_text(htpasswd(ci="right", reader="reader's"))
@@ -74,17 +74,17 @@ async def doors(
     access = {**files, "rules": list(rules or RULES), **keys}
     sections = {"access": access, **(more or {})}
     async with running(root / "data", *endpoints, hosted=hosted or {}, more=sections) as server:
-        yield Doors(server, users, PushClient(server))
+        yield BothListeners(server, users, PushClient(server))
 
 
-async def push_image(doors: Doors, repository: str = "team/app", user: str = CI) -> Digest:
+async def push_image(both: BothListeners, repository: str = "team/app", user: str = CI) -> Digest:
     """Push an image. Returns the digest of its manifest."""
     for data in (CONFIG, LAYER):
         path = f"/v2/{repository}/blobs/uploads/?digest={Digest.of(data)}"
-        assert (await doors.ask("POST", path, user, data)).status == 201
+        assert (await both.ask("POST", path, user, data)).status == 201
     body = manifest_of(LAYER)
     path = f"/v2/{repository}/manifests/v1"
-    put = await doors.ask("PUT", path, user, body)
+    put = await both.ask("PUT", path, user, body)
     assert put.status == 201, put.body
     return Digest.of(body)
 
@@ -92,10 +92,10 @@ async def push_image(doors: Doors, repository: str = "team/app", user: str = CI)
 # --- the challenge --------------------------------------------------------------------------------
 
 
-async def test_push_door_challenges_at_v2_and_accepts_right_credentials_only(
+async def test_push_listener_challenges_at_v2_and_accepts_right_credentials_only(
     tmp_path: Path,
 ) -> None:
-    async with doors(tmp_path) as both:
+    async with both_listeners(tmp_path) as both:
         absent = await both.ask("GET", "/v2/")
         assert (absent.status, absent.code) == (401, "UNAUTHORIZED")
         assert absent.headers["WWW-Authenticate"] == f'Basic realm="{HOST}"'
@@ -116,15 +116,17 @@ async def test_push_door_challenges_at_v2_and_accepts_right_credentials_only(
             assert refused.headers["WWW-Authenticate"].startswith("Basic "), wrong
 
 
-async def test_door_does_not_challenge_if_everybody_may_do_everything(tmp_path: Path) -> None:
+async def test_push_listener_does_not_challenge_if_everybody_may_do_everything(
+    tmp_path: Path,
+) -> None:
     everything = rule(f"{HOST}/**", "anonymous", "pull", "push", "delete")
-    async with doors(tmp_path, everything) as both:
+    async with both_listeners(tmp_path, everything) as both:
         assert (await both.ask("GET", "/v2/")).status == 200
         assert (await both.push.push_image(LAYER)).status == 201
 
 
-async def test_mirrors_door_never_challenges(tmp_path: Path) -> None:
-    async with doors(tmp_path) as both:
+async def test_mirrors_listener_never_challenges(tmp_path: Path) -> None:
+    async with both_listeners(tmp_path) as both:
         await push_image(both)
         for path in (
             "/v2/",
@@ -141,7 +143,7 @@ async def test_mirrors_door_never_challenges(tmp_path: Path) -> None:
 
 
 async def test_each_user_may_do_what_the_first_fitting_rule_says(tmp_path: Path) -> None:
-    async with doors(tmp_path) as both:
+    async with both_listeners(tmp_path) as both:
         digest = await push_image(both)
         manifest = "/v2/team/app/manifests/v1"
         for reader in (READER, f"Bearer {TOKEN}"):
@@ -178,7 +180,7 @@ async def test_each_request_needs_its_right(tmp_path: Path, may: str) -> None:
         ("GET", "/v2/app/tags/list", "pull"),
         ("GET", f"/v2/app/referrers/{CONFIG_DIGEST}", "pull"),
     ]
-    async with doors(tmp_path, rule(f"{HOST}/app", "ci", may)) as both:
+    async with both_listeners(tmp_path, rule(f"{HOST}/app", "ci", may)) as both:
         for method, path, right in requests:
             assert (await both.ask(method, path)).status == 401, path
             assert (await both.ask(method, path, READER)).status == 403, path
@@ -188,15 +190,17 @@ async def test_each_request_needs_its_right(tmp_path: Path, may: str) -> None:
 
 async def test_answer_does_not_depend_on_what_exists(tmp_path: Path) -> None:
     hidden = rule(f"{HOST}/hidden/**", "ci", "pull", "push")
-    async with doors(tmp_path, hidden) as both:
+    async with both_listeners(tmp_path, hidden) as both:
         await push_image(both, "hidden/app")
         replies = []
         for repository in ("hidden/app", "hidden/none", "other"):
             for kind in ("manifests/v1", f"blobs/{CONFIG_DIGEST}", "tags/list"):
                 for user in (None, READER):
                     path = f"/v2/{repository}/{kind}"
-                    at_door = await both.ask("GET", path, user)
-                    replies.append((repository, kind, user, at_door.status, at_door.body))
+                    at_push_listener = await both.ask("GET", path, user)
+                    replies.append(
+                        (repository, kind, user, at_push_listener.status, at_push_listener.body)
+                    )
                     path = f"/v2/{HOST}{path.removeprefix('/v2')}"
                     at_mirror = await both.pull(path, user)
                     replies.append((repository, kind, user, at_mirror.status, at_mirror.body))
@@ -206,10 +210,10 @@ async def test_answer_does_not_depend_on_what_exists(tmp_path: Path) -> None:
         assert {reply[3] for reply in replies} == {401, 403}
 
 
-async def test_mirrors_door_serves_hosted_repositories_to_those_who_may_pull(
+async def test_mirrors_listener_serves_hosted_repositories_to_those_who_may_pull(
     tmp_path: Path,
 ) -> None:
-    async with doors(tmp_path) as both:
+    async with both_listeners(tmp_path) as both:
         digest = await push_image(both)
         for kind in (
             "manifests/v1",
@@ -232,7 +236,7 @@ async def test_mirrors_door_serves_hosted_repositories_to_those_who_may_pull(
 
 
 async def test_mirrored_repository_is_kept_from_those_who_may_not_read_it(tmp_path: Path) -> None:
-    async with doors(tmp_path) as both:
+    async with both_listeners(tmp_path) as both:
         denied = await both.pull("/v2/secret/app/manifests/v1")
         assert (denied.status, denied.code) == (403, "DENIED")
         # The upstream is not reachable in this test: whoever gets so far may pull.
@@ -246,11 +250,11 @@ async def test_mirrored_repository_is_kept_from_those_who_may_not_read_it(tmp_pa
         assert {one.repository for one in refused} == {"secret/app"}
 
 
-async def test_refused_request_of_a_user_has_the_user_in_its_record_at_both_doors(
+async def test_refused_request_of_a_user_has_the_user_in_its_record_at_both_listeners(
     tmp_path: Path,
 ) -> None:
     nobody = {"repositories": ["**"], "who": ["admin"], "may": ["admin"]}
-    async with doors(tmp_path, nobody, anonymous_pull=False) as both:
+    async with both_listeners(tmp_path, nobody, anonymous_pull=False) as both:
         push = await both.ask("PUT", "/v2/team/app/manifests/v1", READER, b"{}")
         wrong = await both.ask("PUT", "/v2/team/app/manifests/v1", basic("reader", "no"), b"{}")
         assert (push.status, wrong.status) == (403, 401)
@@ -274,7 +278,7 @@ async def test_no_fast_path_serves_what_new_rules_refuse(tmp_path: Path) -> None
             "/v2/secret/app/tags/list",
             f"/v2/secret/app/referrers/{manifest}",
         ]
-        async with doors(tmp_path, everybody, endpoints=(upstream.url,)) as both:
+        async with both_listeners(tmp_path, everybody, endpoints=(upstream.url,)) as both:
             for path in paths:
                 for _ in range(3):
                     assert (await both.pull(path)).status == 200, path
@@ -298,14 +302,14 @@ async def test_no_fast_path_serves_what_new_rules_refuse(tmp_path: Path) -> None
 
 
 async def test_without_the_default_rule_nothing_is_pulled_that_no_rule_fits(tmp_path: Path) -> None:
-    async with doors(tmp_path, *RULES, anonymous_pull=False) as both:
+    async with both_listeners(tmp_path, *RULES, anonymous_pull=False) as both:
         assert (await both.pull("/v2/library/app/manifests/v1")).status == 403
         assert (await both.pull("/v2/library/app/manifests/v1", CI)).status == 403
         assert (await both.pull("/v2/")).status == 200
 
 
 async def test_catalogs_name_only_what_the_client_may_pull(tmp_path: Path) -> None:
-    async with doors(
+    async with both_listeners(
         tmp_path, rule(f"{HOST}/**", "ci", "admin"), *RULES[1:], more={"catalog": True}
     ) as both:
         for name in ("team/a", "team/b", "other/c"):
@@ -329,7 +333,7 @@ async def test_catalogs_name_only_what_the_client_may_pull(tmp_path: Path) -> No
 
 
 async def test_mount_takes_only_what_the_client_may_pull(tmp_path: Path) -> None:
-    async with doors(
+    async with both_listeners(
         tmp_path,
         rule(f"{HOST}/mine/**", "reader", "pull", "push"),
         rule(f"{HOST}/shared/**", "reader", "pull"),
@@ -348,7 +352,7 @@ async def test_mount_takes_only_what_the_client_may_pull(tmp_path: Path) -> None
 
 async def test_upload_belongs_to_its_user_and_repository(tmp_path: Path) -> None:
     both_may = rule(f"{HOST}/**", ["ci", "reader"], "pull", "push")
-    async with doors(tmp_path, both_may) as both:
+    async with both_listeners(tmp_path, both_may) as both:
         begun = await both.ask("POST", "/v2/team/app/blobs/uploads/", CI)
         for method in ("GET", "PATCH", "PUT", "DELETE"):
             query = f"?digest={Digest.of(LAYER)}" if method == "PUT" else ""
@@ -361,24 +365,24 @@ async def test_upload_belongs_to_its_user_and_repository(tmp_path: Path) -> None
 
 
 async def test_change_names_its_user(tmp_path: Path) -> None:
-    async with doors(tmp_path) as both:
+    async with both_listeners(tmp_path) as both:
         await push_image(both)
         (change,) = [one for one in both.server.events if isinstance(one, HostedChange)]
         assert (change.user, change.client, change.tag) == ("ci", "127.0.0.1", "v1")
 
 
-async def test_host_name_at_the_mirrors_listener_is_a_push_door(tmp_path: Path) -> None:
-    async with doors(tmp_path, hosted={"hosts": ["push.example"]}) as both:
+async def test_host_name_at_the_mirrors_listener_is_a_push_listener(tmp_path: Path) -> None:
+    async with both_listeners(tmp_path, hosted={"hosts": ["push.example"]}) as both:
         client = PushClient(both.server, url=both.server.url)
-        at_door = {"Host": "push.example"}
-        assert (await client.ask("GET", "/v2/", None, at_door)).status == 401
+        at_push_listener = {"Host": "push.example"}
+        assert (await client.ask("GET", "/v2/", None, at_push_listener)).status == 401
         assert (await client.ask("GET", "/v2/")).status == 200
-        right = {**at_door, "Authorization": CI}
+        right = {**at_push_listener, "Authorization": CI}
         assert (await client.ask("POST", "/v2/team/app/blobs/uploads/", None, right)).status == 202
-        # The query cannot lead to another registry at this door.
+        # The query cannot lead to another registry at this listener.
         for ns in ("docker.io", HOST):
             path = f"/v2/secret/x/tags/list?ns={ns}"
-            assert (await client.ask("GET", path, None, at_door)).status in (401, 404)
+            assert (await client.ask("GET", path, None, at_push_listener)).status in (401, 404)
 
 
 # --- failures -------------------------------------------------------------------------------------
@@ -387,7 +391,7 @@ async def test_host_name_at_the_mirrors_listener_is_a_push_door(tmp_path: Path) 
 async def test_address_that_fails_too_often_gets_429_and_known_clients_go_on(
     tmp_path: Path,
 ) -> None:
-    async with doors(tmp_path) as both:
+    async with both_listeners(tmp_path) as both:
         assert (await both.ask("GET", "/v2/", CI)).status == 200
         wrong = [await both.ask("GET", "/v2/", basic("ci", f"guess {n}")) for n in range(12)]
         assert [reply.status for reply in wrong] == [401] * 10 + [429] * 2
@@ -399,7 +403,7 @@ async def test_address_that_fails_too_often_gets_429_and_known_clients_go_on(
 
 
 async def test_clients_behind_a_trusted_proxy_are_limited_one_by_one(tmp_path: Path) -> None:
-    async with doors(tmp_path, more={"trusted_proxies": ["127.0.0.1"]}) as both:
+    async with both_listeners(tmp_path, more={"trusted_proxies": ["127.0.0.1"]}) as both:
         for number in range(12):
             headers = {
                 "X-Forwarded-For": "192.0.2.1",
@@ -413,7 +417,7 @@ async def test_clients_behind_a_trusted_proxy_are_limited_one_by_one(tmp_path: P
 
 
 async def test_guesses_at_the_same_time_are_limited_too(tmp_path: Path) -> None:
-    async with doors(tmp_path) as both, asyncio.TaskGroup() as group:
+    async with both_listeners(tmp_path) as both, asyncio.TaskGroup() as group:
         asked = [
             group.create_task(both.ask("GET", "/v2/", basic("ci", f"guess {n}"))) for n in range(40)
         ]
@@ -429,7 +433,7 @@ async def test_guesses_at_the_same_time_are_limited_too(tmp_path: Path) -> None:
 async def test_user_who_is_removed_from_the_file_can_do_nothing_more(
     tmp_path: Path, change: str
 ) -> None:
-    async with doors(tmp_path) as both:
+    async with both_listeners(tmp_path) as both:
         assert (await both.ask("GET", "/v2/", CI)).status == 200
         match change:
             case "removed":

@@ -26,7 +26,7 @@ _HANDLERS_TIMEOUT_S: Final = 1.0
 
 
 @dataclass(slots=True)
-class Door:
+class Listener:
     """One listener, with its handler."""
 
     handler: Handler
@@ -51,7 +51,7 @@ async def listen(
     backlog: int,
     emit: Observer,
     options: Mapping[str, Any],
-) -> AsyncIterator[Door]:
+) -> AsyncIterator[Listener]:
     """Serve one listener until the context ends.
 
     Args:
@@ -76,7 +76,7 @@ async def listen(
         ssl_handshake_timeout=options["keepalive_timeout"] if context is not None else None,
     )
     try:
-        yield Door(handler, server.unsent, listening.close)
+        yield Listener(handler, server.unsent, listening.close)
     finally:
         listening.close()
         # A connection that was accepted has to begin its request before idle ones close.

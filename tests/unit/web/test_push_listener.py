@@ -1,4 +1,4 @@
-"""The push door against what only an attacker sends: encodings, web pages, probes of lists."""
+"""The push listener against what only an attacker sends: encodings, web pages, probes of lists."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mirror.oci.reference import Digest
 from tests.server_kit import running
 from tests.unit.access.kit import basic, rule
 from tests.unit.hosted.kit import CONFIG, PushClient, Reply
-from tests.unit.web.test_access_doors import CI, HOST, doors, push_image
+from tests.unit.web.test_access_listeners import CI, HOST, both_listeners, push_image
 
 EVIL = "evil.example:5101"
 
@@ -53,7 +53,7 @@ async def test_body_with_content_encoding_is_415_and_is_not_decoded(tmp_path: Pa
         {"Sec-Fetch-Site": "cross-site"},
     ],
 )
-async def test_open_door_refuses_requests_of_web_pages(
+async def test_open_push_listener_refuses_requests_of_web_pages(
     tmp_path: Path, fields: dict[str, str]
 ) -> None:
     async with running(tmp_path, hosted={}) as server:
@@ -71,7 +71,9 @@ async def test_open_door_refuses_requests_of_web_pages(
         assert (await client.ask("GET", f"{client.base}/manifests/v1")).status == 200
 
 
-async def test_open_door_accepts_the_names_by_which_clients_reach_it(tmp_path: Path) -> None:
+async def test_open_push_listener_accepts_the_names_by_which_clients_reach_it(
+    tmp_path: Path,
+) -> None:
     async with running(tmp_path, hosted={}) as server:
         client = PushClient(server)
         for host in (
@@ -83,8 +85,8 @@ async def test_open_door_accepts_the_names_by_which_clients_reach_it(tmp_path: P
         assert (await client.ask("GET", "/v2/", None, own)).status == 200
 
 
-async def test_door_with_rules_has_any_name_but_no_other_site(tmp_path: Path) -> None:
-    async with doors(tmp_path) as both:
+async def test_push_listener_with_rules_has_any_name_but_no_other_site(tmp_path: Path) -> None:
+    async with both_listeners(tmp_path) as both:
         for fields, status in (({"Host": EVIL}, 200), ({"Origin": f"http://{EVIL}"}, 403)):
             fields = {**fields, "Authorization": CI}
             assert (await both.push.ask("GET", "/v2/", None, fields)).status == status
@@ -99,7 +101,7 @@ async def test_pages_of_catalogs_say_nothing_of_hidden_repositories(tmp_path: Pa
     def page_of(reply: Reply) -> tuple[list[str], Any]:
         return json.loads(reply.body)["repositories"], reply.headers.get("Link")
 
-    async with doors(tmp_path, *rules, more={"catalog": True}) as both:
+    async with both_listeners(tmp_path, *rules, more={"catalog": True}) as both:
         for name in ("a/x", "secret1/x", "t/x"):
             await push_image(both, name)
         at_mirror = {"url": both.server.url}
