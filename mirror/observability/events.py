@@ -72,7 +72,7 @@ class RequestRecord:
     client: str = ""
     user_agent: str = ""
     user: str = ""
-    """The user, if access was decided by one. Empty: anonymous, or everybody may do this."""
+    """The user whose credentials were right. Empty: anonymous, or there are no rules."""
     kind: Kind = Kind.INVALID
     ns: str | None = None
     """The ``ns`` query parameter, if it names a configured upstream (containerd sends it)."""

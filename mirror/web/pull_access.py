@@ -58,8 +58,11 @@ async def find_visible(
     Args:
         access: The rules in force.
         request: The request for a list.
-        pull: Its record.
+        pull: Its record. Gets the user.
     """
     if not access.is_enforced:
         return None
-    return await access.may_list(request.headers.get("Authorization"), pull.client)
+    authorization = request.headers.get("Authorization")
+    identity, is_visible = await access.may_list(authorization, pull.client)
+    pull.user = identity.user
+    return is_visible

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -248,6 +249,66 @@ async def test_mirrored_repository_is_kept_from_those_who_may_not_read_it(tmp_pa
         assert (record.user, record.repository) == ("reader", "secret/app")
         refused = [one for one in both.server.pulls if one.outcome is Outcome.DENIED]
         assert {one.repository for one in refused} == {"secret/app"}
+
+
+async def test_user_is_decided_and_recorded_as_that_user_at_both_listeners(tmp_path: Path) -> None:
+    rules = [
+        rule(f"{HOST}/**", "ci", "admin"),
+        rule([f"{HOST}/open/**", "docker.io/open/**"], "reader"),
+        rule([f"{HOST}/open/**", "docker.io/open/**"], "anonymous", "pull"),
+    ]
+    async with both_listeners(tmp_path, *rules, more={"catalog": True}) as both:
+        await push_image(both, "open/app")
+        both.server.events.clear()
+        for user, hosted, mirrored in (
+            (READER, 403, 403),
+            (CI, 200, 502),
+            (None, 200, 502),
+            (basic("reader", "wrong"), 200, 502),
+        ):
+            path = f"/v2/{HOST}/open/app/tags/list"
+            assert (await both.pull(path, user)).status == hosted, user
+            assert (await both.pull("/v2/open/app/manifests/v1", user)).status == mirrored, user
+            listed = json.loads((await both.pull(f"/v2/_catalog?ns={HOST}", user)).body)
+            assert listed["repositories"] == ([] if hosted == 403 else ["open/app"])
+        records = [(one.status, one.user) for one in await both.server.records()]
+        assert records == [
+            *((403, "reader"), (403, "reader"), (200, "reader")),
+            *((200, "ci"), (502, "ci"), (200, "ci")),
+            *[(200, ""), (502, ""), (200, "")] * 2,
+        ]
+        path = "/v2/open/app/tags/list"
+        assert (await both.ask("GET", path, READER)).status == 403, "at the push listener, too"
+
+
+async def test_wrong_credentials_where_none_are_needed_lock_nobody_out(tmp_path: Path) -> None:
+    async with both_listeners(tmp_path, more={"catalog": True}) as both:
+        for number in range(15):
+            of_upstream = basic("of the upstream", str(number))
+            for path, status in (("/v2/library/app/manifests/v1", 502), ("/v2/_catalog", 200)):
+                assert (await both.pull(path, of_upstream)).status == status
+        assert (await both.ask("GET", "/v2/", CI)).status == 200
+        denied = await both.pull("/v2/secret/app/manifests/v1", basic("ci", "wrong"))
+        assert denied.status == 403, "and not 429"
+
+
+async def test_head_keeps_content_from_a_collection_only_for_clients_that_may_push(
+    tmp_path: Path,
+) -> None:
+    path, blob = "/v2/team/app/blobs/", Digest.of(LAYER)
+    rules = [*RULES[:2], rule(f"{HOST}/team/**", "anonymous", "pull")]
+    async with both_listeners(tmp_path, *rules) as both:
+        url = f"{path}uploads/?digest={blob}"
+        assert (await both.ask("POST", url, CI, LAYER)).status == 201
+        names = sqlite3.connect(tmp_path / "data" / "hosted" / "names.db", isolation_level=None)
+        for user, is_marked in ((READER, False), (None, False), (CI, True)):
+            names.execute("UPDATE blobs SET used_at = 1")
+            assert (await both.ask("HEAD", f"{path}{blob}", user)).status == 200
+            # Each write waits for those before it.
+            await both.ask("POST", f"{path}uploads/?digest={Digest.of(b'x')}", CI, b"x")
+            query = "SELECT used_at > 1 FROM blobs WHERE digest = ?"
+            assert names.execute(query, (str(blob),)).fetchone() == (is_marked,), user
+        names.close()
 
 
 async def test_refused_request_of_a_user_has_the_user_in_its_record_at_both_listeners(
