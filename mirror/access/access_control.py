@@ -114,6 +114,13 @@ class AccessControl:
             return action is not AccessRight.ADMIN
         return self._rules.is_allowed(identity, repository, action)
 
+    def is_refused(self, identity: Identity, repository: Repository) -> bool:
+        """Return whether the first rule that fits refuses a client to pull from a repository.
+
+        False also if no rule fits. For what is served under another name, whose rules permit it.
+        """
+        return self._rules is not None and self._rules.is_refused(identity, repository)
+
     async def identify(self, authorization: str | None, client: str) -> Identity:
         """Return the client that sends an ``Authorization`` header field, or none.
 

@@ -79,7 +79,20 @@ class Rules:
         """
         return self._is_allowed_cached(identity, repository, action)
 
+    def is_refused(self, identity: Identity, repository: Repository) -> bool:
+        """Return whether the first rule that fits refuses to pull. False also if no rule fits."""
+        rule = self._find_rule(identity, repository)
+        return rule is not None and AccessRight.PULL not in rule.actions
+
     def _is_allowed(self, identity: Identity, repository: Repository, action: AccessRight) -> bool:
+        rule = self._find_rule(identity, repository)
+        if rule is not None:
+            return action in rule.actions
+        is_mirrored = repository.upstream != self._hosted_name
+        return is_mirrored and action is AccessRight.PULL and self._may_pull_mirrored
+
+    def _find_rule(self, identity: Identity, repository: Repository) -> _CompiledRule | None:
+        """Return the first rule that fits. None: no rule does."""
         more = self._groups_of.get(identity.user)
         if more is not None:
             identity = Identity(user=identity.user, groups=identity.groups | more)
@@ -88,9 +101,8 @@ class Rules:
         short = repository.short_name
         for rule in self._rules:
             if rule.is_for(identity) and (rule.is_about(name) or rule.is_about(short)):
-                return action in rule.actions
-        is_mirrored = repository.upstream != self._hosted_name
-        return is_mirrored and action is AccessRight.PULL and self._may_pull_mirrored
+                return rule
+        return None
 
     def is_login_needed(self) -> bool:
         """Return whether a client that has not logged in may not do all with hosted repositories.

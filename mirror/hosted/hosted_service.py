@@ -22,6 +22,7 @@ from mirror.hosted.name_rows import USE_STEP_S, ManifestRow
 from mirror.hosted.pushed_manifest import PushedManifest, read_pushed_manifest
 from mirror.hosted.referrer_rows import referrers_page
 from mirror.hosted.sessions import UploadSessions, disk_errors
+from mirror.hosted.subject_rows import find_subjects
 from mirror.observability.events import HostedChange, HostedMeasured, Observer
 from mirror.observability.hosted_events import SERVER, Actor, ChangeAction
 from mirror.oci.descriptor import MANIFEST_LIMIT, ReferrersPage
@@ -459,6 +460,14 @@ class HostedService:
             last=last,
             max_bytes=max_bytes,
         )
+        return await self._database.read(find)
+
+    async def find_subjects(self, repository: str, reference: Reference) -> list[Digest]:
+        """Return the digests that a content of a repository belongs to.
+
+        See :func:`mirror.hosted.subject_rows.find_subjects`.
+        """
+        find = partial(find_subjects, repository=repository, reference=reference)
         return await self._database.read(find)
 
     # --- the whole ------------------------------------------------------------------------------

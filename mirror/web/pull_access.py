@@ -7,6 +7,7 @@ request is served.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from aiohttp import web
 
@@ -48,6 +49,7 @@ async def check_pull(
         pull.user = error.user
         raise
     pull.user = identity.user
+    pull.is_refused = partial(access.is_refused, identity)
 
 
 async def find_visible(

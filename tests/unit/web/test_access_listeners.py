@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 from mirror.observability.events import HostedChange, Outcome
+from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.reference import Digest
 from tests.fakes.registry import FakeRegistry
 from tests.server_kit import Server, running
 from tests.unit.access.kit import access_section, basic, htpasswd, rule
-from tests.unit.hosted.kit import CONFIG, CONFIG_DIGEST, PushClient, Reply, manifest_of
+from tests.unit.hosted.kit import CONFIG, CONFIG_DIGEST, PushClient, Reply, descriptor, manifest_of
 
 HOST = "registry.example"
 CI, READER = basic("ci", "right"), basic("reader", "reader's")
@@ -323,6 +324,37 @@ async def test_refused_request_of_a_user_has_the_user_in_its_record_at_both_list
         # The name of a failed login may be a token, so it is not recorded.
         records = [(one.status, one.user) for one in await both.server.records()]
         assert records == [(403, "reader"), (401, ""), (403, "reader")]
+
+
+async def test_signature_of_a_mirrored_image_is_for_those_who_may_pull_it_and_whom_no_rule_refuses(
+    tmp_path: Path,
+) -> None:
+    rules = [
+        rule(f"{HOST}/docker.io/**", "ci", "push", "pull"),
+        rule(f"{HOST}/docker.io/**", "reader", "push"),
+        rule("docker.io/library/app", "anonymous", "pull"),
+    ]
+    async with FakeRegistry() as upstream:
+        image = upstream.add_manifest(manifest_of(), "library/app", "v1")
+        upstream.add_blob(CONFIG, "library/app")
+        async with both_listeners(
+            tmp_path, *rules, anonymous_pull=False, endpoints=(upstream.url,)
+        ) as both:
+            await push_image(both, "docker.io/library/app")
+            body = manifest_of(LAYER, subject=descriptor(manifest_of(), OCI_MANIFEST))
+            signature = Digest.of(body)
+            path = f"/v2/docker.io/library/app/manifests/{signature}"
+            assert (await both.ask("PUT", path, CI, body)).status == 201
+            base = "/v2/docker.io/library/app"
+            for user, status in ((CI, 200), (None, 200), (READER, 404)):
+                for path in (f"manifests/{signature}", f"blobs/{Digest.of(LAYER)}"):
+                    assert (await both.pull(f"{base}/{path}", user)).status == status, (user, path)
+                listed = json.loads((await both.pull(f"{base}/referrers/{image}", user)).body)
+                assert len(listed["manifests"]) == (status == 200)
+                # An image that belongs to none stays where it is.
+                secret = Digest.of(manifest_of(LAYER))
+                assert (await both.pull(f"{base}/manifests/{secret}", user)).status == 404
+            assert (await both.pull(f"/v2/{HOST}/docker.io/library/app/tags/list")).status == 403
 
 
 async def test_no_fast_path_serves_what_new_rules_refuse(tmp_path: Path) -> None:
