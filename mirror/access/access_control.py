@@ -78,7 +78,7 @@ class AccessControl:
                 access, self._fetch, self._single_flight, self._now, self._report, self._names
             )
         hosted_name = None if hosted is None else hosted.name
-        rules = None if access is None else Rules(access, hosted_name)
+        rules = None if access is None else Rules(access, hosted_name, settings.registry_names())
 
         def use() -> None:
             self._logins.use(credentials)

@@ -56,21 +56,31 @@ class _CompiledRule:
 class Rules:
     """The rules of a configuration."""
 
-    def __init__(self, access: AccessSection, hosted_name: str | None) -> None:
+    def __init__(
+        self,
+        access: AccessSection,
+        hosted_name: str | None,
+        registries: Mapping[str, str] | None = None,
+    ) -> None:
         """Compile the rules.
 
         Args:
             access: The section of the configuration.
             hosted_name: Name of the host of the hosted repositories. None: there are none.
+            registries: Each name of a configured registry, to its usual name. None: there are none.
         """
         self._rules = [_CompiledRule(rule) for rule in access.rules]
         self._may_pull_mirrored = access.anonymous_pull
         self._hosted_name = hosted_name
+        self._registries = registries or {}
         self._groups_of = _groups_of(access.groups)
         self._is_allowed_cached = lru_cache(_MAX_DECISIONS)(self._is_allowed)
 
     def is_allowed(self, identity: Identity, repository: Repository, action: AccessRight) -> bool:
         """Return whether a client may do something with a repository: the one decision.
+
+        If the path of a mirrored repository begins with a registry, the client needs the right for
+        the repository in that, too: an endpoint that is a mirror itself may serve that one.
 
         Args:
             identity: The client.
@@ -85,6 +95,16 @@ class Rules:
         return rule is not None and AccessRight.PULL not in rule.actions
 
     def _is_allowed(self, identity: Identity, repository: Repository, action: AccessRight) -> bool:
+        if repository.upstream == self._hosted_name:
+            return self._is_permitted(identity, repository, action)
+        return all(
+            self._is_permitted(identity, one, action)
+            for one in repository.with_nested(self._registries)
+        )
+
+    def _is_permitted(
+        self, identity: Identity, repository: Repository, action: AccessRight
+    ) -> bool:
         rule = self._find_rule(identity, repository)
         if rule is not None:
             return action in rule.actions

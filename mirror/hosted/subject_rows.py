@@ -18,7 +18,7 @@ from mirror.hosted import name_rows
 from mirror.oci.descriptor import parse_referrers_tag
 from mirror.oci.reference import Digest, Reference
 
-_LEVELS: Final = 4
+_SEARCH_LEVELS: Final = 4
 """Levels of one search: a layer, its manifest, the index of that, and an index of indexes."""
 _MAX_ROWS: Final = 500
 """Rows of one level: a few milliseconds. Images of one repository have fewer signatures."""
@@ -35,7 +35,7 @@ _SUBJECT_TAGS: Final = (
     "SELECT t.tag FROM json_each(:names) n CROSS JOIN tags t ON t.repository = :repository"
     " AND t.digest = n.value AND t.tag >= 'sha256-' AND t.tag < 'sha256.' LIMIT :count"
 )
-_ABOVE: Final = (
+_MANIFESTS_ABOVE: Final = (
     "SELECT DISTINCT p.manifest FROM json_each(:names) n CROSS JOIN parts p"
     " ON p.repository = :repository AND p.digest = n.value LIMIT :count"
 )
@@ -61,7 +61,7 @@ def find_subjects(connection: Connection, repository: str, reference: Reference)
         digest = None if row is None else row.digest
     names = [] if digest is None else [str(digest)]
     found: dict[Digest, None] = {}
-    for _ in range(_LEVELS):
+    for _ in range(_SEARCH_LEVELS):
         values = {"repository": repository, "names": json.dumps(names), "count": _MAX_ROWS}
         subjects = [row[0] for row in connection.execute(_SUBJECTS, values)]
         for tag in connection.execute(_SUBJECT_TAGS, values):
@@ -69,5 +69,5 @@ def find_subjects(connection: Connection, repository: str, reference: Reference)
             if stem is not None:
                 subjects.append(stem.replace("-", ":"))
         found |= dict.fromkeys(map(Digest.parse, subjects))
-        names = [row[0] for row in connection.execute(_ABOVE, values)]
+        names = [row[0] for row in connection.execute(_MANIFESTS_ABOVE, values)]
     return list(found)[:_MAX_SUBJECTS]

@@ -81,9 +81,16 @@ class PullService:
     def _admit(
         self, repository: Repository, pull: RequestRecord, reference: Reference | None = None
     ) -> None:
-        is_hosted = repository.upstream == self._hosted_name
-        upstream = None if is_hosted else self._content.upstream(repository)
-        _apply(admission.admit(repository, upstream, self.restrictions, reference), pull)
+        restrictions = self.restrictions
+        if repository.upstream == self._hosted_name:
+            _apply(admission.admit(repository, None, restrictions, reference), pull)
+            return
+        content = self._content
+        names = content.registry_names
+        decision = admission.admit_with_nested(
+            repository, content.upstreams, names, restrictions, reference
+        )
+        _apply(decision, pull)
 
     def _admit_digest(self, digest: Digest, pull: RequestRecord) -> None:
         """Raise ``Denied`` if the manifest of a tag is blocked."""

@@ -88,7 +88,7 @@ def test_search_reads_few_rows_of_100_000_manifests(names: sqlite3.Connection) -
     for query, index in (
         (subject_rows._SUBJECTS, "PRIMARY KEY (repository=? AND digest=?)"),
         (subject_rows._SUBJECT_TAGS, "tags_by_digest (repository=? AND digest=? AND tag>? AND"),
-        (subject_rows._ABOVE, "parts_by_digest (repository=? AND digest=?)"),
+        (subject_rows._MANIFESTS_ABOVE, "parts_by_digest (repository=? AND digest=?)"),
     ):
         plan = [row[3] for row in names.execute(f"EXPLAIN QUERY PLAN {query}", values)]
         assert plan[0].startswith("SCAN n VIRTUAL TABLE"), plan
