@@ -18,7 +18,7 @@ from mirror.access.logins import ClientLogins, LoginFailed
 from mirror.access.rules import Rules
 from mirror.config.settings import Settings
 from mirror.observability.events import LogMessage, Observer
-from mirror.oci.errors import Denied, LoginRequired
+from mirror.oci.errors import Denied, LoginRequired, TooManyRequests
 from mirror.oci.reference import Repository
 from mirror.single_flight import SingleFlight
 from mirror.store.layout import Layout
@@ -78,7 +78,7 @@ class AccessControl:
                 access, self._fetch, self._single_flight, self._now, self._report, self._names
             )
         hosted_name = None if hosted is None else hosted.name
-        rules = None if access is None else Rules(access, hosted_name)
+        rules = None if access is None else Rules(access, hosted_name, settings.registry_names())
 
         def use() -> None:
             self._logins.use(credentials)
@@ -113,6 +113,13 @@ class AccessControl:
         if self._rules is None:
             return action is not AccessRight.ADMIN
         return self._rules.is_allowed(identity, repository, action)
+
+    def is_refused(self, identity: Identity, repository: Repository) -> bool:
+        """Return whether the first rule that fits refuses a client to pull from a repository.
+
+        False also if no rule fits. For what is served under another name, whose rules permit it.
+        """
+        return self._rules is not None and self._rules.is_refused(identity, repository)
 
     async def identify(self, authorization: str | None, client: str) -> Identity:
         """Return the client that sends an ``Authorization`` header field, or none.
@@ -175,8 +182,9 @@ class AccessControl:
     ) -> Identity:
         """Return the client of a request to the mirror's listener, which may pull.
 
-        Credentials are honoured, and never asked for. What everybody may do, a client with wrong
-        ones may do, too: clients also send those of upstreams.
+        Credentials are honoured, and never asked for: a user is decided as that user, as at
+        the push listener. What everybody may do, a client with wrong ones may do, too: clients also
+        send those of upstreams.
 
         Args:
             authorization: The header field, as sent. None without one.
@@ -187,12 +195,15 @@ class AccessControl:
             Denied: The client may not pull from it, whether it exists or not.
             TooManyRequests: The address has failed too often.
         """
-        if self.is_allowed(ANONYMOUS, repository, AccessRight.PULL):
-            return ANONYMOUS
-        try:
-            identity = await self.identify(authorization, client)
-        except LoginRequired as error:
-            raise Denied(error.message) from None
+        if authorization is None:
+            identity = ANONYMOUS
+        elif self.is_allowed(ANONYMOUS, repository, AccessRight.PULL):
+            identity = await self._find_user(authorization, client)
+        else:
+            try:
+                identity = await self.identify(authorization, client)
+            except LoginRequired as error:
+                raise Denied(error.message) from None
         if self.is_allowed(identity, repository, AccessRight.PULL):
             return identity
         if identity.is_anonymous:
@@ -205,20 +216,27 @@ class AccessControl:
 
     async def may_list(
         self, authorization: str | None, client: str
-    ) -> Callable[[Repository], bool]:
-        """Return a function that says which repositories a client gets to know of in a list.
+    ) -> tuple[Identity, Callable[[Repository], bool]]:
+        """Return the client, and a function that says which repositories a list may name to it.
 
         With wrong credentials, it is those that everybody may pull from.
         """
-        try:
-            identity = await self.identify(authorization, client)
-        except LoginRequired:
-            identity = ANONYMOUS
+        identity = await self._find_user(authorization, client)
 
         def is_visible(repository: Repository) -> bool:
             return self.is_allowed(identity, repository, AccessRight.PULL)
 
-        return is_visible
+        return identity, is_visible
+
+    async def _find_user(self, authorization: str | None, client: str) -> Identity:
+        """Return the client of a request that needs no login. With wrong credentials, or none, and
+        after too many failures, it is anonymous."""
+        if authorization is None or self._rules is None:
+            return ANONYMOUS
+        try:
+            return await self._logins.identify(authorization, client, is_needed=False)
+        except (LoginFailed, TooManyRequests):
+            return ANONYMOUS
 
     def _challenge(self, message: str) -> LoginRequired:
         return LoginRequired(message, f'Basic realm="{self._realm}"')

@@ -73,6 +73,9 @@ class ClientLogins:
         self._key = secrets.token_bytes(32)
         self._results: LRUCache[bytes, _LoginResult] = LRUCache(_MAX_RESULTS)
         self._failures = FailureLimit()
+        self._unneeded_failures = FailureLimit()
+        """Failures of requests that needed no login. Clients also send credentials of upstreams,
+        which must not lock out the users behind the same address."""
         self._turn = asyncio.Semaphore(_THREADS)
         self._waiting: Counter[str] = Counter()
         """Checks that wait, of each address that has some."""
@@ -94,12 +97,16 @@ class ClientLogins:
         """End the threads, without waiting for them. No request must log in any more."""
         self._threads.shutdown(wait=False)
 
-    async def identify(self, authorization: str, client: str) -> Identity:
+    async def identify(
+        self, authorization: str, client: str, *, is_needed: bool = True
+    ) -> Identity:
         """Return the client that sends an ``Authorization`` header field.
 
         Args:
             authorization: The field, as sent.
             client: Address of the client.
+            is_needed: False: everybody may do what the client requests. Its failures are counted
+                for such requests only, and only those that took a check.
 
         Raises:
             LoginFailed: The credentials are wrong, malformed, or of another kind.
@@ -110,13 +117,16 @@ class ClientLogins:
         if self._credentials is None:
             raise LoginFailed("nobody can log in here: leave out the credentials")
         key = hmac.digest(self._key, authorization.encode(errors="replace"), "sha256")
+        failures = self._failures if is_needed else self._unneeded_failures
         result = self._find(key)
-        if result is None or result.identity is None:
-            self._refuse_if_limited(client)
-            if result is None:
-                result = await self._check(self._credentials, key, authorization, client)
+        is_counted = result is None or (is_needed and result.identity is None)
+        if is_counted:
+            self._refuse_if_limited(failures, client)
+        if result is None:
+            result = await self._check(self._credentials, key, authorization, failures, client)
         if result.identity is None:
-            self._failures.record(client, self._now())
+            if is_counted:
+                failures.record(client, self._now())
             raise LoginFailed("the user name or the password is wrong")
         return result.identity
 
@@ -124,22 +134,27 @@ class ClientLogins:
         result = self._results.get(key)
         return result if result is not None and self._now() < result.ends_at else None
 
-    def _refuse_if_limited(self, client: str) -> None:
-        wait = self._failures.seconds_to_wait(client, self._now())
+    def _refuse_if_limited(self, failures: FailureLimit, client: str) -> None:
+        wait = failures.seconds_to_wait(client, self._now())
         if wait > 0:
             raise TooManyRequests(
                 "too many failed logins from this address: try again later", retry_after=wait
             )
 
     async def _check(
-        self, credentials: LoginCredentials, key: bytes, authorization: str, client: str
+        self,
+        credentials: LoginCredentials,
+        key: bytes,
+        authorization: str,
+        failures: FailureLimit,
+        client: str,
     ) -> _LoginResult:
         generation = self._generation
         user, secret = _parse(authorization)
         result = await self._check_token(credentials, secret)
         if result is None and user is not None and credentials.passwords is not None:
             check = partial(credentials.passwords.is_right, user, secret)
-            is_right = await self._is_password_right(check, key, client)
+            is_right = await self._is_password_right(check, key, failures, client)
             result = _LoginResult(Identity(user) if is_right else None, self._now() + RESULT_TTL_S)
         if result is None:
             result = _LoginResult(identity=None, ends_at=self._now() + RESULT_TTL_S)
@@ -166,7 +181,9 @@ class ClientLogins:
             return replace(wrong, ends_at=now)  # Not remembered: its key may be fetched meanwhile.
         return _LoginResult(valid.identity, ends_at=min(now + RESULT_TTL_S, valid.expires_at))
 
-    async def _is_password_right(self, check: Callable[[], bool], key: bytes, client: str) -> bool:
+    async def _is_password_right(
+        self, check: Callable[[], bool], key: bytes, failures: FailureLimit, client: str
+    ) -> bool:
         """Return the result of ``check``, called in a thread when it is its turn."""
         network = counted_address(client)
         if self._waiting[network] >= _MAX_CLIENT_WAITING or self._waiting.total() >= _MAX_WAITING:
@@ -178,7 +195,7 @@ class ClientLogins:
                 result = self._find(key)
                 if result is not None:
                     return result.identity is not None
-                self._refuse_if_limited(client)
+                self._refuse_if_limited(failures, client)
                 loop = asyncio.get_running_loop()
                 return await loop.run_in_executor(self._threads, check)
         finally:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import Final
 
 from mirror.access.identity import ANONYMOUS, AccessRight, Identity
@@ -66,21 +67,31 @@ class _CompiledRule:
 class Rules:
     """The rules of a configuration."""
 
-    def __init__(self, access: AccessSection, hosted_name: str | None) -> None:
+    def __init__(
+        self,
+        access: AccessSection,
+        hosted_name: str | None,
+        registries: Mapping[str, str] | None = None,
+    ) -> None:
         """Compile the rules.
 
         Args:
             access: The section of the configuration.
             hosted_name: Name of the host of the hosted repositories. None: there are none.
+            registries: Each name of a configured registry, to its usual name. None: there are none.
         """
         self._rules = [_CompiledRule(rule) for rule in access.rules]
         self._may_pull_mirrored = access.anonymous_pull
         self._hosted_name = hosted_name
+        self._registries = registries or {}
         self._groups_of = _groups_of(access.groups)
         self._is_allowed_cached = lru_cache(_MAX_DECISIONS)(self._is_allowed)
 
     def is_allowed(self, identity: Identity, repository: Repository, action: AccessRight) -> bool:
         """Return whether a client may do something with a repository: the one decision.
+
+        If the path of a mirrored repository begins with a registry, the client needs the right for
+        the repository in that, too: an endpoint that is a mirror itself may serve that one.
 
         Args:
             identity: The client.
@@ -88,6 +99,11 @@ class Rules:
             action: What the client wants to do.
         """
         return self._is_allowed_cached(identity, repository, action)
+
+    def is_refused(self, identity: Identity, repository: Repository) -> bool:
+        """Return whether the first rule that fits refuses to pull. False also if no rule fits."""
+        decision = self._decide_alone(identity, repository, AccessRight.PULL)
+        return decision.rule is not None and not decision.is_allowed
 
     def _is_allowed(self, identity: Identity, repository: Repository, action: AccessRight) -> bool:
         return self.decide(identity, repository, action).is_allowed
@@ -102,6 +118,17 @@ class Rules:
             repository: The repository, which need not exist.
             action: What the client wants to do.
         """
+        decision = self._decide_alone(identity, repository, action)
+        if repository.upstream != self._hosted_name:
+            for nested in islice(repository.with_nested(self._registries), 1, None):
+                if decision.is_allowed:
+                    decision = self._decide_alone(identity, nested, action)
+        return decision
+
+    def _decide_alone(
+        self, identity: Identity, repository: Repository, action: AccessRight
+    ) -> AccessDecision:
+        """Decide about one name, and not about those that are nested in it."""
         more = self._groups_of.get(identity.user)
         if more is not None:
             identity = Identity(user=identity.user, groups=identity.groups | more)

@@ -58,7 +58,8 @@ def _decisions(
     if arguments.user == EVERYBODY:
         identity = ANONYMOUS
     access, hosted = settings.access, settings.hosted
-    rules = None if access is None else Rules(access, None if hosted is None else hosted.name)
+    hosted_name = None if hosted is None else hosted.name
+    rules = None if access is None else Rules(access, hosted_name, settings.registry_names())
     for action in [AccessRight(arguments.may)] if arguments.may else AccessRight:
         if action in _HOSTED_ONLY and (hosted is None or not hosted.has_image(str(name))):
             decision = AccessDecision(is_allowed=False)

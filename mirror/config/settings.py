@@ -406,6 +406,11 @@ class Settings(Section):
         }
         return {**aliases, **{name: name for name in self.upstreams}}
 
+    def registry_names(self) -> dict[str, str]:
+        """Return the same for upstreams and the hosted repositories together."""
+        hosted = {} if self.hosted is None else self.hosted.names()
+        return {**self.upstream_names(), **hosted}
+
     def _check_unique(
         self,
         key: str,

@@ -21,6 +21,7 @@ from mirror.hosted.immutable_tags import ImmutableTagRules
 from mirror.hosted.name_rows import USE_STEP_S, ManifestRow
 from mirror.hosted.pushed_manifest import PushedManifest, read_pushed_manifest
 from mirror.hosted.sessions import disk_errors
+from mirror.hosted.subject_rows import find_subjects
 from mirror.observability.hosted_events import Actor
 from mirror.oci.descriptor import MANIFEST_LIMIT
 from mirror.oci.errors import DigestInvalid, ManifestUnknown
@@ -141,6 +142,14 @@ class HostedManifests:
         if row is None:
             raise ManifestUnknown("the repository does not have this manifest")
         return row
+
+    async def find_subjects(self, repository: str, reference: Reference) -> list[Digest]:
+        """Return the digests that a content of a repository belongs to.
+
+        See :func:`mirror.hosted.subject_rows.find_subjects`.
+        """
+        find = partial(find_subjects, repository=repository, reference=reference)
+        return await self._database.read(find)
 
     async def read(self, row: ManifestRow) -> bytes:
         """Return the bytes of a manifest. Raises ``ManifestUnknown`` if they are lost."""

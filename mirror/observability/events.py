@@ -27,6 +27,7 @@ from mirror.observability.notification_events import (
 from mirror.observability.notification_events import NotificationsDropped as NotificationsDropped
 from mirror.observability.notification_events import NotificationSent as NotificationSent
 from mirror.observability.traces import PullTrace
+from mirror.oci.reference import Repository
 
 
 class Kind(StrEnum):
@@ -72,7 +73,7 @@ class RequestRecord:
     client: str = ""
     user_agent: str = ""
     user: str = ""
-    """The user, if access was decided by one. Empty: anonymous, or everybody may do this."""
+    """The user whose credentials were right. Empty: anonymous, or there are no rules."""
     kind: Kind = Kind.INVALID
     ns: str | None = None
     """The ``ns`` query parameter, if it names a configured upstream (containerd sends it)."""
@@ -115,6 +116,8 @@ class RequestRecord:
     token, which is a part of resolve, upstream, fetch or wait."""
     trace: PullTrace | None = None
     """Further measurements. None: the response came from memory."""
+    is_refused: Callable[[Repository], bool] | None = None
+    """Returns whether a rule refuses the client a repository. None: there are no rules for it."""
     command: str = ""
     """The command or job of the mirror that asks, such as ``warm``. Empty: a client asks."""
 
@@ -425,13 +428,11 @@ class HistoryRowsDropped:
 
 @dataclass(frozen=True, slots=True)
 class IngestsMeasured:
-    """The current number of running ingests of this process.
-
-    ``oldest_idle``: the longest time, in seconds, that one of them has received no data.
-    """
+    """The current number of running ingests of this process."""
 
     count: int
     oldest_idle: float
+    """Longest time, in seconds, that one of them has received no data."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
@@ -123,6 +123,25 @@ class Repository:
                 f" them, / between its parts, and at most {_MAX_REPOSITORY_NAME_CHARS} characters"
             )
         return cls(upstream, path)
+
+    def with_nested(self, registries: Mapping[str, str]) -> Iterator[Repository]:
+        """Yield this repository, and those that another mirror may find in its path.
+
+        An endpoint that is a mirror itself takes the first component of a path for a registry that
+        it knows. It serves ``docker.io/app`` for ``one.example/docker.io/app``.
+
+        Args:
+            registries: Each name of a registry, to its usual name.
+        """
+        yield self
+        path = self.path
+        while True:
+            first, slash, path = path.partition("/")
+            upstream = registries.get(first)
+            if not slash or upstream is None:
+                return
+            is_short = upstream == "docker.io" and "/" not in path
+            yield Repository(upstream, f"library/{path}" if is_short else path)
 
     @property
     def short_name(self) -> str:

@@ -160,6 +160,31 @@ def admit(
     return _ALLOW
 
 
+def admit_with_nested(
+    repository: Repository,
+    upstreams: Mapping[str, Upstream],
+    registries: Mapping[str, str],
+    restrictions: Restrictions = NO_RESTRICTIONS,
+    reference: Reference | None = None,
+) -> Admission:
+    """Apply :func:`admit` to a repository of an upstream, and to those that its path may name.
+
+    An endpoint that is a mirror itself may serve these.
+
+    Args:
+        repository: The repository of the request.
+        upstreams: The settings of each upstream.
+        registries: See :meth:`mirror.oci.reference.Repository.with_nested`.
+        restrictions: The operator's blocks.
+        reference: As for :func:`admit`.
+    """
+    for one in repository.with_nested(registries):
+        decision = admit(one, upstreams.get(one.upstream), restrictions, reference)
+        if not isinstance(decision, Allow):
+            return decision
+    return _ALLOW
+
+
 def admit_digest(digest: Digest, restrictions: Restrictions) -> Admission:
     """Decide whether the manifest to which a tag has resolved may be served."""
     if restrictions.unknown_why:

@@ -73,7 +73,8 @@ class ContentService:
             emit: Receives the events of fetches.
             now: The wall clock, in seconds since the epoch.
         """
-        self._upstreams: dict[str, Upstream] = {}
+        self.upstreams: dict[str, Upstream] = {}
+        """The settings of each upstream, also of those that are no longer configured."""
         self.configure(settings)
         self.store = store
         self.registries = registries
@@ -94,11 +95,12 @@ class ContentService:
         """Use these settings from now on."""
         self.settings = settings
         # Requests that run may name an upstream that is no longer configured.
-        self._upstreams.update(settings.upstreams)
+        self.upstreams.update(settings.upstreams)
+        self.registry_names = settings.registry_names()
 
     def upstream(self, repository: Repository) -> Upstream:
         """Return the settings of the upstream of ``repository``."""
-        return self._upstreams[repository.upstream]
+        return self.upstreams[repository.upstream]
 
     def may_ask(self, repository: Repository) -> bool:
         """Return True if the pull policy allows requests to the upstream."""

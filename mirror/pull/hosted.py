@@ -7,24 +7,13 @@ HTTP, pushes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import replace
-from functools import partial
 from typing import Final
 
 from mirror.hosted.hosted_service import HostedService
 from mirror.observability.events import Outcome, RequestRecord
-from mirror.oci.descriptor import (
-    MANIFEST_LIMIT,
-    ReferrersPage,
-    add_referrers,
-    parse_referrers_tag,
-    referrers_index,
-)
-from mirror.oci.errors import NotFound, StorageUnavailable
-from mirror.oci.reference import Digest, Reference, Repository, Tag
+from mirror.oci.descriptor import ReferrersPage
+from mirror.oci.reference import Digest, Reference, Repository
 from mirror.pull.results import BlobResult, ManifestResult, RepositoriesResult, TagsResult
-from mirror.threads import run_in_thread
 
 _MAX_IN_MEMORY_BYTES: Final = 64 * 1024
 """Bytes of a blob that is read at once: config blobs are smaller, and ``web`` sends so much in one
@@ -37,7 +26,7 @@ class HostedPulls:
     def __init__(self, hosted: HostedService) -> None:
         self.name = hosted.settings.name
         """Name of the upstream that it stands for."""
-        self._hosted = hosted
+        self.service = hosted
 
     async def manifest(
         self, repository: Repository, reference: Reference, pull: RequestRecord, *, is_head: bool
@@ -50,9 +39,9 @@ class HostedPulls:
             pull: Record of the client's request.
             is_head: True for a ``HEAD``: the result has no body.
         """
-        row = await self._hosted.manifests.find(repository.path, reference)
-        body = None if is_head else await self._hosted.manifests.read(row)
-        self._hosted.manifests.mark_pulled(repository.path, row)
+        row = await self.service.manifests.find(repository.path, reference)
+        body = None if is_head else await self.service.manifests.read(row)
+        self.service.manifests.mark_pulled(repository.path, row)
         pull.outcome = Outcome.HIT
         return ManifestResult(row.digest, row.media_type, size=row.size, body=body)
 
@@ -67,14 +56,14 @@ class HostedPulls:
             pull: Record of the client's request.
             is_head: True for a ``HEAD``: the result has no content.
         """
-        size = await self._hosted.blobs.size(repository.path, digest)
+        size = await self.service.blobs.size(repository.path, digest)
         pull.outcome = Outcome.HIT
         if is_head:
             return BlobResult(digest, size=size, content=None)
         if size <= _MAX_IN_MEMORY_BYTES:
-            body = await self._hosted.blobs.read(digest, _MAX_IN_MEMORY_BYTES)
+            body = await self.service.blobs.read(digest, _MAX_IN_MEMORY_BYTES)
             return BlobResult(digest, size=len(body), content=body)
-        reader = await self._hosted.blobs.open(digest, size)
+        reader = await self.service.blobs.open(digest, size)
         return BlobResult(digest, size=reader.size, content=reader)
 
     async def tags(
@@ -88,7 +77,7 @@ class HostedPulls:
             last: The page starts after this tag. None: the first page.
             pull: Record of the client's request.
         """
-        tags, has_more = await self._hosted.lists.tags(repository.path, count, last)
+        tags, has_more = await self.service.lists.tags(repository.path, count, last)
         pull.outcome = Outcome.HIT
         return TagsResult(text="\n".join(tags), has_more=has_more)
 
@@ -109,84 +98,11 @@ class HostedPulls:
             last: The page begins after this digest. None: it is the first page.
             pull: Record of the client's request.
         """
-        page = await self._hosted.lists.referrers(
+        page = await self.service.lists.referrers(
             repository.path, digest, artifact_type, last or ""
         )
         pull.outcome = Outcome.HIT
         return page
-
-    # --- what was pushed for an image of an upstream -------------------------------------------
-
-    def _attached(self, repository: Repository) -> Repository:
-        """Return the hosted repository for signatures and SBOMs of a repository of an upstream."""
-        return Repository(self.name, f"{repository.upstream}/{repository.path}")
-
-    async def attached_manifest(
-        self, repository: Repository, reference: Reference, pull: RequestRecord, *, is_head: bool
-    ) -> ManifestResult | None:
-        """Serve a manifest that was pushed for an image of an upstream. None: there is none.
-
-        Only by its digest, or by a tag of what belongs to a digest: no other tag of an upstream can
-        be had from here, lest a push replaces an image of the upstream.
-
-        Args:
-            repository: The repository of the upstream.
-            reference: A tag or a digest.
-            pull: Record of the client's request.
-            is_head: True for a ``HEAD``: the result has no body.
-        """
-        if isinstance(reference, Tag) and parse_referrers_tag(reference.name) is None:
-            return None
-        with suppress(NotFound, StorageUnavailable):
-            return await self.manifest(self._attached(repository), reference, pull, is_head=is_head)
-        return None
-
-    async def attached_blob(
-        self, repository: Repository, digest: Digest, pull: RequestRecord, *, is_head: bool
-    ) -> BlobResult | None:
-        """Serve a blob that was pushed for an image of an upstream. None: there is none.
-
-        Args:
-            repository: The repository of the upstream.
-            digest: The digest of the blob.
-            pull: Record of the client's request.
-            is_head: True for a ``HEAD``: the result has no content.
-        """
-        with suppress(NotFound, StorageUnavailable):
-            return await self.blob(self._attached(repository), digest, pull, is_head=is_head)
-        return None
-
-    async def attached_referrers(
-        self,
-        repository: Repository,
-        digest: Digest,
-        artifact_type: str | None,
-        last: str | None,
-        body: bytes,
-    ) -> ReferrersPage:
-        """Return one page of the upstream's referrers and of those that were pushed here.
-
-        Args:
-            repository: The repository of the upstream.
-            digest: The digest whose referrers are listed.
-            artifact_type: Only referrers of this type. None: all.
-            last: The page begins after this digest of ours. None: it is the first page, which has
-                all those of the upstream.
-            body: The index that the upstream has sent.
-
-        Raises:
-            ManifestInvalid: ``body`` is no such index.
-        """
-        path = self._attached(repository).path
-        is_first = last is None
-        taken = len(body) - len(referrers_index()) if is_first else 0
-        page = await self._hosted.lists.referrers(
-            path, digest, artifact_type, last or "", MANIFEST_LIMIT - taken
-        )
-        if not page.count:
-            return replace(page, index=body) if is_first else page
-        add = partial(add_referrers, is_first_page=is_first)
-        return replace(page, index=await run_in_thread(add, body, page.index))
 
     async def repositories(
         self,
@@ -201,5 +117,5 @@ class HostedPulls:
             last: The page starts after this name. Empty: the first page.
             is_visible: Returns whether the client may know of a repository. None: of all.
         """
-        found, has_more = await self._hosted.lists.repositories(count, last, is_visible)
+        found, has_more = await self.service.lists.repositories(count, last, is_visible)
         return RepositoriesResult(tuple(found), has_more)

@@ -103,13 +103,15 @@ def _first_visible(
 def _admission_of(settings: Settings, restrictions: Restrictions) -> Callable[[Repository], bool]:
     """Return a function that says whether a repository may be served. It remembers its results."""
     known: dict[Repository, bool] = {}
+    registries = settings.registry_names()
 
     def may_list(repository: Repository) -> bool:
         if repository not in known:
-            upstream = settings.upstreams.get(repository.upstream)
-            known[repository] = upstream is not None and isinstance(
-                admission.admit(repository, upstream, restrictions), admission.Allow
+            decision = admission.admit_with_nested(
+                repository, settings.upstreams, registries, restrictions
             )
+            is_configured = repository.upstream in settings.upstreams
+            known[repository] = is_configured and isinstance(decision, admission.Allow)
         return known[repository]
 
     return may_list

@@ -11,6 +11,7 @@ repository may read without the upstream are kept in memory for a moment.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final, assert_never
 
 from cachetools import TTLCache
@@ -23,6 +24,7 @@ from mirror.oci.errors import BlobUnknown, Denied, NotFound, StorageUnavailable,
 from mirror.oci.reference import Digest, Reference, Repository, Tag
 from mirror.pull import admission
 from mirror.pull.admission import NO_RESTRICTIONS, Restrictions
+from mirror.pull.attached import AttachedPulls
 from mirror.pull.content import ContentService
 from mirror.pull.hosted import HostedPulls
 from mirror.pull.lists import ListService
@@ -63,6 +65,7 @@ class PullService:
         self._hosted = hosted
         self._hosted_name = None if hosted is None else hosted.name
         self._manifests = ManifestService(content)
+        self._attached = None if hosted is None else AttachedPulls(hosted, self._manifests)
         self._small_blobs: TTLCache[tuple[Repository, Digest], BlobResult] = TTLCache(
             _BLOBS_BYTES, MEMORY_TTL_S, getsizeof=lambda b: _BLOB_EXTRA_BYTES + (b.size or 0)
         )
@@ -78,9 +81,16 @@ class PullService:
     def _admit(
         self, repository: Repository, pull: RequestRecord, reference: Reference | None = None
     ) -> None:
-        is_hosted = repository.upstream == self._hosted_name
-        upstream = None if is_hosted else self._content.upstream(repository)
-        _apply(admission.admit(repository, upstream, self.restrictions, reference), pull)
+        restrictions = self.restrictions
+        if repository.upstream == self._hosted_name:
+            _apply(admission.admit(repository, None, restrictions, reference), pull)
+            return
+        content = self._content
+        names = content.registry_names
+        decision = admission.admit_with_nested(
+            repository, content.upstreams, names, restrictions, reference
+        )
+        _apply(decision, pull)
 
     def _admit_digest(self, digest: Digest, pull: RequestRecord) -> None:
         """Raise ``Denied`` if the manifest of a tag is blocked."""
@@ -117,7 +127,7 @@ class PullService:
 
         A tag that the operator has frozen is served as a digest, and the upstream is not asked for
         it. What the upstream does not have, or cannot be asked for, is served if it was pushed for
-        this image (see :meth:`mirror.pull.hosted.HostedPulls.attached_manifest`).
+        an image of this repository (see :mod:`mirror.pull.attached`).
         """
         self._admit(repository, pull, reference)
         if isinstance(reference, Tag):
@@ -158,15 +168,23 @@ class PullService:
                 )
             )
         except (NotFound, UpstreamError):
-            if self._hosted is None or is_refresh:
+            if is_refresh:
                 raise
-            attached = await self._hosted.attached_manifest(
-                repository, reference, pull, is_head=is_head
-            )
-            if attached is None:
-                raise
-            self._admit_digest(attached.digest, pull)
-            return attached
+            attached = await self._find_attached(repository, reference, pull)
+            if attached is not None:
+                with suppress(NotFound, StorageUnavailable):
+                    return await self._find_manifest(
+                        attached, reference, accept, pull, is_head=is_head
+                    )
+            raise
+
+    async def _find_attached(
+        self, repository: Repository, reference: Reference, pull: RequestRecord
+    ) -> Repository | None:
+        """Return the hosted repository that has this for an image of the upstream, or None."""
+        if self._attached is None:
+            return None
+        return await self._attached.find(repository, reference, pull, self.restrictions)
 
     async def _frozen(
         self,
@@ -241,12 +259,11 @@ class PullService:
                 return BlobResult(digest, size=size, content=None)
             reader = await self._content.open(request)
         except (NotFound, UpstreamError):
-            if self._hosted is None:
-                raise
-            attached = await self._hosted.attached_blob(repository, digest, pull, is_head=is_head)
-            if attached is None:
-                raise
-            return attached
+            attached = await self._find_attached(repository, digest, pull)
+            if self._hosted is not None and attached is not None:
+                with suppress(NotFound, StorageUnavailable):
+                    return await self._hosted.blob(attached, digest, pull, is_head=is_head)
+            raise
         self._content.store.blobs.mark_used((digest,))
         return BlobResult(digest, size=reader.size, content=reader)
 
@@ -354,11 +371,11 @@ class PullService:
             body = await self._lists.referrers(repository, digest, artifact_type, pull)
         except UpstreamError as error:
             body, failure = referrers_index(), error
-        if self._hosted is None:
-            page = ReferrersPage(body)
-        else:
-            attached = self._hosted.attached_referrers
-            page = await attached(repository, digest, artifact_type, last, body)
+        page = ReferrersPage(body)
+        if self._attached is not None:
+            page = await self._attached.referrers(
+                repository, digest, artifact_type, last, body, pull, self.restrictions
+            )
         if failure is not None:
             if not page.count:
                 raise failure

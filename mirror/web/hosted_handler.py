@@ -18,7 +18,7 @@ from aiohttp import web
 
 from mirror.access.access_control import AccessControl
 from mirror.access.failure_limit import counted_address
-from mirror.access.identity import AccessRight
+from mirror.access.identity import AccessRight, Identity
 from mirror.hosted.hosted_service import HostedService
 from mirror.hosted.upload_feed import UploadFeed
 from mirror.observability.events import Kind, Outcome, RequestRecord
@@ -104,8 +104,8 @@ class HostedHandler:
         repository: Repository | None = None,
         *,
         is_ping: bool = False,
-    ) -> str:
-        """Return the name of the user. Raises ``LoginRequired`` or ``Denied``."""
+    ) -> Identity:
+        """Return the client. Raises ``LoginRequired`` or ``Denied``."""
         authorization = request.headers.get("Authorization")
         try:
             identity = await self._access.check_at_push_listener(
@@ -115,7 +115,7 @@ class HostedHandler:
             pull.user = error.user
             raise
         pull.user = identity.user
-        return pull.user
+        return identity
 
     async def respond(
         self, request: web.BaseRequest, pull: RequestRecord
@@ -169,8 +169,11 @@ class HostedHandler:
                 | paths.TagsRequest()
                 | paths.ReferrersRequest()
             ):
-                await self._ask(request, pull, AccessRight.PULL, parsed.repository)
-                if request.method == "HEAD":
+                repository = parsed.repository
+                identity = await self._ask(request, pull, AccessRight.PULL, repository)
+                # Others keep nothing from a collection: they push nothing that may name it.
+                may_push = self._access.is_allowed(identity, repository, AccessRight.PUSH)
+                if request.method == "HEAD" and may_push:
                     await self._mark_found(parsed)
         return parsed
 
@@ -227,7 +230,7 @@ class HostedHandler:
         pull.upstream, pull.repository = self.name, parsed.repository.path
         is_deletion = request.method == "DELETE" and not isinstance(parsed, UploadRequest)
         right = AccessRight.DELETE if is_deletion else AccessRight.PUSH
-        user = await self._ask(request, pull, right, parsed.repository)
+        user = (await self._ask(request, pull, right, parsed.repository)).user
         if right is AccessRight.PUSH:
             self._refuse_prefix(parsed.repository)
         actor = Actor(user=user, client=pull.client)

@@ -7,6 +7,7 @@ request is served.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from aiohttp import web
 
@@ -48,6 +49,7 @@ async def check_pull(
         pull.user = error.user
         raise
     pull.user = identity.user
+    pull.is_refused = partial(access.is_refused, identity)
 
 
 async def find_visible(
@@ -58,8 +60,11 @@ async def find_visible(
     Args:
         access: The rules in force.
         request: The request for a list.
-        pull: Its record.
+        pull: Its record. Gets the user.
     """
     if not access.is_enforced:
         return None
-    return await access.may_list(request.headers.get("Authorization"), pull.client)
+    authorization = request.headers.get("Authorization")
+    identity, is_visible = await access.may_list(authorization, pull.client)
+    pull.user = identity.user
+    return is_visible

@@ -139,3 +139,28 @@ def test_login_is_needed_unless_everybody_may_do_everything(
     rules: list[dict[str, object]], expected: bool
 ) -> None:
     assert Rules(access_section(*rules), HOST).is_login_needed() is expected
+
+
+def test_path_that_begins_with_a_registry_needs_the_right_for_what_follows_too() -> None:
+    access = access_section(
+        rule("docker.io/secret", "ci", "pull"),
+        rule("docker.io/secret", "anonymous"),
+        rule(f"{HOST}/docker.io/**", "anonymous", "push"),
+    )
+    names = {"docker.io": "docker.io", "hub": "docker.io", "a.example": "a.example", HOST: HOST}
+    rules = Rules(access, HOST, names)
+    for name in (
+        "docker.io/library/secret",
+        "a.example/docker.io/secret",
+        "a.example/hub/secret",
+        "a.example/hub/library/secret",
+        "docker.io/docker.io/library/secret",
+        "a.example/a.example/docker.io/secret",
+    ):
+        assert not rules.is_allowed(ANONYMOUS, repository(name), Right.PULL), name
+        assert rules.is_allowed(CI, repository(name), Right.PULL), name
+    for name in ("a.example/docker.io/app", "a.example/x/docker.io/secret", "a.example/docker.io"):
+        assert rules.is_allowed(ANONYMOUS, repository(name), Right.PULL), name
+    # Nobody may pull from a hosted repository without a rule. It has no endpoints itself.
+    assert not rules.is_allowed(ANONYMOUS, repository(f"a.example/{HOST}/app"), Right.PULL)
+    assert rules.is_allowed(ANONYMOUS, repository(f"{HOST}/docker.io/secret"), Right.PUSH)

@@ -146,7 +146,7 @@ class Pushed:
             await self._kit.push_blob(self.body)
         else:
             put = self._kit.service.manifests.put
-            await put("app", self.digest, (), self.body, OCI_MANIFEST)
+            await put("app", self.digest, (), self.body, OCI_MANIFEST, actor=ANYBODY)
 
 
 @pytest.fixture(params=["blob", "manifest"])

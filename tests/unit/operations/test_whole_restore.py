@@ -249,7 +249,7 @@ async def test_layout_of_another_program_is_checked_before_it_is_copied(
         if what == "disk":
             hosted = hosted.model_copy(update={"max_size": 1 << 30})
         with pytest.raises(MirrorError, match="are needed"):
-            await restore_backup(kit.store, hosted, layout, may_replace=False)
+            await restore_backup(kit.store, hosted, layout, may_replace=False, actor=ANYBODY)
         assert copied(kit) == []
 
 

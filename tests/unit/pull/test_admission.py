@@ -6,7 +6,15 @@ import pytest
 
 from mirror.config.settings import Upstream
 from mirror.oci.reference import Digest, Repository, Tag
-from mirror.pull.admission import Allow, Deny, Restrictions, Undecided, admit, admit_digest
+from mirror.pull.admission import (
+    Allow,
+    Deny,
+    Restrictions,
+    Undecided,
+    admit,
+    admit_digest,
+    admit_with_nested,
+)
 from mirror.store.marks import Block, Freeze, Marks
 
 
@@ -90,3 +98,41 @@ def test_freezes_are_found_by_repository_and_tag() -> None:
     names = (f"{REPO}:v1", f"{REPO}@{DIGEST}", "malformed")
     marks = Marks(freezes={name: Freeze(name, DIGEST, 0.0) for name in names})
     assert Restrictions.of_marks(marks).frozen == {(REPO, Tag("v1")): (DIGEST,)}
+
+
+# --- the endpoint may be a mirror itself ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "tag", "is_served"),
+    [
+        ("one.example/two.example/public/app", "v1", True),
+        ("one.example/two.example/private/app", "v1", False),  # allow
+        ("one.example/two/private/app", "v1", False),
+        ("one.example/one.example/two/private/app", "v1", False),
+        ("two.example/one.example/secret/app", "v1", False),  # allow of the outer one
+        ("one.example/one.example/secret/app", "v1", False),  # deny
+        ("one.example/two.example/public/blocked", "v1", False),
+        ("one.example/two.example/public/app", "bad", False),
+        ("one.example/three.example/private/app", "v1", True),
+        ("one.example/registry.example/team/app", "v1", True),
+        ("one.example/registry.example/team/blocked", "v1", False),
+        ("one.example/two.example", "v1", True),
+    ],
+)
+def test_path_that_begins_with_a_registry_is_admitted_only_if_what_follows_is(
+    name: str, tag: str, is_served: bool
+) -> None:
+    upstreams = {
+        "one.example": Upstream(endpoints=("http://x",), deny=("secret/*",)),
+        "two.example": Upstream(endpoints=("http://x",), allow=("public/*",)),
+    }
+    names = {one: one for one in (*upstreams, "registry.example")} | {"two": "two.example"}
+    blocks = restrictions(
+        "two.example/public/blocked",
+        "two.example/public/app:bad",
+        "registry.example/team/blocked",
+    )
+    repository = Repository(*name.split("/", 1))
+    decision = admit_with_nested(repository, upstreams, names, blocks, Tag(tag))
+    assert isinstance(decision, Allow) is is_served

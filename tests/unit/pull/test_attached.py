@@ -15,7 +15,7 @@ from mirror.hosted import referrer_rows
 from mirror.hosted.database import Database
 from mirror.hosted.hosted_service import HostedService
 from mirror.observability.events import Outcome
-from mirror.oci.descriptor import OCI_MANIFEST, parse_referrers, referrers_index
+from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST, parse_referrers, referrers_index
 from mirror.oci.errors import (
     BlobUnknown,
     Denied,
@@ -23,11 +23,11 @@ from mirror.oci.errors import (
     UpstreamUnavailable,
 )
 from mirror.oci.reference import Digest, Repository, Tag
-from mirror.pull import hosted as hosted_pulls
+from mirror.pull import attached
 from mirror.pull.admission import Restrictions
 from mirror.pull.hosted import HostedPulls
 from mirror.pull.service import PullService
-from tests.unit.hosted.kit import CONFIG, CONFIG_DIGEST, HostedKit, manifest_of
+from tests.unit.hosted.kit import ANYBODY, CONFIG, CONFIG_DIGEST, HostedKit, index_of, manifest_of
 from tests.unit.pull.kit import PullKit, a_pull, pull_kit, read_source
 
 NAME = "registry.example"
@@ -89,7 +89,7 @@ async def test_referrers_of_upstream_and_ours_are_one_list(tmp_path: Path) -> No
 async def test_pages_have_those_of_the_upstream_first_and_each_digest_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hosted_pulls, "MANIFEST_LIMIT", 1000)
+    monkeypatch.setattr(attached, "MANIFEST_LIMIT", 1000)
     monkeypatch.setattr(referrer_rows, "MANIFEST_LIMIT", 1000)
     async with both(tmp_path) as kit:
         ours = sorted([str(await kit.attach(bytes([number]))) for number in range(9)])
@@ -185,3 +185,125 @@ async def test_blocked_signature_is_refused(tmp_path: Path) -> None:
             await kit.service.manifest(
                 IMAGE, Tag(f"sha256-{kit.image.hex}.sig"), (), a_pull(), is_head=False
             )
+
+
+# --- what is not served ---------------------------------------------------------------------------
+
+
+async def is_served(kit: Both, reference: Tag | Digest, *, is_blob: bool = False) -> bool:
+    """Return whether the upstream's repository has something."""
+    try:
+        if is_blob:
+            assert isinstance(reference, Digest)
+            blob = await kit.service.blob(IMAGE, reference, a_pull(), is_head=False)
+            assert isinstance(blob.content, bytes), "all blobs here are small"
+        else:
+            await kit.service.manifest(IMAGE, reference, (), a_pull(), is_head=False)
+    except (BlobUnknown, ManifestUnknown, UpstreamUnavailable):
+        return False
+    return True
+
+
+@pytest.mark.parametrize("is_down", [False, True])
+async def test_image_and_its_blobs_are_not_served_without_a_subject(
+    tmp_path: Path, is_down: bool
+) -> None:
+    async with both(tmp_path) as kit:
+        image = await kit.hosted.push_image(b"secret", repository=ATTACHED, tag="v1")
+        index = index_of(manifest_of(b"secret"))
+        put = kit.hosted.service.manifests.put
+        await put(ATTACHED, Tag("multi"), (), index, OCI_INDEX, actor=ANYBODY)
+        unused = await kit.hosted.push_blob(b"unused", ATTACHED)
+        if is_down:
+            kit.pulls.registry.failure = UpstreamUnavailable("it is down")
+        for manifest in (image, Digest.of(index), Tag("multi")):
+            assert not await is_served(kit, manifest)
+        for blob in (Digest.of(b"secret"), CONFIG_DIGEST, unused):
+            assert not await is_served(kit, blob, is_blob=True)
+
+
+async def test_parts_of_what_has_the_tag_of_an_image_are_served(tmp_path: Path) -> None:
+    async with both(tmp_path) as kit:
+        child = await kit.hosted.push_image(b"sbom", repository=ATTACHED, tag=None)
+        assert not await is_served(kit, child)
+        index = index_of(manifest_of(b"sbom"))
+        tags = [Tag("latest"), Tag(f"sha256-{kit.image.hex}")]
+        await kit.hosted.service.manifests.put(
+            ATTACHED, tags[0], tags[1:], index, OCI_INDEX, actor=ANYBODY
+        )
+        for manifest in (tags[1], Digest.of(index), child):
+            assert await is_served(kit, manifest)
+        for blob in (Digest.of(b"sbom"), CONFIG_DIGEST):
+            assert await is_served(kit, blob, is_blob=True)
+        assert not await is_served(kit, tags[0])
+
+
+async def test_what_belongs_to_no_image_of_the_upstream_is_neither_served_nor_listed(
+    tmp_path: Path,
+) -> None:
+    async with both(tmp_path) as kit:
+        hosted = await kit.hosted.push_image(b"hosted", repository=ATTACHED, tag="v9")
+        subject = {"mediaType": OCI_MANIFEST, "digest": str(hosted), "size": 1}
+        referrer = await kit.hosted.push_image(
+            b"sbom", repository=ATTACHED, tag=None, subject=subject
+        )
+        tags = [Tag(f"sha256-{hosted.hex}.sig"), Tag(f"sha512-{kit.image.hex}.sig")]
+        tags.append(Tag("sha256-latest"))
+        await kit.hosted.service.manifests.put(
+            ATTACHED, tags[0], tags[1:], manifest_of(b"hosted"), OCI_MANIFEST, actor=ANYBODY
+        )
+        for manifest in (*tags, referrer, hosted):
+            assert not await is_served(kit, manifest)
+        for blob in (Digest.of(b"sbom"), Digest.of(b"hosted")):
+            assert not await is_served(kit, blob, is_blob=True)
+        page = await kit.service.referrers(IMAGE, hosted, None, a_pull())
+        assert parse_referrers(page.index) == []
+        # The same content may belong to an image of the upstream, too.
+        await kit.attach(b"sbom")
+        assert await is_served(kit, Digest.of(b"sbom"), is_blob=True)
+        assert not await is_served(kit, referrer)
+
+
+async def test_block_or_rule_of_the_hosted_repository_holds_in_that_of_the_upstream(
+    tmp_path: Path,
+) -> None:
+    async with both(tmp_path) as kit:
+        tag = Tag(f"sha256-{kit.image.hex}.sig")
+        digest = await kit.attach(b"signed", str(tag))
+        attached = Repository(NAME, ATTACHED)
+        signed = Digest.of(b"signed")
+        for restrictions in (
+            Restrictions(repositories={attached: "no"}),
+            Restrictions(patterns=((f"{NAME}/docker.io/*", "no"),)),
+        ):
+            kit.service.restrict(restrictions)
+            assert not await is_served(kit, digest)
+            assert not await is_served(kit, tag)
+            assert not await is_served(kit, signed, is_blob=True)
+            assert await kit.referrers() == []
+        kit.service.restrict(Restrictions(images={(attached, tag): "no"}))
+        assert (await is_served(kit, tag), await is_served(kit, digest)) == (False, True)
+        kit.service.restrict(Restrictions())
+        pull = a_pull()
+        asked: list[Repository] = []
+        pull.is_refused = lambda repository: asked.append(repository) or True
+        with pytest.raises(ManifestUnknown):
+            await kit.service.manifest(IMAGE, digest, (), pull, is_head=False)
+        with pytest.raises(BlobUnknown):
+            await kit.service.blob(IMAGE, signed, pull, is_head=False)
+        page = await kit.service.referrers(IMAGE, kit.image, None, pull)
+        assert parse_referrers(page.index) == []
+        assert set(asked) == {attached}
+
+
+async def test_page_after_the_first_lists_nothing_of_the_upstream_if_ours_are_refused(
+    tmp_path: Path,
+) -> None:
+    async with both(tmp_path) as kit:
+        await kit.attach(b"one")
+        theirs = {"mediaType": OCI_MANIFEST, "digest": str(Digest.of(b"theirs")), "size": 6}
+        kit.pulls.registry.referring[kit.image] = referrers_index([theirs])
+        pull = a_pull()
+        pull.is_refused = lambda _: True
+        page = await kit.service.referrers(IMAGE, kit.image, None, pull, "")
+        assert parse_referrers(page.index) == []

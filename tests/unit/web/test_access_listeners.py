@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -13,11 +14,12 @@ from typing import Any
 import pytest
 
 from mirror.observability.events import HostedChange, Outcome
+from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.reference import Digest
 from tests.fakes.registry import FakeRegistry
 from tests.server_kit import Server, running
 from tests.unit.access.kit import access_section, basic, htpasswd, rule
-from tests.unit.hosted.kit import CONFIG, CONFIG_DIGEST, PushClient, Reply, manifest_of
+from tests.unit.hosted.kit import CONFIG, CONFIG_DIGEST, PushClient, Reply, descriptor, manifest_of
 
 HOST = "registry.example"
 CI, READER = basic("ci", "right"), basic("reader", "reader's")
@@ -250,6 +252,66 @@ async def test_mirrored_repository_is_kept_from_those_who_may_not_read_it(tmp_pa
         assert {one.repository for one in refused} == {"secret/app"}
 
 
+async def test_user_is_decided_and_recorded_as_that_user_at_both_listeners(tmp_path: Path) -> None:
+    rules = [
+        rule(f"{HOST}/**", "ci", "admin"),
+        rule([f"{HOST}/open/**", "docker.io/open/**"], "reader"),
+        rule([f"{HOST}/open/**", "docker.io/open/**"], "anonymous", "pull"),
+    ]
+    async with both_listeners(tmp_path, *rules, more={"catalog": True}) as both:
+        await push_image(both, "open/app")
+        both.server.events.clear()
+        for user, hosted, mirrored in (
+            (READER, 403, 403),
+            (CI, 200, 502),
+            (None, 200, 502),
+            (basic("reader", "wrong"), 200, 502),
+        ):
+            path = f"/v2/{HOST}/open/app/tags/list"
+            assert (await both.pull(path, user)).status == hosted, user
+            assert (await both.pull("/v2/open/app/manifests/v1", user)).status == mirrored, user
+            listed = json.loads((await both.pull(f"/v2/_catalog?ns={HOST}", user)).body)
+            assert listed["repositories"] == ([] if hosted == 403 else ["open/app"])
+        records = [(one.status, one.user) for one in await both.server.records()]
+        assert records == [
+            *((403, "reader"), (403, "reader"), (200, "reader")),
+            *((200, "ci"), (502, "ci"), (200, "ci")),
+            *[(200, ""), (502, ""), (200, "")] * 2,
+        ]
+        path = "/v2/open/app/tags/list"
+        assert (await both.ask("GET", path, READER)).status == 403, "at the push listener, too"
+
+
+async def test_wrong_credentials_where_none_are_needed_lock_nobody_out(tmp_path: Path) -> None:
+    async with both_listeners(tmp_path, more={"catalog": True}) as both:
+        for number in range(15):
+            of_upstream = basic("of the upstream", str(number))
+            for path, status in (("/v2/library/app/manifests/v1", 502), ("/v2/_catalog", 200)):
+                assert (await both.pull(path, of_upstream)).status == status
+        assert (await both.ask("GET", "/v2/", CI)).status == 200
+        denied = await both.pull("/v2/secret/app/manifests/v1", basic("ci", "wrong"))
+        assert denied.status == 403, "and not 429"
+
+
+async def test_head_keeps_content_from_a_collection_only_for_clients_that_may_push(
+    tmp_path: Path,
+) -> None:
+    path, blob = "/v2/team/app/blobs/", Digest.of(LAYER)
+    rules = [*RULES[:2], rule(f"{HOST}/team/**", "anonymous", "pull")]
+    async with both_listeners(tmp_path, *rules) as both:
+        url = f"{path}uploads/?digest={blob}"
+        assert (await both.ask("POST", url, CI, LAYER)).status == 201
+        names = sqlite3.connect(tmp_path / "data" / "hosted" / "names.db", isolation_level=None)
+        for user, is_marked in ((READER, False), (None, False), (CI, True)):
+            names.execute("UPDATE blobs SET used_at = 1")
+            assert (await both.ask("HEAD", f"{path}{blob}", user)).status == 200
+            # Each write waits for those before it.
+            await both.ask("POST", f"{path}uploads/?digest={Digest.of(b'x')}", CI, b"x")
+            query = "SELECT used_at > 1 FROM blobs WHERE digest = ?"
+            assert names.execute(query, (str(blob),)).fetchone() == (is_marked,), user
+        names.close()
+
+
 async def test_refused_request_of_a_user_has_the_user_in_its_record_at_both_listeners(
     tmp_path: Path,
 ) -> None:
@@ -262,6 +324,37 @@ async def test_refused_request_of_a_user_has_the_user_in_its_record_at_both_list
         # The name of a failed login may be a token, so it is not recorded.
         records = [(one.status, one.user) for one in await both.server.records()]
         assert records == [(403, "reader"), (401, ""), (403, "reader")]
+
+
+async def test_signature_of_a_mirrored_image_is_for_those_who_may_pull_it_and_whom_no_rule_refuses(
+    tmp_path: Path,
+) -> None:
+    rules = [
+        rule(f"{HOST}/docker.io/**", "ci", "push", "pull"),
+        rule(f"{HOST}/docker.io/**", "reader", "push"),
+        rule("docker.io/library/app", "anonymous", "pull"),
+    ]
+    async with FakeRegistry() as upstream:
+        image = upstream.add_manifest(manifest_of(), "library/app", "v1")
+        upstream.add_blob(CONFIG, "library/app")
+        async with both_listeners(
+            tmp_path, *rules, anonymous_pull=False, endpoints=(upstream.url,)
+        ) as both:
+            await push_image(both, "docker.io/library/app")
+            body = manifest_of(LAYER, subject=descriptor(manifest_of(), OCI_MANIFEST))
+            signature = Digest.of(body)
+            path = f"/v2/docker.io/library/app/manifests/{signature}"
+            assert (await both.ask("PUT", path, CI, body)).status == 201
+            base = "/v2/docker.io/library/app"
+            for user, status in ((CI, 200), (None, 200), (READER, 404)):
+                for path in (f"manifests/{signature}", f"blobs/{Digest.of(LAYER)}"):
+                    assert (await both.pull(f"{base}/{path}", user)).status == status, (user, path)
+                listed = json.loads((await both.pull(f"{base}/referrers/{image}", user)).body)
+                assert len(listed["manifests"]) == (status == 200)
+                # An image that belongs to none stays where it is.
+                secret = Digest.of(manifest_of(LAYER))
+                assert (await both.pull(f"{base}/manifests/{secret}", user)).status == 404
+            assert (await both.pull(f"/v2/{HOST}/docker.io/library/app/tags/list")).status == 403
 
 
 async def test_no_fast_path_serves_what_new_rules_refuse(tmp_path: Path) -> None:
