@@ -114,6 +114,13 @@ class AccessControl:
             return action is not AccessRight.ADMIN
         return self._rules.is_allowed(identity, repository, action)
 
+    def is_public(self, repository: Repository) -> bool:
+        """Return whether everybody may pull from a repository, so that shared caches may store it.
+
+        ``repository``: it need not exist.
+        """
+        return self.is_allowed(ANONYMOUS, repository, AccessRight.PULL)
+
     async def identify(self, authorization: str | None, client: str) -> Identity:
         """Return the client that sends an ``Authorization`` header field, or none.
 
@@ -187,7 +194,7 @@ class AccessControl:
             Denied: The client may not pull from it, whether it exists or not.
             TooManyRequests: The address has failed too often.
         """
-        if self.is_allowed(ANONYMOUS, repository, AccessRight.PULL):
+        if self.is_public(repository):
             return ANONYMOUS
         try:
             identity = await self.identify(authorization, client)
