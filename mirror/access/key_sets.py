@@ -131,6 +131,8 @@ class FetchedKeySet:
             parsed = parse_key_set(await self._fetch(self.url, self._ca))
         except (MirrorError, OSError) as error:
             return f"{self.url}: {error}"
+        except Exception:
+            return f"{self.url}: its response cannot be used"
         finally:
             self.is_fetching = False
         if parsed.problems:

@@ -86,9 +86,18 @@ class ClientLogins:
         self._results.clear()
 
     def refresh(self) -> None:
-        """Read the files that have changed. Blocks for them; they are small."""
-        if self._credentials is not None and self._credentials.refresh():
-            self.use(self._credentials)
+        """Read the files that have changed. Blocks for them; they are small.
+
+        Results are forgotten unless it is certain that nothing has changed.
+        """
+        if self._credentials is None:
+            return
+        has_changed = True
+        try:
+            has_changed = self._credentials.refresh()
+        finally:
+            if has_changed:
+                self.use(self._credentials)
 
     def close(self) -> None:
         """End the threads, without waiting for them. No request must log in any more."""

@@ -239,6 +239,34 @@ async def test_change_of_a_file_ends_what_is_remembered(tmp_path: Path) -> None:
         assert report.startswith(f"access.tokens: {tmp_path / 'tokens'}: line 1: not YAML: ")
 
 
+@pytest.mark.parametrize("cost", ["00", "03", "15", "99"])
+async def test_user_who_is_removed_cannot_log_in_whatever_the_new_lines_are(
+    tmp_path: Path, cost: str
+) -> None:
+    async with kit(tmp_path) as logins:
+        assert await logins.user(basic("ann", "ann's")) == "ann"
+        assert await logins.user(f"Bearer {TOKEN}") == "ci"
+        (tmp_path / "htpasswd").write_text(f"zed:$2y${cost}${'.' * 53}\n" + htpasswd(bob="bob's"))
+        (tmp_path / "tokens").write_text(r'- {name: "\UFFFFFFFF"}')
+        logins.logins.refresh()
+        assert await logins.user(basic("ann", "ann's")) is None
+        assert await logins.user(basic("bob", "bob's")) == "bob"
+        assert await logins.user(f"Bearer {TOKEN}") is None
+        assert [": line 1: " in report for report in logins.reports] == [True, False]
+
+
+async def test_refresh_that_fails_forgets_all_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with kit(tmp_path) as logins:
+        assert await logins.user(basic("ann", "ann's")) == "ann"
+        (tmp_path / "htpasswd").write_text(htpasswd(bob="bob's"))
+        monkeypatch.setattr(KnownNames, "refresh", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            logins.logins.refresh()
+        assert await logins.user(basic("ann", "ann's")) is None
+
+
 async def test_key_that_is_rotated_is_fetched_at_its_first_token(tmp_path: Path) -> None:
     new = Signer("new")
     async with kit(tmp_path) as logins:
