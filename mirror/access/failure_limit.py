@@ -33,10 +33,14 @@ class FailureLimit:
         return max(0.0, (failures - MAX_LOGIN_FAILURES + 1) * RECOVERY_S)
 
     def record(self, client: str, now: float) -> None:
-        """Count a failure of an address at ``now``, in seconds."""
+        """Count a failure of an address at ``now``, in seconds.
+
+        Failures at the same time count up to the limit. So nobody else at the address, such as that
+        of a NAT, waits longer than :data:`RECOVERY_S`.
+        """
         network = counted_address(client)
         failures = self._count(network, now)
-        self._failures[network] = failures + 1, now
+        self._failures[network] = min(failures + 1, MAX_LOGIN_FAILURES), now
         self._failures.move_to_end(network)
         if len(self._failures) > _MAX_ADDRESSES:
             self._failures.popitem(last=False)

@@ -124,6 +124,11 @@ class FetchedKeySet:
         is_old = self._fetched_at is None or now - self._fetched_at >= KEYS_REFRESH_S
         return is_key_unknown or is_old
 
+    @property
+    def is_current(self) -> bool:
+        """Whether the last fetch has ended and succeeded."""
+        return self._fetched_at is not None and self._fetched_at == self._tried_at
+
     async def refresh(self, now: float) -> str:
         """Fetch the set. Returns why that failed; the keys stay then. Empty: it did not."""
         self._tried_at, self.is_fetching = now, True

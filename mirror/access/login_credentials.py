@@ -13,7 +13,14 @@ from functools import partial
 from typing import Any, Final
 
 from mirror.access.access_tokens import TOKENS_REMEDY, AccessTokens, parse_tokens
-from mirror.access.issuers import KeyUnknown, TokenRefused, ValidToken, check_token, issuer_of
+from mirror.access.issuers import (
+    KeysUnavailable,
+    KeyUnknown,
+    TokenRefused,
+    ValidToken,
+    check_token,
+    issuer_of,
+)
 from mirror.access.key_sets import KEYS_REMEDY, FetchedKeySet, FetchKeys, Keys, parse_key_set
 from mirror.access.known_names import KnownNames
 from mirror.access.users import USERS_REMEDY, PasswordCheck, parse_users
@@ -47,6 +54,12 @@ class _IssuerKeys:
         """Return the keys at ``now``, in seconds since the epoch."""
         source = self.source
         return source.keys(now) if isinstance(source, FetchedKeySet) else source.content
+
+    @property
+    def has_current_keys(self) -> bool:
+        """Whether a key that is not among the keys is none of the issuer's."""
+        source = self.source
+        return source.is_current if isinstance(source, FetchedKeySet) else bool(source.content)
 
 
 class LoginCredentials:
@@ -133,7 +146,7 @@ class LoginCredentials:
         return has_changed
 
     async def check_jwt(self, token: str) -> ValidToken:
-        """Check a JWT. Raises ``TokenRefused``."""
+        """Check a JWT. Raises ``TokenRefused``, and ``KeysUnavailable`` if it may be valid."""
         issuer = self.issuers.get(issuer_of(token))
         if issuer is None:
             raise TokenRefused("its issuer is not one of access.issuers")
@@ -141,12 +154,16 @@ class LoginCredentials:
             valid = check_token(token, issuer.settings, issuer.keys(self._now()), self._now)
         except KeyUnknown:
             source = issuer.source
-            if not isinstance(source, FetchedKeySet):
-                raise
-            if not source.is_due(self._now(), is_key_unknown=True):
-                raise
-            await self._wait_for_keys(source)
-            valid = check_token(token, issuer.settings, issuer.keys(self._now()), self._now)
+            if isinstance(source, FetchedKeySet) and source.is_due(
+                self._now(), is_key_unknown=True
+            ):
+                await self._wait_for_keys(source)
+            try:
+                valid = check_token(token, issuer.settings, issuer.keys(self._now()), self._now)
+            except KeyUnknown:
+                if issuer.has_current_keys:
+                    raise
+                raise KeysUnavailable("the keys of its issuer cannot be read now") from None
         # With a prefix, no name in the files is one of the issuer's.
         if not issuer.settings.user_prefix:
             reason = self._names.reason_to_refuse(valid.identity.user)

@@ -29,7 +29,7 @@ from cachetools import LRUCache
 from mirror.access.access_tokens import hash_token
 from mirror.access.failure_limit import FailureLimit, counted_address
 from mirror.access.identity import ANONYMOUS, Identity
-from mirror.access.issuers import TokenRefused, is_jwt
+from mirror.access.issuers import KeysUnavailable, TokenRefused, is_jwt
 from mirror.access.login_credentials import LoginCredentials
 from mirror.oci.errors import TooManyRequests
 
@@ -124,6 +124,8 @@ class ClientLogins:
             self._refuse_if_limited(client)
             if result is None:
                 result = await self._check(self._credentials, key, authorization, client)
+                if result.identity is None:  # Others at this address may have failed meanwhile.
+                    self._refuse_if_limited(client)
         if result.identity is None:
             self._failures.record(client, self._now())
             raise LoginFailed("the user name or the password is wrong")
@@ -170,6 +172,10 @@ class ClientLogins:
             return None
         try:
             valid = await credentials.check_jwt(secret)
+        except KeysUnavailable as error:
+            credentials.report(f"access.issuers: a token was refused: {error}")
+            # The token may be right, so this is no failure of the client.
+            raise LoginFailed(f"{error}: try again later") from None
         except TokenRefused as error:
             credentials.report(f"access.issuers: a token was refused: {error}")
             return replace(wrong, ends_at=now)  # Not remembered: its key may be fetched meanwhile.

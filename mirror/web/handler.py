@@ -211,6 +211,9 @@ class Handler:
                 raise InvalidRequest("this server supports HTTP/1.0 and HTTP/1.1 only")
             if not pull.path.startswith("/") or "#" in pull.path:
                 raise InvalidRequest("the request target must be a path")
+            if len(request.headers.getall("Authorization", ())) > 1:
+                # A proxy in front may have checked the other one (RFC 9110, section 5.3).
+                raise InvalidRequest("send one header field Authorization")
             if self._health.is_draining and pull.path.startswith("/v2"):
                 raise Draining("this server is shutting down: retry on another one")
             if pull.client != (request.remote or ""):

@@ -14,6 +14,7 @@ import pytest
 
 from mirror.access import logins as module
 from mirror.access.access_control import AccessControl
+from mirror.access.failure_limit import MAX_LOGIN_FAILURES, RECOVERY_S
 from mirror.access.identity import AccessRight, Identity
 from mirror.access.key_sets import KEYS_RETRY_S
 from mirror.access.known_names import KnownNames
@@ -366,3 +367,30 @@ async def test_documented_example_starts_and_its_rules_name_users_of_the_issuer(
                 assert access.is_allowed(identity, repository, AccessRight.PUSH) is may_push
         await until((tmp_path / "data" / "access" / "names").exists)
         access.close()
+
+
+async def test_token_is_no_failure_of_its_client_while_the_keys_cannot_be_fetched(
+    tmp_path: Path,
+) -> None:
+    async with kit(tmp_path) as logins:
+        logins.key_sets[:] = [UpstreamUnavailable("refused")]
+        for number in range(2 * MAX_LOGIN_FAILURES):
+            with pytest.raises(LoginFailed, match="keys of its issuer cannot be read now"):
+                await logins.logins.identify(f"Bearer {KEY.sign(sub=f'{number}')}", "192.0.2.1")
+        assert await logins.user(basic("ann", "ann's")) == "ann"
+        logins.clock[0] += KEYS_RETRY_S
+        logins.key_sets[:] = [key_set(KEY)]
+        assert await logins.user(f"Bearer {KEY.sign()}") == "k8s:job"
+
+
+async def test_tokens_that_wait_for_keys_at_the_same_time_are_limited_too(tmp_path: Path) -> None:
+    other = Signer("other")
+    async with kit(tmp_path) as logins:
+        assert await logins.user(f"Bearer {KEY.sign()}") == "k8s:job"
+        logins.clock[0] += KEYS_RETRY_S
+        tokens = [f"Bearer {other.sign(sub=f'{n}')}" for n in range(3 * MAX_LOGIN_FAILURES)]
+        results = await asyncio.gather(*map(logins.user, tokens), return_exceptions=True)
+        assert results.count(None) == MAX_LOGIN_FAILURES
+        refused = [result for result in results if isinstance(result, TooManyRequests)]
+        assert len(refused) == 2 * MAX_LOGIN_FAILURES
+        assert max(error.retry_after or 0 for error in refused) <= RECOVERY_S

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from multidict import CIMultiDict
 
 from mirror.observability.events import HostedChange, Outcome
 from mirror.oci.reference import Digest
@@ -514,3 +515,13 @@ async def test_user_who_is_removed_from_the_file_can_do_nothing_more(
         both.reload_files()
         assert (await both.ask("GET", "/v2/", CI)).status == 401
         assert (await both.ask("GET", "/v2/", basic("ci", "new"))).status == 200
+
+
+async def test_request_with_two_authorization_fields_is_refused_at_both_listeners(
+    tmp_path: Path,
+) -> None:
+    async with both_listeners(tmp_path) as both:
+        for url in (both.push.url, both.server.url):
+            fields = CIMultiDict([("Authorization", CI), ("Authorization", READER)])
+            reply = await PushClient(both.server, url=url).ask("GET", "/v2/", None, fields)
+            assert reply.status == 400, url
