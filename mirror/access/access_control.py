@@ -121,6 +121,13 @@ class AccessControl:
         """
         return self._rules is not None and self._rules.is_refused(identity, repository)
 
+    def is_public(self, repository: Repository) -> bool:
+        """Return whether everybody may pull from a repository, so that shared caches may store it.
+
+        ``repository``: it need not exist.
+        """
+        return self.is_allowed(ANONYMOUS, repository, AccessRight.PULL)
+
     async def identify(self, authorization: str | None, client: str) -> Identity:
         """Return the client that sends an ``Authorization`` header field, or none.
 
@@ -197,7 +204,7 @@ class AccessControl:
         """
         if authorization is None:
             identity = ANONYMOUS
-        elif self.is_allowed(ANONYMOUS, repository, AccessRight.PULL):
+        elif self.is_public(repository):
             identity = await self._find_user(authorization, client)
         else:
             try:

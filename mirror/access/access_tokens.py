@@ -103,7 +103,8 @@ def parse_tokens(
     try:
         # All scalars are text: nothing in the file is interpreted.
         entries = yaml.load(raw, Loader=yaml.BaseLoader)  # noqa: S506 - makes text, lists and dicts
-    except (yaml.YAMLError, RecursionError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
+        # The last two are of an escape sequence for a character that there is not.
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark is not None else ""
         return ParsedFile({}, (f"{where}not YAML: {TOKENS_REMEDY}",))

@@ -33,17 +33,22 @@ class FailureLimit:
         return max(0.0, (failures - MAX_LOGIN_FAILURES + 1) * RECOVERY_S)
 
     def record(self, client: str, now: float) -> None:
-        """Count a failure of an address at ``now``, in seconds."""
+        """Count a failure of an address at ``now``, in seconds.
+
+        Failures at the same time count up to the limit. So nobody else at the address, such as that
+        of a NAT, waits longer than :data:`RECOVERY_S`.
+        """
         network = counted_address(client)
         failures = self._count(network, now)
-        self._failures[network] = failures + 1, now
+        self._failures[network] = min(failures + 1, MAX_LOGIN_FAILURES), now
         self._failures.move_to_end(network)
         if len(self._failures) > _MAX_ADDRESSES:
             self._failures.popitem(last=False)
 
     def _count(self, network: str, now: float) -> float:
         failures, last = self._failures.get(network, (0.0, now))
-        return max(0.0, failures - max(0.0, now - last) / RECOVERY_S)
+        # A failure in the future: the clock was set back, and nobody knows how long ago it was.
+        return max(0.0, failures - abs(now - last) / RECOVERY_S)
 
 
 def counted_address(client: str) -> str:

@@ -37,6 +37,10 @@ class KeyUnknown(TokenRefused):
     """No key of the issuer has the id of the token's key. A newer set may have one."""
 
 
+class KeysUnavailable(TokenRefused):
+    """The issuer has no key that fits, and its keys are not known now. The token may be valid."""
+
+
 @dataclass(frozen=True, slots=True)
 class ValidToken:
     """A JWT that is valid."""
@@ -97,6 +101,12 @@ def _candidates(token: str, keys: Keys) -> list[tuple[PublicKey, str]]:
         header = jwt.get_unverified_header(token)
     except (jwt.PyJWTError, ValueError, RecursionError):
         raise TokenRefused("malformed") from None
+    if "crit" in header:  # RFC 7515, section 4.1.11.
+        raise TokenRefused("it needs an extension, and none is supported")
+    # RFC 8725, section 3.11. A JWT without a type of its own is told by its audience.
+    kind = str(header.get("typ", "")).lower().removeprefix("application/")
+    if kind.endswith("+jwt") and kind != "at+jwt":
+        raise TokenRefused("its typ says that it is for another purpose")
     key_id, algorithm = header.get("kid"), header.get("alg")
     found = [
         (key, one)
@@ -149,8 +159,8 @@ def _time_claim(claims: dict[str, Any], name: str) -> float | None:
 
 def _identity_of(claims: dict[str, Any], issuer: Issuer) -> Identity:
     user = claims[issuer.user_claim]
-    if not isinstance(user, str):
-        raise TokenRefused(f"its claim {issuer.user_claim} is not text")
+    if not isinstance(user, str) or not user:  # An empty one would be the prefix alone.
+        raise TokenRefused(f"its claim {issuer.user_claim} is not text, or empty")
     groups: list[str] = []
     if issuer.groups_claim is not None:
         listed = claims.get(issuer.groups_claim, [])

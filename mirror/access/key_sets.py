@@ -119,10 +119,16 @@ class FetchedKeySet:
         """Return whether the set is to be fetched at ``now``, in seconds, or is being fetched."""
         if self.is_fetching:
             return True
-        if self._tried_at is not None and now - self._tried_at < KEYS_RETRY_S:
+        # A time in the future: the clock was set back.
+        if self._tried_at is not None and 0 <= now - self._tried_at < KEYS_RETRY_S:
             return False
-        is_old = self._fetched_at is None or now - self._fetched_at >= KEYS_REFRESH_S
-        return is_key_unknown or is_old
+        is_new = self._fetched_at is not None and 0 <= now - self._fetched_at < KEYS_REFRESH_S
+        return is_key_unknown or not is_new
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the last fetch has ended and succeeded."""
+        return self._fetched_at is not None and self._fetched_at == self._tried_at
 
     async def refresh(self, now: float) -> str:
         """Fetch the set. Returns why that failed; the keys stay then. Empty: it did not."""
@@ -131,6 +137,8 @@ class FetchedKeySet:
             parsed = parse_key_set(await self._fetch(self.url, self._ca))
         except (MirrorError, OSError) as error:
             return f"{self.url}: {error}"
+        except Exception:
+            return f"{self.url}: its response cannot be used"
         finally:
             self.is_fetching = False
         if parsed.problems:

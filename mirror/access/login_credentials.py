@@ -13,10 +13,17 @@ from functools import partial
 from typing import Any, Final
 
 from mirror.access.access_tokens import TOKENS_REMEDY, AccessTokens, parse_tokens
-from mirror.access.issuers import KeyUnknown, TokenRefused, ValidToken, check_token, issuer_of
+from mirror.access.issuers import (
+    KeysUnavailable,
+    KeyUnknown,
+    TokenRefused,
+    ValidToken,
+    check_token,
+    issuer_of,
+)
 from mirror.access.key_sets import KEYS_REMEDY, FetchedKeySet, FetchKeys, Keys, parse_key_set
 from mirror.access.known_names import KnownNames
-from mirror.access.users import USERS_REMEDY, PasswordCheck, Users, parse_users
+from mirror.access.users import USERS_REMEDY, PasswordCheck, parse_users
 from mirror.access.watched_file import MessagePrefix, WatchedFile, dotted_prefix
 from mirror.config.access import AccessSection, Issuer
 from mirror.oci.errors import ConfigError, Draining
@@ -47,6 +54,12 @@ class _IssuerKeys:
         """Return the keys at ``now``, in seconds since the epoch."""
         source = self.source
         return source.keys(now) if isinstance(source, FetchedKeySet) else source.content
+
+    @property
+    def has_current_keys(self) -> bool:
+        """Whether a key that is not among the keys is none of the issuer's."""
+        source = self.source
+        return source.is_current if isinstance(source, FetchedKeySet) else bool(source.content)
 
 
 class LoginCredentials:
@@ -90,15 +103,21 @@ class LoginCredentials:
         """Name of each issuer -> the issuer."""
         for file in self._files():
             file.read_strictly()
-        self._use()
+        self._local_names = self._find_local_names()
 
-    def _use(self) -> None:
-        users = self._users
-        self.passwords = None if users is None else PasswordCheck(users.content)
+    @property
+    def passwords(self) -> PasswordCheck | None:
         """Checks passwords. None: there is no file of users."""
-        self.tokens: AccessTokens = {} if self._tokens is None else self._tokens.content
-        self._local_names = {token.identity.user for token in self.tokens.values()}
-        self._local_names |= set(() if users is None else users.content)
+        return None if self._users is None else self._users.content
+
+    @property
+    def tokens(self) -> AccessTokens:
+        """The tokens of the file."""
+        return {} if self._tokens is None else self._tokens.content
+
+    def _find_local_names(self) -> frozenset[str]:
+        users = self.passwords.names if self.passwords is not None else ()
+        return frozenset(users) | {token.identity.user for token in self.tokens.values()}
 
     def _files(self) -> Sequence[WatchedFile[Any]]:
         sources = [one.source for one in self.issuers.values()]
@@ -111,23 +130,23 @@ class LoginCredentials:
         Blocks for the files, which are small. Returns whether a file has changed. The names of
         users are remembered from now on, and written in the background.
         """
-        now = self._now()
-        for issuer in self.issuers.values():
-            if isinstance(issuer.source, FetchedKeySet) and issuer.source.is_due(now):
-                self._fetch(issuer.source)
         changed = [file for file in self._files() if file.has_changed()]
         for file in changed:
             for problem in file.read():
                 self.report(problem)
         if changed:
-            self._use()
+            self._local_names = self._find_local_names()
+        now = self._now()
+        for issuer in self.issuers.values():
+            if isinstance(issuer.source, FetchedKeySet) and issuer.source.is_due(now):
+                self._fetch(issuer.source)
         has_changed = self._names.refresh(self._local_names) or bool(changed)
         if self._names.has_unsaved and now >= self._save_due:
             self._run(("user-names",), self._save_names)
         return has_changed
 
     async def check_jwt(self, token: str) -> ValidToken:
-        """Check a JWT. Raises ``TokenRefused``."""
+        """Check a JWT. Raises ``TokenRefused``, and ``KeysUnavailable`` if it may be valid."""
         issuer = self.issuers.get(issuer_of(token))
         if issuer is None:
             raise TokenRefused("its issuer is not one of access.issuers")
@@ -135,12 +154,16 @@ class LoginCredentials:
             valid = check_token(token, issuer.settings, issuer.keys(self._now()), self._now)
         except KeyUnknown:
             source = issuer.source
-            if not isinstance(source, FetchedKeySet):
-                raise
-            if not source.is_due(self._now(), is_key_unknown=True):
-                raise
-            await self._wait_for_keys(source)
-            valid = check_token(token, issuer.settings, issuer.keys(self._now()), self._now)
+            if isinstance(source, FetchedKeySet) and source.is_due(
+                self._now(), is_key_unknown=True
+            ):
+                await self._wait_for_keys(source)
+            try:
+                valid = check_token(token, issuer.settings, issuer.keys(self._now()), self._now)
+            except KeyUnknown:
+                if issuer.has_current_keys:
+                    raise
+                raise KeysUnavailable("the keys of its issuer cannot be read now") from None
         # With a prefix, no name in the files is one of the issuer's.
         if not issuer.settings.user_prefix:
             reason = self._names.reason_to_refuse(valid.identity.user)
@@ -195,13 +218,13 @@ def check_files(access: AccessSection, prefix: MessagePrefix = dotted_prefix) ->
         raise ConfigError(problems[0], problems[1:])
     identities = [] if tokens is None else [token.identity for token in tokens.content.values()]
     return LocalNames(
-        users=frozenset(() if users is None else users.content)
+        users=frozenset(() if users is None else users.content.names)
         | {identity.user for identity in identities},
         groups=frozenset(group for identity in identities for group in identity.groups),
     )
 
 
-def _users_of(access: AccessSection) -> WatchedFile[Users] | None:
+def _users_of(access: AccessSection) -> WatchedFile[PasswordCheck] | None:
     if access.users is None:
         return None
     parse = partial(parse_users, reserved=access.user_prefixes)

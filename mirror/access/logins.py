@@ -29,7 +29,7 @@ from cachetools import LRUCache
 from mirror.access.access_tokens import hash_token
 from mirror.access.failure_limit import FailureLimit, counted_address
 from mirror.access.identity import ANONYMOUS, Identity
-from mirror.access.issuers import TokenRefused, is_jwt
+from mirror.access.issuers import KeysUnavailable, TokenRefused, is_jwt
 from mirror.access.login_credentials import LoginCredentials
 from mirror.oci.errors import TooManyRequests
 
@@ -79,6 +79,8 @@ class ClientLogins:
         self._turn = asyncio.Semaphore(_THREADS)
         self._waiting: Counter[str] = Counter()
         """Checks that wait, of each address that has some."""
+        self._running: dict[bytes, asyncio.Event] = {}
+        """Credentials that are being checked. Set once the check has ended."""
         self._generation = 0
         self._threads = ThreadPoolExecutor(_THREADS, "password")
 
@@ -89,9 +91,18 @@ class ClientLogins:
         self._results.clear()
 
     def refresh(self) -> None:
-        """Read the files that have changed. Blocks for them; they are small."""
-        if self._credentials is not None and self._credentials.refresh():
-            self.use(self._credentials)
+        """Read the files that have changed. Blocks for them; they are small.
+
+        Results are forgotten unless it is certain that nothing has changed.
+        """
+        if self._credentials is None:
+            return
+        has_changed = True
+        try:
+            has_changed = self._credentials.refresh()
+        finally:
+            if has_changed:
+                self.use(self._credentials)
 
     def close(self) -> None:
         """End the threads, without waiting for them. No request must log in any more."""
@@ -119,13 +130,12 @@ class ClientLogins:
         key = hmac.digest(self._key, authorization.encode(errors="replace"), "sha256")
         failures = self._failures if is_needed else self._unneeded_failures
         result = self._find(key)
-        is_counted = result is None or (is_needed and result.identity is None)
-        if is_counted:
-            self._refuse_if_limited(failures, client)
+        is_counted = result is None or is_needed
         if result is None:
-            result = await self._check(self._credentials, key, authorization, failures, client)
+            result = await self._check_once(self._credentials, key, authorization, failures, client)
         if result.identity is None:
             if is_counted:
+                self._refuse_if_limited(failures, client)
                 failures.record(client, self._now())
             raise LoginFailed("the user name or the password is wrong")
         return result.identity
@@ -141,6 +151,27 @@ class ClientLogins:
                 "too many failed logins from this address: try again later", retry_after=wait
             )
 
+    async def _check_once(
+        self,
+        credentials: LoginCredentials,
+        key: bytes,
+        authorization: str,
+        failures: FailureLimit,
+        client: str,
+    ) -> _LoginResult:
+        """Check credentials. Requests with the same ones at the same time share the result."""
+        while (running := self._running.get(key)) is not None:
+            await running.wait()
+            result = self._find(key)
+            if result is not None:
+                return result
+        running = self._running[key] = asyncio.Event()
+        try:
+            return await self._check(credentials, key, authorization, failures, client)
+        finally:
+            del self._running[key]
+            running.set()
+
     async def _check(
         self,
         credentials: LoginCredentials,
@@ -153,6 +184,8 @@ class ClientLogins:
         user, secret = _parse(authorization)
         result = await self._check_token(credentials, secret)
         if result is None and user is not None and credentials.passwords is not None:
+            # Not before: a token that is right was not guessed, and costs microseconds.
+            self._refuse_if_limited(failures, client)
             check = partial(credentials.passwords.is_right, user, secret)
             is_right = await self._is_password_right(check, key, failures, client)
             result = _LoginResult(Identity(user) if is_right else None, self._now() + RESULT_TTL_S)
@@ -176,6 +209,10 @@ class ClientLogins:
             return None
         try:
             valid = await credentials.check_jwt(secret)
+        except KeysUnavailable as error:
+            credentials.report(f"access.issuers: a token was refused: {error}")
+            # The token may be right, so this is no failure of the client.
+            raise LoginFailed(f"{error}: try again later") from None
         except TokenRefused as error:
             credentials.report(f"access.issuers: a token was refused: {error}")
             return replace(wrong, ends_at=now)  # Not remembered: its key may be fetched meanwhile.

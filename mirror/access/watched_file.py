@@ -60,7 +60,8 @@ class WatchedFile(Generic[T]):
         self._parse = parse
         self._remedy = remedy
         self._stamp: tuple[int, ...] | None = None
-        self.content: T = parse(b"").content
+        self._empty: T = parse(b"").content
+        self.content = self._empty
 
     def has_changed(self) -> bool:
         """Return whether the file has changed since it was last read."""
@@ -72,20 +73,25 @@ class WatchedFile(Generic[T]):
         ``prefix``: begins each line; it is called with the key of the configuration.
         """
         stamp = self._find_stamp()
-        try:
-            with Path(self.path).open("rb") as file:
-                raw = file.read(_MAX_CREDENTIALS_BYTES + 1)
-            parsed = self._parse(raw)
-            if len(raw) > _MAX_CREDENTIALS_BYTES:
-                reason = f"larger than {_MAX_CREDENTIALS_BYTES} bytes"
-                parsed = ParsedFile(self._parse(b"").content, (reason,))
-        except OSError as error:
-            reason = error.strerror or str(error)
-            remedy = f": {self._remedy}" if isinstance(error, FileNotFoundError) else ""
-            parsed = ParsedFile(self._parse(b"").content, (f"{reason}{remedy}",))
+        parsed = self._read()
         self.content, self._stamp = parsed.content, stamp
         begin = prefix(self._key)
         return tuple(f"{begin}{self.path}: {problem}" for problem in parsed.problems)
+
+    def _read(self) -> ParsedFile[T]:
+        """Read the file. Raises nothing: otherwise the content of before would stay in use."""
+        try:
+            with Path(self.path).open("rb") as file:
+                raw = file.read(_MAX_CREDENTIALS_BYTES + 1)
+            if len(raw) <= _MAX_CREDENTIALS_BYTES:
+                return self._parse(raw)
+            reason = f"larger than {_MAX_CREDENTIALS_BYTES} bytes"
+        except OSError as error:
+            remedy = f": {self._remedy}" if isinstance(error, FileNotFoundError) else ""
+            reason = f"{error.strerror or error}{remedy}"
+        except Exception:  # Its text may have a part of the file.
+            reason = f"its content cannot be used: {self._remedy}"
+        return ParsedFile(self._empty, (reason,))
 
     def read_strictly(self, prefix: MessagePrefix = dotted_prefix) -> None:
         """Read the file. Raises ``ConfigError`` for all that is wrong with it.

@@ -144,6 +144,8 @@ class Dispatcher:
             ticket = request.rel_url.query.get("ticket", "")
             if ticket and (role := self._tickets.redeem(ticket)) is not None:
                 return role
+        if len(request.headers.getall("Authorization", ())) > 1:
+            raise ApiProblem(400, "send one header field Authorization")
         role_of_token = self._tokens.role_of(request.headers.get("Authorization"))
         if role_of_token is None:
             raise ApiProblem(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 
 from mirror.access.login_credentials import LocalNames, check_files
 from mirror.config.access import EVERYBODY, GROUP, LOGGED_IN, AccessSection, shared_prefixes
-from mirror.config.rule_coverage import has_all_repositories
+from mirror.config.rule_coverage import RuleScope, find_covering, has_all_repositories
 from mirror.config.settings import KeyPath, Settings
 
 
@@ -35,6 +35,8 @@ def access_warnings(settings: Settings, prefix: Callable[[KeyPath], str]) -> Ite
         return
     yield from _login_warnings(access, prefix, has_hosted=settings.hosted is not None)
     yield from _issuer_warnings(access, prefix)
+    hosted_name = None if settings.hosted is None else settings.hosted.name
+    yield from _refusal_warnings(access, hosted_name, prefix)
     names = check_files(access)
     for group, members in access.groups.items():
         for index, member in enumerate(members):
@@ -90,6 +92,42 @@ def _login_warnings(
         )
     if has_hosted and not any({"push", "admin"} & set(rule.may) for rule in access.rules):
         yield f"{here}no rule has push, so nobody can push: add one to access.rules"
+
+
+def _refusal_warnings(
+    access: AccessSection, hosted_name: str | None, prefix: Callable[[KeyPath], str]
+) -> Iterator[str]:
+    """Warn of rules that refuse all below a repository, if the repository itself is permitted."""
+    scopes = [rule.scope for rule in access.rules]
+    for index, rule in enumerate(access.rules):
+        if rule.may:
+            continue
+        for number, pattern in enumerate(rule.repositories):
+            name = pattern.removesuffix("/**")
+            if name == pattern or "/" not in name or name.endswith("**"):
+                continue
+            scope = RuleScope((name,), rule.who)
+            if find_covering(scope, scopes[: index + 1], access.groups) is not None:
+                continue
+            by = _find_permission(scope, access, index + 1, hosted_name)
+            if by:
+                key = prefix(("access", "rules", index, "repositories", number))
+                yield f"{key}'{pattern}' does not refuse {name} itself, which {by} permits: add it"
+
+
+def _find_permission(
+    scope: RuleScope, access: AccessSection, start: int, hosted_name: str | None
+) -> str:
+    """Return the key that permits a repository to clients whom no rule before has. Empty: none."""
+    broad = {EVERYBODY, LOGGED_IN}
+    for index, rule in enumerate(access.rules[start:], start):
+        has_common = bool(set(rule.who) & set(scope.who) or broad & {*rule.who, *scope.who})
+        if has_common and any(
+            has_all_repositories(pattern, scope.repositories[0]) for pattern in rule.repositories
+        ):
+            return f"access.rules[{index}]" if rule.may else ""
+    is_mirrored = scope.repositories[0].partition("/")[0] != hosted_name
+    return "access.anonymous_pull" if is_mirrored and access.anonymous_pull else ""
 
 
 def _unknown_registries(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -81,6 +82,12 @@ def _backup(arguments: argparse.Namespace) -> int:
         print_line(
             f"{report.images} images, {report.contents} contents, {size_text(report.bytes)} in "
             f"{arguments.target}; {size_text(report.added_bytes)} of it new"
+        )
+    mode = arguments.target.stat().st_mode
+    if mode & 0o077:
+        print_note(
+            f"{arguments.target} can be read by other users of this machine: chmod"
+            f" {'700' if stat.S_ISDIR(mode) else '600'} {arguments.target}"
         )
     for digest in report.missing[:_MAX_PROBLEMS]:
         print_note(f"{digest} is lost or damaged on the disk, so the backup does not have it")

@@ -161,7 +161,8 @@ class AccessRule(Section):
     ]
     """
     Patterns of whole names, such as registry.example/team/**. * stands for any characters within
-    one component, ** for any number of components.
+    one component, ** for any number of components, and at the end for at least
+    one: a/** has not a itself.
     """
     who: Annotated[tuple[Annotated[str, AfterValidator(_check_member)], ...], Field(min_length=1)]
     """

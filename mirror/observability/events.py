@@ -89,6 +89,8 @@ class RequestRecord:
     """OCI code and message of an error; empty without one."""
     warning: str = ""
     """Reason for a stale response; becomes the ``Warning`` header."""
+    is_private: bool = False
+    """Whether not everybody may have the response, so that a shared cache must not store it."""
     bytes_sent: int = 0
     bytes_received: int = 0
     """Bytes of the body of a push."""

@@ -10,6 +10,7 @@ Reading order:
 - ``paths``: parses the request line. Pure.
 - ``streaming``: sends content: ranges, conditions, content that is still being fetched.
 - ``stored_responses``: reuses the response to a request with the same bytes.
+- ``response_headers``: the fields of every response, and which caches may store it. Pure.
 - ``client_socket``: detects stalled clients, and sends files with ``sendfile``.
 - ``errors``: the table from domain errors to HTTP statuses. Pure.
 - ``health``: the readiness report.

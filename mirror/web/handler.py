@@ -35,7 +35,6 @@ from mirror.observability.events import (
     RequestRecord,
     RequestStarted,
 )
-from mirror.observability.logs import server_timing
 from mirror.oci import tag_list
 from mirror.oci.accept import parse_accept
 from mirror.oci.descriptor import OCI_INDEX
@@ -57,24 +56,20 @@ from mirror.web import paths
 from mirror.web.client_address import AddressLimit, TrustedProxies
 from mirror.web.client_socket import abort_connection
 from mirror.web.error_responses import NoResponse, build_error_response
-from mirror.web.errors import SAFE_HEADERS
 from mirror.web.health import Health
 from mirror.web.hosted_handler import HostedHandler
 from mirror.web.probe_image import PROBE_REPOSITORY, ProbeImage
 from mirror.web.pull_access import check_pull, find_visible
+from mirror.web.response_headers import common_headers, immutable
 from mirror.web.stored_responses import StoredResponses, make_request_id
 from mirror.web.streaming import Body, Sender, SingleWriteResponse, applicable_range
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 _VERSIONS: Final = frozenset({HttpVersion10, HttpVersion11})
-_IMMUTABLE: Final = "public, max-age=31536000, immutable"
-"""``Cache-Control`` of content by its digest (RFC 8246): one year, in seconds."""
 _ROOT_TEXT: Final = b"oci-mirror: a pull-through mirror for container registries\n"
 _UNVERIFIED: Final = '299 - "this range was fetched by itself: it is not verified and not stored"'
 """``Warning`` of a range that no digest verifies (RFC 7234, section 5.5; RFC 9111 no longer defines
 it, but clients show it)."""
-_MAX_WARNING_CHARS: Final = 1024
-"""Characters of the ``Warning`` header field: clients limit the size of a response's header."""
 
 
 class Handler:
@@ -113,7 +108,6 @@ class Handler:
             self._hosted_handler = HostedHandler(
                 hosted,
                 access,
-                common_headers,
                 self._forwarded_prefix,
                 is_sole=is_push_listener,
             )
@@ -217,6 +211,9 @@ class Handler:
                 raise InvalidRequest("this server supports HTTP/1.0 and HTTP/1.1 only")
             if not pull.path.startswith("/") or "#" in pull.path:
                 raise InvalidRequest("the request target must be a path")
+            if len(request.headers.getall("Authorization", ())) > 1:
+                # A proxy in front may have checked the other one (RFC 9110, section 5.3).
+                raise InvalidRequest("send one header field Authorization")
             if self._health.is_draining and pull.path.startswith("/v2"):
                 raise Draining("this server is shutting down: retry on another one")
             if pull.client != (request.remote or ""):
@@ -355,9 +352,9 @@ class Handler:
         )
         extra = common_headers(pull)
         if isinstance(parsed.reference, Digest):
-            extra["Cache-Control"] = _IMMUTABLE
+            extra["Cache-Control"] = immutable(pull)
         else:
-            extra["Vary"] = "Accept"
+            extra["Vary"] = ", ".join(filter(None, ("Accept", extra.get("Vary"))))
         return await Sender(request, pull, self._emit).send(body, extra)
 
     async def _send_blob(
@@ -382,7 +379,8 @@ class Handler:
                 source=result.content,
                 is_fresh=result.is_fresh,
             )
-            extra = {"Cache-Control": _IMMUTABLE, **common_headers(pull)}
+            extra = common_headers(pull)
+            extra["Cache-Control"] = immutable(pull)
             if pull.is_unverified:
                 extra["Cache-Control"] = "no-store"
                 extra["Warning"] = ", ".join(filter(None, (extra.get("Warning"), _UNVERIFIED)))
@@ -474,21 +472,3 @@ def _record_request(
 def _build_json_response(body: bytes, pull: RequestRecord, status: int = 200) -> web.Response:
     headers = {"Content-Type": "application/json", **common_headers(pull)}
     return web.Response(status=status, body=body, headers=headers)
-
-
-def common_headers(pull: RequestRecord) -> dict[str, str]:
-    """Return the header fields that every response has, an error response too."""
-    headers = {
-        "Docker-Distribution-Api-Version": "registry/2.0",
-        "X-Request-Id": pull.request_id,
-        "Server": "oci-mirror",
-        "Server-Timing": server_timing(pull),
-        **SAFE_HEADERS,
-    }
-    if pull.ns is not None:
-        headers["OCI-Namespace"] = pull.ns
-    if pull.warning:
-        # Distribution spec, "Warnings": warn-code 299, warn-agent "-".
-        text = pull.warning.replace("\\", "").replace('"', "'")[:_MAX_WARNING_CHARS]
-        headers["Warning"] = f'299 - "served from the cache: {text}"'
-    return headers

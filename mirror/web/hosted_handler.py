@@ -42,13 +42,12 @@ from mirror.web import hosted_paths, paths
 from mirror.web.browser_guard import is_same_site, may_be_private_host
 from mirror.web.hosted_paths import BlobDeletion, ManifestChange, StartUpload, UploadRequest
 from mirror.web.pull_access import find_visible
+from mirror.web.response_headers import common_headers
 
 CLIENT_SILENCE_S: Final = 60.0
 """Seconds for which a client that pushes may send nothing. Its upload stays, for a day."""
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
-BuildHeaders = Callable[[RequestRecord], dict[str, str]]
-"""Returns the header fields that every response has."""
 FindPrefix = Callable[[web.BaseRequest], str]
 """Returns the prefix that a trusted proxy has removed from the paths of a request."""
 
@@ -60,7 +59,6 @@ class HostedHandler:
         self,
         service: HostedService,
         access: AccessControl,
-        common_headers: BuildHeaders,
         find_prefix: FindPrefix,
         *,
         is_sole: bool,
@@ -70,7 +68,6 @@ class HostedHandler:
         Args:
             service: Does what the client requests. Its settings name the listener.
             access: Says who the client is, and what it may do.
-            common_headers: See :data:`BuildHeaders`.
             find_prefix: See :data:`FindPrefix`.
             is_sole: True on a listener of its own: every request is a push listener's.
         """
@@ -79,7 +76,6 @@ class HostedHandler:
         self._hosts = frozenset(host.lower() for host in service.settings.hosts)
         self._service = service
         self._access = access
-        self._common_headers = common_headers
         self._find_prefix = find_prefix
         self._is_sole = is_sole
         own_names = self._hosts | {self.name}
@@ -106,6 +102,9 @@ class HostedHandler:
         is_ping: bool = False,
     ) -> Identity:
         """Return the client. Raises ``LoginRequired`` or ``Denied``."""
+        pulled = repository if right is AccessRight.PULL else None
+        if self._access.is_enforced and not (pulled and self._access.is_public(pulled)):
+            pull.is_private = True
         authorization = request.headers.get("Authorization")
         try:
             identity = await self._access.check_at_push_listener(
@@ -428,7 +427,7 @@ class HostedHandler:
         body: bytes = b"",
     ) -> web.Response:
         return web.Response(
-            status=status, headers={**(headers or {}), **self._common_headers(pull)}, body=body
+            status=status, headers={**(headers or {}), **common_headers(pull)}, body=body
         )
 
     def _reply_created(

@@ -31,7 +31,7 @@ async def check_pull(
         access: The rules in force.
         parsed: The request.
         request: The same, as it was sent.
-        pull: Its record. Gets the repository and the user.
+        pull: Its record. Gets the repository, the user, and whether the response is private.
 
     Raises:
         Denied: The client may not.
@@ -42,6 +42,7 @@ async def check_pull(
     if parsed.repository.path == PROBE_REPOSITORY:
         return
     pull.upstream, pull.repository = parsed.repository.upstream, parsed.repository.path
+    pull.is_private = not access.is_public(parsed.repository)
     authorization = request.headers.get("Authorization")
     try:
         identity = await access.check_pull(authorization, pull.client, parsed.repository)
@@ -60,10 +61,11 @@ async def find_visible(
     Args:
         access: The rules in force.
         request: The request for a list.
-        pull: Its record. Gets the user.
+        pull: Its record. Gets the user, and whether the response is private.
     """
     if not access.is_enforced:
         return None
+    pull.is_private = True
     authorization = request.headers.get("Authorization")
     identity, is_visible = await access.may_list(authorization, pull.client)
     pull.user = identity.user

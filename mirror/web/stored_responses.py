@@ -213,13 +213,13 @@ class StoredResponses:
         Args:
             request: The request, as aiohttp has parsed it.
             response: It is about to be sent.
-            pull: The record of the request. Only a hit is stored.
+            pull: The record of the request. Only a hit is stored that everybody may have.
         """
         connection = request.protocol
         data = connection.request_bytes if isinstance(connection, ReusingConnection) else b""
         if not data or pull.outcome is not Outcome.HIT or not response.is_fresh():
             return
-        if pull.started <= self._cleared_at:
+        if pull.is_private or pull.started <= self._cleared_at:
             return
         is_given = request.headers.get("X-Request-Id") == pull.request_id
         self.discard(data)

@@ -39,3 +39,10 @@ def test_memory_is_bounded(monkeypatch: object) -> None:
     for number in range(failure_limit._MAX_ADDRESSES + 100):
         limit.record(f"host-{number}", 0.0)
     assert len(limit._failures) == failure_limit._MAX_ADDRESSES
+
+
+def test_failures_at_the_same_time_make_nobody_wait_longer() -> None:
+    limit = FailureLimit()
+    for _ in range(400):
+        limit.record("192.0.2.1", 0.0)
+    assert limit.seconds_to_wait("192.0.2.1", 0.0) == RECOVERY_S

@@ -8,6 +8,7 @@ import json
 from math import inf, nan
 from typing import Any
 
+import jwt
 import pytest
 from cryptography.hazmat.primitives import serialization
 
@@ -180,3 +181,36 @@ def test_token_must_have_the_required_claims() -> None:
     for claims in ({"owner": "other"}, {"missing": "x"}, {"aud": AUDIENCE, "list": "x"}):
         with pytest.raises(TokenRefused):
             check(token, claims=claims)
+
+
+@pytest.mark.parametrize("prefix", ["", "k8s:"])
+def test_token_without_a_user_is_refused(prefix: str) -> None:
+    signer = Signer()
+    issuer = Issuer(issuer=ISSUER, jwks="k", audience=AUDIENCE, user_prefix=prefix)
+    keys = parse_key_set(key_set(signer)).content
+    with pytest.raises(TokenRefused, match="claim sub"):
+        check_token(signer.sign(sub=""), issuer, keys, lambda: NOW)
+
+
+@pytest.mark.parametrize(
+    ("header", "is_valid"),
+    [
+        ({}, True),
+        ({"typ": "at+jwt"}, True),
+        ({"typ": "application/at+JWT"}, True),
+        ({"typ": "logout+jwt"}, False),
+        ({"typ": "application/secevent+jwt"}, False),
+        ({"crit": ["x"], "x": 1}, False),
+    ],
+)
+def test_token_for_another_purpose_is_refused(header: dict[str, Any], is_valid: bool) -> None:
+    signer = Signer()
+    issuer = Issuer(issuer=ISSUER, jwks="k", audience=AUDIENCE)
+    keys = parse_key_set(key_set(signer)).content
+    claims = {"iss": ISSUER, "aud": AUDIENCE, "sub": "job", "exp": NOW + 600}
+    token = jwt.encode(claims, signer.key, "RS256", {"kid": signer.kid, **header})
+    if is_valid:
+        assert check_token(token, issuer, keys, lambda: NOW).identity.user == "job"
+    else:
+        with pytest.raises(TokenRefused):
+            check_token(token, issuer, keys, lambda: NOW)

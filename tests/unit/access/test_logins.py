@@ -14,6 +14,7 @@ import pytest
 
 from mirror.access import logins as module
 from mirror.access.access_control import AccessControl
+from mirror.access.failure_limit import MAX_LOGIN_FAILURES, RECOVERY_S
 from mirror.access.identity import AccessRight, Identity
 from mirror.access.key_sets import KEYS_RETRY_S
 from mirror.access.known_names import KnownNames
@@ -239,6 +240,34 @@ async def test_change_of_a_file_ends_what_is_remembered(tmp_path: Path) -> None:
         assert report.startswith(f"access.tokens: {tmp_path / 'tokens'}: line 1: not YAML: ")
 
 
+@pytest.mark.parametrize("cost", ["00", "03", "15", "99"])
+async def test_user_who_is_removed_cannot_log_in_whatever_the_new_lines_are(
+    tmp_path: Path, cost: str
+) -> None:
+    async with kit(tmp_path) as logins:
+        assert await logins.user(basic("ann", "ann's")) == "ann"
+        assert await logins.user(f"Bearer {TOKEN}") == "ci"
+        (tmp_path / "htpasswd").write_text(f"zed:$2y${cost}${'.' * 53}\n" + htpasswd(bob="bob's"))
+        (tmp_path / "tokens").write_text(r'- {name: "\UFFFFFFFF"}')
+        logins.logins.refresh()
+        assert await logins.user(basic("ann", "ann's")) is None
+        assert await logins.user(basic("bob", "bob's")) == "bob"
+        assert await logins.user(f"Bearer {TOKEN}") is None
+        assert [": line 1: " in report for report in logins.reports] == [True, False]
+
+
+async def test_refresh_that_fails_forgets_all_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with kit(tmp_path) as logins:
+        assert await logins.user(basic("ann", "ann's")) == "ann"
+        (tmp_path / "htpasswd").write_text(htpasswd(bob="bob's"))
+        monkeypatch.setattr(KnownNames, "refresh", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            logins.logins.refresh()
+        assert await logins.user(basic("ann", "ann's")) is None
+
+
 async def test_key_that_is_rotated_is_fetched_at_its_first_token(tmp_path: Path) -> None:
     new = Signer("new")
     async with kit(tmp_path) as logins:
@@ -338,3 +367,73 @@ async def test_documented_example_starts_and_its_rules_name_users_of_the_issuer(
                 assert access.is_allowed(identity, repository, AccessRight.PUSH) is may_push
         await until((tmp_path / "data" / "access" / "names").exists)
         access.close()
+
+
+async def test_token_is_no_failure_of_its_client_while_the_keys_cannot_be_fetched(
+    tmp_path: Path,
+) -> None:
+    async with kit(tmp_path) as logins:
+        logins.key_sets[:] = [UpstreamUnavailable("refused")]
+        for number in range(2 * MAX_LOGIN_FAILURES):
+            with pytest.raises(LoginFailed, match="keys of its issuer cannot be read now"):
+                await logins.logins.identify(f"Bearer {KEY.sign(sub=f'{number}')}", "192.0.2.1")
+        assert await logins.user(basic("ann", "ann's")) == "ann"
+        logins.clock[0] += KEYS_RETRY_S
+        logins.key_sets[:] = [key_set(KEY)]
+        assert await logins.user(f"Bearer {KEY.sign()}") == "k8s:job"
+
+
+async def test_tokens_that_wait_for_keys_at_the_same_time_are_limited_too(tmp_path: Path) -> None:
+    other = Signer("other")
+    async with kit(tmp_path) as logins:
+        assert await logins.user(f"Bearer {KEY.sign()}") == "k8s:job"
+        logins.clock[0] += KEYS_RETRY_S
+        tokens = [f"Bearer {other.sign(sub=f'{n}')}" for n in range(3 * MAX_LOGIN_FAILURES)]
+        results = await asyncio.gather(*map(logins.user, tokens), return_exceptions=True)
+        assert results.count(None) == MAX_LOGIN_FAILURES
+        refused = [result for result in results if isinstance(result, TooManyRequests)]
+        assert len(refused) == 2 * MAX_LOGIN_FAILURES
+        assert max(error.retry_after or 0 for error in refused) <= RECOVERY_S
+
+
+async def test_right_tokens_pass_while_their_address_has_failed_too_often(tmp_path: Path) -> None:
+    """Nobody guesses a token, and one broken job must not lock out those behind its address."""
+    async with kit(tmp_path) as one:
+        for number in range(MAX_LOGIN_FAILURES):
+            assert await one.user(basic("ann", f"wrong {number}")) is None
+        with pytest.raises(TooManyRequests):
+            await one.user(basic("bob", "bob's"))
+        assert await one.user(f"Bearer {TOKEN}") == "ci"
+        assert await one.user(f"Bearer {KEY.sign(sub='job')}") == "k8s:job"
+        with pytest.raises(TooManyRequests):
+            await one.user("Bearer of-nobody-0123456789")
+
+
+async def test_requests_with_the_same_password_at_the_same_time_share_one_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks: list[bytes] = []
+    check = bcrypt.checkpw
+
+    def counted(password: bytes, stored: bytes) -> bool:
+        checks.append(password)
+        return check(password, stored)
+
+    monkeypatch.setattr(bcrypt, "checkpw", counted)
+    async with kit(tmp_path) as one:
+        users = await asyncio.gather(*(one.user(basic("ann", "ann's")) for _ in range(200)))
+        assert set(users) == {"ann"}
+        assert len(checks) == 1
+
+
+async def test_clock_that_was_ahead_locks_nobody_out_and_keeps_no_old_keys(tmp_path: Path) -> None:
+    async with kit(tmp_path) as one:
+        one.clock[0] = NOW + 7200
+        for number in range(MAX_LOGIN_FAILURES):
+            assert await one.user(basic("ann", f"wrong {number}")) is None
+        assert await one.user(f"Bearer {KEY.sign(sub='job', exp=NOW + 9000)}") == "k8s:job"
+        one.clock[0] = NOW
+        assert await one.user(basic("bob", "bob's")) == "bob"
+        rotated = Signer("two")
+        one.key_sets[:] = [key_set(rotated)]
+        assert await one.user(f"Bearer {rotated.sign(sub='job')}") == "k8s:job"

@@ -70,6 +70,23 @@ def test_what_cannot_be_read_does_not_count(
     assert file.content == ()
 
 
+def test_content_that_no_parser_expects_does_not_count(tmp_path: Path) -> None:
+    """Otherwise a user who was removed would stay, without end."""
+
+    def parse_or_fail(raw: bytes) -> ParsedFile[tuple[str, ...]]:
+        if b"secret" in raw:
+            raise LookupError(raw)
+        return parse(raw)
+
+    path = tmp_path / "words"
+    path.write_text("a b")
+    file = WatchedFile(("access", "users"), str(path), parse_or_fail, "write words")
+    file.read()
+    path.write_text("secret")
+    assert file.read() == (f"access.users: {path}: its content cannot be used: write words",)
+    assert (file.content, file.has_changed()) == ((), False)
+
+
 def test_strict_reading_refuses_what_is_wrong(tmp_path: Path) -> None:
     path = tmp_path / "words"
     path.write_text("a BAD WORSE")

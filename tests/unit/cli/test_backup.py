@@ -128,3 +128,18 @@ def test_damaged_names_are_brought_back_as_the_error_says(run: Run, tmp_path: Pa
     done = run(URL, "restore", target, more=HOSTED)
     assert (done.code, done.err) == (0, "")
     assert done.out == "1 images restored; 0 contents, 0B were not here\n"
+
+
+def test_backup_into_a_directory_that_others_may_read_says_so_in_one_line(
+    run: Run, tmp_path: Path
+) -> None:
+    push(tmp_path / "data")
+    target = tmp_path / "backup"
+    target.mkdir(mode=0o755)
+    target.chmod(0o755)
+    done = run(URL, "backup", str(target), more=HOSTED)
+    assert done.code == 0
+    (line,) = done.err.splitlines()
+    assert line.endswith(f"{target} can be read by other users of this machine: chmod 700 {target}")
+    target.chmod(0o700)
+    assert run(URL, "backup", str(target), more=HOSTED).err == ""

@@ -140,3 +140,26 @@ def test_serve_prints_the_warnings_before_it_starts(
     monkeypatch.setattr(processes, "run", lambda settings, _: 0)
     assert main(["serve", "m.yaml"]) == 0
     assert "'bob': nobody can log in with this name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rules", "by"),
+    [
+        ([("registry.example/team/s/**", ""), ("registry.example/**", "pull")], "access.rules[1]"),
+        ([("docker.io/team/**", "")], "access.anonymous_pull"),
+        ([("registry.example/team/**", "")], ""),
+        ([("registry.example/team/**", ""), ("registry.example/**", "")], ""),
+        ([("registry.example/**", ""), ("**", "pull")], ""),
+        ([("registry.example/team/**", "pull"), ("registry.example/**", "pull, push")], ""),
+        ([('docker.io/team/**", "docker.io/team', "")], ""),
+    ],
+)
+def test_refusal_of_all_below_a_repository_that_is_permitted_itself_gives_a_warning(
+    check: Check, rules: list[tuple[str, str]], by: str
+) -> None:
+    text = "".join(RULE.format(pattern, "anonymous", may) for pattern, may in rules)
+    code, lines = check(HUB + text)
+    found = [line for line in lines if "itself" in line]
+    assert code == 0, lines
+    assert len(found) == bool(by), lines
+    assert by in "".join(found)

@@ -84,11 +84,14 @@ def test_search_reads_few_rows_of_100_000_manifests(names: sqlite3.Connection) -
     assert find_subjects(names, APP, CONFIG) == [IMAGE]
     names.set_progress_handler(None, 0)
     assert steps < 100, "thousands of instructions of SQLite"
-    values = {"repository": APP, "names": json.dumps([str(CONFIG)]), "count": 1}
+    values = {"repository": APP, "names": json.dumps([str(CONFIG)]), "count": 1, "least": 0}
     for query, index in (
         (subject_rows._SUBJECTS, "PRIMARY KEY (repository=? AND digest=?)"),
         (subject_rows._SUBJECT_TAGS, "tags_by_digest (repository=? AND digest=? AND tag>? AND"),
-        (subject_rows._MANIFESTS_ABOVE, "parts_by_digest (repository=? AND digest=?)"),
+        (
+            subject_rows._MANIFESTS_ABOVE,
+            "parts_by_digest (repository=? AND digest=? AND is_manifest>?)",
+        ),
     ):
         plan = [row[3] for row in names.execute(f"EXPLAIN QUERY PLAN {query}", values)]
         assert plan[0].startswith("SCAN n VIRTUAL TABLE"), plan

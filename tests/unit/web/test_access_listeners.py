@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from multidict import CIMultiDict
 
 from mirror.observability.events import HostedChange, Outcome
 from mirror.oci.descriptor import OCI_MANIFEST
@@ -394,6 +395,68 @@ async def test_no_fast_path_serves_what_new_rules_refuse(tmp_path: Path) -> None
                 assert (await both.pull(path)).status == 403, path
 
 
+async def test_only_what_everybody_may_pull_is_public_for_shared_caches(tmp_path: Path) -> None:
+    """Otherwise a cache in front gives it to everybody (RFC 9111, sections 3.5 and 5.2.2)."""
+    rules = (rule(f"{HOST}/public/**", "ci", "pull", "push"), *RULES)
+    async with FakeRegistry() as upstream:
+        for name in ("secret/app", "library/app"):
+            upstream.add_blob(LAYER, name)
+            upstream.add_manifest(manifest_of(LAYER), name, "v1")
+        more = {"catalog": True}
+        async with both_listeners(tmp_path, *rules, endpoints=(upstream.url,), more=more) as both:
+            for name in ("team/app", "public/app"):
+                await push_image(both, name)
+            mirror, push = PushClient(both.server, url=both.server.url), both.push
+            for client, repository, is_public in (
+                (mirror, "library/app", True),
+                (mirror, "secret/app", False),
+                (mirror, f"{HOST}/public/app", True),
+                (mirror, f"{HOST}/team/app", False),
+                (push, "public/app", True),
+                (push, "team/app", False),
+            ):
+                await _check_caching(client, repository, is_public=is_public)
+            for client, path in (
+                (mirror, f"/v2/_catalog?ns={HOST}"),
+                (push, "/v2/_catalog"),
+                (push, "/v2/"),
+            ):
+                for fields in ({"Authorization": CI}, {}):
+                    reply = await client.ask("GET", path, None, fields)
+                    assert _find_scope(reply) == {"private", "Authorization"}, path
+
+
+async def _check_caching(client: PushClient, repository: str, *, is_public: bool) -> None:
+    """Send each kind of request for a repository, and check which caches may store the response."""
+    manifest, by_digest = Digest.of(manifest_of(LAYER)), ("blobs/", "manifests/sha256:")
+    for path in (
+        f"blobs/{Digest.of(LAYER)}",
+        f"manifests/{manifest}",
+        "manifests/v1",
+        "tags/list",
+        f"referrers/{manifest}",
+        "manifests/absent",
+    ):
+        for more in ({}, {"Range": "bytes=0-3"}, {"If-None-Match": f'"{manifest}"'}):
+            for user in (CI, None):
+                fields = {**more, **({} if user is None else {"Authorization": user})}
+                for method in ("GET", "HEAD"):
+                    reply = await client.ask(method, f"/v2/{repository}/{path}", None, fields)
+                    scope = _find_scope(reply)
+                    if not is_public:
+                        assert scope == {"private", "Authorization"}, (repository, path, fields)
+                    elif reply.status in (200, 206, 304) and path.startswith(by_digest):
+                        assert scope == {"public"}, (repository, path, fields)
+                    else:
+                        assert not scope, (repository, path, fields)
+
+
+def _find_scope(reply: Reply) -> set[str]:
+    """Return which caches may store a response, and whether they must tell users apart."""
+    fields = f"{reply.headers.get('Cache-Control', '')}, {reply.headers.get('Vary', '')}"
+    return {"public", "private", "Authorization"} & set(fields.split(", "))
+
+
 async def test_without_the_default_rule_nothing_is_pulled_that_no_rule_fits(tmp_path: Path) -> None:
     async with both_listeners(tmp_path, *RULES, anonymous_pull=False) as both:
         assert (await both.pull("/v2/library/app/manifests/v1")).status == 403
@@ -545,3 +608,13 @@ async def test_user_who_is_removed_from_the_file_can_do_nothing_more(
         both.reload_files()
         assert (await both.ask("GET", "/v2/", CI)).status == 401
         assert (await both.ask("GET", "/v2/", basic("ci", "new"))).status == 200
+
+
+async def test_request_with_two_authorization_fields_is_refused_at_both_listeners(
+    tmp_path: Path,
+) -> None:
+    async with both_listeners(tmp_path) as both:
+        for url in (both.push.url, both.server.url):
+            fields = CIMultiDict([("Authorization", CI), ("Authorization", READER)])
+            reply = await PushClient(both.server, url=url).ask("GET", "/v2/", None, fields)
+            assert reply.status == 400, url
