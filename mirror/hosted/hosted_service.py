@@ -147,11 +147,9 @@ class HostedService:
             return False
 
         def mount(connection: Connection) -> ManifestRow | None:
-            size = name_rows.mount_blob(connection, source, repository, digest, self._now())
-            if size is None:
-                return None
-            upload_rows.check_quota(connection, repository, self.settings)
-            return ManifestRow(digest, OCTET_STREAM, size)
+            with upload_rows.within_quota(connection, repository, self.settings):
+                size = name_rows.mount_blob(connection, source, repository, digest, self._now())
+            return None if size is None else ManifestRow(digest, OCTET_STREAM, size)
 
         return await self._change(mount, "mount", repository, actor) is not None
 
@@ -294,10 +292,10 @@ class HostedService:
 
         def record(connection: Connection) -> ManifestRow:
             check(connection)
-            name_rows.add_manifest(
-                connection, repository, manifest, all_tags, self._now(), actor.user
-            )
-            upload_rows.check_quota(connection, repository, self.settings)
+            with upload_rows.within_quota(connection, repository, self.settings):
+                name_rows.add_manifest(
+                    connection, repository, manifest, all_tags, self._now(), actor.user
+                )
             return ManifestRow(digest, manifest.media_type, manifest.size)
 
         names = [str(tag) for tag in all_tags] or [""]

@@ -52,8 +52,8 @@ def restore_blob(
         now: Seconds since the epoch.
         hosted: The quota.
     """
-    name_rows.add_blob(connection, repository, digest, size, now)
-    upload_rows.check_quota(connection, repository, hosted)
+    with upload_rows.within_quota(connection, repository, hosted):
+        name_rows.add_blob(connection, repository, digest, size, now)
 
 
 def restore_manifest(
@@ -77,8 +77,8 @@ def restore_manifest(
         QuotaExceeded: The quota is used up.
     """
     name_rows.check_parts(connection, repository, manifest, may_be_sparse=True)
-    name_rows.add_manifest(connection, repository, manifest, [], now, "")
-    upload_rows.check_quota(connection, repository, hosted)
+    with upload_rows.within_quota(connection, repository, hosted):
+        name_rows.add_manifest(connection, repository, manifest, [], now, "")
 
 
 def restore_saved_manifest(
@@ -96,6 +96,11 @@ def restore_saved_manifest(
 
     Raises ``QuotaExceeded``.
     """
+    with upload_rows.within_quota(connection, row.repository, hosted):
+        _insert_saved(connection, row, manifest)
+
+
+def _insert_saved(connection: Connection, row: SavedManifest, manifest: PushedManifest) -> None:
     connection.execute(
         "INSERT INTO manifests (repository, digest, media_type, artifact_type, subject, size,"
         " annotations, pushed_at, pushed_by, pulled_at, orphaned_at)"
@@ -115,7 +120,6 @@ def restore_saved_manifest(
         "INSERT INTO parts VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
         [(row.repository, str(row.digest), str(part)) for part in manifest.parts],
     )
-    upload_rows.check_quota(connection, row.repository, hosted)
 
 
 def set_tag(

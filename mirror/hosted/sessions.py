@@ -298,17 +298,16 @@ class UploadSessions:
             QuotaExceeded: The quota has no room for it. What was published is no more than cache.
             StorageUnavailable: The disk refuses.
         """
-        writer, upload_id = feed.writer, feed.row.id
+        writer, upload_id, repository = feed.writer, feed.row.id, feed.row.repository
         await writer.flush()
         feed.has_ended = True
         size = writer.position
 
         def record(connection: Connection) -> None:
-            if size > feed.reserved:
-                upload_rows.reserve(connection, upload_id, size, self._hosted)
-            if not upload_rows.end_upload(connection, upload_id):
-                raise UploadUnknown(_GONE)  # It had to give way to another one, or was cancelled.
-            name_rows.add_blob(connection, feed.row.repository, digest, size, self._now())
+            with upload_rows.within_quota(connection, repository, self._hosted):
+                if not upload_rows.end_upload(connection, upload_id):
+                    raise UploadUnknown(_GONE)  # It had to give way to another one.
+                name_rows.add_blob(connection, repository, digest, size, self._now())
 
         with ContentHold(self._layout) as hold:
             publish = partial(self._publish, upload_id, writer, digest, hold)

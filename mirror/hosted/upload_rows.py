@@ -6,6 +6,8 @@ Must not know: threads, files.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from sqlite3 import Connection
 from typing import Final
@@ -110,20 +112,41 @@ def check_quota(connection: Connection, repository: str, hosted: Hosted) -> None
 
     Raises :class:`QuotaExceeded`.
     """
+    for key, used, quota in _quotas(connection, repository, hosted):
+        if sum(used) > quota:
+            raise _exceeded(key, used, quota)
+
+
+@contextmanager
+def within_quota(connection: Connection, repository: str, hosted: Hosted) -> Iterator[None]:
+    """Check that the block adds no byte above the quota of a repository, or of all.
+
+    A block that adds nothing passes, so a tag can be put back however full the quota is.
+
+    Raises :class:`QuotaExceeded`.
+    """
+    before = {key: sum(used) for key, used, _ in _quotas(connection, repository, hosted)}
+    yield
+    for key, used, quota in _quotas(connection, repository, hosted):
+        if sum(used) > max(quota, before[key]):
+            raise _exceeded(key, used, quota)
+
+
+def _quotas(
+    connection: Connection, repository: str, hosted: Hosted
+) -> Iterator[tuple[str, tuple[float, float], int]]:
+    """Iterate the quotas: key, bytes of content and bytes reserved by uploads, bytes at most."""
     used = connection.execute(
         "SELECT (SELECT bytes FROM totals), (SELECT total(reserved) FROM uploads)"
     ).fetchone()
-    if used[0] + used[1] > hosted.max_size:
-        raise _exceeded("hosted.max_size", used, hosted.max_size)
-    if hosted.max_repository_size is None:
-        return
-    used = connection.execute(
-        "SELECT (SELECT total(bytes) FROM repositories WHERE name = ?),"
-        " (SELECT total(reserved) FROM uploads WHERE repository = ?)",
-        (repository, repository),
-    ).fetchone()
-    if used[0] + used[1] > hosted.max_repository_size:
-        raise _exceeded("hosted.max_repository_size", used, hosted.max_repository_size)
+    yield "hosted.max_size", used, hosted.max_size
+    if hosted.max_repository_size is not None:
+        used = connection.execute(
+            "SELECT (SELECT total(bytes) FROM repositories WHERE name = ?),"
+            " (SELECT total(reserved) FROM uploads WHERE repository = ?)",
+            (repository, repository),
+        ).fetchone()
+        yield "hosted.max_repository_size", used, hosted.max_repository_size
 
 
 def _exceeded(key: str, used: tuple[float, float], quota: int) -> QuotaExceeded:
