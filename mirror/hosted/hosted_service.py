@@ -151,7 +151,8 @@ class HostedService:
                 size = name_rows.mount_blob(connection, source, repository, digest, self._now())
             return None if size is None else ManifestRow(digest, OCTET_STREAM, size)
 
-        return await self._change(mount, "mount", repository, actor) is not None
+        change = self.uploads.with_room(mount, repository, actor.user)
+        return await self._change(change, "mount", repository, actor) is not None
 
     async def blob_size(self, repository: str, digest: Digest) -> int:
         """Return the bytes of a blob. Raises ``BlobUnknown``, also if its content is lost.
@@ -299,9 +300,11 @@ class HostedService:
             return ManifestRow(digest, manifest.media_type, manifest.size)
 
         names = [str(tag) for tag in all_tags] or [""]
+        change = self.uploads.with_room(record, repository, actor.user)
+        await self.uploads.make_room_on_disk(repository, actor.user, len(body))
         with ContentHold(self._store.layout) as hold:
             await self._publish_body(digest, body, hold)
-            await self._change(record, "push", repository, actor, names, hold)
+            await self._change(change, "push", repository, actor, names, hold)
         return manifest
 
     async def _publish_body(self, digest: Digest, body: bytes, hold: ContentHold) -> None:
