@@ -53,7 +53,8 @@ async def find_hosted_garbage(
         return []
     database = await Database.open(layout.hosted_names)
     try:
-        found = await find_needless(database, now, hosted.grace if grace is None else grace)
+        seconds = hosted.grace if grace is None else grace
+        found = await find_needless(database, layout, now, seconds)
     finally:
         await database.close()
     return [_item(hosted, row, row.size) for row in found]
@@ -112,7 +113,9 @@ async def collect_hosted(
         OSError: Another process does not release the eviction lock.
     """
     now = store.now()
-    collected = await collect(database, now, grace, partial(_change, hosted, now, actor))
+    collected = await collect(
+        database, store.layout, now, grace, partial(_change, hosted, now, actor)
+    )
     removal = await _remove_files(store, database, read_inventory)
     freed = dict(removal.sizes)
     report = CleaningReport()
