@@ -63,7 +63,9 @@ _SILENT_S: Final = 5.0
 _LOCK_TRIES: Final = 5
 """Tries to lock an upload that no request of this process feeds."""
 _LOCK_INTERVAL_S: Final = 0.01
-"""Seconds between them. Others have the lock for about a millisecond."""
+"""Seconds between them. Others have the lock for a millisecond."""
+_MAX_BYTES: Final = 1 << 60
+"""Bytes that no quota has: a client may state more than a row can hold."""
 _ROW_BYTES: Final = 1024 * 1024
 """Bytes of the disk that are kept free to begin an upload, and to record it."""
 _MEMORY_BYTES: Final = 8 * 1024 * 1024
@@ -140,7 +142,7 @@ class UploadSessions:
         """
         upload_id = secrets.token_hex(16)
         row = UploadRow(
-            *(upload_id, repository, user, size or 0, self._boot, self._now()),
+            *(upload_id, repository, user, min(size or 0, _MAX_BYTES), self._boot, self._now()),
             owner=user if owner is None else owner,
         )
 
@@ -235,7 +237,7 @@ class UploadSessions:
                 message = f"the upload has {position} bytes, and the chunk begins at {start}"
                 raise UploadOutOfOrder(message, position)
             if size is not None:
-                await feed.reserve(position + size)
+                await feed.reserve(min(position + size, _MAX_BYTES))
         except BaseException:
             feed.close()
             raise
