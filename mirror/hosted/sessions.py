@@ -61,11 +61,10 @@ _ABANDONED_S: Final = 3600.0
 _SILENT_S: Final = 5.0
 """Seconds without a byte after which a newer request of the user takes an upload over."""
 _LOCK_TRIES: Final = 5
-"""Tries to lock an upload that no request of this process feeds."""
 _LOCK_INTERVAL_S: Final = 0.01
-"""Seconds between them. Others have the lock for a millisecond."""
+"""Seconds between two tries to lock an upload. A look at it has the lock for a millisecond."""
 _MAX_BYTES: Final = 1 << 60
-"""Bytes that no quota has: a client may state more than a row can hold."""
+"""Bytes that no quota has. A client may state more than a row can hold."""
 _ROW_BYTES: Final = 1024 * 1024
 """Bytes of the disk that are kept free to begin an upload, and to record it."""
 _MEMORY_BYTES: Final = 8 * 1024 * 1024
@@ -73,8 +72,7 @@ _MEMORY_BYTES: Final = 8 * 1024 * 1024
 
 More would not make a push faster: the disk takes batches of this size well."""
 _MAX_KNOWN: Final = 1000
-"""Uploads that are remembered between two of their requests. Of any other one, the row is read
-again, and its bytes are hashed once more from the disk when it is finished."""
+"""Uploads that are remembered between two requests. The bytes of others are hashed once more."""
 _GONE: Final = "there is no such upload: it was finished, cancelled or abandoned"
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from mirror.hosted import collection_rows
 from mirror.hosted.collection import collect
+from mirror.hosted.collection_rows import MAX_PUSH_S
 from mirror.hosted.name_rows import USE_STEP_S
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
 from mirror.oci.errors import MirrorError, PartsUnknown
@@ -137,7 +138,7 @@ async def push_beside_collections(kit: HostedKit, seed: int, rounds: int) -> Non
             )
             await remove_released(kit)
             if pick.random() < 0.2:  # Then clients may have been told too long ago.
-                kit.clock[0] += USE_STEP_S + 1
+                kit.clock[0] += MAX_PUSH_S + USE_STEP_S + 1
 
     async def back_up() -> None:
         for number in range(BACKUPS):

@@ -57,9 +57,7 @@ async def test_mount_above_the_quota_of_its_repository_is_refused(tmp_path: Path
 
 
 @pytest.mark.parametrize("size", [2**62, 2**63 - 1, 2**63, 2**64, 10**30])
-async def test_length_beyond_all_numbers_is_refused_by_the_quota(
-    tmp_path: Path, size: int
-) -> None:
+async def test_length_beyond_all_numbers_is_refused_by_the_quota(tmp_path: Path, size: int) -> None:
     async with hosted_kit(tmp_path) as kit:
         uploads = kit.service.uploads
         with pytest.raises(QuotaExceeded):
