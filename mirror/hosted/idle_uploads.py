@@ -9,8 +9,8 @@ file. So an upload whose lock is free is fed by nobody, in no process, and what 
 beyond its length is of a process that has died. An upload ends in the transaction of the change
 that needs its room: its file is locked, its row is deleted, the change is made, and the file is
 removed before it is unlocked. If the change is refused anyway, nothing has ended. A client may be
-between two of its requests. So an upload gives way to its own user and repository after some
-seconds, and to others after a minute.
+between two of its requests. So an upload gives way to its own user and repository after a
+moment, and to others after a minute.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from mirror.store.layout import Layout
 
 T = TypeVar("T")
 
-OWN_IDLE_S: Final = 2.0
-"""Seconds after which an upload gives way to another one of its owner and repository. A client that
-begins again waits longer, and one that goes on with its next request sends that at once."""
+OWN_IDLE_S: Final = 0.2
+"""Seconds after which an upload gives way to another one of its owner and repository. The longest
+idle one goes first: so one between two requests goes only if no broken attempt has enough bytes."""
 OTHERS_IDLE_S: Final = 60.0
 """Seconds after which an upload gives way to others."""
 _STARTING_S: Final = 5.0

@@ -142,7 +142,7 @@ async def test_uploads_give_way_to_their_own_push_first_and_only_as_many_as_need
     tmp_path: Path,
 ) -> None:
     async with hosted_kit(tmp_path, max_size="2MB") as kit:
-        young = await leave(kit, idle=1, user="ci")
+        young = await leave(kit, idle=0.1, user="ci")
         own = [await leave(kit, idle=idle, user="ci") for idle in (30, 50)]
         neighbour = await leave(kit, idle=70, user="ann")
         other = await leave(kit, idle=9000, repository="other")
