@@ -115,7 +115,7 @@ class IdleUploads:
         if self.release_surplus(upload_rows.all_uploads(self._connection)):
             with suppress(QuotaExceeded):
                 return self._try(change)
-        found = [one for one in self._find() if one.row.reserved]
+        found = [one for one in self._find() if one.row.reserved and one.length]
         candidates = _in_order(found, repository, owner)
         if not self._would_help(change, candidates):
             raise refusal
