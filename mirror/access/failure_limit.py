@@ -47,8 +47,9 @@ class FailureLimit:
 
     def _count(self, network: str, now: float) -> float:
         failures, last = self._failures.get(network, (0.0, now))
-        # A failure in the future: the clock was set back, and nobody knows how long ago it was.
-        return max(0.0, failures - abs(now - last) / RECOVERY_S)
+        if now < last:  # The clock was set back. Nothing is forgiven, and it counts from now on.
+            self._failures[network] = failures, now
+        return max(0.0, failures - max(0.0, now - last) / RECOVERY_S)
 
 
 def counted_address(client: str) -> str:

@@ -106,6 +106,8 @@ def run(arguments: argparse.Namespace) -> int:
             print_line(json.dumps(item.row()))
     else:
         _print(report, grace)
+        if failure is None:
+            _print_uploads(settings)
     if failure is not None:
         raise failure
     return exit_code(report)
@@ -123,6 +125,21 @@ def _print(report: CleaningReport, grace: float) -> None:
     if young:
         less = "" if grace <= MIN_GRACE_S else " (--grace 10m for less)"
         print_line(f"{size_text(young)} stay: {YOUNG} {age_text(grace)}{less}")
+
+
+def _print_uploads(settings: Settings) -> None:
+    """Say what uploads in progress take up: a collection leaves them alone."""
+    from mirror.inventory.hosted_names import read_uploads
+
+    if settings.hosted is None:
+        return
+    uploads = read_uploads(layout_of(settings), settings.hosted.name)
+    size = sum(upload.size for upload in uploads)
+    if size:
+        print_line(
+            f"{size_text(size)} are of {len(uploads)} uploads in progress, which end after a day"
+            " without a byte (oci-mirror ls --uploads, rm --upload ID)"
+        )
 
 
 async def _collect(settings: Settings, inventory: Inventory, grace: float) -> CleaningReport:

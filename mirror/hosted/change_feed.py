@@ -111,13 +111,13 @@ class ChangeFeed:
         """
         await self._forget(self._settled)
         self._settled, self._told = self._told, []
-        before = self._now() - RETAKE_S
-        while await self._database.read(partial(change_rows.has_changes, before=before)):
+        has_changes = partial(change_rows.has_changes, now=self._now(), timeout=RETAKE_S)
+        while await self._database.read(has_changes):
             take = partial(
                 change_rows.take_changes,
                 registry=self._registry,
                 now=self._now(),
-                before=before,
+                timeout=RETAKE_S,
                 count=_CHANGES_AT_ONCE,
             )
             self._tell(await self._database.write(take, is_durable=False, is_removal=True))

@@ -19,6 +19,8 @@ from mirror.oci.reference import Digest, Repository, Tag
 
 UNTAKEN: Final = 0.0
 """``taken_at`` of a change that no process tells its observers yet."""
+# Processes read the clock before they write: one may have taken a change a moment after our time.
+_IS_FREE: Final = "taken_at NOT BETWEEN :now - :timeout AND :now + :timeout"
 
 
 def change_of(
@@ -71,14 +73,14 @@ def record_change(connection: Connection, change: HostedChange, taken_at: float 
     )
 
 
-def has_changes(connection: Connection, before: float) -> bool:
-    """Return whether there are changes that no process has taken since ``before``."""
-    query = "SELECT 1 FROM changes WHERE taken_at < ? LIMIT 1"
-    return connection.execute(query, (before,)).fetchone() is not None
+def has_changes(connection: Connection, now: float, timeout: float) -> bool:
+    """Return whether there are changes that no living process tells. See :func:`take_changes`."""
+    query = f"SELECT 1 FROM changes WHERE {_IS_FREE} LIMIT 1"  # noqa: S608 - our own text
+    return connection.execute(query, {"now": now, "timeout": timeout}).fetchone() is not None
 
 
 def take_changes(
-    connection: Connection, registry: str, now: float, before: float, count: int
+    connection: Connection, registry: str, now: float, timeout: float, count: int
 ) -> list[HostedChange]:
     """Take the oldest changes, to tell of them. No other process gets them meanwhile.
 
@@ -86,13 +88,14 @@ def take_changes(
         connection: The database.
         registry: Name of the hosted repositories.
         now: Seconds since the epoch.
-        before: A process that has taken a change before this, and not removed it, has died.
+        timeout: Seconds after which a process that has taken a change, and not removed it, has
+            died. So has one that has taken it as long after now: the clock was set back.
         count: Changes at most.
     """
     rows = connection.execute(
-        "SELECT id, action, repository, digest, tag, media_type, size, user, client, at"
-        " FROM changes WHERE taken_at < ? ORDER BY rowid LIMIT ?",
-        (before, count),
+        "SELECT id, action, repository, digest, tag, media_type, size, user, client, at"  # noqa: S608 - our own text
+        f" FROM changes WHERE {_IS_FREE} ORDER BY rowid LIMIT :count",
+        {"now": now, "timeout": timeout, "count": count},
     ).fetchall()
     connection.executemany(
         "UPDATE changes SET taken_at = ? WHERE id = ?", [(now, row[0]) for row in rows]

@@ -7,8 +7,10 @@ Theory of operation: there is no mark phase. ``parts`` says at any time which ma
 content, and a row is deleted in the same transaction that finds that none does. A push checks the
 parts of a manifest in its transaction, too. So the two cannot overtake each other. What a client
 was told of and has not used yet (a blob that it has pushed, mounted, or found by ``HEAD``) is
-needed for the grace time. Files go last, and only after the rows are durably gone: the store
-keeps each content of which ``store/hosted_contents.py`` finds a row, also one of a running backup.
+needed for the grace time, and for a day longer while clients push to the repository: the layers of
+an image may take longer than that, and its manifest comes last. Files go last, and only after the
+rows are durably gone: the store keeps each content of which ``store/hosted_contents.py`` finds a
+row, also one of a running backup.
 """
 
 from __future__ import annotations
@@ -16,15 +18,19 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from sqlite3 import Connection
 from typing import Final
 
-from mirror.hosted import collection_rows
+from mirror.hosted import collection_rows, upload_files, upload_rows
 from mirror.hosted.change_rows import record_change
-from mirror.hosted.collection_rows import NeedlessRow, cutoff_of
+from mirror.hosted.collection_rows import Cutoff, NeedlessRow
 from mirror.hosted.database import Database
+from mirror.hosted.upload_rows import UploadRow
 from mirror.observability.hosted_events import HostedChange
+from mirror.store.layout import Layout
+from mirror.threads import run_in_thread
 
 _ROWS_PER_WRITE: Final = 100
 """Rows of one transaction, in which no push can commit: about 15 ms."""
@@ -33,18 +39,49 @@ ChangeOf = Callable[[NeedlessRow], HostedChange]
 """Returns what is recorded of the deletion of a row, in the same transaction."""
 
 
-async def find_needless(database: Database, now: float, grace: float) -> list[NeedlessRow]:
+async def find_needless(
+    database: Database, layout: Layout, now: float, grace: float
+) -> list[NeedlessRow]:
     """Return the rows that a collection would remove now. No push waits for it.
 
     Args:
         database: The names.
+        layout: Has the uploads in progress.
         now: Seconds since the epoch.
         grace: Seconds for which what nothing needs is kept after its last use.
     """
-    return await database.read(partial(_collect_in_copy, cutoff=cutoff_of(now, grace)))
+    cutoff = await _find_cutoff(database, layout, now, grace)
+    return await database.read(partial(_collect_in_copy, cutoff=cutoff))
 
 
-def _collect_in_copy(connection: Connection, cutoff: float) -> list[NeedlessRow]:
+async def _find_cutoff(database: Database, layout: Layout, now: float, grace: float) -> Cutoff:
+    """Return until when rows must have been unused, and the repositories that are pushed to.
+
+    A push that is older than the grace time and goes on has fed an upload within it, or has ended
+    one. The uploads are looked at first: one that ends meanwhile is a blob that has just been used.
+    """
+    cutoff = Cutoff.of(now, grace)
+    uploads = await database.read(upload_rows.all_uploads)
+    fed = [one.repository for one in await run_in_thread(_fed_since, layout, uploads, cutoff.at)]
+    used = await database.read(partial(collection_rows.repositories_with_uses, since=cutoff.at))
+    return replace(cutoff, pushed_to=frozenset(used.union(fed)))
+
+
+def _fed_since(layout: Layout, uploads: list[UploadRow], since: float) -> list[UploadRow]:
+    """Return the uploads that got bytes since a time, or are about to become a blob. Blocks."""
+    found = []
+    for upload in uploads:
+        try:
+            status = upload_files.path_of(layout, upload.id).lstat()
+        except FileNotFoundError:
+            found.append(upload)
+        else:
+            if status.st_mtime >= since:
+                found.append(upload)
+    return found
+
+
+def _collect_in_copy(connection: Connection, cutoff: Cutoff) -> list[NeedlessRow]:
     """Collect in a copy of the database, which SQLite keeps in a temporary file. Blocks."""
     everything = 2**62
     found: list[NeedlessRow] = []
@@ -57,7 +94,7 @@ def _collect_in_copy(connection: Connection, cutoff: float) -> list[NeedlessRow]
 
 
 async def collect(
-    database: Database, now: float, grace: float, change_of: ChangeOf
+    database: Database, layout: Layout, now: float, grace: float, change_of: ChangeOf
 ) -> list[NeedlessRow]:
     """Remove what nothing needs. Returns it.
 
@@ -65,11 +102,12 @@ async def collect(
 
     Args:
         database: The names.
+        layout: Has the uploads in progress.
         now: Seconds since the epoch.
         grace: Seconds for which what nothing needs is kept after its last use.
         change_of: Returns what is recorded of the deletion of a row.
     """
-    cutoff = cutoff_of(now, grace)
+    cutoff = await _find_cutoff(database, layout, now, grace)
     collected: list[NeedlessRow] = []
 
     def delete_recorded(connection: Connection, rows: list[NeedlessRow]) -> list[NeedlessRow]:

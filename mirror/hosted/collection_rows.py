@@ -16,9 +16,11 @@ does: the tag keeps it until it is orphaned, and goes with it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from sqlite3 import Connection
+from typing import Final
 
 from mirror.hosted import name_rows
 from mirror.hosted.content_row import ContentRow
@@ -35,12 +37,40 @@ class NeedlessRow(ContentRow):
     is_manifest: bool
 
 
-def cutoff_of(now: float, grace: float) -> float:
-    """Return the latest ``used_at`` (seconds since the epoch) at which an unused row may go now.
+MAX_PUSH_S: Final = 86400.0
+"""Seconds (one day) for which the blobs of a push wait at most for the slowest one of them."""
 
-    A use is recorded only once in :data:`USE_STEP_S`, so that is added to ``grace`` (seconds).
+
+@dataclass(frozen=True, slots=True)
+class Cutoff:
+    """Until when a row must have been unused to go now."""
+
+    at: float
+    """Seconds since the epoch."""
+    pushed_to: frozenset[str] = frozenset()
+    """Repositories that clients push to. Their blobs stay for a day longer: a push may send another
+    layer for longer than the grace time, and names all of them at its end."""
+
+    @classmethod
+    def of(cls, now: float, grace: float) -> Cutoff:
+        """Return the cutoff of a collection.
+
+        A use is recorded only once in :data:`USE_STEP_S`, so that is added to ``grace`` (seconds).
+        """
+        return cls(now - grace - USE_STEP_S)
+
+    def of_blobs(self, repository: str) -> float:
+        """Return the time before which the last use of a blob of a repository must have been."""
+        return self.at - (MAX_PUSH_S if repository in self.pushed_to else 0.0)
+
+
+def repositories_with_uses(connection: Connection, since: float) -> set[str]:
+    """Return the repositories of which clients have pushed, mounted or asked for a blob.
+
+    ``since``: seconds since the epoch.
     """
-    return now - grace - USE_STEP_S
+    query = "SELECT DISTINCT repository FROM blobs WHERE used_at >= ?"
+    return {row[0] for row in connection.execute(query, (since,))}
 
 
 # --- orphans --------------------------------------------------------------------------------------
@@ -101,12 +131,12 @@ def mark_orphan(connection: Connection, repository: str, digest: Digest, at: flo
 # --- collection -----------------------------------------------------------------------------------
 
 
-def needless_manifests(connection: Connection, cutoff: float, count: int) -> list[NeedlessRow]:
+def needless_manifests(connection: Connection, cutoff: Cutoff, count: int) -> list[NeedlessRow]:
     """Return at most ``count`` orphaned manifests that nothing has used since ``cutoff``."""
     rows = connection.execute(
         "SELECT repository, digest, media_type, size FROM orphans WHERE orphaned_at < :cutoff"
         " AND max(pushed_at, pulled_at) < :cutoff ORDER BY repository, digest LIMIT :count",
-        {"cutoff": cutoff, "count": count},
+        {"cutoff": cutoff.at, "count": count},
     )
     return [
         NeedlessRow(row[0], Digest.parse(row[1]), row[2], row[3], is_manifest=True) for row in rows
@@ -114,14 +144,22 @@ def needless_manifests(connection: Connection, cutoff: float, count: int) -> lis
 
 
 def needless_blobs(
-    connection: Connection, cutoff: float, count: int, after: NeedlessRow | None
+    connection: Connection, cutoff: Cutoff, count: int, after: NeedlessRow | None
 ) -> list[NeedlessRow]:
     """Return at most ``count`` blobs after ``after`` that no manifest of their repository names."""
-    last = ("", "") if after is None else (after.repository, str(after.digest))
     rows = connection.execute(
         "SELECT repository, digest, size FROM unnamed_blobs"
-        " WHERE (repository, digest) > (?, ?) AND used_at < ? ORDER BY repository, digest LIMIT ?",
-        (*last, cutoff, count),
+        " WHERE (repository, digest) > (:repository, :digest) AND used_at < CASE"
+        " WHEN repository IN (SELECT value FROM json_each(:pushed_to)) THEN :earlier"
+        " ELSE :cutoff END ORDER BY repository, digest LIMIT :count",
+        {
+            "repository": "" if after is None else after.repository,
+            "digest": "" if after is None else str(after.digest),
+            "pushed_to": json.dumps(sorted(cutoff.pushed_to)),
+            "earlier": cutoff.at - MAX_PUSH_S,
+            "cutoff": cutoff.at,
+            "count": count,
+        },
     )
     return [
         NeedlessRow(row[0], Digest.parse(row[1]), OCTET_STREAM, row[2], is_manifest=False)
@@ -130,7 +168,7 @@ def needless_blobs(
 
 
 def delete_needless(
-    connection: Connection, rows: Sequence[NeedlessRow], cutoff: float
+    connection: Connection, rows: Sequence[NeedlessRow], cutoff: Cutoff
 ) -> list[NeedlessRow]:
     """Delete rows that are still needless. Returns them.
 
@@ -140,12 +178,17 @@ def delete_needless(
     Args:
         connection: The database.
         rows: The rows.
-        cutoff: See :func:`cutoff_of`.
+        cutoff: Until when they must have been unused.
     """
     deleted = []
     for row in rows:
-        values = {"repository": row.repository, "digest": str(row.digest), "cutoff": cutoff}
+        values: dict[str, object] = {
+            "repository": row.repository,
+            "digest": str(row.digest),
+            "cutoff": cutoff.at,
+        }
         if not row.is_manifest:
+            values["cutoff"] = cutoff.of_blobs(row.repository)
             found = connection.execute(
                 "DELETE FROM blobs WHERE repository = :repository AND digest ="
                 " (SELECT digest FROM unnamed_blobs WHERE repository = :repository"

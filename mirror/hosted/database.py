@@ -143,9 +143,12 @@ class Database:
         result: T = write.future.result()
         return result
 
-    def write_later(self, change: Callable[[Connection], T]) -> asyncio.Future[T]:
+    def write_later(
+        self, change: Callable[[Connection], T], *, is_removal: bool = False
+    ) -> asyncio.Future[T]:
         """Make a change soon, without waiting. Not durable. The future need not be waited for."""
-        write = _Write(change, is_durable=False, future=self._loop.create_future())
+        future = self._loop.create_future()
+        write = _Write(change, is_durable=False, future=future, is_removal=is_removal)
         self._waiting.append(write)
         self._writing.submit(self._commit_waiting)
         return write.future

@@ -16,7 +16,7 @@ from mirror.hosted.change_feed import ChangeFeed
 from mirror.hosted.content_row import ContentRow
 from mirror.hosted.database import Database
 from mirror.hosted.immutable_tags import ImmutableTagRules
-from mirror.hosted.sessions import disk_errors
+from mirror.hosted.sessions import UploadSessions, disk_errors
 from mirror.observability.hosted_events import Actor
 from mirror.oci.errors import BlobUnknown
 from mirror.oci.headers import OCTET_STREAM
@@ -36,6 +36,7 @@ class HostedBlobs:
         hosted: Hosted,
         database: Database,
         store: Store,
+        uploads: UploadSessions,
         changes: ChangeFeed,
         immutable_tags: ImmutableTagRules,
         now: Callable[[], float],
@@ -46,6 +47,7 @@ class HostedBlobs:
             hosted: The quota, and the grace time.
             database: The names.
             store: The content.
+            uploads: Give way to what needs their room.
             changes: Records each change, and tells of it.
             immutable_tags: The tags that keep what they name.
             now: Returns the seconds since the epoch.
@@ -53,6 +55,7 @@ class HostedBlobs:
         self._settings = hosted
         self._database = database
         self._store = store
+        self._uploads = uploads
         self._changes = changes
         self._immutable_tags = immutable_tags
         self._now = now
@@ -66,13 +69,12 @@ class HostedBlobs:
             return False
 
         def mount(connection: Connection) -> ContentRow | None:
-            size = name_rows.mount_blob(connection, source, repository, digest, self._now())
-            if size is None:
-                return None
-            upload_rows.check_quota(connection, repository, self._settings)
-            return ContentRow(repository, digest, OCTET_STREAM, size)
+            with upload_rows.within_quota(connection, repository, self._settings):
+                size = name_rows.mount_blob(connection, source, repository, digest, self._now())
+            return None if size is None else ContentRow(repository, digest, OCTET_STREAM, size)
 
-        return bool(await self._changes.commit(mount, "mount", actor))
+        change = self._uploads.with_room(mount, repository, actor.user)
+        return bool(await self._changes.commit(change, "mount", actor))
 
     async def size(self, repository: str, digest: Digest) -> int:
         """Return the bytes of a blob. Raises ``BlobUnknown``, also if its content is lost.

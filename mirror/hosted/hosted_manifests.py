@@ -20,7 +20,7 @@ from mirror.hosted.database import Database
 from mirror.hosted.immutable_tags import ImmutableTagRules
 from mirror.hosted.name_rows import USE_STEP_S, ManifestRow
 from mirror.hosted.pushed_manifest import PushedManifest, read_pushed_manifest
-from mirror.hosted.sessions import disk_errors
+from mirror.hosted.sessions import UploadSessions, disk_errors
 from mirror.hosted.subject_rows import find_subjects
 from mirror.observability.hosted_events import Actor
 from mirror.oci.descriptor import MANIFEST_LIMIT
@@ -39,6 +39,7 @@ class HostedManifests:
         hosted: Hosted,
         database: Database,
         store: Store,
+        uploads: UploadSessions,
         changes: ChangeFeed,
         immutable_tags: ImmutableTagRules,
         now: Callable[[], float],
@@ -49,6 +50,7 @@ class HostedManifests:
             hosted: The quota, and what is accepted.
             database: The names.
             store: The content.
+            uploads: Give way to what needs their room.
             changes: Records each change, and tells of it.
             immutable_tags: The tags that keep what they name.
             now: Returns the seconds since the epoch.
@@ -56,6 +58,7 @@ class HostedManifests:
         self._settings = hosted
         self._database = database
         self._store = store
+        self._uploads = uploads
         self._changes = changes
         self._immutable_tags = immutable_tags
         self._now = now
@@ -111,17 +114,19 @@ class HostedManifests:
 
         def record(connection: Connection) -> PushedRow:
             check(connection)
-            name_rows.add_manifest(
-                connection, repository, manifest, all_tags, self._now(), actor.user
-            )
-            upload_rows.check_quota(connection, repository, self._settings)
+            with upload_rows.within_quota(connection, repository, self._settings):
+                name_rows.add_manifest(
+                    connection, repository, manifest, all_tags, self._now(), actor.user
+                )
             return PushedRow(
                 repository, digest, manifest.media_type, manifest.size, manifest.image_size
             )
 
+        change = self._uploads.with_room(record, repository, actor.user)
+        await self._uploads.make_room_on_disk(repository, actor.user, len(body))
         with ContentHold(self._store.layout) as hold:
             await self._publish_body(digest, body, hold)
-            await self._changes.commit(record, "push", actor, all_tags or [None], hold)
+            await self._changes.commit(change, "push", actor, all_tags or [None], hold)
         return manifest
 
     async def _publish_body(self, digest: Digest, body: bytes, hold: ContentHold) -> None:

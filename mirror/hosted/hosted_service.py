@@ -47,8 +47,9 @@ class HostedService:
         self.changes = ChangeFeed(database, hosted.name, now, emit)
         self.uploads = UploadSessions(hosted, database, store, now)
         immutable_tags = ImmutableTagRules(hosted)
-        self.blobs = HostedBlobs(hosted, database, store, self.changes, immutable_tags, now)
-        self.manifests = HostedManifests(hosted, database, store, self.changes, immutable_tags, now)
+        parts = (hosted, database, store, self.uploads)
+        self.blobs = HostedBlobs(*parts, self.changes, immutable_tags, now)
+        self.manifests = HostedManifests(*parts, self.changes, immutable_tags, now)
         self.lists = HostedLists(database, hosted.name)
 
     async def close(self) -> None:

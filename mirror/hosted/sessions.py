@@ -18,7 +18,6 @@ so the client has to send the bytes again.
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -27,18 +26,21 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from sqlite3 import Connection
-from typing import Final, TypeVar, TypeVarTuple
+from typing import Any, Final, TypeVar, TypeVarTuple
 
 from cachetools import LRUCache
 
 from mirror.config.settings import Hosted
 from mirror.hosted import name_rows, upload_files, upload_rows
+from mirror.hosted.abandoned_uploads import AbandonedUploads
 from mirror.hosted.database import Database
+from mirror.hosted.idle_uploads import IdleUploads
 from mirror.hosted.upload_feed import UploadFeed
 from mirror.hosted.upload_rows import UploadRow
 from mirror.hosted.upload_writer import RunningHash, UploadWriter
 from mirror.oci.errors import (
     DigestInvalid,
+    MirrorError,
     QuotaExceeded,
     StorageUnavailable,
     UploadOutOfOrder,
@@ -54,21 +56,23 @@ from mirror.threads import run_in_thread
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
 
-UPLOAD_TTL_S: Final = 86400.0
-"""Seconds (one day) without a byte after which an upload has ended."""
-EMPTY_UPLOAD_TTL_S: Final = 3600.0
-"""Seconds (one hour) after which an upload without a byte has ended. Clients send the first one at
-once."""
-_ORPHAN_TTL_S: Final = 60.0
-"""Seconds for which an upload may have a row without a file, or a file without a row: it begins, or
-ends."""
+_ABANDONED_S: Final = 3600.0
+"""Seconds (one hour) without a byte after which an upload ends before cached content is evicted."""
+_SILENT_S: Final = 5.0
+"""Seconds without a byte after which a newer request of the user takes an upload over."""
+_LOCK_TRIES: Final = 5
+_LOCK_INTERVAL_S: Final = 0.01
+"""Seconds between two tries to lock an upload. A look at it has the lock for a millisecond."""
+_MAX_BYTES: Final = 1 << 60
+"""Bytes that no quota has. A client may state more than a row can hold."""
+_ROW_BYTES: Final = 1024 * 1024
+"""Bytes of the disk that are kept free to begin an upload, and to record it."""
 _MEMORY_BYTES: Final = 8 * 1024 * 1024
 """Bytes of all uploads of a process that wait for the disk. Each may hold 256 KiB anyway.
 
 More would not make a push faster: the disk takes batches of this size well."""
 _MAX_KNOWN: Final = 1000
-"""Uploads that are remembered between two of their requests. Of any other one, the row is read
-again, and its bytes are hashed once more from the disk when it is finished."""
+"""Uploads that are remembered between two requests. The bytes of others are hashed once more."""
 _GONE: Final = "there is no such upload: it was finished, cancelled or abandoned"
 
 
@@ -99,6 +103,7 @@ class UploadSessions:
         self._store = store
         self._layout = store.layout
         self._now = now
+        self._abandoned = AbandonedUploads(database, store.layout, now)
         self._boot = boot_id()
         self._loop = asyncio.get_running_loop()
         self._memory = MemoryBudget(_MEMORY_BYTES)
@@ -135,21 +140,22 @@ class UploadSessions:
         """
         upload_id = secrets.token_hex(16)
         row = UploadRow(
-            *(upload_id, repository, user, size or 0, self._boot, self._now()),
+            *(upload_id, repository, user, min(size or 0, _MAX_BYTES), self._boot, self._now()),
             owner=user if owner is None else owner,
         )
 
-        def begin(connection: Connection) -> str | None:
-            ended = upload_rows.begin_upload(connection, row, self._hosted)
+        def begin(connection: Connection) -> None:
+            record = partial(upload_rows.begin_upload, row=row, hosted=self._hosted)
+            with IdleUploads(connection, self._layout, self._now()) as idle:
+                idle.make_slot(row)
+                idle.with_room(record, repository, row.owner)
             # Here, and not in a thread of its own: a push of small blobs waits for each thread. A
             # file whose row is not committed is removed like any other without a row.
             with disk_errors():
                 upload_files.create(self._layout, upload_id)
-            return ended
 
-        ended = await self._database.write(begin, is_durable=False)
-        if ended is not None:
-            await self._remove_unless_fed(ended)
+        await self.make_room_on_disk(repository, row.owner, _ROW_BYTES)
+        await self._database.write(begin, is_durable=False)
         self._known[upload_id] = _KnownUpload(row, RunningHash(algorithm))
         return upload_id
 
@@ -180,10 +186,7 @@ class UploadSessions:
         if not upload_files.is_upload_id(upload_id):
             raise UploadUnknown(_GONE)
         await self._wait_for_closing(upload_id)
-        opened = await self._run(upload_files.open_to_feed, self._layout, upload_id)
-        if opened is None:
-            raise UploadUnknown(_GONE)
-        fd, position = opened
+        fd, position = await self._lock(upload_id)
         known = self._known.get(upload_id)
         try:
             # Under the lock: the request before this one has given back what it had reserved.
@@ -193,14 +196,21 @@ class UploadSessions:
                 os.close(fd)
             raise
         if fd is None:
-            raise UploadOutOfOrder("another request feeds this upload", position)
+            await self._take_over(upload_id, position)
+            return await self.open(upload_id, repository, user, start=start, size=size)
+        if known is None or known.row is not row:
+            # Nobody has fed it meanwhile, so others may have taken what it had reserved.
+            row = replace(row, reserved=min(row.reserved, position))
         self._known.pop(upload_id, None)
         if known is None or known.running_hash.position > position:
             running_hash = RunningHash("sha256")
         else:
             running_hash = known.running_hash
 
-        def before_unlock(length: int) -> asyncio.Future[None] | None:
+        def before_unlock(length: int) -> asyncio.Future[Any] | None:
+            if writer.has_disk_failed:  # Clients begin again, and need its space for that.
+                feed.has_ended = True
+                return self._database.write_later(partial(self._end, upload_id), is_removal=True)
             if feed.reserved <= length:
                 return None
             return self._database.write_later(
@@ -217,13 +227,15 @@ class UploadSessions:
             *(fd, position, running_hash, self._writing, self._memory, before_unlock, on_closed)
         )
         self._writers[upload_id] = writer
-        feed = UploadFeed(row, writer, self._reserve, self._store.space.make_room_on_disk)
+        reserve = partial(self._reserve, repository, row.owner)
+        make_room = partial(self.make_room_on_disk, repository, row.owner)
+        feed = UploadFeed(row, writer, reserve, make_room)
         try:
             if start is not None and start != position:
                 message = f"the upload has {position} bytes, and the chunk begins at {start}"
                 raise UploadOutOfOrder(message, position)
             if size is not None:
-                await feed.reserve(position + size)
+                await feed.reserve(min(position + size, _MAX_BYTES))
         except BaseException:
             feed.close()
             raise
@@ -234,11 +246,81 @@ class UploadSessions:
         with disk_errors():
             return await self._loop.run_in_executor(self._opening, partial(work, *args))
 
-    async def _reserve(self, upload_id: str, size: int) -> None:
+    async def _lock(self, upload_id: str) -> tuple[int | None, int]:
+        """Open and lock the file of an upload. Returns the descriptor, and its length in bytes.
+
+        The descriptor is None if another request has the lock. Raises ``UploadUnknown``.
+        """
+        for _ in range(_LOCK_TRIES):
+            opened = await self._run(upload_files.open_to_feed, self._layout, upload_id)
+            if opened is None:
+                raise UploadUnknown(_GONE)
+            fd, position = opened
+            if fd is not None or upload_id in self._writers:
+                return fd, position
+            # Whoever looks whether a request feeds it has the lock for a moment.
+            await asyncio.sleep(_LOCK_INTERVAL_S)
+        return None, position
+
+    async def _take_over(self, upload_id: str, position: int) -> None:
+        """Let the user's new request go on with an upload that an older, silent one feeds.
+
+        Raises ``UploadOutOfOrder`` if that is at another process, or not silent.
+        """
+        writer = self._writers.get(upload_id)
+        if writer is None:
+            raise UploadOutOfOrder("a request at another process feeds this upload", position)
+        if writer.silent_s() < _SILENT_S:
+            raise UploadOutOfOrder("another request sends bytes of this upload", position)
+        writer.fail(UploadOutOfOrder("a newer request goes on with this upload", position))
+        await writer.closed.wait()
+
+    def with_room(
+        self, change: Callable[[Connection], T], repository: str, owner: str
+    ) -> Callable[[Connection], T]:
+        """Return a change to which uploads that nobody feeds give way, if the quota refuses it.
+
+        Args:
+            change: Writes rows only: it may be undone, and called again.
+            repository: The repository that it is for.
+            owner: Whose uploads give way first.
+        """
+
+        def run(connection: Connection) -> T:
+            with IdleUploads(connection, self._layout, self._now()) as idle:
+                return idle.with_room(change, repository, owner)
+
+        return run
+
+    async def make_room_on_disk(self, repository: str, owner: str, need: int) -> None:
+        """Free ``need`` bytes of the disk, if that is possible. Never raises.
+
+        Abandoned uploads go first, then cached content, then younger uploads that nobody feeds.
+
+        Args:
+            repository: The repository that they are for.
+            owner: Whose uploads give way first.
+            need: Bytes.
+        """
+
+        async def end_uploads(min_idle: float, missing: int) -> None:
+            def end(connection: Connection) -> None:
+                with IdleUploads(connection, self._layout, self._now()) as idle:
+                    idle.end_for_bytes(missing, min_idle, repository, owner)
+
+            with suppress(MirrorError):
+                await self._database.write(end, is_durable=False, is_removal=True)
+
+        await self._store.space.disk_room.make_room(
+            need, partial(end_uploads, _ABANDONED_S), partial(end_uploads, 0.0)
+        )
+
+    async def _reserve(self, repository: str, owner: str, upload_id: str, size: int) -> None:
         reserve = partial(
             upload_rows.reserve, upload_id=upload_id, reserved=size, hosted=self._hosted
         )
-        if not await self._database.write(reserve, is_durable=False):
+        change = self.with_room(reserve, repository, owner)
+        if not await self._database.write(change, is_durable=False):
             raise UploadUnknown(_GONE)
 
     async def _wait_for_closing(self, upload_id: str) -> None:
@@ -298,17 +380,16 @@ class UploadSessions:
             QuotaExceeded: The quota has no room for it. What was published is no more than cache.
             StorageUnavailable: The disk refuses.
         """
-        writer, upload_id = feed.writer, feed.row.id
+        writer, upload_id, repository = feed.writer, feed.row.id, feed.row.repository
         await writer.flush()
         feed.has_ended = True
         size = writer.position
 
         def record(connection: Connection) -> None:
-            if size > feed.reserved:
-                upload_rows.reserve(connection, upload_id, size, self._hosted)
-            if not upload_rows.end_upload(connection, upload_id):
-                raise UploadUnknown(_GONE)  # It had to give way to another one, or was cancelled.
-            name_rows.add_blob(connection, feed.row.repository, digest, size, self._now())
+            with upload_rows.within_quota(connection, repository, self._hosted):
+                if not upload_rows.end_upload(connection, upload_id):
+                    raise UploadUnknown(_GONE)  # It had to give way to another one.
+                name_rows.add_blob(connection, repository, digest, size, self._now())
 
         with ContentHold(self._layout) as hold:
             publish = partial(self._publish, upload_id, writer, digest, hold)
@@ -316,11 +397,12 @@ class UploadSessions:
                 with disk_errors():
                     is_new = await writer.run_last(self._publishing, publish)
                 self._store.on_pushed(digest, size, is_new=is_new)
-                await self._database.write(record, hold=hold)
+                change = self.with_room(record, repository, feed.row.owner)
+                await self._database.write(change, hold=hold)
             except (DigestInvalid, QuotaExceeded, StorageUnavailable):
                 # Without its file, the upload has ended anyway. A sweep removes a row that stays.
                 with suppress(StorageUnavailable):
-                    await self._delete_row(upload_id)
+                    await self.forget(upload_id)
                 raise
         return size
 
@@ -341,105 +423,65 @@ class UploadSessions:
             if running_hash.position != writer.position or found != digest:
                 raise DigestInvalid(f"the uploaded bytes hash to {found}, and not to {digest}")
             return upload_files.publish_upload(layout, path, fd, digest, self._now(), hold)
+        except FileNotFoundError:
+            if path.exists():
+                raise
+            raise UploadUnknown(_GONE) from None  # It was cancelled meanwhile.
         except BaseException:
             upload_files.drop(path)
             raise
 
-    async def _delete_row(self, upload_id: str, *, is_durable: bool = False) -> bool:
-        """Delete the row of an upload. Returns False if there is none."""
-        end = partial(upload_rows.end_upload, upload_id=upload_id)
-        return await self._database.write(end, is_durable=is_durable, is_removal=True)
-
     async def cancel(self, upload_id: str, repository: str, user: str) -> None:
-        """End an upload, and drop its bytes. Raises like :meth:`open`.
+        """End an upload, and drop its bytes. A request that feeds it fails.
 
         Args:
             upload_id: Its id, as the client has sent it.
             repository: The repository of the request.
             user: The user of the request.
+
+        Raises:
+            UploadUnknown: The repository and the user have no such upload.
+            StorageUnavailable: The disk refuses.
         """
-        feed = await self.open(upload_id, repository, user)
-        try:
-            await self._run(upload_files.remove, self._layout, upload_id)
-            feed.has_ended = True
-        finally:
-            feed.close()
-        await self._delete_row(upload_id)
+        await self._find(upload_id, repository, user)
+        await self.end(upload_id, is_durable=False)
 
     async def forget(self, upload_id: str) -> None:
         """Drop an upload that only this request knows. Its feed is closed, or about to be."""
-        await self._run(upload_files.remove, self._layout, upload_id)
-        await self._delete_row(upload_id)
+        end = partial(self._end, upload_id)
+        await self._database.write(end, is_durable=False, is_removal=True)
 
-    async def end(self, upload_id: str) -> int:
-        """End an upload of any user. Returns its bytes.
+    async def end(self, upload_id: str, *, is_durable: bool = True) -> int:
+        """End an upload of any user. Returns its bytes. A request that feeds it fails.
 
-        A request that feeds it goes on, and cannot finish it. Its file goes then, within minutes.
+        Args:
+            upload_id: Its id.
+            is_durable: Return once no crash brings it back.
 
         Raises ``UploadUnknown``.
         """
         if not upload_files.is_upload_id(upload_id):
             raise UploadUnknown(_GONE)
         size = await self._run(upload_files.upload_length, self._layout, upload_id)
-        if not await self._delete_row(upload_id, is_durable=True):
+        end = partial(self._end, upload_id)
+        if not await self._database.write(end, is_durable=is_durable, is_removal=True):
             raise UploadUnknown(_GONE)
-        await self._remove_unless_fed(upload_id)
+        self._known.pop(upload_id, None)
+        if upload_id in self._writers:
+            self._writers[upload_id].fail(UploadUnknown(_GONE))
         return size or 0
 
-    async def _remove_unless_fed(self, upload_id: str) -> None:
-        """Remove the file of an upload that has ended. While it is fed, that is left for later."""
-        remove = upload_files.remove_abandoned
-        await self._run(remove, self._layout, upload_id, self._now(), -math.inf, -math.inf)
+    def _end(self, upload_id: str, connection: Connection) -> bool:
+        """Delete the row and the file of an upload, also of one that is fed. False: no such row.
+
+        A request of another process that feeds it goes on, and cannot finish it.
+        """
+        upload_files.drop(upload_files.path_of(self._layout, upload_id))
+        return upload_rows.end_upload(connection, upload_id)
 
     async def end_abandoned(self) -> int:
-        """End the uploads that nobody has fed for a day, or for an hour without a byte.
-
-        Returns their number. The server calls this now and then. Also removes rows without files,
-        files without rows, and uploads of another boot, and releases what dead processes have
-        reserved.
-        """
-        rows = await self._database.read(upload_rows.all_uploads)
-        ended = await self._run(self._remove_abandoned, rows)
-
-        def end(connection: Connection) -> None:
-            for upload_id in ended:
-                upload_rows.end_upload(connection, upload_id)
-
-        if ended:
-            await self._database.write(end, is_durable=False, is_removal=True)
-        for row in await self._run(self._with_surplus, rows):
-            # Its process has died. Closing an upload releases the bytes that it reserved
-            # and did not use.
-            with suppress(UploadOutOfOrder, UploadUnknown):
-                (await self.open(row.id, row.repository, row.user)).close()
-        return len(ended)
-
-    def _with_surplus(self, rows: list[UploadRow]) -> list[UploadRow]:
-        """Return the uploads that have reserved more than they have, in a thread."""
-        before = self._now() - _ORPHAN_TTL_S
-        return [
-            row
-            for row in rows
-            if row.started_at < before
-            and row.reserved > (upload_files.upload_length(self._layout, row.id) or 0)
-        ]
-
-    def _remove_abandoned(self, rows: list[UploadRow]) -> list[str]:
-        """Remove files, in a thread. Returns the ids of the rows that have no file now."""
-        now, layout, ended = self._now(), self._layout, []
-        for row in rows:
-            is_of_this_boot = row.boot == self._boot
-            ttl, empty_ttl = (UPLOAD_TTL_S, EMPTY_UPLOAD_TTL_S) if is_of_this_boot else (0.0, 0.0)
-            is_starting = now - row.started_at < _ORPHAN_TTL_S
-            if not is_starting and upload_files.remove_abandoned(
-                layout, row.id, now, ttl, empty_ttl
-            ):
-                ended.append(row.id)
-        known = {row.id for row in rows}
-        for upload_id in upload_files.list_ids(layout):
-            if upload_id not in known:
-                upload_files.remove_abandoned(layout, upload_id, now, _ORPHAN_TTL_S, _ORPHAN_TTL_S)
-        return ended
+        """End the uploads that nobody has fed for long. See :meth:`AbandonedUploads.end`."""
+        return await self._abandoned.end()
 
     async def close(self) -> None:
         """End the threads. Running requests must have ended."""

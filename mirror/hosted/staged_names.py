@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from sqlite3 import Connection
@@ -154,10 +154,11 @@ def _remove(path: Path) -> None:
 
 def _merge(connection: Connection, hosted: Hosted, *, may_replace: bool) -> list[str]:
     connection.execute(_CREATE_KEPT_TAGS, (may_replace,))
-    for statement in _MERGE.split(";"):
-        connection.execute(statement)
-    for (repository,) in connection.execute("SELECT name FROM staged.repositories").fetchall():
-        upload_rows.check_quota(connection, repository, hosted)
+    with ExitStack() as quotas:
+        for (repository,) in connection.execute("SELECT name FROM staged.repositories").fetchall():
+            quotas.enter_context(upload_rows.within_quota(connection, repository, hosted))
+        for statement in _MERGE.split(";"):
+            connection.execute(statement)
     kept = connection.execute("SELECT repository, tag FROM temp.kept_tags ORDER BY 1, 2")
     return [f"{repository}:{tag}" for repository, tag in kept]
 

@@ -107,32 +107,47 @@ def remove(layout: Layout, upload_id: str) -> None:
     path_of(layout, upload_id).unlink(missing_ok=True)
 
 
+def lock_idle(layout: Layout, upload_id: str) -> int | None:
+    """Open and lock the file of an upload that no request feeds. The caller closes it.
+
+    Returns the descriptor. None if a request feeds it, if there is no such file, or if it cannot be
+    opened.
+    """
+    with suppress(OSError):
+        opened = open_to_feed(layout, upload_id)
+        return None if opened is None else opened[0]
+    return None
+
+
 def remove_abandoned(
     layout: Layout, upload_id: str, now: float, ttl: float, empty_ttl: float
 ) -> bool:
     """Remove the file of an upload that nobody has fed for ``ttl`` seconds.
 
+    If the clock was set back, and the last byte is of a time to come, it counts as of now.
+
     Args:
         layout: The data directory.
         upload_id: Its id.
         now: Seconds since the epoch.
-        ttl: See above.
+        ttl: See above. Zero: however long nobody has fed it.
         empty_ttl: The same for an upload without a byte.
 
     Returns:
-        True if there is no such file now. False if it was fed since, or is being fed.
+        Whether it was removed: not if it was fed since, is being fed, or is not there.
     """
-    try:
-        with open_locked(path_of(layout, upload_id)) as fd:
-            if fd is None:
-                return False
-            status = os.fstat(fd)
-            if now - status.st_mtime < (ttl if status.st_size else empty_ttl):
-                return False
-            remove(layout, upload_id)
-            return True
-    except FileNotFoundError:
+    with suppress(FileNotFoundError), open_locked(path_of(layout, upload_id)) as fd:
+        if fd is None:
+            return False
+        status = os.fstat(fd)
+        limit = ttl if status.st_size else empty_ttl
+        if limit and now < status.st_mtime:
+            os.utime(fd, (now, now))
+        if limit and now - status.st_mtime < limit:
+            return False
+        remove(layout, upload_id)
         return True
+    return False
 
 
 def list_ids(layout: Layout) -> list[str]:

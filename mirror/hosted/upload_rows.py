@@ -6,6 +6,8 @@ Must not know: threads, files.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from sqlite3 import Connection
 from typing import Final
@@ -39,49 +41,46 @@ class UploadRow:
     """The user, or the address of an anonymous one. Each has a limit of uploads."""
 
 
-def begin_upload(connection: Connection, row: UploadRow, hosted: Hosted) -> str | None:
+def begin_upload(connection: Connection, row: UploadRow, hosted: Hosted) -> None:
     """Record a new upload.
 
-    Returns:
-        The id of the upload that has ended for it, None without one. If there are
-        :data:`MAX_UPLOADS`, the owner with the most of them loses one: so whoever has fewer than
-        another one can always begin one.
-
-    Raises:
-        TooManyRequests: The owner has :data:`MAX_OWNER_UPLOADS` already, or there are
-            :data:`MAX_UPLOADS` and no owner has more.
-        QuotaExceeded: The quota has fewer bytes left than ``row.reserved``, or none.
+    Raises ``QuotaExceeded``: The quota has fewer bytes left than ``row.reserved``, or none.
     """
-    counts = dict(connection.execute("SELECT owner, count(*) FROM uploads GROUP BY owner"))
-    own = counts.get(row.owner, 0)
-    ended = None
-    if own >= MAX_OWNER_UPLOADS:
-        who = row.user or "this address"
-        raise TooManyRequests(
-            f"{who} has {own} uploads in progress: finish or cancel some"
-            " (without a byte, they end after an hour)"
-        )
-    if sum(counts.values()) >= MAX_UPLOADS:
-        largest = max(counts, key=lambda owner: counts[owner])
-        if counts[largest] <= own:
-            raise TooManyRequests("too many uploads at the same time: finish or cancel some")
-        ended = _end_least(connection, largest)
     connection.execute(
         "INSERT INTO uploads VALUES (?, ?, ?, ?, ?, ?, ?)",
         (row.id, row.repository, row.user, row.reserved, row.boot, row.started_at, row.owner),
     )
     check_quota(connection, row.repository, hosted)
-    return ended
 
 
-def _end_least(connection: Connection, owner: str) -> str:
-    """End the oldest upload of an owner, of those that have no byte if there are any."""
-    upload_id: str = connection.execute(
-        "SELECT id FROM uploads WHERE owner = ? ORDER BY reserved > 0, started_at, id LIMIT 1",
-        (owner,),
-    ).fetchone()[0]
-    end_upload(connection, upload_id)
-    return upload_id
+def owners_to_give_way(connection: Connection, owner: str) -> list[str]:
+    """Return whose uploads have to give way before ``owner`` can begin one, in this order.
+
+    Nobody's have to while there are fewer than :data:`MAX_OWNER_UPLOADS` of the owner, and fewer
+    than :data:`MAX_UPLOADS` of all.
+    """
+    counts = dict(connection.execute("SELECT owner, count(*) FROM uploads GROUP BY owner"))
+    own = counts.get(owner, 0)
+    if own >= MAX_OWNER_UPLOADS:
+        return [owner]
+    if sum(counts.values()) < MAX_UPLOADS:
+        return []
+    larger = [other for other in counts if counts[other] > own]
+    return [*sorted(larger, key=lambda other: (-counts[other], other)), owner]
+
+
+def check_count(connection: Connection, row: UploadRow) -> None:
+    """Check that there are not too many uploads to begin this one. Raises ``TooManyRequests``."""
+    counted = connection.execute(
+        "SELECT count(*), (SELECT count(*) FROM uploads WHERE owner = ?) FROM uploads", (row.owner,)
+    ).fetchone()
+    if counted[1] >= MAX_OWNER_UPLOADS:
+        raise TooManyRequests(
+            f"{row.user or 'this address'} sends {counted[1]} uploads at the same time: wait until"
+            " some have ended"
+        )
+    if counted[0] >= MAX_UPLOADS:
+        raise TooManyRequests("too many uploads are sent at the same time: try again later")
 
 
 def reserve(connection: Connection, upload_id: str, reserved: int, hosted: Hosted) -> bool:
@@ -115,14 +114,34 @@ def check_quota(connection: Connection, repository: str, hosted: Hosted) -> None
 
     Raises :class:`QuotaExceeded`.
     """
-    used = used_bytes(connection)
-    if sum(used) > hosted.max_size:
-        raise _exceeded("hosted.max_size", used, hosted.max_size)
-    if hosted.max_repository_size is None:
-        return
-    used = used_bytes_of_repository(connection, repository)
-    if sum(used) > hosted.max_repository_size:
-        raise _exceeded("hosted.max_repository_size", used, hosted.max_repository_size)
+    for key, used, quota in _quotas(connection, repository, hosted):
+        if sum(used) > quota:
+            raise _exceeded(key, used, quota)
+
+
+@contextmanager
+def within_quota(connection: Connection, repository: str, hosted: Hosted) -> Iterator[None]:
+    """Check that the block adds no byte above the quota of a repository, or of all.
+
+    A block that adds nothing passes, so a tag can be put back however full the quota is.
+
+    Raises :class:`QuotaExceeded`.
+    """
+    before = {key: sum(used) for key, used, _ in _quotas(connection, repository, hosted)}
+    yield
+    for key, used, quota in _quotas(connection, repository, hosted):
+        if sum(used) > max(quota, before[key]):
+            raise _exceeded(key, used, quota)
+
+
+def _quotas(
+    connection: Connection, repository: str, hosted: Hosted
+) -> Iterator[tuple[str, tuple[int, int], int]]:
+    """Iterate the quotas: key, bytes of content and bytes reserved by uploads, bytes at most."""
+    yield "hosted.max_size", used_bytes(connection), hosted.max_size
+    if hosted.max_repository_size is not None:
+        used = used_bytes_of_repository(connection, repository)
+        yield "hosted.max_repository_size", used, hosted.max_repository_size
 
 
 def used_bytes(connection: Connection) -> tuple[int, int]:

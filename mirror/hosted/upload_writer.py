@@ -94,7 +94,10 @@ class UploadWriter:
         self._pending: list[bytes | bytearray] = []
         self._job: asyncio.Future[Any] | None = None
         self._error: Exception | None = None
+        self._is_last = False
         self._is_unlocking = False
+        self.last_byte_at = self._loop.time()
+        """Time of the event loop at which the last bytes were accepted."""
         self.is_closing = False
         """Whether no more bytes are accepted. A thread may still write some."""
         self.closed = asyncio.Event()
@@ -103,8 +106,12 @@ class UploadWriter:
     async def write(self, chunk: bytes) -> None:
         """Add the next bytes. Pauses while the upload may not hold more memory.
 
-        Raises ``StorageUnavailable`` if the disk has refused this batch or an earlier one.
+        Raises ``StorageUnavailable`` if the disk has refused this batch or an earlier one, and the
+        error of :meth:`fail`.
         """
+        if self._error is not None:
+            raise self._error
+        self.last_byte_at = self._loop.time()
         append_joined(self._pending, chunk)
         self.position += len(chunk)
         self._start_next_batch()
@@ -114,8 +121,22 @@ class UploadWriter:
         if self._error is not None:
             raise self._error
 
+    @property
+    def has_disk_failed(self) -> bool:
+        """Whether the disk has refused bytes."""
+        return isinstance(self._error, StorageUnavailable)
+
+    def silent_s(self) -> float:
+        """Return the seconds since the last bytes. 0.0 once all have come."""
+        return 0.0 if self._is_last else self._loop.time() - self.last_byte_at
+
+    def fail(self, error: Exception) -> None:
+        """Accept no more bytes: raise ``error`` for the next ones, and close."""
+        self._error = self._error or error
+        self.close()
+
     async def flush(self) -> None:
-        """Return once all bytes are in the file. Raises ``StorageUnavailable``."""
+        """Return once all bytes are in the file. Raises like :meth:`write`."""
         while self._job is not None:
             await asyncio.wait({self._job})
         if self._error is not None:
@@ -126,6 +147,7 @@ class UploadWriter:
 
         The file stays open for the thread, also if the caller is cancelled and closes it.
         """
+        self._is_last = True
         await self.flush()
         self._job = job = self._loop.run_in_executor(threads, work)
         job.add_done_callback(self._on_last_done)

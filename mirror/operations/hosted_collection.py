@@ -53,7 +53,8 @@ async def find_hosted_garbage(
         return []
     database = await Database.open(layout.hosted_names)
     try:
-        found = await find_needless(database, now, hosted.grace if grace is None else grace)
+        seconds = hosted.grace if grace is None else grace
+        found = await find_needless(database, layout, now, seconds)
     finally:
         await database.close()
     return [_item(hosted, row, row.size) for row in found]
@@ -113,7 +114,7 @@ async def collect_hosted(
     """
     now = store.now()
     change = partial(change_of, "delete", registry=hosted.name, actor=actor, at=now)
-    collected = await collect(database, now, grace, change)
+    collected = await collect(database, store.layout, now, grace, change)
     removal = await _remove_files(store, database, read_inventory)
     freed = dict(removal.sizes)
     report = CleaningReport()

@@ -61,7 +61,7 @@ async def check_plan(
     if needed <= await run_in_thread(free_bytes, store.layout.root):
         return
     await store.space.measure()
-    await store.space.make_room_on_disk(needed)
+    await store.space.disk_room.make_room(needed)
     free = await run_in_thread(free_bytes, store.layout.root)
     if needed > free:
         raise StorageUnavailable(

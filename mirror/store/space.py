@@ -30,19 +30,17 @@ from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic
-from typing import Final, Protocol
+from typing import Final
 
 from mirror.config.settings import Storage
 from mirror.observability.events import LogMessage, Observer
 from mirror.store import disk
+from mirror.store.disk_room import DiskRoom, Evicting
 from mirror.store.layout import Layout
 from mirror.store.range_lock import is_range_locked, lock_range
 
 _DISK_RESERVE: Final = 0.01
 """Fraction of a disk that is left free: the index needs space of its own."""
-_PROMISE_S: Final = 1.0
-"""Seconds for which half of the free bytes of a disk may be given without asking it again."""
 _ROOM_CHECK_INTERVAL_S: Final = 0.05
 """Seconds between two checks for room while a fetch waits for an eviction. It may have room before
 that eviction ends."""
@@ -330,19 +328,6 @@ def _range_of(slot: int) -> tuple[int, int]:
 # --- room for a fetch -----------------------------------------------------------------------------
 
 
-class Evicting(Protocol):
-    """The part of :class:`mirror.store.eviction.Evictor` that :class:`Space` uses.
-
-    ``eviction`` imports this module for the total and the limits, so this one cannot import it.
-    """
-
-    def start(self, need: int) -> asyncio.Future[None] | None:
-        """Start an eviction in its own thread, or join the running one. None: none is started."""
-
-    def start_scan(self) -> asyncio.Future[None]:
-        """List the directories in the same thread, if that is due and no other process does."""
-
-
 class Space:
     """Says whether there is room for more bytes. All methods run on the event loop."""
 
@@ -378,9 +363,7 @@ class Space:
         self._check_lock = asyncio.Lock()
         self._requested = 0
         """Bytes that the current check is about. They count as if they were granted."""
-        self._promised = 0
-        """Bytes of the disk that :meth:`make_room_on_disk` gives without asking the disk."""
-        self._promised_until = 0.0
+        self.disk_room = DiskRoom(evictor, self._read_disk)
         self.is_disk_full = False
         """Whether the disk has no free byte left, although content was to be evicted."""
 
@@ -403,28 +386,6 @@ class Space:
             self._emit(LogMessage("warning", "space could not be freed", (("why", str(error)),)))
             return False
         return may_write is True
-
-    async def make_room_on_disk(self, need: int) -> None:
-        """Evict content if the disk has fewer than ``need`` free bytes. Waits for the eviction.
-
-        For content that does not count against the quota: clients have pushed it. Frees what it
-        can, and never raises: a write that finds no space fails anyway.
-        """
-        now = monotonic()
-        if need <= self._promised and now < self._promised_until:
-            self._promised -= need
-            return
-        with suppress(OSError):
-            usage, disk_free = await self._read()
-            if usage is None or disk_free >= need:
-                # Others write, too, and small pushes need not ask the disk for each blob.
-                self._promised, self._promised_until = disk_free // 2 - need, now + _PROMISE_S
-                return
-            quota = int(self._settings.max_size * self._settings.high_water)
-            evictable = min(quota, usage.total - usage.unwritten + disk_free)
-            eviction = self._evictor.start(min(need, evictable)) if evictable > 0 else None
-            if eviction is not None:
-                await asyncio.wait({eviction})
 
     def update_reserved(self) -> None:
         """Set the reserved bytes in the total: those that were granted, or are requested now."""
@@ -475,6 +436,14 @@ class Space:
         if is_granted and shortage[0]:
             self._evictor.start(need)
         return True if is_granted else None
+
+    async def _read_disk(self) -> tuple[int, int]:
+        """Return the free bytes of the disk, and those that evictions can make it."""
+        usage, disk_free = await self._read()
+        if usage is None:
+            return disk_free, 0
+        quota = int(self._settings.max_size * self._settings.high_water)
+        return disk_free, min(quota, usage.total - usage.unwritten + disk_free)
 
     async def _read(self) -> tuple[Usage | None, int]:
         """Return the usage, and the free bytes of the disk."""

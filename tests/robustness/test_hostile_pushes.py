@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from mirror.hosted import name_rows, upload_rows
-from mirror.hosted.sessions import UPLOAD_TTL_S
+from mirror.hosted.abandoned_uploads import UPLOAD_TTL_S
 from mirror.observability.events import LogMessage
 from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.reference import Digest

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mirror.hosted import upload_rows
-from mirror.hosted.sessions import UPLOAD_TTL_S
+from mirror.hosted.abandoned_uploads import UPLOAD_TTL_S
 from mirror.oci.errors import MirrorError
 from mirror.oci.reference import Digest, Tag
 from tests.extent import Extent

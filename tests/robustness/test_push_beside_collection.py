@@ -11,6 +11,7 @@ import pytest
 
 from mirror.hosted import collection_rows
 from mirror.hosted.collection import collect
+from mirror.hosted.collection_rows import MAX_PUSH_S
 from mirror.hosted.name_rows import USE_STEP_S
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
 from mirror.oci.errors import MirrorError, PartsUnknown
@@ -140,10 +141,12 @@ async def push_beside_collections(kit: HostedKit, seed: int, rounds: int) -> Non
     async def collect_on() -> None:
         nonlocal collected
         while not done.is_set():
-            collected += len(await collect(kit.database, kit.clock[0], 0.0, change_of))
+            collected += len(
+                await collect(kit.database, kit.store.layout, kit.clock[0], 0.0, change_of)
+            )
             await remove_released(kit)
             if pick.random() < 0.2:  # Then clients may have been told too long ago.
-                kit.clock[0] += USE_STEP_S + 1
+                kit.clock[0] += MAX_PUSH_S + USE_STEP_S + 1
 
     async def back_up() -> None:
         for number in range(BACKUPS):
@@ -182,7 +185,7 @@ async def push_beside_collections(kit: HostedKit, seed: int, rounds: int) -> Non
             assert report.problems == []
             await check_all_is_whole(other)
     kit.clock[0] += 10 * USE_STEP_S
-    await collect(kit.database, kit.clock[0], 0.0, change_of)
+    await collect(kit.database, kit.store.layout, kit.clock[0], 0.0, change_of)
     await check_all_is_whole(kit)
 
 

@@ -74,13 +74,14 @@ def _check_room(subject: Checked, settings: Settings, usage: QuotaUsage) -> Find
     quota, used = settings.hosted.max_size, usage.bytes + usage.reserved
     text = (
         f"{usage.repositories} repositories, {size_text(usage.bytes)} of {size_text(quota)}, "
-        f"{usage.uploads} uploads in progress"
+        f"{size_text(usage.reserved)} in {usage.uploads} uploads in progress"
     )
     if used >= quota * _NEARLY_FULL_SHARE:
         return subject.warning(
             f"{text}: pushes are refused when the quota is used up",
             "raise hosted.max_size, or delete images and run oci-mirror gc; "
-            "oci-mirror ls --uploads lists the uploads",
+            "oci-mirror ls --uploads lists the uploads, and oci-mirror rm --upload ID ends one "
+            "(those that nobody feeds end before a push is refused)",
         )
     status = os.statvfs(settings.data_dir)
     free = status.f_bavail * status.f_frsize

@@ -433,6 +433,9 @@ async def test_clock_that_was_ahead_locks_nobody_out_and_keeps_no_old_keys(tmp_p
             assert await one.user(basic("ann", f"wrong {number}")) is None
         assert await one.user(f"Bearer {KEY.sign(sub='job', exp=NOW + 9000)}") == "k8s:job"
         one.clock[0] = NOW
+        with pytest.raises(TooManyRequests):
+            await one.user(basic("bob", "bob's"))
+        one.clock[0] = NOW + RECOVERY_S
         assert await one.user(basic("bob", "bob's")) == "bob"
         rotated = Signer("two")
         one.key_sets[:] = [key_set(rotated)]

@@ -104,6 +104,23 @@ def test_hosted_content_that_nothing_needs_goes_with_the_rest(run: Run, tmp_path
     assert content(data, b"layer").exists()
 
 
+def test_gc_says_what_uploads_in_progress_take_up(run: Run, tmp_path: Path) -> None:
+    data = fill(tmp_path)
+
+    async def begin() -> None:
+        async with hosted_kit(data) as kit:
+            upload_id = await kit.service.uploads.begin("app", "", None)
+            feed = await kit.service.uploads.open(upload_id, "app", "")
+            await feed.write(b"x" * 2048)
+            await feed.flush()
+            feed.close()
+
+    asyncio.run(begin())
+    text = run(URL, "gc", more=HOSTED).out
+    assert "2.0KiB are of 1 uploads in progress" in text
+    assert "oci-mirror ls --uploads, rm --upload ID" in text
+
+
 def test_hosted_content_stays_for_the_grace_time(run: Run, tmp_path: Path) -> None:
     data = fill(tmp_path)
     push_old(data)

@@ -63,6 +63,20 @@ async def test_change_of_a_server_that_was_killed_is_told_by_another_one_under_i
         assert told_again == []
 
 
+async def test_change_of_a_killed_server_is_told_though_its_clock_was_ahead(
+    tmp_path: Path,
+) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        await kit.push_image(b"layer")
+        other, told = other_server(kit)
+        kit.clock[0] = NOW - 0.1  # Another process has read the clock a moment later.
+        await other.tell_others()
+        assert told == []
+        kit.clock[0] = NOW - 7200
+        await other.tell_others()
+        assert told == kit.events
+
+
 async def test_failed_change_leaves_no_record(tmp_path: Path) -> None:
     async with hosted_kit(tmp_path) as kit:
         with pytest.raises(ManifestUnknown):

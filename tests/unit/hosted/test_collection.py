@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from mirror.hosted import collection_rows, retention_rows
+from mirror.hosted import collection_rows, retention_rows, upload_files
 from mirror.hosted.collection import collect, find_needless
-from mirror.hosted.collection_rows import NeedlessRow
+from mirror.hosted.collection_rows import MAX_PUSH_S, NeedlessRow
 from mirror.hosted.name_rows import USE_STEP_S
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST, referrers_tag
 from mirror.oci.errors import ManifestUnknown
 from mirror.oci.reference import Digest, Tag
 from tests.unit.hosted.kit import (
     ANYBODY,
+    CONFIG,
     NOW,
     HostedKit,
     change_of,
@@ -30,7 +32,11 @@ LATER = NOW + GRACE + USE_STEP_S + 1
 
 
 async def run(kit: HostedKit, now: float = LATER, grace: float = GRACE) -> list[NeedlessRow]:
-    return await collect(kit.database, now, grace, change_of)
+    return await collect(kit.database, kit.store.layout, now, grace, change_of)
+
+
+async def needless(kit: HostedKit) -> set[Digest]:
+    return {row.digest for row in await find_needless(kit.database, kit.store.layout, LATER, GRACE)}
 
 
 async def digests(kit: HostedKit, now: float = LATER) -> set[Digest]:
@@ -50,23 +56,58 @@ async def test_blob_that_no_manifest_names_goes_after_the_grace_and_not_before(
         blob = await kit.push_blob(b"alone")
         await kit.push_image(b"layer")
         assert await digests(kit, NOW + GRACE) == set()
-        assert {row.digest for row in await find_needless(kit.database, LATER, GRACE)} == {blob}
+        assert {
+            row.digest for row in await find_needless(kit.database, kit.store.layout, LATER, GRACE)
+        } == {blob}
         assert await digests(kit) == {blob}
         assert await digests(kit) == set()
         assert await kit.read_blob(Digest.of(b"layer")) == b"layer"
         assert await kit.database.read(lambda db: collection_rows.released_digests(db, 9)) == [blob]
 
 
+async def test_layers_of_a_push_stay_while_it_sends_another_one_for_longer_than_the_grace(
+    tmp_path: Path,
+) -> None:
+    """Also after its last upload has ended, and before its manifest comes."""
+    async with hosted_kit(tmp_path) as kit:
+        uploads = kit.service.uploads
+        await kit.push_blob(CONFIG)
+        await kit.push_blob(b"first")
+        other = await kit.push_blob(b"other", "other")
+        feed = await uploads.open(await uploads.begin("app", "", None), "app", "")
+        await feed.write(b"second")
+        await feed.flush()
+        kit.clock[0] = NOW + 7200
+        os.utime(feed.writer.fd, (NOW + 7000, NOW + 7000))
+        assert [row.digest for row in await run(kit, NOW + 7200, 600)] == [other]
+        await uploads.finish(feed, Digest.of(b"second"))
+        feed.close()
+        assert await run(kit, NOW + 7800, 600) == []
+        await put(kit, manifest_of(b"first", b"second"), "v1")
+
+
+async def test_uploads_without_end_keep_no_blob_for_longer_than_a_day(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        await kit.push_blob(b"first")
+        upload_id = await kit.service.uploads.begin("app", "", None)
+        os.utime(upload_files.path_of(kit.store.layout, upload_id), (NOW * 2, NOW * 2))
+        latest = NOW + 600 + USE_STEP_S + MAX_PUSH_S
+        assert await run(kit, latest, 600) == []
+        assert await find_needless(kit.database, kit.store.layout, latest, 600) == []
+        assert len(await find_needless(kit.database, kit.store.layout, latest + 1, 600)) == 1
+        assert len(await run(kit, latest + 1, 600)) == 1
+
+
 async def test_blob_stays_as_long_as_a_client_was_told_of_it_within_the_grace(
     tmp_path: Path,
 ) -> None:
     async with hosted_kit(tmp_path) as kit:
-        found, mounted = [await kit.push_blob(data) for data in (b"found", b"mounted")]
+        found, mounted = await kit.push_blob(b"found"), await kit.push_blob(b"mounted", "one")
         kit.clock[0] = LATER - 10
         await kit.service.blobs.mark_used("app", found)
-        assert await kit.service.blobs.mount("app", "two", mounted, actor=ANYBODY)
+        assert await kit.service.blobs.mount("one", "two", mounted, actor=ANYBODY)
         collected = [(row.repository, row.digest) for row in await run(kit)]
-        assert collected == [("app", mounted)]
+        assert collected == [("one", mounted)]
 
 
 async def test_manifest_without_a_tag_stays(tmp_path: Path) -> None:
@@ -87,7 +128,9 @@ async def test_deleted_index_takes_what_only_it_has_listed(tmp_path: Path) -> No
         await kit.service.manifests.delete("app", index, actor=ANYBODY)
         assert await digests(kit, NOW + GRACE) == set()
         gone = {Digest.of(data) for data in (*children[:2], b"one", b"two")}
-        assert {row.digest for row in await find_needless(kit.database, LATER, GRACE)} == gone
+        assert {
+            row.digest for row in await find_needless(kit.database, kit.store.layout, LATER, GRACE)
+        } == gone
         assert await digests(kit) == gone
 
 
@@ -164,7 +207,9 @@ async def test_tag_of_a_subject_goes_with_it_and_stays_if_the_subject_was_never_
         await kit.service.manifests.delete("app", subject, actor=ANYBODY)
         assert await digests(kit, NOW + GRACE) == set()
         gone = {signature, Digest.of(b"layer"), Digest.of(b"sig")}
-        assert {row.digest for row in await find_needless(kit.database, LATER, GRACE)} == gone
+        assert {
+            row.digest for row in await find_needless(kit.database, kit.store.layout, LATER, GRACE)
+        } == gone
         assert await digests(kit) == gone
         assert shared not in gone
         tags, _ = await kit.service.lists.tags("app", None, None)

@@ -108,7 +108,9 @@ class Pusher:
             )
         elif kind == "collect":
             grace = USE_STEP_S * one
-            await collect(self.kit.database, self.kit.clock[0], grace, change_of)
+            await collect(
+                self.kit.database, self.kit.store.layout, self.kit.clock[0], grace, change_of
+            )
         elif kind == "pull":
             await service.manifests.mark_used(repository, Digest.of(body))
 

@@ -20,7 +20,7 @@ from mirror.config.settings import Storage
 from mirror.observability.events import Event, Evicted, LogMessage, StorageMeasured, Uncached
 from mirror.oci.errors import UpstreamUnavailable
 from mirror.oci.reference import Digest
-from mirror.store import disk, eviction, removal, space
+from mirror.store import disk, disk_room, eviction, removal, space
 from mirror.store.eviction import Catalog, Evictor
 from mirror.store.ingest import Ingest
 from mirror.store.layout import Layout
@@ -561,9 +561,9 @@ async def test_small_pushes_ask_the_disk_once_a_second_and_large_ones_each_time(
         return 1000
 
     monkeypatch.setattr(space, "free_bytes", counted)
-    monkeypatch.setattr(space, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(disk_room, "monotonic", lambda: clock[0])
     async with opened(tmp_path) as store:
-        make_room = store.space.make_room_on_disk
+        make_room = store.space.disk_room.make_room
         for need, times in ((10, 1), (10, 1), (480, 1), (1, 2), (600, 3), (10, 4)):
             await make_room(need)
             assert len(asked) == times, need

@@ -627,12 +627,31 @@ async def test_second_request_for_an_upload_that_is_being_fed_is_416(tmp_path: P
         async with asyncio.TaskGroup() as group:
             first = group.create_task(client.ask("PATCH", location, slow()))
             await until(lambda: bool(hosted.uploads._writers))
-            for method in ("DELETE", "PATCH"):
-                second = await client.ask(method, location)
-                assert (second.status, second.code) == (416, "BLOB_UPLOAD_INVALID")
+            second = await client.ask("PATCH", location)
+            assert (second.status, second.code) == (416, "BLOB_UPLOAD_INVALID")
             may_end.set()
         assert first.result().status == 202
         assert (await client.ask("PUT", f"{location}?digest={DIGEST}")).status == 201
+
+
+async def test_upload_is_cancelled_while_a_request_hangs_on_it(tmp_path: Path) -> None:
+    async with hosting(tmp_path) as (server, client):
+        location = (await client.start()).location
+        may_end = asyncio.Event()
+
+        async def slow() -> AsyncIterator[bytes]:
+            yield DATA[:1000]
+            await may_end.wait()
+            yield DATA[1000:2000]
+
+        hosted = server.running_server.mirror.hosted
+        assert hosted is not None
+        async with asyncio.TaskGroup() as group:
+            first = group.create_task(client.ask("PATCH", location, slow()))
+            await until(lambda: bool(hosted.uploads._writers))
+            assert (await client.ask("DELETE", location)).status == 204
+            may_end.set()
+        assert (first.result().status, first.result().code) == (404, "BLOB_UPLOAD_UNKNOWN")
 
 
 async def test_silent_client_is_cut_off_and_its_upload_stays(

@@ -27,7 +27,7 @@ async def test_hosted_repositories_are_counted_and_measured(tmp_path: Path) -> N
         await kit.push_image(LAYER)
     (finding,) = check(tmp_path, max_size=100_000)
     assert finding.status is Status.OK
-    assert finding.message.startswith("1 repositories, 5.3KiB of 97.7KiB, 0 uploads")
+    assert finding.message.startswith("1 repositories, 5.3KiB of 97.7KiB, 0B in 0 uploads")
 
 
 async def test_quota_that_is_nearly_used_up_or_larger_than_the_disk_is_a_warning(

@@ -1,0 +1,260 @@
+"""Uploads that nobody feeds give way when the quota, the disk or their number is at its limit.
+
+Lives here: which of them end, in which order, and how that races with nothing. Must not know: the
+event loop, HTTP, why there must be room.
+
+Theory of operation: clients whose connection breaks begin a new upload, and leave the bytes of the
+broken one, for which nobody will ask again. A request that feeds an upload has the lock of its
+file. So an upload whose lock is free is fed by nobody, in no process, and what it has reserved
+beyond its length is of a process that has died. An upload ends in the transaction of the change
+that needs its room: its file is locked, its row is deleted, the change is made, and the file is
+removed before it is unlocked. If the change is refused anyway, nothing has ended. A client may be
+between two of its requests. So an upload gives way to its own user and repository after a
+moment, and to others after a minute.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from sqlite3 import Connection
+from typing import Final, TypeVar
+
+from mirror.hosted import upload_files, upload_rows
+from mirror.hosted.upload_rows import UploadRow
+from mirror.oci.errors import QuotaExceeded
+from mirror.store.disk import boot_id
+from mirror.store.layout import Layout
+
+T = TypeVar("T")
+
+OWN_IDLE_S: Final = 0.2
+"""Seconds after which an upload gives way to another one of its owner and repository. The longest
+idle one goes first: so one between two requests goes only if no broken attempt has enough bytes."""
+OTHERS_IDLE_S: Final = 60.0
+"""Seconds after which an upload gives way to others."""
+_STARTING_S: Final = 5.0
+"""Seconds for which an upload without a byte keeps what it has reserved: a request that has all of
+its bytes locks it in a moment."""
+_MAX_ENDED: Final = 256
+"""Uploads that end in one transaction. Each needs a descriptor."""
+
+
+@dataclass(frozen=True, slots=True)
+class IdleUpload:
+    """An upload that a request may feed, or not: that is known once its file is locked."""
+
+    row: UploadRow
+    length: int
+    """Bytes in its file."""
+    idle: float
+    """Seconds since its last byte. Infinite if nobody can go on with it (it is of another boot), or
+    if that is not known (its last byte is of a time to come: the clock was set back)."""
+
+    def may_give_way(self, repository: str, owner: str) -> bool:
+        """Return whether it has been idle for long enough to end for a push.
+
+        Args:
+            repository: The repository of the push.
+            owner: Who pushes.
+        """
+        is_own = (self.row.repository, self.row.owner) == (repository, owner)
+        return self.idle >= (OWN_IDLE_S if is_own else OTHERS_IDLE_S)
+
+
+class IdleUploads:
+    """The uploads that end in one transaction. Use it as a context manager, in the transaction.
+
+    Without an exception, the files of the ended uploads are removed at the end. All methods block.
+    """
+
+    def __init__(self, connection: Connection, layout: Layout, now: float) -> None:
+        """End nothing yet.
+
+        Args:
+            connection: In the transaction.
+            layout: Has the files.
+            now: Seconds since the epoch.
+        """
+        self._connection = connection
+        self._layout = layout
+        self._now = now
+        self._boot = boot_id()
+        self._locked: dict[str, int] = {}
+        """The descriptors of the ended uploads."""
+
+    def __enter__(self) -> IdleUploads:
+        return self
+
+    def __exit__(self, error_type: object, *_: object) -> None:
+        for upload_id, fd in self._locked.items():
+            if error_type is None:
+                with suppress(OSError):  # A sweep removes a file without a row.
+                    upload_files.remove(self._layout, upload_id)
+            os.close(fd)
+
+    # --- the quota ------------------------------------------------------------------------------
+
+    def with_room(self, change: Callable[[Connection], T], repository: str, owner: str) -> T:
+        """Return ``change(connection)``. If the quota refuses it, uploads give way to it.
+
+        Args:
+            change: Writes rows only: it may be undone, and called again.
+            repository: The repository that it is for.
+            owner: Who makes it.
+
+        Raises ``QuotaExceeded`` if that does not help, and then no upload has ended.
+        """
+        try:
+            return self._try(change)
+        except QuotaExceeded as error:
+            refusal = error
+        if self.release_surplus(upload_rows.all_uploads(self._connection)):
+            with suppress(QuotaExceeded):
+                return self._try(change)
+        found = [one for one in self._find() if one.row.reserved and one.length]
+        candidates = _in_order(found, repository, owner)
+        if not self._would_help(change, candidates):
+            raise refusal
+        for upload in candidates:
+            if self._end(upload, repository, owner):
+                with suppress(QuotaExceeded):
+                    return self._try(change)
+        raise refusal
+
+    def release_surplus(self, rows: Iterable[UploadRow]) -> bool:
+        """Let the uploads that nobody feeds reserve no more than they have. False: none had more.
+
+        The request that feeds one next reserves what it needs, whatever was reserved before.
+        """
+        has_released = False
+        for row in rows:
+            if not row.reserved or (fd := upload_files.lock_idle(self._layout, row.id)) is None:
+                continue
+            try:
+                status = os.fstat(fd)
+                is_starting = not status.st_size and 0 <= self._now - status.st_mtime < _STARTING_S
+                if row.reserved > status.st_size and not is_starting:
+                    upload_rows.release_reservation(self._connection, row.id, status.st_size)
+                    has_released = True
+            finally:
+                os.close(fd)
+        return has_released
+
+    def _try(self, change: Callable[[Connection], T]) -> T:
+        self._connection.execute("SAVEPOINT attempt")
+        try:
+            result = change(self._connection)
+        except QuotaExceeded:
+            self._connection.execute("ROLLBACK TO attempt")
+            self._connection.execute("RELEASE attempt")
+            raise
+        self._connection.execute("RELEASE attempt")
+        return result
+
+    def _would_help(
+        self, change: Callable[[Connection], object], candidates: list[IdleUpload]
+    ) -> bool:
+        """Return whether a change fits without these uploads. Changes nothing."""
+        self._connection.execute("SAVEPOINT question")
+        try:
+            for upload in candidates:
+                upload_rows.end_upload(self._connection, upload.row.id)
+            with suppress(QuotaExceeded):
+                self._try(change)
+                return True
+            return False
+        finally:
+            self._connection.execute("ROLLBACK TO question")
+            self._connection.execute("RELEASE question")
+
+    # --- their number ---------------------------------------------------------------------------
+
+    def make_slot(self, row: UploadRow) -> None:
+        """Let uploads give way to a new one, if there are too many.
+
+        An owner with too many loses one. If all owners have too many together, the one with the
+        most loses one: so whoever has fewer than another one can always begin one.
+
+        Raises ``TooManyRequests`` if requests feed all of these.
+        """
+        for owner in upload_rows.owners_to_give_way(self._connection, row.owner):
+            uploads = [one for one in self._find() if one.row.owner == owner]
+            # One without a byte is no loss, unless its client is about to send the first one.
+            uploads.sort(
+                key=lambda one: (one.length > 0 or one.idle < OTHERS_IDLE_S, -one.idle, one.row.id)
+            )
+            if any(self._end(upload) for upload in uploads):
+                return
+        upload_rows.check_count(self._connection, row)
+
+    # --- the disk -------------------------------------------------------------------------------
+
+    def end_for_bytes(self, missing: int, min_idle: float, repository: str, owner: str) -> int:
+        """End uploads until ``missing`` bytes are free, or none is left. Returns what it has freed.
+
+        Args:
+            missing: Bytes.
+            min_idle: Seconds for which an upload must have been idle in any case.
+            repository: The repository that the space is for.
+            owner: Who needs it.
+        """
+        freed = 0
+        for upload in _in_order(self._find(), repository, owner):
+            has_use = freed < missing and upload.length and upload.idle >= min_idle
+            if has_use and self._end(upload, repository, owner):
+                freed += upload.length
+        return freed
+
+    # --- one upload -----------------------------------------------------------------------------
+
+    def _find(self) -> list[IdleUpload]:
+        """Return the uploads that have a file. Without one, an upload is about to become a blob."""
+        found = []
+        for row in upload_rows.all_uploads(self._connection):
+            with suppress(OSError):
+                status = upload_files.path_of(self._layout, row.id).lstat()
+                found.append(self._measure(row, status))
+        return found
+
+    def _measure(self, row: UploadRow, status: os.stat_result) -> IdleUpload:
+        idle = self._now - status.st_mtime
+        is_known = row.boot == self._boot and idle >= 0
+        return IdleUpload(row, status.st_size, idle if is_known else math.inf)
+
+    def _end(self, upload: IdleUpload, repository: str = "", owner: str | None = None) -> bool:
+        """End an upload, unless a request feeds it, or has done so meanwhile.
+
+        ``owner``: None if the time since its last byte does not matter.
+        """
+        row = upload.row
+        if len(self._locked) >= _MAX_ENDED:
+            return False
+        fd = upload_files.lock_idle(self._layout, row.id)
+        if fd is None:
+            return False
+        current = self._measure(row, os.fstat(fd))
+        if owner is not None and not current.may_give_way(repository, owner):
+            os.close(fd)
+            return False
+        self._locked[row.id] = fd
+        return upload_rows.end_upload(self._connection, row.id)
+
+
+def _in_order(uploads: list[IdleUpload], repository: str, owner: str) -> list[IdleUpload]:
+    """Return the uploads that may give way to a push, in the order in which they do.
+
+    First those of the same owner and repository, then others of the repository, then all others;
+    of each, the longest idle first.
+    """
+
+    def rank(upload: IdleUpload) -> tuple[bool, bool, float, str]:
+        row = upload.row
+        is_same_repository = row.repository == repository
+        is_own = is_same_repository and row.owner == owner
+        return (not is_own, not is_same_repository, -upload.idle, row.id)
+
+    return sorted((one for one in uploads if one.may_give_way(repository, owner)), key=rank)

@@ -1,0 +1,428 @@
+"""Uploads that nobody feeds give way: to the quota, the disk, others, and their own user."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from mirror.hosted import upload_files, upload_rows
+from mirror.hosted.abandoned_uploads import UPLOAD_TTL_S
+from mirror.hosted.upload_feed import UploadFeed
+from mirror.oci.descriptor import OCI_MANIFEST
+from mirror.oci.errors import (
+    QuotaExceeded,
+    StorageUnavailable,
+    TooManyRequests,
+    UploadOutOfOrder,
+    UploadUnknown,
+)
+from mirror.oci.reference import Digest, Tag
+from mirror.store import space
+from tests.unit.hosted.kit import ANYBODY, NOW, HostedKit, hosted_kit, manifest_of
+from tests.unit.store.kit import random_bytes
+
+DATA = random_bytes(300_000, 3)
+
+
+async def leave(
+    kit: HostedKit, data: bytes = DATA, repository: str = "app", user: str = "", *, idle: float
+) -> str:
+    """Begin an upload, feed it, and leave it for ``idle`` seconds. Returns its id."""
+    upload_id = await kit.service.uploads.begin(repository, user, None)
+    feed = await kit.service.uploads.open(upload_id, repository, user)
+    await feed.write(data)
+    await feed.flush()
+    feed.close()
+    await feed.wait_closed()
+    set_idle(kit, upload_id, idle)
+    return upload_id
+
+
+def set_idle(kit: HostedKit, upload_id: str, idle: float) -> None:
+    at = kit.clock[0] - idle
+    os.utime(upload_files.path_of(kit.store.layout, upload_id), (at, at))
+
+
+async def rows(kit: HostedKit) -> dict[str, int]:
+    found = {row.id: row.reserved for row in await kit.database.read(upload_rows.all_uploads)}
+    assert set(found) == set(upload_files.list_ids(kit.store.layout))
+    return found
+
+
+async def die(feed: UploadFeed) -> None:
+    """Leave an upload as a killed process does: unlocked, with all that it has reserved."""
+    await feed.flush()
+    feed.writer._before_unlock = lambda length: None
+    feed.close()
+    await feed.wait_closed()
+
+
+async def begin_fed(kit: HostedKit, size: int, written: bytes = b"", user: str = "") -> UploadFeed:
+    uploads = kit.service.uploads
+    feed = await uploads.open(await uploads.begin("app", user, None), "app", user, size=size)
+    await feed.write(written)
+    return feed
+
+
+async def finish(kit: HostedKit, feed: UploadFeed, data: bytes) -> None:
+    await feed.write(data)
+    await feed.flush()
+    await kit.service.uploads.finish(feed, feed.writer.running_hash.digest())
+
+
+# --- the quota ------------------------------------------------------------------------------------
+
+
+async def test_reservation_of_a_killed_process_is_taken_back_when_the_quota_is_short(
+    tmp_path: Path,
+) -> None:
+    keys = {"max_size": "1MB"}
+    async with hosted_kit(tmp_path, **keys) as dead, hosted_kit(tmp_path, **keys) as kit:
+        feed = await begin_fed(dead, 900_000, DATA[:100_000])
+        set_idle(kit, feed.row.id, 0)
+        with pytest.raises(QuotaExceeded):
+            await kit.push_blob(DATA, user="other")
+        await die(feed)
+        await kit.push_blob(DATA, user="other")
+        assert await rows(kit) == {feed.row.id: 100_000}  # It may go on.
+
+
+async def test_reservation_of_a_killed_process_is_taken_back_at_the_start_of_a_server(
+    tmp_path: Path,
+) -> None:
+    async with hosted_kit(tmp_path) as dead, hosted_kit(tmp_path) as kit:
+        feed, fed = [await begin_fed(dead, 900_000, DATA) for _ in range(2)]
+        await fed.flush()
+        await die(feed)
+        set_idle(kit, feed.row.id, 0)
+        assert await kit.service.uploads.end_abandoned() == 0
+        assert await rows(kit) == {feed.row.id: len(DATA), fed.row.id: 900_000}
+        fed.close()
+
+
+async def test_upload_whose_reservation_was_taken_back_reserves_again(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path, max_size="1MB") as kit:
+        feed = await begin_fed(kit, 900_000, DATA)
+        await die(feed)
+        set_idle(kit, feed.row.id, 0)
+        await kit.service.uploads.end_abandoned()
+        feed = await kit.service.uploads.open(feed.row.id, "app", "", size=200_000)
+        assert await rows(kit) == {feed.row.id: 500_000}
+        feed.close()
+
+
+async def test_upload_of_all_bytes_that_has_just_begun_keeps_its_reservation(
+    tmp_path: Path,
+) -> None:
+    async with hosted_kit(tmp_path, max_size="1MB") as kit:
+        upload_id = await kit.service.uploads.begin("app", "", 900_000)
+        set_idle(kit, upload_id, 1)
+        with pytest.raises(QuotaExceeded):
+            await kit.push_blob(DATA)
+        set_idle(kit, upload_id, 10)
+        await kit.push_blob(DATA)
+
+
+async def test_push_that_is_begun_again_takes_the_room_of_its_broken_attempts(
+    tmp_path: Path,
+) -> None:
+    """Docker begins a new upload after each failure, and never asks for the old ones."""
+    async with hosted_kit(tmp_path, max_size="1MB") as kit:
+        for _ in range(10):
+            await leave(kit, idle=5, user="ci")
+        await kit.push_blob(DATA, user="ci")
+        assert len(await rows(kit)) == 2
+
+
+async def test_uploads_give_way_to_their_own_push_first_and_only_as_many_as_needed(
+    tmp_path: Path,
+) -> None:
+    async with hosted_kit(tmp_path, max_size="2MB") as kit:
+        young = await leave(kit, idle=0.1, user="ci")
+        own = [await leave(kit, idle=idle, user="ci") for idle in (30, 50)]
+        neighbour = await leave(kit, idle=70, user="ann")
+        other = await leave(kit, idle=9000, repository="other")
+        recent = await leave(kit, idle=50, repository="other")
+
+        async def push(seed: int) -> set[str]:
+            await kit.push_blob(random_bytes(400_000, seed), user="ci")
+            return set(await rows(kit))
+
+        assert await push(1) == {young, own[0], neighbour, other, recent}
+        assert await push(2) == {young, other, recent, neighbour}
+        assert await push(3) == {young, recent}
+        with pytest.raises(QuotaExceeded):
+            await push(4)
+        assert set(await rows(kit)) == {young, recent}
+
+
+async def test_uploads_stay_if_their_end_would_not_make_enough_room(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path, max_size="1MB") as kit:
+        ids = {await leave(kit, idle=7200) for _ in range(2)}
+        with pytest.raises(QuotaExceeded):
+            await kit.push_blob(random_bytes(1_100_000, 1))
+        assert set(await rows(kit)) == ids
+
+
+async def test_quota_of_a_repository_ends_no_upload_of_another_one(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path, max_repository_size="500kB") as kit:
+        other = await leave(kit, idle=9000, repository="other")
+        await leave(kit, idle=90, user="ann")
+        await kit.push_blob(DATA, user="ci")
+        assert set(await rows(kit)) == {other}
+
+
+async def test_upload_that_a_request_feeds_never_gives_way(tmp_path: Path) -> None:
+    keys = {"max_size": "1MB"}
+    async with hosted_kit(tmp_path, **keys) as one, hosted_kit(tmp_path, **keys) as two:
+        fed = [await begin_fed(kit, 450_000, DATA[:1000], "ci") for kit in (one, two)]
+        for feed in fed:
+            await feed.flush()
+            set_idle(one, feed.row.id, 9000)
+        with pytest.raises(QuotaExceeded):
+            await one.push_blob(DATA, user="ci")
+        assert set(await rows(two)) == {feed.row.id for feed in fed}
+        for feed in fed:
+            feed.close()
+
+
+async def test_manifest_and_mount_take_the_room_of_uploads(tmp_path: Path) -> None:
+    body = manifest_of(b"layer", annotations={"a": "x" * 100_000})
+    async with hosted_kit(tmp_path, max_size="400kB", max_repository_size="350kB") as kit:
+        await kit.push_image(b"layer")
+        await leave(kit, idle=90)
+        await kit.service.manifests.put("app", Tag("v2"), (), body, OCI_MANIFEST, actor=ANYBODY)
+        assert await rows(kit) == {}
+        await leave(kit, random_bytes(260_000, 1), idle=90, repository="mounted")
+        await kit.push_blob(random_bytes(100_000, 2))
+        await kit.push_blob(random_bytes(100_000, 2), repository="mounted")
+        assert await rows(kit) == {}
+
+
+async def test_small_upload_takes_the_room_of_others_when_it_is_finished(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path, max_size="310kB") as kit:
+        await leave(kit, idle=90)
+        await kit.push_blob(b"x" * 9_000)
+        upload_id = await kit.service.uploads.begin("app", "", None)
+        feed = await kit.service.uploads.open(upload_id, "app", "")
+        await feed.write(b"y" * 9_000)
+        await kit.service.uploads.finish(feed, Digest.of(b"y" * 9_000))
+        feed.close()
+        assert await rows(kit) == {}
+
+
+async def test_upload_of_another_boot_gives_way_at_once(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path, max_size="500kB") as kit:
+        upload_id = await leave(kit, idle=0)
+        await kit.database.write(lambda c: c.execute("UPDATE uploads SET boot = 'old'"))
+        await kit.push_blob(DATA, user="other")
+        assert upload_id not in await rows(kit)
+
+
+# --- their number ---------------------------------------------------------------------------------
+
+
+async def test_user_with_too_many_uploads_loses_the_longest_idle_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upload_rows, "MAX_OWNER_UPLOADS", 3)
+    async with hosted_kit(tmp_path) as kit:
+        held = await begin_fed(kit, 10, b"x", "ann")
+        await held.flush()
+        set_idle(kit, held.row.id, 9000)
+        first, second = [await leave(kit, user="ann", idle=idle) for idle in (90, 80)]
+        other = await leave(kit, user="bob", idle=9000)
+        new = await kit.service.uploads.begin("app", "ann", None)
+        assert set(await rows(kit)) == {held.row.id, second, other, new}
+        feeds = [await kit.service.uploads.open(one, "app", "ann") for one in (second, new)]
+        with pytest.raises(TooManyRequests, match="ann sends 3 uploads at the same time"):
+            await kit.service.uploads.begin("app", "ann", None)
+        assert first not in await rows(kit)
+        for feed in (held, *feeds):
+            feed.close()
+
+
+async def test_upload_that_has_just_begun_stays_though_it_has_no_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upload_rows, "MAX_OWNER_UPLOADS", 2)
+    async with hosted_kit(tmp_path) as kit:
+        begun = await kit.service.uploads.begin("app", "ann", None)
+        set_idle(kit, begun, 1)
+        left = await leave(kit, user="ann", idle=70)
+        await kit.service.uploads.begin("app", "ann", None)
+        assert begun in await rows(kit)
+        assert left not in await rows(kit)
+
+
+async def test_users_with_most_uploads_give_way_once_there_are_too_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many users collude: one who has fewer uploads than another can begin one."""
+    monkeypatch.setattr(upload_rows, "MAX_UPLOADS", 4)
+    async with hosted_kit(tmp_path) as kit:
+        uploads = kit.service.uploads
+        held = await begin_fed(kit, 10, b"x", "ann")
+        full = await leave(kit, user="ann", idle=200)
+        empty = await uploads.begin("app", "ann", None)
+        set_idle(kit, empty, 100)
+        kept = await uploads.begin("app", "bob", None)
+        first = await uploads.begin("app", "cid", None)
+        assert set(await rows(kit)) == {held.row.id, full, kept, first}
+        second = await uploads.begin("app", "cid", None)
+        assert set(await rows(kit)) == {held.row.id, kept, first, second}
+        third = await uploads.begin("app", "cid", None)  # No other one has more than cid.
+        assert {held.row.id, kept, third} <= set(await rows(kit))
+        held.close()
+
+
+# --- the disk -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+async def test_upload_that_the_disk_has_refused_ends_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """Its client begins a new one, and its bytes would fill the disk meanwhile."""
+    async with hosted_kit(tmp_path) as kit:
+        upload_id = await kit.service.uploads.begin("app", "", None)
+        feed = await kit.service.uploads.open(upload_id, "app", "")
+        write = os.pwritev
+
+        def pwritev(fd: int, buffers: list[bytes], offset: int) -> int:
+            if offset >= 65_536:
+                raise OSError(code, os.strerror(code))
+            return write(fd, [memoryview(buffers[0])[:65_536]], offset)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwritev", pwritev)
+            with pytest.raises(StorageUnavailable, match=os.strerror(code)):
+                await finish(kit, feed, DATA)
+        feed.close()
+        await feed.wait_closed()
+        assert await rows(kit) == {}
+        with pytest.raises(UploadUnknown):
+            await kit.service.uploads.position(upload_id, "app", "")
+        await kit.push_blob(DATA)
+
+
+def small_disk(kit: HostedKit, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    """Let the disk have room for so many bytes of uploads."""
+    layout = kit.store.layout
+
+    def free_bytes(_: Path) -> int:
+        ids = upload_files.list_ids(layout)
+        return room - sum(upload_files.upload_length(layout, one) or 0 for one in ids)
+
+    monkeypatch.setattr(space, "free_bytes", free_bytes)
+    kit.store.space.disk_room._promised = 0
+
+
+async def test_uploads_give_way_to_a_push_on_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        old, other, young = [
+            await leave(kit, random_bytes(1_000_000, 1), "other", "ann", idle=idle)
+            for idle in (9000, 90, 50)
+        ]
+        await kit.store.measure()
+        order: list[object] = []
+        evict = kit.store.evictor.start
+
+        def start(need: int) -> asyncio.Future[None] | None:
+            order.append(set(upload_files.list_ids(kit.store.layout)))
+            return evict(need)
+
+        monkeypatch.setattr(kit.store.evictor, "start", start)
+        small_disk(kit, monkeypatch, 3_200_000)
+        make_room = kit.service.uploads.make_room_on_disk
+        await make_room("app", "ci", 900_000)
+        assert set(await rows(kit)) == {other, young}
+        assert order == []  # Abandoned uploads go before cached content.
+        await make_room("app", "ci", 2_000_000)
+        assert order == [{other, young}]  # Cached content goes before younger ones.
+        assert set(await rows(kit)) == {young}
+        await make_room("app", "ci", 3_000_000)
+        assert set(await rows(kit)) == {young}
+        assert old not in await rows(kit)
+
+
+# --- clocks ---------------------------------------------------------------------------------------
+
+
+async def test_uploads_end_and_give_back_though_the_clock_was_ahead(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path, clock=[NOW + 7200]) as kit:
+        left = await leave(kit, idle=0)
+        feed = await begin_fed(kit, 900_000, DATA)
+        await die(feed)
+        for upload_id in (left, feed.row.id):
+            set_idle(kit, upload_id, 0)
+        kit.clock[0] = NOW
+        uploads = kit.service.uploads
+        assert await uploads.end_abandoned() == 0
+        assert await rows(kit) == {left: len(DATA), feed.row.id: len(DATA)}
+        kit.clock[0] = NOW + UPLOAD_TTL_S
+        assert await uploads.end_abandoned() == 2
+
+
+async def test_upload_of_a_time_to_come_gives_way(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path, max_size="500kB") as kit:
+        await leave(kit, idle=-7200)
+        await kit.push_blob(DATA, user="other")
+        assert await rows(kit) == {}
+
+
+# --- the same user once more ----------------------------------------------------------------------
+
+
+async def test_upload_is_cancelled_while_an_older_request_hangs_on_it(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as one, hosted_kit(tmp_path) as two:
+        for kit in (one, two):
+            feed = await begin_fed(one, 1000, b"x")
+            with pytest.raises(UploadUnknown):
+                await kit.service.uploads.cancel(feed.row.id, "app", "other")
+            await kit.service.uploads.cancel(feed.row.id, "app", "")
+            assert await rows(kit) == {}
+            with pytest.raises(UploadUnknown):
+                await finish(one, feed, b"")
+            feed.close()
+            await feed.wait_closed()
+            assert await rows(kit) == {}
+            with pytest.raises(UploadUnknown):
+                await kit.service.uploads.cancel(feed.row.id, "app", "")
+
+
+async def test_newer_request_goes_on_with_an_upload_once_the_older_one_is_silent(
+    tmp_path: Path,
+) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        uploads = kit.service.uploads
+        older = await begin_fed(kit, 1000, b"abc")
+        with pytest.raises(UploadOutOfOrder, match="another request sends bytes of this upload"):
+            await uploads.open(older.row.id, "app", "", start=3)
+        older.writer.last_byte_at -= 5
+        newer = await uploads.open(older.row.id, "app", "", start=3)
+        with pytest.raises(UploadOutOfOrder, match="a newer request goes on"):
+            await older.write(b"x")
+        older.close()
+        await newer.write(b"def")
+        assert await uploads.finish(newer, Digest.of(b"abcdef")) == 6
+        newer.close()
+
+
+async def test_request_that_publishes_its_upload_is_not_silent(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        feed = await begin_fed(kit, 1000, b"abc")
+        feed.writer.last_byte_at -= 50
+        finish = kit.service.uploads.finish(feed, Digest.of(b"abc"))
+        finished = asyncio.get_running_loop().create_task(finish)
+        await asyncio.wait({finished}, timeout=0)
+        with pytest.raises((UploadOutOfOrder, UploadUnknown)):
+            await kit.service.uploads.open(feed.row.id, "app", "", start=3)
+        assert await finished == 3
+        feed.close()
