@@ -63,10 +63,13 @@ _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 _FIELDS: Final = {
     name.casefold(): name
     for name in (
-        *("mediaType", "config", "layers", "manifests", "fsLayers", "blobs"),
-        *("digest", "size", "urls"),
+        *("schemaVersion", "mediaType", "artifactType", "config", "layers", "manifests", "blobs"),
+        *("fsLayers", "subject", "annotations", "digest", "size", "urls", "data", "platform"),
+        *("architecture", "os", "os.version", "os.features", "variant", "features"),
     )
 }
+"""Casefolded key -> the key, of all that Go's tools read in a manifest, in a descriptor, and in a
+platform."""
 _IMAGE_FIELDS: Final = ("config", "layers", "fsLayers")
 _PARTS: Final[dict[str, tuple[str, ...]]] = {
     **dict.fromkeys(IMAGE_MANIFEST_TYPES, ("config", "layers")),
@@ -377,6 +380,7 @@ def _is_consistent(document: _Json, media_type: str) -> bool:
 
 def _to_manifest(document: _Json, media_type: str) -> Manifest:
     _refuse_case_variants(document)
+    _refuse_case_variants(document.get("subject"))
     if not _is_consistent(document, media_type):
         raise _NotUnderstood
     fields = _PARTS.get(media_type.lower(), _ALL_PARTS)
@@ -394,7 +398,11 @@ def _to_manifest(document: _Json, media_type: str) -> Manifest:
     )
 
 
-def _refuse_case_variants(fields: _Json) -> None:
+def _refuse_case_variants(fields: object) -> None:
+    """Refuse an object with a key that Go reads as another one. Annotations may have any keys."""
+    if not isinstance(fields, dict):
+        return
+    _refuse_case_variants(fields.get("platform"))
     for name in fields:
         if _FIELDS.get(name.casefold(), name) != name:
             raise _NotUnderstood
