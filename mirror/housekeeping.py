@@ -88,7 +88,7 @@ def start_housekeeping(
             "hosted-upkeep", _RETENTION_CHECK_S, lambda: upkeep.run_if_due(mirror.settings, now())
         )
         start("hosted", _MEASURE_INTERVAL_S, partial(mirror.hosted.measure, emit))
-        start("spare-space", _MEASURE_INTERVAL_S, mirror.hosted.fill_spare_space)
+        start("spare-space", _MEASURE_INTERVAL_S, mirror.hosted.database.fill_spare_space)
         start("changes", _CHANGES_INTERVAL_S, mirror.hosted.changes.tell_others)
 
 

@@ -21,12 +21,10 @@ from mirror.observability.events import Outcome
 from mirror.oci.errors import InvalidRequest, MirrorError
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store.layout import Layout
+from mirror.store.sqlite_connection import connect
 
 REFUSED_OUTCOMES: Final = (Outcome.DENIED, Outcome.REJECTED, Outcome.NEGATIVE, Outcome.ERROR)
 """Outcomes of requests that got no content."""
-_READ_TIMEOUT_S: Final = 5.0
-"""Seconds to wait for a process that opens the file for the first time. No other one is waited for
-by a reader."""
 
 
 class HistoryUnreadable(MirrorError):
@@ -121,9 +119,7 @@ def _connect_file(path: Path) -> sqlite3.Connection:
     # Without a log beside it, nothing writes. Then the file can be read without permission to
     # create one.
     has_log = path.with_name(f"{path.name}-wal").exists()
-    mode = "mode=ro" if has_log else "mode=ro&immutable=1"
-    uri = f"{path.absolute().as_uri()}?{mode}"
-    connection = sqlite3.connect(uri, uri=True, timeout=_READ_TIMEOUT_S, check_same_thread=False)
+    connection = connect(path, "ro" if has_log else "ro&immutable=1")
     try:
         (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
     except BaseException:

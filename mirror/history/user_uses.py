@@ -21,6 +21,7 @@ from mirror.observability.events import Event, Outcome, RequestEnded
 from mirror.oci.text import time_text
 from mirror.store.layout import Layout
 from mirror.store.private_directory import make_private_directory
+from mirror.store.sqlite_connection import connect, connect_to_read
 
 SAVE_USERS_INTERVAL_S: Final = 60.0
 """Seconds between two writes of the file: so much is lost in a crash."""
@@ -28,8 +29,6 @@ USERS_FILE: Final = "users.db"
 """Name of the file in the directory of the history."""
 _MAX_USERS: Final = 10_000
 """Users whose use is kept, the latest ones: tokens of an issuer may have any number of subjects."""
-_USERS_TIMEOUT_S: Final = 10.0
-"""Seconds to wait for the transaction of another process."""
 _CREATE_USERS: Final = """
 CREATE TABLE IF NOT EXISTS users (
     name TEXT PRIMARY KEY, used_at REAL NOT NULL, pushed_at REAL, requests INTEGER NOT NULL
@@ -109,10 +108,8 @@ class UserUses:
             make_private_directory(self._path.parent)
             rows = [(one.name, one.used_at, one.pushed_at, one.requests) for one in uses.values()]
             try:
-                with (
-                    closing(sqlite3.connect(self._path, timeout=_USERS_TIMEOUT_S)) as database,
-                    database,
-                ):
+                with closing(connect(self._path, "rwc")) as database, database:
+                    database.execute("BEGIN IMMEDIATE")
                     database.execute(_CREATE_USERS)
                     database.executemany(_ADD, rows)
                     database.execute(_TRIM, (_MAX_USERS,))
@@ -129,8 +126,7 @@ def read_user_uses(layout: Layout) -> list[UserUse]:
     if not path.exists():
         return []
     try:
-        uri = f"{path.absolute().as_uri()}?mode=ro"
-        with closing(sqlite3.connect(uri, uri=True, timeout=_USERS_TIMEOUT_S)) as database:
+        with closing(connect_to_read(path)) as database:
             rows = database.execute(
                 "SELECT name, used_at, pushed_at, requests FROM users ORDER BY used_at DESC, name"
             )

@@ -9,6 +9,7 @@ content is recorded in a database of its own, ``hosted/names.db``. It is no cach
 acknowledged once its row is durable, and content that a row names is never evicted. Content that no
 row names any more is cache again, and goes when space is needed.
 
-Reading order: ``hosted_service.py`` has the operations, ``sessions.py`` the uploads,
+Reading order: ``hosted_service.py`` has the parts. ``sessions.py`` has the uploads,
+``hosted_blobs.py``, ``hosted_manifests.py`` and ``hosted_lists.py`` the other operations,
 ``database.py`` and ``name_rows.py`` the rows.
 """

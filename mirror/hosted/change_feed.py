@@ -12,15 +12,19 @@ one tells of the change again, under the same id: each is told at least once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from sqlite3 import Connection
 from typing import Final
 
 from mirror.hosted import change_rows
-from mirror.hosted.change_rows import UNTAKEN
+from mirror.hosted.change_rows import UNTAKEN, change_of
+from mirror.hosted.content_row import ContentRow
 from mirror.hosted.database import Database
 from mirror.observability.events import HostedChange, Observer
+from mirror.observability.hosted_events import Actor, ChangeAction
+from mirror.oci.reference import Tag
+from mirror.store.content_hold import ContentHold
 
 RETAKE_S: Final = 30.0
 """Seconds after which a change is told again. A server removes its record after two seconds."""
@@ -55,16 +59,50 @@ class ChangeFeed:
         self._settled: list[HostedChange] = []
         """Told before that: their records can go."""
 
-    def record(self, connection: Connection, change: HostedChange) -> None:
-        """Record a change in its transaction, in a thread. :meth:`tell` follows the commit."""
-        taken_at = UNTAKEN if self._emit is None else change.at
-        change_rows.record_change(connection, change, taken_at)
+    async def commit(
+        self,
+        change: Callable[[Connection], ContentRow | None],
+        action: ChangeAction,
+        actor: Actor,
+        tags: Sequence[Tag | None] = (None,),
+        hold: ContentHold | None = None,
+    ) -> list[HostedChange]:
+        """Make a change durable with its record, and tell of it. Returns one for each tag.
 
-    def tell(self, change: HostedChange) -> None:
-        """Tell of a recorded change, unless another process does. Called after its commit."""
+        Args:
+            change: Changes something, in a thread, and returns it. None: it has found nothing, and
+                so there is no change.
+            action: What it does.
+            actor: Who does it.
+            tags: The changed tags. None stands for the digest.
+            hold: Keeps the content from removal until then.
+
+        Raises what :meth:`mirror.hosted.database.Database.write` raises.
+        """
+
+        def record(connection: Connection) -> list[HostedChange]:
+            row = change(connection)
+            if row is None:
+                return []
+            at = self._now()
+            build = partial(change_of, action, row, registry=self._registry, actor=actor, at=at)
+            changes = [build(tag) for tag in tags]
+            for one in changes:
+                taken_at = UNTAKEN if self._emit is None else one.at
+                change_rows.record_change(connection, one, taken_at)
+            return changes
+
+        is_removal = action == "delete"
+        return await self._database.write(
+            record, is_removal=is_removal, on_committed=self._tell, hold=hold
+        )
+
+    def _tell(self, changes: list[HostedChange]) -> None:
+        """Tell of changes that are committed, unless another process does."""
         if self._emit is not None:
-            self._emit(change)
-            self._told.append(change)
+            for change in changes:
+                self._emit(change)
+            self._told += changes
 
     async def tell_others(self) -> None:
         """Tell of changes of other processes, and forget what was told. Call it once a second.
@@ -82,8 +120,7 @@ class ChangeFeed:
                 before=before,
                 count=_CHANGES_AT_ONCE,
             )
-            for change in await self._database.write(take, is_durable=False, is_removal=True):
-                self.tell(change)
+            self._tell(await self._database.write(take, is_durable=False, is_removal=True))
 
     async def close(self) -> None:
         """Forget what was told. Running requests must have ended."""

@@ -13,11 +13,44 @@ from collections.abc import Iterable
 from sqlite3 import Connection
 from typing import Final
 
-from mirror.observability.hosted_events import HostedChange
-from mirror.oci.reference import Digest, Repository
+from mirror.hosted.content_row import ContentRow
+from mirror.observability.hosted_events import Actor, ChangeAction, HostedChange
+from mirror.oci.reference import Digest, Repository, Tag
 
 UNTAKEN: Final = 0.0
 """``taken_at`` of a change that no process tells its observers yet."""
+
+
+def change_of(
+    action: ChangeAction,
+    row: ContentRow,
+    tag: Tag | None = None,
+    *,
+    registry: str,
+    actor: Actor,
+    at: float,
+) -> HostedChange:
+    """Return a change, to be recorded in the transaction that makes it.
+
+    Args:
+        action: What it does.
+        row: The blob or the manifest.
+        tag: The tag that is pushed or deleted. None: the change is about the digest.
+        registry: Name of the hosted repositories.
+        actor: Who makes it.
+        at: Seconds since the epoch.
+    """
+    return HostedChange(
+        action=action,
+        repository=Repository(registry, row.repository),
+        digest=row.digest,
+        tag="" if tag is None else str(tag),
+        media_type=row.media_type,
+        size=row.size,
+        user=actor.user,
+        client=actor.client,
+        at=at,
+    )
 
 
 def record_change(connection: Connection, change: HostedChange, taken_at: float = UNTAKEN) -> None:

@@ -3,10 +3,11 @@
 Lives here: each query and each change, as a function of a connection. Must not know: threads, time,
 files.
 
-A blob is needed while a manifest of its repository refers to it (``parts``). A manifest stays until
-told, also without a tag. It is *orphaned* once a rule has removed its last tag, or a deletion has
-removed the index or the subject that it belonged to. An orphaned manifest is needed again if a tag,
-an index or its subject is pushed.
+A blob is needed while a manifest of its repository lists it as a blob (``parts``). The same bytes
+may be a manifest of the repository, too: that is a row of its own, and belongs to the indexes that
+list it as a manifest. A manifest stays until told, also without a tag. It is *orphaned* once a rule
+has removed its last tag, or a deletion has removed the index or the subject that it belonged to. An
+orphaned manifest is needed again if a tag, an index or its subject is pushed.
 
 A tag such as ``sha256-<hex>.sig`` names the subject of its manifest
 (:func:`mirror.oci.descriptor.parse_referrers_tag`). Such a manifest stays as one with a subject
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from sqlite3 import Connection
 
 from mirror.hosted import name_rows
+from mirror.hosted.content_row import ContentRow
 from mirror.hosted.name_rows import IS_TAG_OF_SUBJECT, USE_STEP_S
 from mirror.oci.descriptor import referrers_tag
 from mirror.oci.headers import OCTET_STREAM
@@ -27,15 +29,9 @@ from mirror.oci.reference import Digest
 
 
 @dataclass(frozen=True, slots=True)
-class NeedlessRow:
+class NeedlessRow(ContentRow):
     """A blob or a manifest of a repository that nothing needs."""
 
-    repository: str
-    digest: Digest
-    media_type: str
-    """Of a manifest. ``application/octet-stream`` for a blob."""
-    size: int
-    """Bytes."""
     is_manifest: bool
 
 
@@ -66,6 +62,7 @@ def orphan_dependents(connection: Connection, repository: str, digest: Digest, a
         "UPDATE manifests AS m SET orphaned_at = :at"  # noqa: S608 - our own text
         " WHERE m.repository = :repository AND m.orphaned_at = 0 AND m.digest IN ("
         " SELECT digest FROM parts WHERE repository = :repository AND manifest = :digest"
+        " AND is_manifest = 1"
         " UNION SELECT digest FROM manifests WHERE repository = :repository"
         " AND subject = :digest AND subject <> ''"
         f" UNION SELECT digest FROM tags WHERE repository = :repository AND {IS_TAG_OF_SUBJECT})"
@@ -73,7 +70,7 @@ def orphan_dependents(connection: Connection, repository: str, digest: Digest, a
         " (SELECT 1 FROM tags WHERE repository = m.repository AND digest = m.digest"
         f" AND NOT ({IS_TAG_OF_SUBJECT}))"
         " AND NOT EXISTS (SELECT 1 FROM parts p WHERE p.repository = m.repository"
-        " AND p.digest = m.digest AND p.manifest <> :digest)",
+        " AND p.digest = m.digest AND p.is_manifest = 1 AND p.manifest <> :digest)",
         {
             "repository": repository,
             "digest": str(digest),

@@ -32,6 +32,7 @@ from mirror.oci.errors import MirrorError, NamesDamaged, StorageUnavailable
 from mirror.store.content_hold import ContentHold
 from mirror.store.hosted_marker import DAMAGED_NAMES_REMEDY
 from mirror.store.private_directory import make_private_directory
+from mirror.store.sqlite_connection import connect
 from mirror.threads import run_in_thread
 
 T = TypeVar("T")
@@ -43,6 +44,8 @@ _WRITER_TIMEOUT_S: Final = 5.0
 """Seconds to wait for a write of another process. One commit takes milliseconds.
 
 A write may wait twice: for the commit before it, and for its own."""
+_SOON_S: Final = 1.0
+"""Seconds that a client waits for the record of its use. One commit takes milliseconds."""
 _MAX_BATCH: Final = 256
 """Writes of one commit. Each waits for all of them, which takes about 20 ms."""
 _READERS: Final = 2
@@ -57,10 +60,12 @@ CREATE TABLE manifests (
     PRIMARY KEY (repository, digest)) WITHOUT ROWID;
 CREATE INDEX orphaned_manifests ON manifests (repository, digest) WHERE orphaned_at > 0;
 CREATE INDEX manifests_by_subject ON manifests (repository, subject, digest) WHERE subject <> '';
+-- is_manifest: the part is listed as a manifest, not as a blob. The same bytes may be both.
 CREATE TABLE parts (
     repository TEXT NOT NULL, manifest TEXT NOT NULL, digest TEXT NOT NULL,
-    PRIMARY KEY (repository, manifest, digest)) WITHOUT ROWID;
-CREATE INDEX parts_by_digest ON parts (repository, digest);
+    is_manifest INTEGER NOT NULL,
+    PRIMARY KEY (repository, manifest, digest, is_manifest)) WITHOUT ROWID;
+CREATE INDEX parts_by_digest ON parts (repository, digest, is_manifest);
 CREATE TABLE tags (
     repository TEXT NOT NULL, tag TEXT NOT NULL, digest TEXT NOT NULL,
     pushed_at REAL NOT NULL, pushed_by TEXT NOT NULL,
@@ -87,11 +92,13 @@ CREATE TABLE totals (
 INSERT INTO totals VALUES (1, 0, 0);
 
 CREATE VIEW unnamed_blobs AS SELECT * FROM blobs b WHERE NOT EXISTS
-    (SELECT 1 FROM parts p WHERE p.repository = b.repository AND p.digest = b.digest);
+    (SELECT 1 FROM parts p WHERE p.repository = b.repository AND p.digest = b.digest
+        AND p.is_manifest = 0);
 CREATE VIEW unnamed_manifests AS SELECT * FROM manifests m WHERE NOT EXISTS
     (SELECT 1 FROM tags t WHERE t.repository = m.repository AND t.digest = m.digest)
     AND NOT EXISTS
-    (SELECT 1 FROM parts p WHERE p.repository = m.repository AND p.digest = m.digest);
+    (SELECT 1 FROM parts p WHERE p.repository = m.repository AND p.digest = m.digest
+        AND p.is_manifest = 1);
 CREATE VIEW orphans AS SELECT * FROM manifests m WHERE m.orphaned_at > 0 AND NOT EXISTS
     (SELECT 1 FROM tags t WHERE t.repository = m.repository AND t.digest = m.digest
         AND (t.tag NOT GLOB 'sha[25][51][62]-[0-9a-f]*' OR EXISTS
@@ -99,7 +106,8 @@ CREATE VIEW orphans AS SELECT * FROM manifests m WHERE m.orphaned_at > 0 AND NOT
             AND s.digest >= substr(t.tag, 1, 6) || ':' || substr(t.tag, 8, 64)
             AND s.digest < substr(t.tag, 1, 6) || ':' || substr(t.tag, 8, 64) || 'g')))
     AND NOT EXISTS
-    (SELECT 1 FROM parts p WHERE p.repository = m.repository AND p.digest = m.digest)
+    (SELECT 1 FROM parts p WHERE p.repository = m.repository AND p.digest = m.digest
+        AND p.is_manifest = 1)
     AND NOT EXISTS
     (SELECT 1 FROM manifests s WHERE s.repository = m.repository AND s.digest = m.subject);
 
@@ -235,6 +243,18 @@ class Database:
         self._writing.submit(self._commit_waiting)
         return write.future
 
+    async def write_soon(self, change: Callable[[Connection], T]) -> asyncio.Future[T]:
+        """Make a change as :meth:`write_later`, and wait for it, but only for a moment.
+
+        Returns its future. If it is not done after :data:`_SOON_S`, another process holds the lock,
+        and the change is the next write of ours. Raises what :meth:`write` raises.
+        """
+        future = self.write_later(change)
+        await asyncio.wait({future}, timeout=_SOON_S)
+        if future.done():
+            future.result()
+        return future
+
     async def fill_spare_space(self) -> None:
         """Keep space for removals, if the disk has some. The server calls this now and then."""
         await run_in_thread(self._spare_space.fill)
@@ -252,7 +272,7 @@ class Database:
         connection: Connection | None = getattr(self._local, "connection", None)
         try:
             if connection is None:
-                connection = self._local.connection = _connect(self._path, "ro")
+                connection = self._local.connection = connect(self._path, "ro")
                 self._readers.append(connection)
             return query(connection)
         except sqlite3.Error as error:
@@ -377,7 +397,7 @@ def open_checked(path: Path) -> Connection:
 
 
 def _open(path: Path, *, is_new: bool) -> Connection:
-    connection = _connect(path, "rwc")
+    connection = connect(path, "rwc", _WRITER_TIMEOUT_S)
     try:
         _prepare(connection, path)
         if is_new:
@@ -389,19 +409,8 @@ def _open(path: Path, *, is_new: bool) -> Connection:
     return connection
 
 
-def _connect(path: Path, mode: str) -> Connection:
-    connection = sqlite3.connect(
-        f"{path.absolute().as_uri()}?mode={mode}",
-        timeout=_WRITER_TIMEOUT_S,
-        isolation_level=None,
-        check_same_thread=False,
-        uri=True,
-    )
-    connection.execute("PRAGMA synchronous = FULL")
-    return connection
-
-
 def _prepare(connection: Connection, path: Path) -> None:
+    connection.execute("PRAGMA synchronous = FULL")
     mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
     if mode != "wal":
         raise NamesDamaged(f"{path}: its file system cannot share memory between processes (WAL)")

@@ -49,7 +49,7 @@ class ImmutableTagRules:
         digest = manifest.digest
         earlier = name_rows.manifest_by_digest(connection, repository, digest)
         if earlier is not None and earlier.media_type != manifest.media_type:
-            protector = self._protector_of(connection, repository, digest)
+            protector = self._protector_of(connection, repository, digest, is_manifest=True)
             if protector is not None:
                 raise TagImmutable(
                     f"the tag {protector} is immutable: this manifest stays {earlier.media_type}"
@@ -63,25 +63,35 @@ class ImmutableTagRules:
                     f"the tag {tag} is immutable, and names {current.digest}: push another tag"
                 )
 
-    def check_deletion(self, connection: Connection, repository: str, reference: Reference) -> None:
+    def check_deletion(
+        self,
+        connection: Connection,
+        repository: str,
+        reference: Reference,
+        *,
+        is_manifest: bool = True,
+    ) -> None:
         """Check that a deletion takes nothing of an immutable tag. Raises ``TagImmutable``.
 
         Args:
             connection: The database.
             repository: The repository.
             reference: A tag, or the digest of a blob or a manifest.
+            is_manifest: False: a blob is deleted.
         """
         if isinstance(reference, Digest):
-            tag = self._protector_of(connection, repository, reference)
+            tag = self._protector_of(connection, repository, reference, is_manifest=is_manifest)
         else:
             tag = str(reference) if self.is_immutable(repository, str(reference)) else None
         if tag is not None:
             raise TagImmutable(f"the tag {tag} is immutable: only an admin can delete it")
 
-    def _protector_of(self, connection: Connection, repository: str, digest: Digest) -> str | None:
-        """Return an immutable tag whose image has a content. None if there is none."""
+    def _protector_of(
+        self, connection: Connection, repository: str, digest: Digest, *, is_manifest: bool
+    ) -> str | None:
+        """Return an immutable tag whose image has a manifest or a blob. None if there is none."""
         names = (repository, f"{self._name}/{repository}")
         if not any(fnmatchcase(name, pattern) for name in names for pattern, _ in self._rules):
             return None
-        tags = name_rows.tags_above(connection, repository, digest)
+        tags = name_rows.tags_above(connection, repository, digest, is_manifest=is_manifest)
         return next((tag for tag in tags if self.is_immutable(repository, tag)), None)

@@ -9,11 +9,12 @@ A repository is its path (``team/app``), without the name of the server, which m
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from sqlite3 import Connection
 from typing import Any, Final
 
+from mirror.hosted.content_row import ContentRow
 from mirror.hosted.pushed_manifest import PushedManifest
 from mirror.oci.descriptor import referrers_tag
 from mirror.oci.errors import PartsUnknown
@@ -28,13 +29,9 @@ USE_STEP_S: Final = 600.0
 
 
 @dataclass(frozen=True, slots=True)
-class ManifestRow:
+class ManifestRow(ContentRow):
     """A manifest of a repository."""
 
-    digest: Digest
-    media_type: str
-    size: int
-    """Bytes."""
     pulled_at: float = 0.0
     """Last recorded pull, in seconds since the epoch. Zero: none."""
 
@@ -103,7 +100,7 @@ def mark_blob_used(connection: Connection, repository: str, digest: Digest, now:
 
 
 def is_needed_blob(connection: Connection, repository: str, digest: Digest, since: float) -> bool:
-    """Return whether a manifest names a blob, or it was used after ``since``."""
+    """Return whether a manifest lists a blob, or it was used after ``since``."""
     row = connection.execute(
         "SELECT 1 FROM unnamed_blobs WHERE repository = ? AND digest = ? AND used_at < ?",
         (repository, str(digest), since),
@@ -122,10 +119,11 @@ def delete_blob(connection: Connection, repository: str, digest: Digest) -> int 
 
 # --- manifests and tags ---------------------------------------------------------------------------
 
-# A content, and all manifests above it. CROSS JOIN keeps the order: from the content up.
+# A manifest or a blob, and all manifests above it. CROSS JOIN keeps the order: upwards.
 _ABOVE: Final = (
-    "WITH RECURSIVE above (digest) AS (VALUES (:digest) UNION SELECT p.manifest"
-    " FROM above a CROSS JOIN parts p ON p.repository = :repository AND p.digest = a.digest)"
+    "WITH RECURSIVE above (digest, is_manifest) AS (VALUES (:digest, :is_manifest)"
+    " UNION SELECT p.manifest, 1 FROM above a CROSS JOIN parts p"
+    " ON p.repository = :repository AND p.digest = a.digest AND p.is_manifest = a.is_manifest)"
 )
 IS_TAG_OF_SUBJECT: Final = (
     "(tag >= :subject_tag AND tag < :subject_tag || '/'"
@@ -135,11 +133,13 @@ IS_TAG_OF_SUBJECT: Final = (
 
 ``:subject_tag`` is the ``referrers_tag`` of the subject. Of the characters of tags, only the hyphen
 and the point come before the slash, so the first line is a range of the primary key."""
-_MANIFEST: Final = "SELECT m.digest, m.media_type, m.size, m.pulled_at FROM manifests m"
+_MANIFEST: Final = (
+    "SELECT m.repository, m.digest, m.media_type, m.size, m.pulled_at FROM manifests m"
+)
 
 
 def _manifest_row(row: Any) -> ManifestRow | None:
-    return None if row is None else ManifestRow(Digest.parse(row[0]), *row[1:])
+    return None if row is None else ManifestRow(row[0], Digest.parse(row[1]), *row[2:])
 
 
 def manifest_by_digest(
@@ -177,7 +177,7 @@ def check_parts(
     Raises:
         PartsUnknown: Something is missing. The detail names it.
     """
-    missing = _missing(connection, "blobs", repository, manifest.blobs)
+    missing = _missing(connection, "blobs", repository, manifest.required_blobs)
     if not may_be_sparse:
         missing += _missing(connection, "manifests", repository, manifest.children)
     if missing:
@@ -249,10 +249,7 @@ def add_manifest(
                 "digest": digest,
             },
         )
-    connection.executemany(
-        "INSERT INTO parts VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
-        [(repository, digest, str(part)) for part in manifest.parts],
-    )
+    add_parts(connection, repository, manifest)
     # Its children and referrers are no orphans any more.
     connection.executemany(
         "UPDATE manifests SET orphaned_at = 0"
@@ -277,20 +274,40 @@ def add_manifest(
     )
 
 
+def add_parts(connection: Connection, repository: str, manifest: PushedManifest) -> None:
+    """Record what a manifest of a repository refers to, except its subject."""
+    connection.executemany(
+        "INSERT INTO parts VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING",
+        [
+            (repository, str(manifest.digest), str(part), is_manifest)
+            for is_manifest, parts in ((True, manifest.children), (False, manifest.blobs))
+            for part in parts
+        ],
+    )
+
+
 def _dump(annotations: dict[str, str]) -> str:
     # Not escaped: an entry of a list of referrers has no more bytes than its manifest.
     return json.dumps(annotations, separators=(",", ":"), ensure_ascii=False)
 
 
-def tags_above(connection: Connection, repository: str, digest: Digest) -> Iterator[str]:
-    """Yield the tags whose image has a content: the manifest that they name, or a part of it.
+def tags_above(
+    connection: Connection, repository: str, digest: Digest, *, is_manifest: bool
+) -> Iterator[str]:
+    """Yield the tags whose image has a manifest, or a blob: tags of it, or of one that lists it.
 
     The nearest come first, and no more rows are read than are asked for.
+
+    Args:
+        connection: The database.
+        repository: The repository.
+        digest: The manifest or the blob.
+        is_manifest: Which of both. The same bytes may be both, of different images.
     """
     rows = connection.execute(
         f"{_ABOVE} SELECT t.tag FROM above a CROSS JOIN tags t"  # noqa: S608 - our own text
-        " ON t.repository = :repository AND t.digest = a.digest",
-        {"repository": repository, "digest": str(digest)},
+        " ON t.repository = :repository AND t.digest = a.digest AND a.is_manifest",
+        {"repository": repository, "digest": str(digest), "is_manifest": is_manifest},
     )
     return (row[0] for row in rows)
 
@@ -314,7 +331,13 @@ def mark_manifest_used(
     connection.execute(
         f"{_ABOVE} UPDATE manifests SET pulled_at = :now WHERE repository = :repository"  # noqa: S608 - our own text
         " AND digest IN (SELECT digest FROM above) AND pulled_at < :since",
-        {"repository": repository, "digest": digest, "now": now, "since": now - USE_STEP_S},
+        {
+            "repository": repository,
+            "digest": digest,
+            "is_manifest": True,
+            "now": now,
+            "since": now - USE_STEP_S,
+        },
     )
 
 
@@ -372,18 +395,3 @@ def usage(connection: Connection) -> HostedUsage:
         " FROM totals"
     ).fetchone()
     return HostedUsage(*row)
-
-
-def named_digests(connection: Connection, digests: Collection[Digest]) -> set[Digest]:
-    """Return those of ``digests`` that any repository has, as a blob or as a manifest."""
-    wanted = {str(digest): digest for digest in digests}
-    names = list(wanted)
-    found: set[Digest] = set()
-    for start in range(0, len(names), _STEP):
-        step = names[start : start + _STEP]
-        rows = connection.execute(
-            f"SELECT digest FROM contents WHERE digest IN ({','.join('?' * len(step))})",  # noqa: S608 - question marks
-            step,
-        )
-        found |= {wanted[row[0]] for row in rows}
-    return found

@@ -39,11 +39,11 @@ class PushedManifest:
     size: int
     """Bytes."""
     children: tuple[Digest, ...]
-    """Manifests that its repository must have."""
+    """Manifests that it lists. Its repository must have them."""
     blobs: tuple[Digest, ...]
-    """Blobs that its repository must have."""
-    parts: tuple[Digest, ...]
-    """All that it refers to, except its subject."""
+    """Blobs that it lists."""
+    required_blobs: tuple[Digest, ...]
+    """Blobs that its repository must have. A layer may be elsewhere."""
     subject: Digest | None
     artifact_type: str
     """As the list of referrers has it: the type of the config if it states none."""
@@ -86,8 +86,8 @@ def read_pushed_manifest(body: bytes, content_type: str | None, digest: Digest) 
         media_type=media_type,
         size=len(body),
         children=tuple(child.digest for child in parsed.children),
-        blobs=_required_blobs(parsed),
-        parts=tuple(part.digest for part in (*parsed.children, *parsed.blobs)),
+        blobs=tuple(blob.digest for blob in parsed.blobs),
+        required_blobs=_required_blobs(parsed),
         subject=_subject(document),
         artifact_type=_artifact_type(document, media_type),
         annotations=_annotations(document),

@@ -111,10 +111,7 @@ def restore_saved_manifest(
             *(row.pushed_at, row.pushed_by, row.pulled_at, row.orphaned_at),
         ),
     )
-    connection.executemany(
-        "INSERT INTO parts VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
-        [(row.repository, str(row.digest), str(part)) for part in manifest.parts],
-    )
+    name_rows.add_parts(connection, row.repository, manifest)
     upload_rows.check_quota(connection, row.repository, hosted)
 
 

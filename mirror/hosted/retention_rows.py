@@ -11,23 +11,19 @@ from dataclasses import dataclass
 from sqlite3 import Connection
 
 from mirror.hosted import collection_rows
+from mirror.hosted.content_row import ContentRow
 from mirror.oci.descriptor import parse_referrers_tag
 from mirror.oci.reference import Digest, Tag
 
 
 @dataclass(frozen=True, slots=True)
-class HostedImageRow:
+class HostedImageRow(ContentRow):
     """A tag, or a manifest that no tag and no index names. Times are seconds since the epoch."""
 
-    repository: str
-    tag: Tag | None
-    digest: Digest
-    media_type: str
-    size: int
-    """Bytes of the manifest."""
     pushed_at: float
     pulled_at: float
     """Zero: never."""
+    tag: Tag | None = None
 
 
 def tagged_images(connection: Connection) -> list[HostedImageRow]:
@@ -36,14 +32,14 @@ def tagged_images(connection: Connection) -> list[HostedImageRow]:
     A signature goes with its subject, and not by a rule.
     """
     rows = connection.execute(
-        "SELECT t.repository, t.tag, m.digest, m.media_type, m.size, t.pushed_at, m.pulled_at"
+        "SELECT t.repository, m.digest, m.media_type, m.size, t.pushed_at, m.pulled_at, t.tag"
         " FROM tags t JOIN manifests m ON m.repository = t.repository AND m.digest = t.digest"
         " ORDER BY t.repository, t.tag"
     )
     return [
-        HostedImageRow(row[0], Tag(row[1]), Digest.parse(row[2]), *row[3:])
+        HostedImageRow(row[0], Digest.parse(row[1]), row[2], row[3], row[4], row[5], Tag(row[6]))
         for row in rows
-        if parse_referrers_tag(row[1]) is None
+        if parse_referrers_tag(row[6]) is None
     ]
 
 
@@ -56,26 +52,15 @@ def untagged_images(connection: Connection) -> list[HostedImageRow]:
         "SELECT repository, digest, media_type, size, pushed_at, pulled_at FROM unnamed_manifests"
         " WHERE subject = '' AND orphaned_at = 0 ORDER BY repository, digest"
     )
-    return [
-        HostedImageRow(
-            row[0],
-            tag=None,
-            digest=Digest.parse(row[1]),
-            media_type=row[2],
-            size=row[3],
-            pushed_at=row[4],
-            pulled_at=row[5],
-        )
-        for row in rows
-    ]
+    return [HostedImageRow(row[0], Digest.parse(row[1]), *row[2:]) for row in rows]
 
 
-def owners_of(connection: Connection, parts: Collection[Digest]) -> set[tuple[str, Digest]]:
-    """Return (repository, manifest) of all manifests that refer to one of ``parts``."""
+def owners_of(connection: Connection, children: Collection[Digest]) -> set[tuple[str, Digest]]:
+    """Return (repository, index) of all indexes that list one of the manifests ``children``."""
     rows = connection.execute(
         "SELECT DISTINCT repository, manifest FROM parts"
-        " WHERE digest IN (SELECT value FROM json_each(?))",
-        (json.dumps([str(one) for one in parts]),),
+        " WHERE is_manifest = 1 AND digest IN (SELECT value FROM json_each(?))",
+        (json.dumps([str(one) for one in children]),),
     )
     return {(row[0], Digest.parse(row[1])) for row in rows}
 

@@ -11,7 +11,6 @@ goes meanwhile. The lock ends with its process: a copy without it counts for not
 
 from __future__ import annotations
 
-import json
 import os
 import sqlite3
 import time
@@ -22,31 +21,25 @@ from pathlib import Path
 from sqlite3 import Connection
 from typing import Final
 
+from mirror.hosted.content_row import ContentRow
 from mirror.hosted.database import SCHEMA_VERSION, wrong_version
-from mirror.oci.descriptor import INDEX_TYPES
 from mirror.oci.errors import NamesDamaged, StorageUnavailable
 from mirror.oci.reference import Digest, Tag
 from mirror.store import disk
 from mirror.store.layout import Layout
+from mirror.store.sqlite_connection import connect
 
 _SNAPSHOT_TIMEOUT_S: Final = 2.0
 """Seconds to wait for the lock. Who looks whether it is held, holds it for a moment."""
-_BUSY_TIMEOUT_S: Final = 10.0
-"""Seconds to wait while a server recovers the database."""
-_MANIFESTS: Final = (
-    "SELECT repository, digest, media_type, size, pushed_at, pushed_by, pulled_at, orphaned_at"
-    " FROM manifests m"
+_COLUMNS: Final = (
+    "repository, digest, media_type, size, pushed_at, pushed_by, pulled_at, orphaned_at"
 )
 
 
 @dataclass(frozen=True, slots=True)
-class SavedManifest:
+class SavedManifest(ContentRow):
     """A manifest of a repository, as the database has it. Times are seconds since the epoch."""
 
-    repository: str
-    digest: Digest
-    media_type: str
-    size: int
     pushed_at: float
     pushed_by: str
     pulled_at: float
@@ -56,15 +49,10 @@ class SavedManifest:
 
 
 @dataclass(frozen=True, slots=True)
-class SavedTag:
-    """A tag of a repository."""
+class SavedTag(ContentRow):
+    """A tag of a repository, and its manifest."""
 
-    repository: str
     tag: Tag
-    digest: Digest
-    media_type: str
-    size: int
-    """Bytes of its manifest."""
     pushed_at: float
     pushed_by: str
 
@@ -96,31 +84,30 @@ class Snapshot:
     def tags(self, repository: str) -> Iterator[SavedTag]:
         """Return the tags of a repository, in order."""
         rows = self._connection.execute(
-            "SELECT t.repository, t.tag, t.digest, m.media_type, m.size, t.pushed_at, t.pushed_by"
+            "SELECT t.repository, t.digest, m.media_type, m.size, t.tag, t.pushed_at, t.pushed_by"
             " FROM tags t JOIN manifests m ON m.repository = t.repository AND m.digest = t.digest"
             " WHERE t.repository = ? ORDER BY t.tag",
             (repository,),
         )
-        return (SavedTag(row[0], Tag(row[1]), Digest.parse(row[2]), *row[3:]) for row in rows)
+        return (
+            SavedTag(row[0], Digest.parse(row[1]), row[2], row[3], Tag(row[4]), *row[5:])
+            for row in rows
+        )
 
     def manifests(self, repository: str) -> Iterator[SavedManifest]:
         """Return the manifests of a repository. Orphans come after all others."""
         rows = self._connection.execute(
-            f"{_MANIFESTS} WHERE repository = ? ORDER BY orphaned_at > 0, digest", (repository,)
+            f"SELECT {_COLUMNS} FROM manifests WHERE repository = ?"  # noqa: S608 - our own text
+            " ORDER BY orphaned_at > 0, digest",
+            (repository,),
         )
         return (SavedManifest(row[0], Digest.parse(row[1]), *row[2:]) for row in rows)
 
     def roots(self, repository: str) -> Iterator[SavedManifest]:
         """Return the manifests that neither a tag nor an index names, in order of digest."""
-        # A manifest whose bytes are a layer, too, is named by no index.
         rows = self._connection.execute(
-            f"{_MANIFESTS} WHERE repository = :repository AND NOT EXISTS"  # noqa: S608 - our own text
-            " (SELECT 1 FROM tags t WHERE t.repository = m.repository AND t.digest = m.digest)"
-            " AND NOT EXISTS (SELECT 1 FROM parts p JOIN manifests i"
-            " ON i.repository = p.repository AND i.digest = p.manifest"
-            " WHERE p.repository = m.repository AND p.digest = m.digest"
-            " AND lower(i.media_type) IN (SELECT value FROM json_each(:types))) ORDER BY digest",
-            {"repository": repository, "types": json.dumps(sorted(INDEX_TYPES))},
+            f"SELECT {_COLUMNS} FROM unnamed_manifests WHERE repository = ? ORDER BY digest",  # noqa: S608 - our own text
+            (repository,),
         )
         return (SavedManifest(row[0], Digest.parse(row[1]), *row[2:]) for row in rows)
 
@@ -138,7 +125,7 @@ def opened_snapshot(layout: Layout) -> Iterator[Snapshot]:
         layout.snapshot.unlink(missing_ok=True)
         try:
             _copy(layout)
-            with closing(_connect(layout.snapshot.as_uri())) as connection:
+            with closing(connect(layout.snapshot, "ro")) as connection:
                 yield Snapshot(connection)
         finally:
             layout.snapshot.unlink(missing_ok=True)
@@ -170,7 +157,7 @@ def _lock(layout: Layout) -> int:
 def _copy(layout: Layout) -> None:
     draft = _draft_of(layout)
     draft.unlink(missing_ok=True)
-    with closing(_connect(layout.hosted_names.absolute().as_uri())) as connection:
+    with closing(connect(layout.hosted_names, "ro")) as connection:
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         if version != SCHEMA_VERSION:
             raise NamesDamaged(wrong_version(layout.hosted_names, version))
@@ -180,9 +167,3 @@ def _copy(layout: Layout) -> None:
 
 def _draft_of(layout: Layout) -> Path:
     return layout.snapshot.with_suffix(".tmp")
-
-
-def _connect(uri: str) -> Connection:
-    return sqlite3.connect(
-        f"{uri}?mode=ro", uri=True, timeout=_BUSY_TIMEOUT_S, isolation_level=None
-    )

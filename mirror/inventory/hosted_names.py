@@ -21,24 +21,14 @@ from mirror.oci.reference import Repository, Tag
 from mirror.oci.text import time_text
 from mirror.store.hosted_marker import has_hosted_names
 from mirror.store.layout import Layout
-from mirror.store.saved_rows import connect_to_read
-
-_RECOVERY_TIMEOUT_S: Final = 10.0
-"""Seconds to wait while a server recovers the database after a crash."""
+from mirror.store.sqlite_connection import connect_to_read
 
 _TAGS: Final = (
     "SELECT t.repository, t.tag, t.digest, t.pushed_at, t.pushed_by FROM tags t"
     " ORDER BY t.repository, t.tag"
 )
 _SELECT_TAG: Final = "SELECT digest FROM tags WHERE repository = ? AND tag = ?"
-# Manifests that no tag names, and that no other manifest of the repository lists.
-_UNTAGGED: Final = (
-    "SELECT m.repository, '', m.digest, m.pushed_at, m.pushed_by FROM manifests m"
-    " WHERE NOT EXISTS (SELECT 1 FROM tags t WHERE t.repository = m.repository"
-    " AND t.digest = m.digest)"
-    " AND NOT EXISTS (SELECT 1 FROM parts p WHERE p.repository = m.repository"
-    " AND p.digest = m.digest)"
-)
+_UNTAGGED: Final = "SELECT repository, '', digest, pushed_at, pushed_by FROM unnamed_manifests"
 _SELECT_UPLOADS: Final = "SELECT id, repository, user, reserved, started_at FROM uploads"
 
 _USAGE: Final = (
@@ -206,7 +196,7 @@ def _reading(layout: Layout) -> Iterator[Callable[..., Iterable[Any]]]:
         yield lambda query, *values: ()
         return
     try:
-        with closing(connect_to_read(path, _RECOVERY_TIMEOUT_S)) as database:
+        with closing(connect_to_read(path)) as database:
             database.execute("BEGIN")
             yield lambda query, *values: database.execute(query, values).fetchall()
     except sqlite3.Error as error:

@@ -17,6 +17,8 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
+from mirror.store.sqlite_connection import connect
+
 _FORMAT: Final = 5
 """``user_version`` of the database. A file of another format is made anew."""
 _CACHE_TIMEOUT_S: Final = 1.0
@@ -64,6 +66,7 @@ class ManifestCache:
         rows = [(number, page, _sum(number, page)) for number, page in pages.items()]
         try:
             with self._open() as database, database:
+                database.execute("BEGIN IMMEDIATE")
                 database.executemany("INSERT OR REPLACE INTO pages VALUES (?, ?, ?)", rows)
                 database.executemany(
                     "DELETE FROM pages WHERE number = ?", ((number,) for number in gone)
@@ -74,10 +77,11 @@ class ManifestCache:
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        with closing(sqlite3.connect(self._path, timeout=_CACHE_TIMEOUT_S)) as database:
+        with closing(connect(self._path, "rwc", _CACHE_TIMEOUT_S)) as database:
             if database.execute("PRAGMA user_version").fetchone() != (_FORMAT,):
                 database.execute(f"PRAGMA page_size = {_PAGE_SIZE_BYTES}")
                 with database:
+                    database.execute("BEGIN IMMEDIATE")
                     database.execute("DROP TABLE IF EXISTS manifests")  # Of the formats before.
                     database.execute("DROP TABLE IF EXISTS pages")
                     database.execute(_CREATE)

@@ -15,13 +15,13 @@ from typing import Final
 
 from mirror.config.settings import Hosted
 from mirror.hosted import collection_rows
+from mirror.hosted.change_rows import change_of
 from mirror.hosted.collection import collect, find_needless
 from mirror.hosted.collection_rows import NeedlessRow
 from mirror.hosted.database import Database
 from mirror.inventory.model import Inventory
-from mirror.observability.hosted_events import Actor, HostedChange
+from mirror.observability.hosted_events import Actor
 from mirror.oci.errors import StorageUnavailable
-from mirror.oci.reference import Repository
 from mirror.operations.cleaning_report import CleaningReport, Item
 from mirror.store.hosted_marker import has_hosted_names
 from mirror.store.layout import Layout
@@ -112,7 +112,8 @@ async def collect_hosted(
         OSError: Another process does not release the eviction lock.
     """
     now = store.now()
-    collected = await collect(database, now, grace, partial(_change, hosted, now, actor))
+    change = partial(change_of, "delete", registry=hosted.name, actor=actor, at=now)
+    collected = await collect(database, now, grace, change)
     removal = await _remove_files(store, database, read_inventory)
     freed = dict(removal.sizes)
     report = CleaningReport()
@@ -166,18 +167,4 @@ def _item(hosted: Hosted, row: NeedlessRow, size: int) -> Item:
         digest=str(row.digest),
         bytes=size,
         why=kind,
-    )
-
-
-def _change(hosted: Hosted, now: float, actor: Actor, row: NeedlessRow) -> HostedChange:
-    return HostedChange(
-        action="delete",
-        repository=Repository(hosted.name, row.repository),
-        digest=row.digest,
-        tag="",
-        media_type=row.media_type,
-        size=row.size,
-        user=actor.user,
-        client=actor.client,
-        at=now,
     )

@@ -31,11 +31,9 @@ from mirror.oci.errors import (
 from mirror.operations.cleaning_report import CleaningReport, Item
 from mirror.operations.removal import plan_removal, remove_images
 from mirror.store.layout import Layout
-from mirror.store.saved_rows import connect_to_read
+from mirror.store.sqlite_connection import connect_to_read
 from mirror.store.store import Store
 
-_NAMES_TIMEOUT_S: Final = 10.0
-"""Seconds to wait for a process that repairs the database of names."""
 _TAG_STAYS: Final = "its manifest stays, under its digest"
 _CONTENT_STAYS: Final = "oci-mirror gc removes what no other image needs"
 
@@ -78,7 +76,7 @@ def _find_immutable(settings: Settings, images: Iterable[Image]) -> dict[Image, 
     rules = ImmutableTagRules(settings.hosted)
     path = Layout(Path(settings.data_dir)).hosted_names
     try:
-        with closing(connect_to_read(path, _NAMES_TIMEOUT_S)) as database:
+        with closing(connect_to_read(path)) as database:
             for image in images:
                 name, reference = image.repository.path, image.tag or image.digest
                 try:
@@ -129,7 +127,7 @@ async def remove_by_name(
         for image in hosted:
             try:
                 path, reference = image.repository.path, image.tag or image.digest
-                await service.delete_manifest(
+                await service.manifests.delete(
                     path, reference, actor, may_change_immutable=may_change_immutable
                 )
             except TagImmutable as error:

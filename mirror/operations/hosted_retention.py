@@ -14,14 +14,14 @@ from typing import Final
 
 from mirror.config.settings import Hosted
 from mirror.hosted import retention_rows
-from mirror.hosted.change_rows import record_change
+from mirror.hosted.change_rows import change_of, record_change
 from mirror.hosted.database import Database
 from mirror.hosted.immutable_tags import ImmutableTagRules
 from mirror.hosted.retention_rows import HostedImageRow
 from mirror.inventory.image_names import Name
 from mirror.inventory.keeping import LEASED, Keepers
 from mirror.inventory.model import Image, Keeper
-from mirror.observability.hosted_events import Actor, HostedChange
+from mirror.observability.hosted_events import Actor
 from mirror.oci.reference import Digest, Repository
 from mirror.oci.tag_selection import TagSelection
 from mirror.operations.cleaning_report import CleaningReport, Item
@@ -119,11 +119,12 @@ async def apply_hosted_retention(
     decided = await database.read(partial(_decide, hosted=hosted, marks=marks, now=now))
     report = CleaningReport()
     report.items += [_item(decision) for decision, _ in decided if not decision.is_removed]
+    change = partial(change_of, "delete", registry=hosted.name, actor=actor, at=now)
 
     def remove(connection: Connection, rows: Sequence[HostedImageRow]) -> list[HostedImageRow]:
         removed = retention_rows.remove_unchanged(connection, rows, now)
         for row in removed:
-            record_change(connection, _change(hosted, row, now, actor))
+            record_change(connection, change(row, row.tag))
         return removed
 
     doomed = iter([pair for pair in decided if pair[0].is_removed])
@@ -194,18 +195,4 @@ def _item(decision: PruneDecision) -> Item:
         name=decision.image.name,
         digest=decision.image.root,
         why=decision.why,
-    )
-
-
-def _change(hosted: Hosted, row: HostedImageRow, now: float, actor: Actor) -> HostedChange:
-    return HostedChange(
-        action="delete",
-        repository=Repository(hosted.name, row.repository),
-        digest=row.digest,
-        tag="" if row.tag is None else str(row.tag),
-        media_type=row.media_type,
-        size=row.size,
-        user=actor.user,
-        client=actor.client,
-        at=now,
     )

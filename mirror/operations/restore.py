@@ -155,9 +155,9 @@ class BackupRestore:
             async with self._content.leased(row.digest for row in batch) as leased:
                 manifests = await run_in_thread(self._parse, batch, leased)
                 # Just before the manifests that name them: no collection comes between.
-                parts = dict.fromkeys(part for _, one in manifests for part in one.parts)
+                named_blobs = dict.fromkeys(blob for _, one in manifests for blob in one.blobs)
                 await self._restore_blobs(
-                    rows.repository, {one: blobs.pop(one) for one in parts if one in blobs}
+                    rows.repository, {one: blobs.pop(one) for one in named_blobs if one in blobs}
                 )
                 await self._record_manifests(manifests)
             for row, manifest in manifests:

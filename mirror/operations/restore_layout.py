@@ -168,12 +168,10 @@ class LayoutRestore:
             if await run_in_thread(self._content.has_copy, child):  # Otherwise the index is sparse.
                 child_type = types.get(str(child), "")
                 await self._restore_manifest(repository, child, child_type, depth + 1)
-        blobs = dict.fromkeys(manifest.blobs)
-        for part in manifest.parts:  # A layer that a registry need not have, and that is there.
-            if part not in blobs and part not in manifest.children:
-                blobs.update(
-                    {part: None} if await run_in_thread(self._content.has_copy, part) else {}
-                )
+        blobs = dict.fromkeys(manifest.required_blobs)
+        for blob in manifest.blobs:  # A layer that a registry need not have, and that is there.
+            if blob not in blobs and await run_in_thread(self._content.has_copy, blob):
+                blobs[blob] = None
         await self._restore_blobs(repository, iter(blobs))
 
         record = partial(

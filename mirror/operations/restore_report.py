@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from mirror.config.settings import Hosted
+from mirror.hosted.change_rows import change_of
+from mirror.hosted.content_row import ContentRow
 from mirror.observability.hosted_events import Actor, HostedChange
 from mirror.oci.errors import StorageUnavailable
-from mirror.oci.reference import Digest, Repository, Tag
+from mirror.oci.reference import Digest, Tag
 
 _MAX_TAGS_SHOWN: Final = 5
 """Tags that an error names: it is one line."""
@@ -75,14 +77,5 @@ def restore_change(
         size: Bytes of the manifest.
         at: Seconds since the epoch.
     """
-    return HostedChange(
-        action="push",
-        repository=Repository(hosted.name, repository),
-        digest=digest,
-        tag=str(tag or ""),
-        media_type=media_type,
-        size=size,
-        user=actor.user,
-        client=actor.client,
-        at=at,
-    )
+    row = ContentRow(repository, digest, media_type, size)
+    return change_of("push", row, tag, registry=hosted.name, actor=actor, at=at)

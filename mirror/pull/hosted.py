@@ -50,9 +50,9 @@ class HostedPulls:
             pull: Record of the client's request.
             is_head: True for a ``HEAD``: the result has no body.
         """
-        row = await self._hosted.find_manifest(repository.path, reference)
-        body = None if is_head else await self._hosted.read_manifest(row)
-        self._hosted.mark_pulled(repository.path, row)
+        row = await self._hosted.manifests.find(repository.path, reference)
+        body = None if is_head else await self._hosted.manifests.read(row)
+        self._hosted.manifests.mark_pulled(repository.path, row)
         pull.outcome = Outcome.HIT
         return ManifestResult(row.digest, row.media_type, size=row.size, body=body)
 
@@ -67,14 +67,14 @@ class HostedPulls:
             pull: Record of the client's request.
             is_head: True for a ``HEAD``: the result has no content.
         """
-        size = await self._hosted.blob_size(repository.path, digest)
+        size = await self._hosted.blobs.size(repository.path, digest)
         pull.outcome = Outcome.HIT
         if is_head:
             return BlobResult(digest, size=size, content=None)
         if size <= _MAX_IN_MEMORY_BYTES:
-            body = await self._hosted.read_blob(digest, _MAX_IN_MEMORY_BYTES)
+            body = await self._hosted.blobs.read(digest, _MAX_IN_MEMORY_BYTES)
             return BlobResult(digest, size=len(body), content=body)
-        reader = await self._hosted.open_blob(digest, size)
+        reader = await self._hosted.blobs.open(digest, size)
         return BlobResult(digest, size=reader.size, content=reader)
 
     async def tags(
@@ -88,7 +88,7 @@ class HostedPulls:
             last: The page starts after this tag. None: the first page.
             pull: Record of the client's request.
         """
-        tags, has_more = await self._hosted.tags(repository.path, count, last)
+        tags, has_more = await self._hosted.lists.tags(repository.path, count, last)
         pull.outcome = Outcome.HIT
         return TagsResult(text="\n".join(tags), has_more=has_more)
 
@@ -109,7 +109,9 @@ class HostedPulls:
             last: The page begins after this digest. None: it is the first page.
             pull: Record of the client's request.
         """
-        page = await self._hosted.referrers(repository.path, digest, artifact_type, last or "")
+        page = await self._hosted.lists.referrers(
+            repository.path, digest, artifact_type, last or ""
+        )
         pull.outcome = Outcome.HIT
         return page
 
@@ -178,7 +180,7 @@ class HostedPulls:
         path = self._attached(repository).path
         is_first = last is None
         taken = len(body) - len(referrers_index()) if is_first else 0
-        page = await self._hosted.referrers(
+        page = await self._hosted.lists.referrers(
             path, digest, artifact_type, last or "", MANIFEST_LIMIT - taken
         )
         if not page.count:
@@ -199,5 +201,5 @@ class HostedPulls:
             last: The page starts after this name. Empty: the first page.
             is_visible: Returns whether the client may know of a repository. None: of all.
         """
-        found, has_more = await self._hosted.repositories(count, last, is_visible)
+        found, has_more = await self._hosted.lists.repositories(count, last, is_visible)
         return RepositoriesResult(tuple(found), has_more)

@@ -11,17 +11,14 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Collection, Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
 from typing import Final
 
 from mirror.oci.errors import InvalidRequest, StorageUnavailable
 from mirror.oci.reference import Digest, Repository
 from mirror.store.layout import Layout
 from mirror.store.names import ACCESS, RESPONSES
-from mirror.store.saved_rows import connect_to_read
+from mirror.store.sqlite_connection import connect, connect_to_read
 
-_BUSY_TIMEOUT_S: Final = 10.0
-"""Seconds to wait for other processes. Each of their transactions takes milliseconds."""
 _STEP_ROWS: Final = 200
 """Rows of one transaction: 2 ms, for which other processes wait."""
 _LAST: Final = "\U0010ffff"
@@ -43,7 +40,7 @@ def count_expired(layout: Layout, now: float) -> int:
 
     Blocks. Raises ``StorageUnavailable`` if the index cannot be read.
     """
-    with _opened(layout, RESPONSES, "ro") as database:
+    with _opened(layout, RESPONSES, is_read_only=True) as database:
         if database is None:
             return 0
         return int(database.execute(_COUNT_EXPIRED, (now,)).fetchone()[0])
@@ -55,7 +52,7 @@ def drop_expired(layout: Layout, now: float) -> int:
     Raises ``StorageUnavailable`` if the index cannot be written.
     """
     count = 0
-    with _opened(layout, RESPONSES, "rw") as database:
+    with _opened(layout, RESPONSES, is_read_only=False) as database:
         while database is not None:
             dropped = database.execute(_DELETE_EXPIRED, (now, _STEP_ROWS)).rowcount
             count += dropped
@@ -88,7 +85,7 @@ def read_access_beside(
         StorageUnavailable: The index cannot be read.
     """
     found: set[Digest] = set()
-    with _opened(layout, ACCESS, "ro") as database:
+    with _opened(layout, ACCESS, is_read_only=True) as database:
         if database is None:
             return found
         names = dict.fromkeys(repositories)
@@ -109,22 +106,17 @@ def read_access_beside(
     return found
 
 
-def _connect(path: Path, mode: str) -> sqlite3.Connection:
-    if mode == "ro":
-        return connect_to_read(path, _BUSY_TIMEOUT_S)
-    uri = f"{path.absolute().as_uri()}?mode={mode}"
-    return sqlite3.connect(uri, uri=True, timeout=_BUSY_TIMEOUT_S, isolation_level=None)
-
-
 @contextmanager
-def _opened(layout: Layout, table: str, mode: str) -> Iterator[sqlite3.Connection | None]:
+def _opened(
+    layout: Layout, table: str, *, is_read_only: bool
+) -> Iterator[sqlite3.Connection | None]:
     """Open a table, each statement of which is a transaction. None if there is no index."""
     path = layout.index / table / "cache.db"
     try:
         if not path.exists():
             yield None
             return
-        with closing(_connect(path, mode)) as database:
+        with closing(connect_to_read(path) if is_read_only else connect(path, "rw")) as database:
             yield database
     except (sqlite3.Error, OSError) as error:
         raise StorageUnavailable(

@@ -16,7 +16,6 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
-from pathlib import Path
 from typing import Final, Protocol, TypeVar
 
 from mirror.oci.errors import StorageUnavailable
@@ -24,11 +23,10 @@ from mirror.oci.reference import Digest
 from mirror.store.disk import is_locked
 from mirror.store.hosted_marker import has_hosted_names
 from mirror.store.layout import Layout
+from mirror.store.sqlite_connection import connect
 
 _STEP: Final = 500
 """Digests of one query: SQLite takes at most 32,766 parameters, and more than these save little."""
-_BUSY_TIMEOUT_S: Final = 10.0
-"""Seconds to wait for a writer. Readers of a write-ahead log wait at its recovery only."""
 
 
 class _HasDigest(Protocol):
@@ -67,7 +65,7 @@ class HostedContents:
 
     def _find_in_snapshot(self, query: str, wanted: list[str]) -> Iterable[str]:
         try:
-            with closing(_connect(self.layout.snapshot)) as connection:
+            with closing(connect(self.layout.snapshot, "ro")) as connection:
                 return [row[0] for row in connection.execute(query, wanted)]
         except sqlite3.Error:
             return wanted  # It is being made, or has just been removed. All may be in it.
@@ -98,18 +96,9 @@ class HostedContents:
         try:
             if connection is None:
                 # Closed with its thread: a thread-local value ends with it.
-                connection = self._local.connection = _connect(self._database)
+                connection = self._local.connection = connect(self._database, "ro")
             return connection.execute(query, parameters).fetchall()
         except sqlite3.Error as error:
             self._local.connection = None
             message = f"{self._database}: {error}: nothing is removed, because it may be hosted"
             raise StorageUnavailable(message) from error
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    return sqlite3.connect(
-        f"{path.absolute().as_uri()}?mode=ro",
-        timeout=_BUSY_TIMEOUT_S,
-        isolation_level=None,
-        uri=True,
-    )

@@ -1,6 +1,6 @@
 """The names in the index, read without opening the index: for commands beside a server.
 
-Lives here: a read-only connection to one database of the index. Must not know: what its rows mean.
+Lives here: the rows of one table of the index. Must not know: what they mean.
 
 :class:`mirror.store.index.Index` repairs and restores what it opens, and reads in small pages so
 that requests do not wait. A listing needs neither: it reads one consistent state, and changes
@@ -11,19 +11,16 @@ from __future__ import annotations
 
 import sqlite3
 from contextlib import closing
-from pathlib import Path
 from typing import Final
 
 from mirror.oci.errors import StorageUnavailable
 from mirror.store.layout import Layout
+from mirror.store.sqlite_connection import connect_to_read
 from mirror.store.statements import SELECT_TEXTS
 
 # The same as in mirror.store.names, which is slow to import: it has diskcache.
 _NAMED: Final = "named"
 _RESTORED: Final = "restored"
-_INDEX_TIMEOUT_S: Final = 10.0
-"""Seconds to wait while a server recovers the database after a crash. Reads do not wait for
-writers."""
 
 
 class IndexUnreadable(StorageUnavailable):
@@ -44,7 +41,7 @@ def read_names(layout: Layout) -> tuple[list[tuple[str, str]], bool]:
     try:
         if not path.exists():
             return [], False
-        with closing(connect_to_read(path, _INDEX_TIMEOUT_S)) as database:
+        with closing(connect_to_read(path)) as database:
             rows = database.execute(SELECT_TEXTS).fetchall()
         return rows, any(key == _RESTORED for key, _ in rows)
     except (sqlite3.Error, OSError) as error:
@@ -52,35 +49,3 @@ def read_names(layout: Layout) -> tuple[list[tuple[str, str]], bool]:
             f"the index cannot be read ({error}): start the server, which repairs it, or check the "
             f"permissions of {layout.index}"
         ) from None
-
-
-def connect_to_read(path: Path, timeout: float) -> sqlite3.Connection:
-    """Connect to a database of the data directory, also on a disk that refuses writes.
-
-    Args:
-        path: The database.
-        timeout: Seconds to wait for other processes.
-
-    Raises:
-        sqlite3.Error: It cannot be read.
-    """
-    uri = f"{path.absolute().as_uri()}?mode=ro"
-    try:
-        return _checked(sqlite3.connect(uri, uri=True, timeout=timeout, isolation_level=None))
-    except sqlite3.OperationalError:
-        # A full disk also refuses the file that readers and writers share. Without it, the log
-        # cannot be read, and is not needed if it is empty.
-        log = path.with_name(f"{path.name}-wal")
-        if log.exists() and log.stat().st_size:
-            raise
-        return sqlite3.connect(f"{uri}&immutable=1", uri=True, isolation_level=None)
-
-
-def _checked(database: sqlite3.Connection) -> sqlite3.Connection:
-    """Return a connection that can read its database. Raises ``sqlite3.Error`` otherwise."""
-    try:
-        database.execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchall()
-    except sqlite3.Error:
-        database.close()
-        raise
-    return database

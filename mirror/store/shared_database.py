@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-_WRITE_TIMEOUT_S: Final = 10.0
-"""Seconds to wait for the transaction of another process: each takes some milliseconds."""
+from mirror.store.sqlite_connection import connect
+
 _MAX_LOG_BYTES: Final = 4 * 1024 * 1024
 """Bytes of the log at most, before its content goes into the file."""
 _PAGE_BYTES: Final = 4096
@@ -135,9 +135,7 @@ class SharedDatabase:
             newest = max(self._form.numbers(self._directory, "db"), default=None)
             self._number = newest or max(used, self._number) + 1
             self._path = path = self._form.path(self._directory, self._number)
-            connection = sqlite3.connect(
-                path, timeout=_WRITE_TIMEOUT_S, isolation_level=None, check_same_thread=False
-            )
+            connection = connect(path, "rwc")
             try:
                 _prepare(connection, self._form, self._log_bytes)
             except BaseException:

@@ -181,9 +181,9 @@ class HostedHandler:
         """
         with suppress(StorageUnavailable):
             if isinstance(parsed, paths.BlobRequest):
-                await self._service.mark_blob_used(parsed.repository.path, parsed.digest)
+                await self._service.blobs.mark_used(parsed.repository.path, parsed.digest)
             elif isinstance(parsed, paths.ManifestRequest):
-                await self._service.mark_manifest_used(parsed.repository.path, parsed.reference)
+                await self._service.manifests.mark_used(parsed.repository.path, parsed.reference)
 
     async def _send_repositories(
         self, request: web.BaseRequest, pull: RequestRecord, parsed: paths.RepositoriesRequest
@@ -191,7 +191,7 @@ class HostedHandler:
         """Send one page of the repositories that the client may pull from."""
         is_visible = await find_visible(self._access, request, pull)
         count = parsed.count
-        found, has_more = await self._service.repositories(count, parsed.last, is_visible)
+        found, has_more = await self._service.lists.repositories(count, parsed.last, is_visible)
         headers = {}
         if has_more:
             link = "_catalog" if count is not None else f"{self._find_prefix(request)}/v2/_catalog"
@@ -308,7 +308,7 @@ class HostedHandler:
             await self._ask(request, pull, AccessRight.PULL, source)
         except (NameInvalid, Denied, LoginRequired):
             return False
-        return await self._service.mount(source.path, parsed.repository.path, digest, actor)
+        return await self._service.blobs.mount(source.path, parsed.repository.path, digest, actor)
 
     async def _serve_upload(
         self, request: web.BaseRequest, pull: RequestRecord, parsed: UploadRequest, user: str
@@ -371,7 +371,7 @@ class HostedHandler:
     ) -> web.StreamResponse:
         body = await _read_manifest(request)
         pull.bytes_received = len(body)
-        manifest = await self._service.put_manifest(
+        manifest = await self._service.manifests.put(
             parsed.repository.path,
             parsed.reference,
             parsed.tags,
@@ -399,10 +399,10 @@ class HostedHandler:
     ) -> None:
         repository = parsed.repository
         if isinstance(parsed, BlobDeletion):
-            delete = partial(self._service.delete_blob, repository.path, parsed.digest, actor)
+            delete = partial(self._service.blobs.delete, repository.path, parsed.digest, actor)
         else:
             delete = partial(
-                self._service.delete_manifest, repository.path, parsed.reference, actor
+                self._service.manifests.delete, repository.path, parsed.reference, actor
             )
         try:
             await delete()

@@ -21,7 +21,7 @@ import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from mirror.hosted import upload_rows
+from mirror.hosted import name_rows, upload_rows
 from mirror.hosted.sessions import UPLOAD_TTL_S
 from mirror.observability.events import LogMessage
 from mirror.oci.descriptor import OCI_MANIFEST
@@ -231,7 +231,7 @@ class Probe:
                 self.uploads[step.user] = begun[1].decode()
         service = self.server.running_server.mirror.hosted
         assert service is not None
-        usage = await service.usage()
+        usage = await service.database.read(name_rows.usage)
         on_disk = sum(path.stat().st_size for path in self.server.store.layout.uploads.iterdir())
         assert usage.bytes + on_disk <= QUOTA
 
@@ -268,7 +268,7 @@ class Probe:
         assert service is not None
         self.clock[0] += 10 * UPLOAD_TTL_S
         await service.uploads.end_abandoned()
-        assert await service._database.read(upload_rows.all_uploads) == []
+        assert await service.database.read(upload_rows.all_uploads) == []
         assert list(layout.uploads.iterdir()) == []
         names = {path.name.partition(".")[0] for path in layout.root.iterdir()}
         assert names <= KNOWN, names - KNOWN

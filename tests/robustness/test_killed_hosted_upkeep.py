@@ -90,7 +90,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Filled:
             clock[0] += 3 * 86400
             await kit.push_image(LAYERS["2.0"], repository="team/app", tag="2.0")
             await kit.push_blob(b"sig", "team/app")
-            await kit.service.put_manifest(
+            await kit.service.manifests.put(
                 "team/app", Digest.of(SIGNATURE), (), SIGNATURE, OCI_MANIFEST
             )
             await kit.push_blob(ORPHAN, "team/app")
@@ -102,10 +102,10 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Filled:
 async def has_image(kit: HostedKit, reference: Reference, *layers: bytes) -> bool:
     """Return whether an image is there. Asserts that it is whole then."""
     try:
-        row = await kit.service.find_manifest("team/app", reference)
+        row = await kit.service.manifests.find("team/app", reference)
     except MirrorError:
         return False
-    assert Digest.of(await kit.service.read_manifest(row)) == row.digest
+    assert Digest.of(await kit.service.manifests.read(row)) == row.digest
     for layer in layers:
         assert await kit.read_blob(Digest.of(layer), "team/app") == layer
     return True

@@ -65,8 +65,8 @@ async def is_there(kit: HostedKit, name: str) -> bool:
             assert Digest.of(await kit.read_blob(digest, repository)) == digest
         else:
             parsed = Tag(reference) if kind == "tag" else Digest.parse(reference)
-            row = await kit.service.find_manifest(repository, parsed)
-            assert Digest.of(await kit.service.read_manifest(row)) == row.digest
+            row = await kit.service.manifests.find(repository, parsed)
+            assert Digest.of(await kit.service.manifests.read(row)) == row.digest
             if repository == "one":
                 for layer in push_driver.LAYERS:
                     await kit.read_blob(Digest.of(layer), repository)
@@ -87,7 +87,7 @@ async def check(data: Path, lines: list[str]) -> None:
         await kit.service.uploads.end_abandoned()
         assert await kit.database.read(upload_rows.all_uploads) == []
         assert list(kit.store.layout.uploads.glob("*")) == []
-        usage = await kit.service.usage()
+        usage = await kit.usage()
         on_disk = kit.store.catalog.refresh()
         assert usage.bytes <= on_disk.bytes
     await push_driver.main(data)

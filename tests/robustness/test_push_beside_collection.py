@@ -62,21 +62,21 @@ class Pusher:
         if pick.random() < 0.5 and deletable:
             gone = pick.choice(deletable)
             self.images.discard(gone)
-            await kit.service.delete_manifest(gone[0], gone[1])
+            await kit.service.manifests.delete(gone[0], gone[1])
 
     async def _bring(self, data: bytes) -> None:
         kit, digest = self.kit, Digest.of(data)
-        await kit.service.mark_blob_used(self.repository, digest)  # As HEAD does.
+        await kit.service.blobs.mark_used(self.repository, digest)  # As HEAD does.
         try:
-            await kit.service.blob_size(self.repository, digest)
+            await kit.service.blobs.size(self.repository, digest)
         except MirrorError:
             other = f"app{self.random.randrange(PUSHERS)}"
-            if not await kit.service.mount(other, self.repository, digest):
+            if not await kit.service.blobs.mount(other, self.repository, digest):
                 await kit.push_blob(data, self.repository)
 
     async def _put(self, body: bytes, kind: str, tag: Tag | None, began: float) -> bool:
         try:
-            await self.kit.service.put_manifest(
+            await self.kit.service.manifests.put(
                 self.repository, tag or Digest.of(body), (), body, kind
             )
         except PartsUnknown:
@@ -163,8 +163,8 @@ async def push_beside_collections(kit: HostedKit, seed: int, rounds: int) -> Non
         for repository, digest in pusher.images:
             if digest in pusher.listed:  # It goes with the index that has listed it.
                 continue
-            row = await kit.service.find_manifest(repository, digest)
-            assert Digest.of(await kit.service.read_manifest(row)) == digest
+            row = await kit.service.manifests.find(repository, digest)
+            assert Digest.of(await kit.service.manifests.read(row)) == digest
     for target in backups:
         async with hosted_kit(root / f"from-{target.name}") as other:
             settings = other.service.settings

@@ -36,6 +36,7 @@ OBSERVERS = {
 BELOW_SERVER = {"web", "pull", "store", "upstream", "history", *OBSERVERS, *SHARED}
 QUEUED_WRITES = {
     *("store.batch_writer", "store.layout", "store.private_directory", "store.shared_database"),
+    "store.sqlite_connection",
 }
 ALLOWED_IMPORTS: dict[str, set[str]] = {
     "": set(),
@@ -349,6 +350,22 @@ def one_client_session(sources: Sources) -> list[str]:
     return violations
 
 
+def one_way_to_open_a_database(sources: Sources) -> list[str]:
+    """Only one module opens a file of SQLite: it says how long to wait for other processes.
+
+    A database in memory, or in a temporary file, has a constant for its name.
+    """
+    return [
+        f"{module} connects to a database"
+        for module, source in sources.items()
+        if module != "mirror.store.sqlite_connection"
+        for node in ast.walk(parse(source))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) == "sqlite3.connect"
+        and not isinstance(node.args[0], ast.Constant)
+    ]
+
+
 def one_owner_of_tasks(sources: Sources) -> list[str]:
     """Only ``single_flight`` makes tasks, so none is lost when the server stops."""
     return [
@@ -440,6 +457,7 @@ RULES: list[Callable[[Sources], list[str]]] = [
     forbidden_stdlib,
     upstream_by_protocol,
     one_client_session,
+    one_way_to_open_a_database,
     one_owner_of_tasks,
     no_import_cycles,
     no_default_executor,
@@ -494,6 +512,7 @@ def test_every_package_has_its_allowed_imports() -> None:
         (one_client_session, "mirror.upstream.x", "import urllib.request"),
         (one_client_session, "mirror.upstream.x", "from http import client"),
         (one_client_session, "mirror.web.x", "import asyncio\nasyncio.open_connection('x', 1)"),
+        (one_way_to_open_a_database, "mirror.hosted.x", "import sqlite3\nsqlite3.connect(path)"),
         (one_owner_of_tasks, "mirror.pull.x", "import asyncio\nasyncio.create_task(f())"),
         (one_owner_of_tasks, "mirror.web.x", "asyncio.get_running_loop().create_task(f())"),
         (one_owner_of_tasks, "mirror.web.x", "from asyncio import shield\nshield(f())"),

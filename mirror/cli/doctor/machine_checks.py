@@ -30,6 +30,7 @@ from mirror.store.layout import Layout
 from mirror.store.marks import Marks
 from mirror.store.protection import find_holding
 from mirror.store.quarantine import quarantined_files
+from mirror.store.sqlite_connection import connect
 
 _MOUNTS: Final = Path("/proc/self/mountinfo")
 # proc_pid_mountinfo(5): "36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw"
@@ -229,9 +230,7 @@ def damage_of(database: Path, clock: Callable[[], float]) -> str | None:
     """
     deadline = clock() + _QUICK_CHECK_S
     try:
-        with closing(
-            sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)
-        ) as connection:
+        with closing(connect(database, "ro")) as connection:
             connection.set_progress_handler(lambda: int(clock() > deadline), _PROGRESS_STEP)
             (result,) = connection.execute("PRAGMA quick_check(1)").fetchone()
     except sqlite3.OperationalError as error:

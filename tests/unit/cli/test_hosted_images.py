@@ -74,7 +74,7 @@ def test_manifest_that_an_index_lists_is_no_row_of_its_own(site: Site) -> None:
     async def push(kit: HostedKit) -> None:
         child = await kit.push_image(LAYERS[1], repository="team/multi", tag=None)
         body = index_of(manifest_of(LAYERS[1]))
-        await kit.service.put_manifest(
+        await kit.service.manifests.put(
             "team/multi", Digest.of(body), (), body, OCI_INDEX, Actor("ci")
         )
         assert child == Digest.of(manifest_of(LAYERS[1]))
@@ -84,6 +84,23 @@ def test_manifest_that_an_index_lists_is_no_row_of_its_own(site: Site) -> None:
     assert names(site, "multi*") == []
     (row,) = site.rows("ls", "team/multi*")
     assert (row["name"], row["pushed_by"]) == (f"{NAME}/team/multi@{index}", "ci")
+
+
+def test_manifest_that_an_image_has_as_a_layer_is_a_row_of_its_own(site: Site) -> None:
+    body = manifest_of(LAYERS[1])
+
+    async def push(kit: HostedKit) -> None:
+        await kit.push_image(LAYERS[1], repository="team/both", tag=None)
+        await kit.push_blob(body, "team/both")
+        await kit.push_image(body, repository="team/both")
+
+    change(site, push)
+    rows = site.rows("ls", "team/both*")
+    name = f"{NAME}/team/both@{Digest.of(body)}"
+    assert {row["name"] for row in rows} == {f"{NAME}/team/both:v1", name}
+    assert [row["type"] for row in site.rows("show", name)] == ["manifest", "config", "layer"]
+    assert site.lines("rm", name)[0].startswith(f"removed {name}")
+    assert names(site, "team/both*") == [f"{NAME}/team/both:v1"]
 
 
 def test_show_has_the_parts_of_a_hosted_image_and_who_shares_them(site: Site) -> None:

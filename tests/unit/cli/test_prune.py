@@ -101,7 +101,7 @@ def test_rules_of_hosted_repositories_decide_about_their_images(run: Run, tmp_pa
         async with hosted_kit(tmp_path / "data") as kit:
             for tag in ("v1", "v2"):
                 await kit.push_image(tag.encode(), tag=tag, repository="team/app")
-            return (await kit.service.tags("team/app", None, None))[0]
+            return (await kit.service.lists.tags("team/app", None, None))[0]
 
     assert asyncio.run(push()) == ["v1", "v2"]
     planned = run(URL, "prune", "--dry-run", more=more)

@@ -15,12 +15,15 @@ from multidict import CIMultiDictProxy
 from yarl import URL
 
 from mirror.config.settings import Hosted, Storage
+from mirror.hosted import change_rows, name_rows
 from mirror.hosted.collection_rows import NeedlessRow
 from mirror.hosted.database import Database
 from mirror.hosted.hosted_service import HostedService
+from mirror.hosted.name_rows import HostedUsage
 from mirror.observability.events import Event, HostedChange
+from mirror.observability.hosted_events import Actor
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
-from mirror.oci.reference import Digest, Repository, Tag
+from mirror.oci.reference import Digest, Tag
 from mirror.store.reader import read_all
 from mirror.store.store import Store
 from tests.server_kit import Server
@@ -51,6 +54,10 @@ class HostedKit:
         self.events.clear()
         return changes
 
+    async def usage(self) -> HostedUsage:
+        """Return what all repositories take up."""
+        return await self.database.read(name_rows.usage)
+
     async def push_blob(self, data: bytes, repository: str = "app", user: str = "") -> Digest:
         """Push a blob by one request."""
         digest = Digest.of(data)
@@ -72,13 +79,13 @@ class HostedKit:
             await self.push_blob(data, repository)
         body = manifest_of(*layers, **more)
         reference = Digest.of(body) if tag is None else Tag(tag)
-        put = await self.service.put_manifest(repository, reference, (), body, OCI_MANIFEST)
+        put = await self.service.manifests.put(repository, reference, (), body, OCI_MANIFEST)
         return put.digest
 
     async def read_blob(self, digest: Digest, repository: str = "app") -> bytes:
         """Read a blob through a repository."""
-        size = await self.service.blob_size(repository, digest)
-        reader = await self.service.open_blob(digest, size)
+        size = await self.service.blobs.size(repository, digest)
+        reader = await self.service.blobs.open(digest, size)
         try:
             return await read_all(reader, 1 << 30)
         finally:
@@ -114,9 +121,8 @@ async def hosted_kit(
 
 def change_of(row: NeedlessRow) -> HostedChange:
     """Return what a collection records of a row."""
-    repository = Repository("registry.example", row.repository)
-    kind = row.media_type
-    return HostedChange("delete", repository, row.digest, "", kind, row.size, "collection", "", NOW)
+    actor = Actor("collection")
+    return change_rows.change_of("delete", row, registry="registry.example", actor=actor, at=NOW)
 
 
 # --- bodies ---------------------------------------------------------------------------------------

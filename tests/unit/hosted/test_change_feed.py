@@ -8,6 +8,7 @@ from sqlite3 import Connection
 import pytest
 
 from mirror.hosted.change_feed import RETAKE_S, ChangeFeed
+from mirror.hosted.change_rows import record_change
 from mirror.observability.events import HostedChange
 from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.errors import ManifestUnknown
@@ -65,22 +66,20 @@ async def test_change_of_a_server_that_was_killed_is_told_by_another_one_under_i
 async def test_failed_change_leaves_no_record(tmp_path: Path) -> None:
     async with hosted_kit(tmp_path) as kit:
         with pytest.raises(ManifestUnknown):
-            await kit.service.delete_manifest("app", Tag("v1"))
+            await kit.service.manifests.delete("app", Tag("v1"))
         assert await recorded(kit) == 0
 
 
 async def test_many_changes_of_commands_are_told_in_order(tmp_path: Path) -> None:
     async with hosted_kit(tmp_path) as kit:
-        command = ChangeFeed(kit.database, "registry.example", lambda: NOW, None)
         changes = [an_event(number) for number in range(600)]
         for start in range(0, 600, 200):
 
             def record(connection: Connection, some: slice = slice(start, start + 200)) -> None:
                 for one in changes[some]:
-                    command.record(connection, one)
+                    record_change(connection, one)
 
             await kit.database.write(record)
-        command.tell(changes[0])
         assert await kit.told_changes() == changes
     async with hosted_kit(tmp_path) as kit:
         assert await recorded(kit) == 0

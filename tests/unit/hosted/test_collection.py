@@ -12,6 +12,7 @@ from mirror.hosted.collection import collect, find_needless
 from mirror.hosted.collection_rows import NeedlessRow
 from mirror.hosted.name_rows import USE_STEP_S
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST, referrers_tag
+from mirror.oci.errors import ManifestUnknown
 from mirror.oci.reference import Digest, Tag
 from tests.unit.hosted.kit import (
     NOW,
@@ -37,7 +38,7 @@ async def digests(kit: HostedKit, now: float = LATER) -> set[Digest]:
 
 async def put(kit: HostedKit, body: bytes, tag: str | None, kind: str = OCI_MANIFEST) -> Digest:
     reference = Digest.of(body) if tag is None else Tag(tag)
-    manifest = await kit.service.put_manifest("app", reference, (), body, kind)
+    manifest = await kit.service.manifests.put("app", reference, (), body, kind)
     return manifest.digest
 
 
@@ -61,8 +62,8 @@ async def test_blob_stays_as_long_as_a_client_was_told_of_it_within_the_grace(
     async with hosted_kit(tmp_path) as kit:
         found, mounted = [await kit.push_blob(data) for data in (b"found", b"mounted")]
         kit.clock[0] = LATER - 10
-        await kit.service.mark_blob_used("app", found)
-        assert await kit.service.mount("app", "two", mounted)
+        await kit.service.blobs.mark_used("app", found)
+        assert await kit.service.blobs.mount("app", "two", mounted)
         collected = [(row.repository, row.digest) for row in await run(kit)]
         assert collected == [("app", mounted)]
 
@@ -71,7 +72,7 @@ async def test_manifest_without_a_tag_stays(tmp_path: Path) -> None:
     async with hosted_kit(tmp_path) as kit:
         await kit.push_image(b"layer", tag=None)
         await kit.push_image(b"other", tag="v1")
-        await kit.service.delete_manifest("app", Tag("v1"))
+        await kit.service.manifests.delete("app", Tag("v1"))
         assert await digests(kit) == set()
 
 
@@ -82,11 +83,53 @@ async def test_deleted_index_takes_what_only_it_has_listed(tmp_path: Path) -> No
             await kit.push_image(data, tag=tag)
         index = await put(kit, index_of(*children), "latest", OCI_INDEX)
         await put(kit, index_of(children[3]), "other", OCI_INDEX)
-        await kit.service.delete_manifest("app", index)
+        await kit.service.manifests.delete("app", index)
         assert await digests(kit, NOW + GRACE) == set()
         gone = {Digest.of(data) for data in (*children[:2], b"one", b"two")}
         assert {row.digest for row in await find_needless(kit.database, LATER, GRACE)} == gone
         assert await digests(kit) == gone
+
+
+async def push_as_both(kit: HostedKit, data: bytes) -> bytes:
+    """Push an image without a tag, and the bytes of its manifest as a blob, too."""
+    await kit.push_image(data, tag=None)
+    body = manifest_of(data)
+    await kit.push_blob(body)
+    return body
+
+
+async def test_manifest_that_an_image_has_as_a_layer_stays_when_that_image_goes(
+    tmp_path: Path,
+) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        body = await push_as_both(kit, b"one")
+        other = await kit.push_image(body, tag="v1")
+        await kit.service.manifests.delete("app", other)
+        assert await digests(kit) == {Digest.of(body)}  # As a blob.
+        assert (await kit.service.manifests.find("app", Digest.of(body))).digest == Digest.of(body)
+
+
+async def test_orphan_that_an_image_has_as_a_layer_goes_and_its_bytes_stay_as_a_blob(
+    tmp_path: Path,
+) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        body = await push_as_both(kit, b"one")
+        index = await put(kit, index_of(body), "index", OCI_INDEX)
+        await kit.push_image(body, tag="v1")
+        await kit.service.manifests.delete("app", index)
+        assert await digests(kit) == {Digest.of(body), Digest.of(b"one")}
+        with pytest.raises(ManifestUnknown):
+            await kit.service.manifests.find("app", Digest.of(body))
+        assert await kit.read_blob(Digest.of(body)) == body
+
+
+async def test_blob_that_only_an_index_lists_as_a_manifest_goes(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        body = await push_as_both(kit, b"one")
+        await put(kit, index_of(body), "index", OCI_INDEX)
+        (row,) = await run(kit)
+        assert (row.digest, row.is_manifest) == (Digest.of(body), False)
+        assert (await kit.service.manifests.find("app", Digest.of(body))).digest == Digest.of(body)
 
 
 async def test_referrer_goes_with_its_subject_and_stays_if_the_subject_was_never_here(
@@ -99,7 +142,7 @@ async def test_referrer_goes_with_its_subject_and_stays_if_the_subject_was_never
         of_mirrored = await kit.push_image(
             b"other", tag=None, subject=descriptor(b"elsewhere", OCI_MANIFEST)
         )
-        await kit.service.delete_manifest("app", subject)
+        await kit.service.manifests.delete("app", subject)
         collected = await digests(kit)
         assert signature in collected
         assert of_mirrored not in collected
@@ -117,13 +160,13 @@ async def test_tag_of_a_subject_goes_with_it_and_stays_if_the_subject_was_never_
         mirrored = referrers_tag(Digest.of(b"elsewhere")) + ending
         await kit.push_image(b"sig of a mirrored image", tag=mirrored)
         assert await digests(kit, LATER + 10 * GRACE) == set()
-        await kit.service.delete_manifest("app", subject)
+        await kit.service.manifests.delete("app", subject)
         assert await digests(kit, NOW + GRACE) == set()
         gone = {signature, Digest.of(b"layer"), Digest.of(b"sig")}
         assert {row.digest for row in await find_needless(kit.database, LATER, GRACE)} == gone
         assert await digests(kit) == gone
         assert shared not in gone
-        tags, _ = await kit.service.tags("app", None, None)
+        tags, _ = await kit.service.lists.tags("app", None, None)
         assert set(tags) == {mirrored, referrers_tag(subject) + ".other", "usual"}
 
 
@@ -147,12 +190,14 @@ async def test_tag_of_a_subject_that_is_pushed_again_stays(tmp_path: Path) -> No
     async with hosted_kit(tmp_path) as kit:
         subject = await kit.push_image(b"layer", tag="v1")
         signature = await kit.push_image(b"sig", tag=referrers_tag(subject) + ".sig")
-        await kit.service.delete_manifest("app", subject)
+        await kit.service.manifests.delete("app", subject)
         await put(kit, manifest_of(b"layer"), "v1")
         assert await digests(kit, LATER + 10 * GRACE) == set()
         assert (
             signature
-            == (await kit.service.find_manifest("app", Tag(referrers_tag(subject) + ".sig"))).digest
+            == (
+                await kit.service.manifests.find("app", Tag(referrers_tag(subject) + ".sig"))
+            ).digest
         )
 
 
@@ -163,7 +208,7 @@ async def test_orphan_that_is_needed_again_stays(tmp_path: Path, how: str) -> No
         subject = await kit.push_image(b"layer", tag="v1")
         signature = manifest_of(b"sig", subject=descriptor(image, OCI_MANIFEST))
         orphan = await kit.push_image(b"sig", tag=None, subject=descriptor(image, OCI_MANIFEST))
-        await kit.service.delete_manifest("app", subject)
+        await kit.service.manifests.delete("app", subject)
         kit.clock[0] = LATER - 10
         if how == "tag":
             await put(kit, signature, "signature")
@@ -172,7 +217,7 @@ async def test_orphan_that_is_needed_again_stays(tmp_path: Path, how: str) -> No
         elif how == "subject":
             await put(kit, image, "v1")
         else:
-            await kit.service.mark_manifest_used("app", orphan)
+            await kit.service.manifests.mark_used("app", orphan)
         assert orphan not in await digests(kit)
         if how != "pull":  # For good: it is no orphan any more.
             assert orphan not in await digests(kit, LATER + 10 * GRACE)
@@ -183,7 +228,9 @@ async def test_mirror_of_a_pull_is_recorded_once_in_a_while(tmp_path: Path) -> N
         await kit.push_image(b"layer")
         for now, recorded in ((NOW, NOW), (NOW + 10, NOW), (NOW + 700, NOW + 700)):
             kit.clock[0] = now
-            kit.service.mark_pulled("app", await kit.service.find_manifest("app", Tag("v1")))
+            kit.service.manifests.mark_pulled(
+                "app", await kit.service.manifests.find("app", Tag("v1"))
+            )
             await kit.database.write(lambda db: None)
-            row = await kit.service.find_manifest("app", Tag("v1"))
+            row = await kit.service.manifests.find("app", Tag("v1"))
             assert row.pulled_at == recorded

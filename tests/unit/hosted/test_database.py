@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from sqlite3 import Connection
@@ -54,6 +55,20 @@ async def test_failed_write_undoes_itself_and_no_other_one_of_its_commit(tmp_pat
     assert [type(result) for result in results] == [type(None)] * 5 + [KeyError]
     assert await names.read(count) == 5
     await names.close()
+
+
+@pytest.mark.parametrize("view", ["unnamed_blobs", "unnamed_manifests", "orphans"])
+def test_view_looks_each_row_up_by_an_index_with_all_that_it_compares(
+    tmp_path: Path, view: str
+) -> None:
+    with closing(open_checked(tmp_path / "names.db")) as connection:
+        plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN SELECT * FROM {view}")]
+    outer, *inner = [step for step in plan if "SUBQUERY" not in step]
+    assert outer.startswith("SCAN")
+    assert inner
+    assert all(step.startswith("SEARCH") for step in inner)
+    parts = "parts_by_digest (repository=? AND digest=? AND is_manifest=?)"
+    assert [step for step in inner if step.endswith(parts)]
 
 
 async def test_waiting_writes_share_one_commit(tmp_path: Path) -> None:

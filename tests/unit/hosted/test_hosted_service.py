@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mirror.config.settings import Storage
-from mirror.hosted import hosted_service
+from mirror.hosted import database
 from mirror.observability.events import HostedChange
 from mirror.observability.hosted_events import Actor
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
@@ -34,9 +34,9 @@ async def test_image_outlives_a_restart(tmp_path: Path) -> None:
     async with hosted_kit(tmp_path) as kit:
         digest = await kit.push_image(LAYER)
     async with hosted_kit(tmp_path) as kit:
-        row = await kit.service.find_manifest("app", Tag("v1"))
+        row = await kit.service.manifests.find("app", Tag("v1"))
         assert (row.digest, row.media_type) == (digest, OCI_MANIFEST)
-        assert await kit.service.read_manifest(row) == manifest_of(LAYER)
+        assert await kit.service.manifests.read(row) == manifest_of(LAYER)
         assert await kit.read_blob(DIGEST) == LAYER
 
 
@@ -44,23 +44,23 @@ async def test_repositories_share_bytes_and_no_names(tmp_path: Path) -> None:
     async with hosted_kit(tmp_path) as kit:
         await kit.push_blob(LAYER, "one")
         with pytest.raises(BlobUnknown):
-            await kit.service.blob_size("two", DIGEST)
+            await kit.service.blobs.size("two", DIGEST)
         with pytest.raises(BlobUnknown):
-            await kit.service.delete_blob("two", DIGEST)
+            await kit.service.blobs.delete("two", DIGEST)
         await kit.push_blob(LAYER, "two")
-        usage = await kit.service.usage()
+        usage = await kit.usage()
         assert (usage.bytes, usage.contents) == (len(LAYER), 1)
-        await kit.service.delete_blob("one", DIGEST)
+        await kit.service.blobs.delete("one", DIGEST)
         assert await kit.read_blob(DIGEST, "two") == LAYER
-        await kit.service.delete_blob("two", DIGEST)
-        assert (await kit.service.usage()).contents == 0
+        await kit.service.blobs.delete("two", DIGEST)
+        assert (await kit.usage()).contents == 0
         assert kit.store.catalog.has_blob(DIGEST), "it is cache now"
 
 
 async def test_parts_of_another_repository_do_not_count(tmp_path: Path) -> None:
     async with hosted_kit(tmp_path) as kit:
         await kit.push_image(LAYER, repository="one")
-        put = kit.service.put_manifest
+        put = kit.service.manifests.put
         with pytest.raises(PartsUnknown, match="2 of the parts"):
             await put("two", Tag("v1"), (), manifest_of(LAYER), OCI_MANIFEST)
         with pytest.raises(PartsUnknown, match="1 of the parts") as caught:
@@ -73,7 +73,9 @@ async def test_many_parts_are_checked(tmp_path: Path) -> None:
     async with hosted_kit(tmp_path) as kit:
         layers = [str(number).encode() for number in range(1200)]
         with pytest.raises(PartsUnknown, match="1201 of the parts") as caught:
-            await kit.service.put_manifest("app", Tag("v1"), (), manifest_of(*layers), OCI_MANIFEST)
+            await kit.service.manifests.put(
+                "app", Tag("v1"), (), manifest_of(*layers), OCI_MANIFEST
+            )
         assert str(caught.value.detail).count("sha256:") == 20
 
 
@@ -81,9 +83,9 @@ async def test_moved_tag_names_the_new_manifest_and_the_old_one_stays(tmp_path: 
     async with hosted_kit(tmp_path) as kit:
         old = await kit.push_image(LAYER)
         new = await kit.push_image()
-        assert (await kit.service.find_manifest("app", Tag("v1"))).digest == new
-        assert (await kit.service.find_manifest("app", old)).digest == old
-        assert (await kit.service.tags("app", None, None)) == (["v1"], False)
+        assert (await kit.service.manifests.find("app", Tag("v1"))).digest == new
+        assert (await kit.service.manifests.find("app", old)).digest == old
+        assert (await kit.service.lists.tags("app", None, None)) == (["v1"], False)
 
 
 async def test_deleted_manifest_takes_its_tags_and_referrers_along(tmp_path: Path) -> None:
@@ -91,25 +93,25 @@ async def test_deleted_manifest_takes_its_tags_and_referrers_along(tmp_path: Pat
         digest = await kit.push_image()
         subject = {"mediaType": OCI_MANIFEST, "digest": str(digest), "size": 1}
         referrer = await kit.push_image(LAYER, tag="sig", subject=subject)
-        assert (await kit.service.referrers("app", digest, None)).count == 1
-        await kit.service.delete_manifest("app", referrer)
-        assert (await kit.service.referrers("app", digest, None)).count == 0
+        assert (await kit.service.lists.referrers("app", digest, None)).count == 1
+        await kit.service.manifests.delete("app", referrer)
+        assert (await kit.service.lists.referrers("app", digest, None)).count == 0
         with pytest.raises(ManifestUnknown):
-            await kit.service.find_manifest("app", Tag("sig"))
+            await kit.service.manifests.find("app", Tag("sig"))
         with pytest.raises(ManifestUnknown):
-            await kit.service.delete_manifest("app", referrer)
+            await kit.service.manifests.delete("app", referrer)
 
 
 async def test_repository_ends_with_its_last_content(tmp_path: Path) -> None:
     async with hosted_kit(tmp_path) as kit:
         digest = await kit.push_image()
-        assert await kit.service.repositories(None, "") == (["app"], False)
-        await kit.service.delete_manifest("app", digest)
-        assert await kit.service.repositories(None, "") == ([], False)
-        assert await kit.service.tags("app", None, None) == ([], False)
-        await kit.service.delete_blob("app", CONFIG_DIGEST)
+        assert await kit.service.lists.repositories(None, "") == (["app"], False)
+        await kit.service.manifests.delete("app", digest)
+        assert await kit.service.lists.repositories(None, "") == ([], False)
+        assert await kit.service.lists.tags("app", None, None) == ([], False)
+        await kit.service.blobs.delete("app", CONFIG_DIGEST)
         with pytest.raises(NameUnknown):
-            await kit.service.tags("app", None, None)
+            await kit.service.lists.tags("app", None, None)
 
 
 async def test_manifest_beyond_the_quota_is_refused_and_leaves_no_row(tmp_path: Path) -> None:
@@ -117,10 +119,10 @@ async def test_manifest_beyond_the_quota_is_refused_and_leaves_no_row(tmp_path: 
         await kit.push_blob(CONFIG)
         body = manifest_of(annotations={"a": "x" * 1000})
         with pytest.raises(QuotaExceeded):
-            await kit.service.put_manifest("app", Tag("v1"), (), body, OCI_MANIFEST)
+            await kit.service.manifests.put("app", Tag("v1"), (), body, OCI_MANIFEST)
         with pytest.raises(ManifestUnknown):
-            await kit.service.find_manifest("app", Digest.of(body))
-        assert (await kit.service.usage()).bytes == len(CONFIG)
+            await kit.service.manifests.find("app", Digest.of(body))
+        assert (await kit.usage()).bytes == len(CONFIG)
 
 
 async def test_wrong_digest_of_a_manifest_stores_nothing(tmp_path: Path) -> None:
@@ -128,7 +130,7 @@ async def test_wrong_digest_of_a_manifest_stores_nothing(tmp_path: Path) -> None
         await kit.push_blob(CONFIG)
         body = manifest_of()
         with pytest.raises(DigestInvalid, match=r"hashes to sha256:.* not to sha256:"):
-            await kit.service.put_manifest("app", Digest.of(b"other"), (), body, OCI_MANIFEST)
+            await kit.service.manifests.put("app", Digest.of(b"other"), (), body, OCI_MANIFEST)
         assert not kit.store.catalog.has_blob(Digest.of(body))
 
 
@@ -139,7 +141,7 @@ async def test_lost_and_damaged_content_is_unknown_until_it_is_pushed_again(
         await kit.push_image(LAYER)
         kit.store.layout.blob(DIGEST).unlink()
         with pytest.raises(BlobUnknown):
-            await kit.service.blob_size("app", DIGEST)
+            await kit.service.blobs.size("app", DIGEST)
         await kit.push_blob(LAYER)
         assert await kit.read_blob(DIGEST) == LAYER
         kit.store.layout.blob(DIGEST).write_bytes(b"x" + LAYER[1:])
@@ -147,20 +149,20 @@ async def test_lost_and_damaged_content_is_unknown_until_it_is_pushed_again(
             await kit.read_blob(DIGEST)
         await kit.push_blob(LAYER)
         assert await kit.read_blob(DIGEST) == LAYER
-        row = await kit.service.find_manifest("app", Tag("v1"))
+        row = await kit.service.manifests.find("app", Tag("v1"))
         kit.store.layout.blob(row.digest).unlink()
         with pytest.raises(ManifestUnknown, match="push it again"):
-            await kit.service.read_manifest(row)
+            await kit.service.manifests.read(row)
 
 
 async def test_mount_needs_the_row_and_the_content(tmp_path: Path) -> None:
     async with hosted_kit(tmp_path) as kit:
         await kit.push_blob(LAYER, "one")
-        assert not await kit.service.mount("nothing", "two", DIGEST)
-        assert await kit.service.mount("one", "two", DIGEST)
-        assert await kit.service.blob_size("two", DIGEST) == len(LAYER)
+        assert not await kit.service.blobs.mount("nothing", "two", DIGEST)
+        assert await kit.service.blobs.mount("one", "two", DIGEST)
+        assert await kit.service.blobs.size("two", DIGEST) == len(LAYER)
         kit.store.layout.blob(DIGEST).unlink()
-        assert not await kit.service.mount("one", "three", DIGEST)
+        assert not await kit.service.blobs.mount("one", "three", DIGEST)
 
 
 async def test_use_of_a_blob_is_recorded_once_in_a_while(tmp_path: Path) -> None:
@@ -174,25 +176,25 @@ async def test_use_of_a_blob_is_recorded_once_in_a_while(tmp_path: Path) -> None
         pushed = kit.clock[0]
         for seconds, expected in ((599, pushed), (601, pushed + 601), (602, pushed + 601)):
             kit.clock[0] = pushed + seconds
-            await kit.service.mark_blob_used("app", DIGEST)
+            await kit.service.blobs.mark_used("app", DIGEST)
             assert await used_at() == expected
 
 
 async def test_use_is_recorded_later_while_another_process_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hosted_service, "_MARK_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(database, "_SOON_S", 0.01)
     async with hosted_kit(tmp_path) as kit:
         await kit.push_blob(LAYER)
         kit.clock[0] += 10_000
         other = sqlite3.connect(kit.store.layout.hosted_names, isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
         async with asyncio.timeout(5):
-            await kit.service.mark_blob_used("app", DIGEST)
-            await kit.service.mark_manifest_used("app", Tag("v1"))
+            await kit.service.blobs.mark_used("app", DIGEST)
+            await kit.service.manifests.mark_used("app", Tag("v1"))
             kit.clock[0] += kit.service.settings.grace
             with pytest.raises(BlobUnknown, match="push it again"):
-                await kit.service.mark_blob_used("app", DIGEST)
+                await kit.service.blobs.mark_used("app", DIGEST)
         other.execute("COMMIT")
         other.close()
         await kit.push_blob(b"next")
@@ -209,12 +211,12 @@ async def test_each_change_has_one_event_after_its_commit(tmp_path: Path) -> Non
         body, service = manifest_of(LAYER), kit.service
         digest = Digest.of(body)
         tags = (Tag("v1"), Tag("latest"))
-        await service.put_manifest("app", digest, tags, body, OCI_MANIFEST, actor)
-        await service.put_manifest("app", digest, (), body, OCI_MANIFEST, actor)
-        await service.mount("app", "two", Digest.of(LAYER), actor)
-        await service.delete_manifest("app", Tag("v1"), actor)
-        await service.delete_manifest("app", digest, actor)
-        await service.delete_blob("two", Digest.of(LAYER), actor)
+        await service.manifests.put("app", digest, tags, body, OCI_MANIFEST, actor)
+        await service.manifests.put("app", digest, (), body, OCI_MANIFEST, actor)
+        await service.blobs.mount("app", "two", Digest.of(LAYER), actor)
+        await service.manifests.delete("app", Tag("v1"), actor)
+        await service.manifests.delete("app", digest, actor)
+        await service.blobs.delete("two", Digest.of(LAYER), actor)
         found = [event for event in kit.events if isinstance(event, HostedChange)]
         assert [(one.action, str(one.repository.path), one.tag, one.digest) for one in found] == [
             ("push", "app", "v1", digest),
@@ -233,12 +235,12 @@ async def test_each_change_has_one_event_after_its_commit(tmp_path: Path) -> Non
 async def test_refused_change_has_no_event(tmp_path: Path) -> None:
     async with hosted_kit(tmp_path) as kit:
         with pytest.raises(PartsUnknown):
-            await kit.service.put_manifest("app", Tag("v1"), (), manifest_of(LAYER), OCI_MANIFEST)
+            await kit.service.manifests.put("app", Tag("v1"), (), manifest_of(LAYER), OCI_MANIFEST)
         with pytest.raises(ManifestUnknown):
-            await kit.service.delete_manifest("app", Tag("v1"))
+            await kit.service.manifests.delete("app", Tag("v1"))
         with pytest.raises(BlobUnknown):
-            await kit.service.delete_blob("app", DIGEST)
-        assert not await kit.service.mount("app", "two", DIGEST)
+            await kit.service.blobs.delete("app", DIGEST)
+        assert not await kit.service.blobs.mount("app", "two", DIGEST)
         assert not [event for event in kit.events if isinstance(event, HostedChange)]
 
 
@@ -248,7 +250,7 @@ async def test_change_of_a_client_that_leaves_has_its_event(tmp_path: Path) -> N
         kit.events.clear()
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0):
-                await kit.service.delete_manifest("app", digest)
+                await kit.service.manifests.delete("app", digest)
         await until(lambda: any(isinstance(event, HostedChange) for event in kit.events))
 
 
@@ -260,11 +262,11 @@ async def test_quota_of_a_repository_counts_shared_content_once_and_mounts_too(
         await kit.push_image(large, repository="one", tag="v1")
         await kit.push_blob(b"more", "one")
         body = manifest_of(large, b"more")
-        await kit.service.put_manifest("one", Tag("v2"), (), body, OCI_MANIFEST)
+        await kit.service.manifests.put("one", Tag("v2"), (), body, OCI_MANIFEST)
         await kit.push_blob(b"y" * 7_000, "two")
         with pytest.raises(
             QuotaExceeded, match=r"more than hosted.max_repository_size .10KiB. are needed"
         ):
-            await kit.service.mount("one", "two", Digest.of(large))
-        assert await kit.service.mount("one", "three", Digest.of(large))
-        assert (await kit.service.usage()).bytes < 16_000
+            await kit.service.blobs.mount("one", "two", Digest.of(large))
+        assert await kit.service.blobs.mount("one", "three", Digest.of(large))
+        assert (await kit.usage()).bytes < 16_000

@@ -55,7 +55,7 @@ async def test_immutable_tag_keeps_its_digest_and_may_be_pushed_again(tmp_path: 
         with pytest.raises(TagImmutable, match=f"v1 is immutable, and names {first}"):
             await kit.push_image(b"two")
         assert await kit.push_image(b"one") == first
-        row = await kit.service.find_manifest("app", Tag("v1"))
+        row = await kit.service.manifests.find("app", Tag("v1"))
         assert row.digest == first
         await kit.push_image(b"two", tag="latest")
         await kit.push_image(b"three", tag="latest")
@@ -69,28 +69,44 @@ async def test_immutable_tag_is_not_deleted_by_tag_or_by_digest(
         digest = await kit.push_image(b"one")
         reference = digest if is_by_digest else Tag("v1")
         with pytest.raises(TagImmutable, match="only an admin can delete it"):
-            await kit.service.delete_manifest("app", reference)
-        await kit.service.find_manifest("app", Tag("v1"))
-        await kit.service.delete_manifest("app", reference, may_change_immutable=True)
+            await kit.service.manifests.delete("app", reference)
+        await kit.service.manifests.find("app", Tag("v1"))
+        await kit.service.manifests.delete("app", reference, may_change_immutable=True)
 
 
 async def test_immutable_tag_keeps_all_that_its_image_has(tmp_path: Path) -> None:
     async with hosted_kit(tmp_path, immutable_tags=["*:v*"]) as kit:
         child = await kit.push_image(b"layer", tag=None)
         index = index_of(manifest_of(b"layer"))
-        await kit.service.put_manifest("app", Tag("v1"), (), index, OCI_INDEX)
+        await kit.service.manifests.put("app", Tag("v1"), (), index, OCI_INDEX)
         with pytest.raises(TagImmutable, match="v1 is immutable: only an admin"):
-            await kit.service.delete_manifest("app", child)
+            await kit.service.manifests.delete("app", child)
         for blob in (CONFIG, b"layer"):
             with pytest.raises(TagImmutable, match="v1 is immutable: only an admin"):
-                await kit.service.delete_blob("app", Digest.of(blob))
+                await kit.service.blobs.delete("app", Digest.of(blob))
         # What other images have, and the same content in other repositories, is not protected.
         await kit.push_image(b"free", tag="latest")
-        await kit.service.delete_blob("app", Digest.of(b"free"))
+        await kit.service.blobs.delete("app", Digest.of(b"free"))
         await kit.push_image(b"layer", repository="other", tag="latest")
-        await kit.service.delete_blob("other", Digest.of(b"layer"))
-        await kit.service.delete_manifest("app", child, may_change_immutable=True)
-        await kit.service.delete_blob("app", Digest.of(b"layer"), may_change_immutable=True)
+        await kit.service.blobs.delete("other", Digest.of(b"layer"))
+        await kit.service.manifests.delete("app", child, may_change_immutable=True)
+        await kit.service.blobs.delete("app", Digest.of(b"layer"), may_change_immutable=True)
+
+
+async def test_immutable_tag_keeps_bytes_as_what_its_image_has(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path, immutable_tags=["*:v*"]) as kit:
+        layer, child = manifest_of(b"layer"), manifest_of(b"child")
+        for data in (b"layer", b"child"):
+            await kit.push_image(data, tag=None)
+            await kit.push_blob(manifest_of(data))
+        await kit.push_image(layer, tag="v1")
+        await kit.service.manifests.put("app", Tag("v2"), (), index_of(child), OCI_INDEX)
+        with pytest.raises(TagImmutable, match="v1 is immutable"):
+            await kit.service.blobs.delete("app", Digest.of(layer))
+        await kit.service.manifests.delete("app", Digest.of(layer))
+        with pytest.raises(TagImmutable, match="v2 is immutable"):
+            await kit.service.manifests.delete("app", Digest.of(child))
+        await kit.service.blobs.delete("app", Digest.of(child))
 
 
 @pytest.mark.parametrize("tag", ["v1", None])
@@ -102,11 +118,11 @@ async def test_manifest_of_an_immutable_tag_keeps_its_media_type(
         body = manifest_of(b"layer", mediaType=None)
         if tag is None:
             index = index_of(body)
-            await kit.service.put_manifest("app", Tag("v1"), (), index, OCI_INDEX)
+            await kit.service.manifests.put("app", Tag("v1"), (), index, OCI_INDEX)
         with pytest.raises(TagImmutable, match="v1 is immutable: this manifest stays"):
-            await kit.service.put_manifest("app", digest, (), body, "application/vnd.evil+json")
-        assert (await kit.service.find_manifest("app", digest)).media_type == OCI_MANIFEST
-        await kit.service.put_manifest("app", digest, (), body, OCI_MANIFEST)
+            await kit.service.manifests.put("app", digest, (), body, "application/vnd.evil+json")
+        assert (await kit.service.manifests.find("app", digest)).media_type == OCI_MANIFEST
+        await kit.service.manifests.put("app", digest, (), body, OCI_MANIFEST)
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ class Pushed:
         if self._kind == "blob":
             await self._kit.push_blob(self.body)
         else:
-            put = self._kit.service.put_manifest
+            put = self._kit.service.manifests.put
             await put("app", self.digest, (), self.body, OCI_MANIFEST)
 
 
@@ -271,7 +271,7 @@ async def test_mounted_blob_stays_if_its_push_ends_before_it_is_acknowledged(
             eviction.start()
             monkeypatch.setattr(kit.database, "write", write)
             await write(*args, **keys)
-            assert await kit.service.mount("app", "other", digest)
+            assert await kit.service.blobs.mount("app", "other", digest)
             raise Killed
 
         monkeypatch.setattr(kit.database, "write", write_and_die)

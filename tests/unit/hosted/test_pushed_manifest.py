@@ -31,7 +31,7 @@ def read(body: bytes, content_type: str | None = OCI_MANIFEST) -> Any:
 def test_image_manifest_gives_its_parts_subject_type_and_annotations() -> None:
     subject = descriptor(b"x", OCI_MANIFEST)
     got = read(manifest_of(LAYER, subject=subject, annotations={"a": "b"}))
-    assert got.blobs == got.parts == (CONFIG_DIGEST, Digest.of(LAYER))
+    assert got.blobs == got.required_blobs == (CONFIG_DIGEST, Digest.of(LAYER))
     assert (got.children, str(got.subject)) == ((), subject["digest"])
     assert (got.artifact_type, got.annotations) == (EMPTY_TYPE, {"a": "b"})
 
@@ -69,8 +69,8 @@ def test_index_gives_manifests_and_the_entries_that_are_blobs() -> None:
 )
 def test_layers_that_are_elsewhere_need_not_be_pushed(layer: dict[str, Any]) -> None:
     got = read(manifest_of().replace(b'"layers": []', f'"layers": [{json.dumps(layer)}]'.encode()))
-    assert got.blobs == (CONFIG_DIGEST,)
-    assert got.parts == (CONFIG_DIGEST, Digest.of(LAYER))
+    assert got.required_blobs == (CONFIG_DIGEST,)
+    assert got.blobs == (CONFIG_DIGEST, Digest.of(LAYER))
 
 
 @pytest.mark.parametrize(

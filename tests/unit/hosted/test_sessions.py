@@ -107,7 +107,7 @@ async def test_quota_counts_content_and_what_uploads_have_reserved(tmp_path: Pat
         assert await reserved(kit) == {}
         with pytest.raises(QuotaExceeded):
             await uploads.begin("other", "", 200_000)
-        await kit.service.delete_blob("app", DIGEST)
+        await kit.service.blobs.delete("app", DIGEST)
         await uploads.begin("other", "", 200_000)
 
 
@@ -139,8 +139,8 @@ async def test_quota_of_a_small_upload_is_checked_when_it_is_finished(tmp_path: 
         assert await reserved(kit) == {}
         assert upload_files.list_ids(kit.store.layout) == []
         with pytest.raises(BlobUnknown):
-            await kit.service.blob_size("app", Digest.of(bodies[2]))
-        await kit.service.delete_blob("app", Digest.of(bodies[0]))
+            await kit.service.blobs.size("app", Digest.of(bodies[2]))
+        await kit.service.blobs.delete("app", Digest.of(bodies[0]))
         await kit.push_blob(bodies[2])
 
 
@@ -164,7 +164,7 @@ async def test_upload_that_another_process_has_ended_is_unknown_to_the_one_that_
         with pytest.raises(UploadUnknown):
             await finish(one, upload_id, Digest.of(b"data"))
         with pytest.raises(BlobUnknown):
-            await one.service.blob_size("app", Digest.of(b"data"))
+            await one.service.blobs.size("app", Digest.of(b"data"))
 
 
 async def test_broken_request_gives_back_what_it_has_reserved_and_not_received(
@@ -295,7 +295,7 @@ async def test_upload_that_gave_way_while_it_was_fed_is_not_acknowledged(tmp_pat
             await uploads.finish(feed, DIGEST)
         feed.close()
         with pytest.raises(BlobUnknown):
-            await kit.service.blob_size("app", DIGEST)
+            await kit.service.blobs.size("app", DIGEST)
 
 
 async def test_upload_without_a_byte_ends_after_an_hour(tmp_path: Path) -> None:
@@ -389,7 +389,7 @@ async def test_disk_that_fails_at_the_end_acknowledges_nothing_and_ends_the_uplo
             with pytest.raises(StorageUnavailable, match="Input/output error"):
                 await finish(kit, upload_id)
         with pytest.raises(BlobUnknown):
-            await kit.service.blob_size("app", DIGEST)
+            await kit.service.blobs.size("app", DIGEST)
         assert not kit.store.catalog.has_blob(DIGEST)
         # The pages may be clean now, and not on the disk: the bytes have to come again.
         with pytest.raises(UploadUnknown):
@@ -475,6 +475,6 @@ async def test_upload_that_an_operator_ends_cannot_be_finished(tmp_path: Path) -
         finally:
             feed.close()
         with pytest.raises(BlobUnknown):
-            await kit.service.blob_size("app", Digest.of(b"data"))
+            await kit.service.blobs.size("app", Digest.of(b"data"))
         with pytest.raises(UploadUnknown):
             await uploads.end(upload_id)

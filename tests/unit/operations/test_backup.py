@@ -51,7 +51,7 @@ async def push_all(kit: HostedKit) -> None:
     await kit.push_image(b"two", repository="other", tag="v2")
     await kit.push_image(b"child", repository="team/app", tag=None)
     index = index_of(manifest_of(b"child"))
-    await kit.service.put_manifest("team/app", Tag("index"), (), index, OCI_INDEX)
+    await kit.service.manifests.put("team/app", Tag("index"), (), index, OCI_INDEX)
     await kit.push_image(
         b"signature",
         repository="team/app",
@@ -59,7 +59,7 @@ async def push_all(kit: HostedKit) -> None:
         subject=descriptor(manifest_of(LAYER), OCI_MANIFEST),
     )
     wide = manifest_of(LAYER)
-    await kit.service.put_manifest("team/app", Digest.of(wide, "sha512"), (), wide, OCI_MANIFEST)
+    await kit.service.manifests.put("team/app", Digest.of(wide, "sha512"), (), wide, OCI_MANIFEST)
 
 
 async def state_of(kit: HostedKit) -> dict[str, Any]:
@@ -118,7 +118,9 @@ async def test_everything_comes_back_on_an_empty_data_directory(tmp_path: Path, 
     target = tmp_path / name
     async with pushed(tmp_path) as kit:
         kit.clock[0] = NOW + 5000
-        kit.service.mark_pulled("other", await kit.service.find_manifest("other", Tag("v2")))
+        kit.service.manifests.mark_pulled(
+            "other", await kit.service.manifests.find("other", Tag("v2"))
+        )
         await kit.push_blob(b"named by no manifest")
         before = await state_of(kit)
         report = backup(kit, target)
@@ -143,7 +145,7 @@ async def test_second_backup_adds_what_is_new_and_removes_what_is_gone(tmp_path:
     async with pushed(tmp_path) as kit:
         backup(kit, target)
         assert backup(kit, target).added == 0
-        await kit.service.delete_manifest("team/app", Digest.of(manifest_of(b"by digest")))
+        await kit.service.manifests.delete("team/app", Digest.of(manifest_of(b"by digest")))
         await collect(kit.database, NOW + 10**6, 0.0, change_of)
         await kit.push_image(b"three", repository="team/app", tag="v2")
         report = backup(kit, target)
@@ -166,9 +168,9 @@ async def test_content_that_is_deleted_while_a_backup_reads_stays_until_its_end(
         with opened_snapshot(kit.store.layout) as snapshot:
             for repository in list(snapshot.repositories()):
                 for row in list(snapshot.manifests(repository)):
-                    await kit.service.delete_manifest(repository, row.digest)
+                    await kit.service.manifests.delete(repository, row.digest)
             await collect(kit.database, NOW + 10**6, 0.0, change_of)
-            assert (await kit.service.usage()).contents == 0
+            assert (await kit.usage()).contents == 0
             await kit.store.evictor.remove([blob])
             assert kit.store.catalog.has_blob(digest)
             assert digest in dict(snapshot.contents())
@@ -194,7 +196,7 @@ async def test_copy_of_a_killed_backup_keeps_nothing_and_is_removed(tmp_path: Pa
         with opened_snapshot(layout):
             stale = layout.snapshot.read_bytes()
         layout.snapshot.write_bytes(stale)
-        await kit.service.delete_blob("team/app", Digest.of(LAYER))
+        await kit.service.blobs.delete("team/app", Digest.of(LAYER))
         blob = next(one for one in kit.store.catalog.blobs(NOW) if one.digest == Digest.of(LAYER))
         assert (await kit.store.evictor.remove([blob])).sizes
         drop_stale_snapshot(layout)
@@ -242,7 +244,7 @@ async def test_lost_content_is_named_and_stays_in_an_earlier_backup(tmp_path: Pa
         assert report.images == 7
         assert await state_of(kit) == before
         with pytest.raises(BlobUnknown):
-            await kit.service.blob_size("team/app", Digest.of(LAYER))
+            await kit.service.blobs.size("team/app", Digest.of(LAYER))
 
 
 @pytest.mark.parametrize("how", ["flipped", "short", "long", "link"])
@@ -263,7 +265,7 @@ async def test_damaged_content_of_a_backup_is_not_restored(tmp_path: Path, how: 
         (problem,) = report.problems
         assert str(Digest.of(LAYER)) in problem
         assert not kit.store.catalog.has_blob(Digest.of(LAYER))
-        assert (await kit.service.tags("team/app", None, None))[0] == ["index", "v1", "v2"]
+        assert (await kit.service.lists.tags("team/app", None, None))[0] == ["index", "v1", "v2"]
     assert list((tmp_path / "new" / "uploads").iterdir()) == []
 
 
@@ -278,7 +280,7 @@ async def test_content_that_is_damaged_here_is_replaced_by_a_restore(
             damage(kit.store.layout.blob(Digest.of(data)))
         report = await restore(kit, target)
         assert (report.contents, report.problems) == (2, [])
-        usage = await kit.service.usage()
+        usage = await kit.usage()
         assert usage.bytes == backup(kit, tmp_path / "again").bytes
     every_file_hashes_to_its_name(tmp_path / "data")
 
@@ -325,7 +327,7 @@ async def test_lost_manifest_takes_its_own_tags_only(tmp_path: Path) -> None:
             f"team/app: the backup does not have {lost}",
             f"team/app:v1 is not restored: its manifest {lost} is lost",
         ]
-        assert (await kit.service.tags("team/app", None, None))[0] == ["index", "v2"]
+        assert (await kit.service.lists.tags("team/app", None, None))[0] == ["index", "v2"]
         assert await kit.read_blob(Digest.of(LAYER), "team/app") == LAYER
 
 
@@ -334,8 +336,8 @@ async def test_restore_revives_what_is_an_orphan_only_here(tmp_path: Path) -> No
     async with pushed(tmp_path) as kit:
         before = await state_of(kit)
         backup(kit, target)
-        await kit.service.delete_manifest("team/app", Digest.of(manifest_of(LAYER)))
-        await kit.service.delete_manifest("team/app", Digest.of(index_of(manifest_of(b"child"))))
+        await kit.service.manifests.delete("team/app", Digest.of(manifest_of(LAYER)))
+        await kit.service.manifests.delete("team/app", Digest.of(index_of(manifest_of(b"child"))))
         assert {row[-1] for row in (await state_of(kit))["manifests"]} == {0, NOW}
         await restore(kit, target)
         assert await state_of(kit) == before
@@ -345,15 +347,15 @@ async def test_tag_of_another_manifest_is_replaced_by_force_only(tmp_path: Path)
     target = tmp_path / "backup"
     async with pushed(tmp_path) as kit:
         backup(kit, target)
-        first = await kit.service.find_manifest("team/app", Tag("v2"))
+        first = await kit.service.manifests.find("team/app", Tag("v2"))
         await kit.push_image(b"three", repository="team/app", tag="v2")
-        await kit.service.delete_manifest("team/app", Tag("v1"))
+        await kit.service.manifests.delete("team/app", Tag("v1"))
         with pytest.raises(StorageUnavailable, match=r"1 tags .*team/app:v2.* --force replaces"):
             await restore(kit, target)
-        assert (await kit.service.tags("team/app", None, None))[0] == ["index", "v2"]
+        assert (await kit.service.lists.tags("team/app", None, None))[0] == ["index", "v2"]
         await restore(kit, target, may_replace=True)
-        assert (await kit.service.find_manifest("team/app", Tag("v2"))).digest == first.digest
-        assert (await kit.service.tags("team/app", None, None))[0] == ["index", "v1", "v2"]
+        assert (await kit.service.manifests.find("team/app", Tag("v2"))).digest == first.digest
+        assert (await kit.service.lists.tags("team/app", None, None))[0] == ["index", "v1", "v2"]
 
 
 async def test_quota_ends_a_restore_with_words(tmp_path: Path) -> None:
@@ -386,7 +388,7 @@ async def test_layout_of_another_program_is_restored_by_its_full_names(tmp_path:
     async with hosted_kit(tmp_path / "data") as kit:
         report = await restore(kit, layout)
         assert (report.images, report.problems) == (1, [])
-        row = await kit.service.find_manifest("org/app", Tag("1"))
+        row = await kit.service.manifests.find("org/app", Tag("1"))
         assert row.digest == Digest.of(manifest_of())
 
 
@@ -444,7 +446,7 @@ async def test_backup_with_damaged_or_old_rows_restores_nothing(
     async with hosted_kit(tmp_path / "data") as kit:
         with pytest.raises(StorageUnavailable, match=message):
             await restore(kit, layout)
-        assert (await kit.service.usage()).contents == 0
+        assert (await kit.usage()).contents == 0
 
 
 async def test_tar_file_with_links_and_one_that_is_none_restore_nothing(tmp_path: Path) -> None:

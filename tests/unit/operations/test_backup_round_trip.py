@@ -98,16 +98,16 @@ class Pusher:
         elif kind == "blob":
             await self.kit.push_blob(data, repository)
         elif kind == "delete":
-            await service.delete_manifest(repository, Digest.of(body))
+            await service.manifests.delete(repository, Digest.of(body))
         elif kind == "delete-tag":
-            await service.delete_manifest(repository, Tag(TAGS[one % len(TAGS)]))
+            await service.manifests.delete(repository, Tag(TAGS[one % len(TAGS)]))
         elif kind == "delete-blob":
-            await service.delete_blob(repository, Digest.of([*BLOBS, CONFIG, body][one % 5]))
+            await service.blobs.delete(repository, Digest.of([*BLOBS, CONFIG, body][one % 5]))
         elif kind == "collect":
             grace = USE_STEP_S * one
             await collect(self.kit.database, self.kit.clock[0], grace, change_of)
         elif kind == "pull":
-            await service.mark_manifest_used(repository, Digest.of(body))
+            await service.manifests.mark_used(repository, Digest.of(body))
 
     async def _push(
         self, repository: str, body: bytes, media_type: str, number: int, *blobs: bytes
@@ -119,13 +119,13 @@ class Pusher:
         tag = TAGS[number] if number < len(TAGS) else None
         reference = Digest.of(body, algorithm) if tag is None else Tag(tag)
         user = Actor(["", "ann"][number % 2])
-        await self.kit.service.put_manifest(repository, reference, (), body, media_type, user)
+        await self.kit.service.manifests.put(repository, reference, (), body, media_type, user)
 
 
 async def answers_of(kit: HostedKit, bodies: list[bytes]) -> dict[Any, Any]:
     """Return every answer that clients can get, and all rows."""
     service = kit.service
-    found: dict[Any, Any] = {"_catalog": await service.repositories(None, "")}
+    found: dict[Any, Any] = {"_catalog": await service.lists.repositories(None, "")}
     digests = [Digest.of(body, name) for body in bodies for name in ("sha256", "sha512")]
     blobs = [Digest.of(data) for data in (*BLOBS, CONFIG)]
 
@@ -136,7 +136,7 @@ async def answers_of(kit: HostedKit, bodies: list[bytes]) -> dict[Any, Any]:
             found[key] = type(error), error.message
 
     for repository in REPOSITORIES:
-        await ask(("tags", repository), service.tags(repository, None, None))
+        await ask(("tags", repository), service.lists.tags(repository, None, None))
         for reference in (*digests, *map(Tag, TAGS)):
             await ask(
                 ("manifest", repository, reference), read_manifest(kit, repository, reference)
@@ -145,9 +145,9 @@ async def answers_of(kit: HostedKit, bodies: list[bytes]) -> dict[Any, Any]:
             await ask(("blob", repository, digest), read_blob(kit, repository, digest))
         for digest in digests:
             await ask(
-                ("referrers", repository, digest), service.referrers(repository, digest, None)
+                ("referrers", repository, digest), service.lists.referrers(repository, digest, None)
             )
-    found["usage"] = await service.usage()
+    found["usage"] = await kit.usage()
 
     def rows(connection: Any) -> dict[str, Any]:
         tables = ["tags", "manifests", "parts", "contents", "repositories", "totals"]
@@ -161,8 +161,8 @@ async def answers_of(kit: HostedKit, bodies: list[bytes]) -> dict[Any, Any]:
 
 
 async def read_manifest(kit: HostedKit, repository: str, reference: Any) -> Any:
-    row = await kit.service.find_manifest(repository, reference)
-    return row, await kit.service.read_manifest(row)
+    row = await kit.service.manifests.find(repository, reference)
+    return row, await kit.service.manifests.read(row)
 
 
 async def read_blob(kit: HostedKit, repository: str, digest: Digest) -> bytes:

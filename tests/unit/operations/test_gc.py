@@ -177,7 +177,7 @@ async def test_hosted_content_is_no_garbage_until_no_repository_has_it(tmp_path:
         digest = await kit.push_blob(OTHER_LAYER)
         found = find_garbage(Layout(tmp_path), inventory_of(tmp_path, LATER), DEFAULT_GRACE_S)
         assert found.items == []
-        await kit.service.delete_blob("app", digest)
+        await kit.service.blobs.delete("app", digest)
         await collect_garbage(kit.store, inventory_of(tmp_path, LATER), DEFAULT_GRACE_S)
         assert str(digest) not in on_disk(tmp_path)
 

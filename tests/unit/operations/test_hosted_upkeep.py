@@ -30,7 +30,7 @@ from mirror.operations.hosted_collection import (
 from mirror.operations.hosted_job import HOSTED_REPORT, HostedJob, run_upkeep
 from mirror.operations.hosted_retention import apply_hosted_retention, plan_hosted_retention
 from mirror.store.layout import Layout
-from mirror.store.marks import Marks, Pin, read_marks
+from mirror.store.marks import Lease, Marks, Pin, read_marks
 from tests.unit.hosted.kit import (
     CONFIG_DIGEST,
     NOW,
@@ -81,7 +81,7 @@ async def push_tags(kit: HostedKit, *tags: str, repository: str = "app") -> None
 
 
 async def tags_of(kit: HostedKit, repository: str = "app") -> list[str]:
-    return (await kit.service.tags(repository, None, None))[0]
+    return (await kit.service.lists.tags(repository, None, None))[0]
 
 
 async def test_keep_last_orders_versions_by_precedence_and_others_by_push(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ async def test_older_than_counts_from_the_last_use_or_from_the_push(
     async with hosted_kit(tmp_path) as kit:
         await push_tags(kit, "v1", "v2")
         kit.clock[0] += 10 * DAY
-        kit.service.mark_pulled("app", await kit.service.find_manifest("app", Tag("v1")))
+        kit.service.manifests.mark_pulled("app", await kit.service.manifests.find("app", Tag("v1")))
         await kit.database.write(lambda connection: None)  # The record of the pull comes before.
         kit.clock[0] += DAY
         items = await retain(kit, {"older_than": "5d", "age": age})
@@ -114,7 +114,7 @@ async def test_pull_of_a_platform_by_digest_is_a_use_of_its_indexes(tmp_path: Pa
     async with hosted_kit(tmp_path) as kit:
         platform = await kit.push_image(b"platform", tag=None)
         index = index_of(manifest_of(b"platform"))
-        await kit.service.put_manifest("app", Tag("multi"), (), index, OCI_INDEX)
+        await kit.service.manifests.put("app", Tag("multi"), (), index, OCI_INDEX)
         outer = json.dumps(
             {
                 "schemaVersion": 2,
@@ -122,10 +122,10 @@ async def test_pull_of_a_platform_by_digest_is_a_use_of_its_indexes(tmp_path: Pa
                 "manifests": [descriptor(index, OCI_INDEX)],
             }
         ).encode()
-        await kit.service.put_manifest("app", Tag("nested"), (), outer, OCI_INDEX)
+        await kit.service.manifests.put("app", Tag("nested"), (), outer, OCI_INDEX)
         await push_tags(kit, "v1")
         kit.clock[0] += 10 * DAY
-        kit.service.mark_pulled("app", await kit.service.find_manifest("app", platform))
+        kit.service.manifests.mark_pulled("app", await kit.service.manifests.find("app", platform))
         await kit.database.write(lambda connection: None)  # The record of the pull comes before.
         kit.clock[0] += DAY
         assert removed(await retain(kit, {"older_than": "5d"})) == {"app:v1"}
@@ -144,7 +144,7 @@ async def test_rules_are_not_about_tags_that_belong_to_a_subject(tmp_path: Path)
 async def test_immutable_pinned_and_leased_images_stay(tmp_path: Path) -> None:
     async with hosted_kit(tmp_path) as kit:
         await push_tags(kit, "v1", "pinned", "gone")
-        row = await kit.service.find_manifest("app", Tag("pinned"))
+        row = await kit.service.manifests.find("app", Tag("pinned"))
         name = ImageName.parse(f"{NAME}/app:pinned")
         pin = Pin(name=str(name), digest=row.digest, since=NOW)
         marks = Marks(pins={str(name): pin})
@@ -158,7 +158,7 @@ async def test_untagged_rule_is_about_manifests_that_nothing_names(tmp_path: Pat
         alone = await kit.push_image(b"alone", tag=None)
         await kit.push_image(b"child", tag=None)
         index = index_of(manifest_of(b"child"))
-        await kit.service.put_manifest("app", Tag("index"), (), index, OCI_INDEX)
+        await kit.service.manifests.put("app", Tag("index"), (), index, OCI_INDEX)
         subject = descriptor(b"of a mirrored image", OCI_MANIFEST)
         await kit.push_image(b"signature", tag=None, subject=subject)
         await push_tags(kit, "v1")
@@ -168,12 +168,43 @@ async def test_untagged_rule_is_about_manifests_that_nothing_names(tmp_path: Pat
         assert await tags_of(kit) == ["index", "v1"]
 
 
+async def test_untagged_rule_is_about_a_manifest_that_an_image_has_as_a_layer(
+    tmp_path: Path,
+) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        alone = await kit.push_image(b"alone", tag=None)
+        await kit.push_blob(manifest_of(b"alone"))
+        await kit.push_image(manifest_of(b"alone"), tag="v1")
+        kit.clock[0] += 10 * DAY
+        assert removed(await retain(kit, {"about": "untagged", "older_than": "5d"})) == {
+            f"app@{alone}"
+        }
+        kit.clock[0] += 3 * DAY
+        items, changes = await collect_all(kit)
+        assert {item.digest for item in items} == {str(alone), str(Digest.of(b"alone"))}
+        assert len(changes) == 2
+        assert await kit.read_blob(alone) == manifest_of(b"alone")
+
+
+async def test_use_of_a_manifest_is_no_use_of_an_image_that_has_it_as_a_layer(
+    tmp_path: Path,
+) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        alone = await kit.push_image(b"alone", tag=None)
+        await kit.push_blob(manifest_of(b"alone"))
+        await kit.push_image(manifest_of(b"alone"), tag="v1")
+        kit.clock[0] += 10 * DAY
+        await kit.service.manifests.mark_used("app", alone)
+        marks = Marks(leases={alone: Lease(alone, kit.clock[0] + DAY, "node")})
+        assert removed(await retain(kit, {"older_than": "5d"}, marks=marks)) == {"app:v1"}
+
+
 async def test_image_that_is_pushed_or_pulled_meanwhile_stays(tmp_path: Path) -> None:
     async with hosted_kit(tmp_path) as kit:
         await push_tags(kit, "v1")
         kit.clock[0] += 10 * DAY
         rows = await kit.database.read(retention_rows.tagged_images)
-        kit.service.mark_pulled("app", await kit.service.find_manifest("app", Tag("v1")))
+        kit.service.manifests.mark_pulled("app", await kit.service.manifests.find("app", Tag("v1")))
         remove = partial(retention_rows.remove_unchanged, rows=rows, now=kit.clock[0])
         assert await kit.database.write(remove) == []
         assert await tags_of(kit) == ["v1"]
@@ -232,7 +263,7 @@ async def test_file_that_the_cache_needs_stays(tmp_path: Path) -> None:
         assert kit.store.catalog.has_blob(blob)
         assert not kit.store.catalog.has_blob(Digest.of(b"alone"))
         with pytest.raises(Exception, match="does not have this blob"):
-            await kit.service.blob_size("app", blob)
+            await kit.service.blobs.size("app", blob)
 
 
 async def test_file_that_becomes_cache_counts_in_the_quota_of_the_cache_at_once(
@@ -295,7 +326,7 @@ async def test_server_runs_the_upkeep_in_a_process_and_tells_of_each_change(tmp_
         assert changes[1].digest == Digest.of(b"alone")
         assert await tags_of(kit) == ["v2"]
         with pytest.raises(ManifestUnknown):
-            await kit.service.find_manifest("app", Tag("v1"))
+            await kit.service.manifests.find("app", Tag("v1"))
 
 
 async def test_run_is_skipped_if_another_process_has_just_run(tmp_path: Path) -> None:

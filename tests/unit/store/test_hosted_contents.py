@@ -78,13 +78,13 @@ async def test_read_error_of_hosted_content_is_503_and_the_content_stays(
             with pytest.raises((StorageUnavailable, OSError), match="Input/output error"):
                 await kit.read_blob(digest)
             with pytest.raises(StorageUnavailable, match="Input/output error"):
-                await kit.service.read_blob(digest, 2 * size)
+                await kit.service.blobs.read(digest, 2 * size)
             patch.setattr(disk, "open_whole", broken)
             with pytest.raises(StorageUnavailable, match="Input/output error"):
-                await kit.service.read_blob(digest, 2 * size)
+                await kit.service.blobs.read(digest, 2 * size)
             patch.setattr(Path, "lstat", broken)
             with pytest.raises(StorageUnavailable, match="Input/output error"):
-                await kit.service.blob_size("app", digest)
+                await kit.service.blobs.size("app", digest)
         monkeypatch.setattr(os, "preadv", broken)
         assert scrub(kit.store.layout, digest).is_moved is False
         assert await kit.read_blob(digest) == data
@@ -130,7 +130,7 @@ async def test_damaged_hosted_content_stays_in_quarantine_until_it_is_pushed_aga
         trim_quarantine(layout, 0)
         assert quarantined_digests(layout) == set(damaged[:2])
         await kit.push_blob(content(0))
-        await kit.service.delete_blob("app", damaged[1])
+        await kit.service.blobs.delete("app", damaged[1])
         trim_quarantine(layout, 0)
         assert quarantined_digests(layout) == set()
         assert await kit.read_blob(damaged[0]) == content(0)
@@ -161,7 +161,7 @@ async def test_push_that_replaces_damaged_content_is_not_quarantined_in_its_plac
 async def test_content_is_cache_again_once_no_repository_has_it(tmp_path: Path) -> None:
     async with hosted_kit(tmp_path, storage=QUOTA) as kit:
         kept, deleted = [await kit.push_blob(content(seed)) for seed in range(2)]
-        await kit.service.delete_blob("app", deleted)
+        await kit.service.blobs.delete("app", deleted)
         for seed in range(100, 115):
             kit.clock[0] += 100
             await cache(kit, seed)
@@ -176,7 +176,7 @@ async def test_cached_content_is_kept_from_the_moment_it_is_pushed(tmp_path: Pat
         await kit.push_blob(content(1))
         listed = [StoredBlob(digest, SIZE, kit.clock[0])]
         assert (await kit.store.evictor.remove(listed)).kept == {digest: KeptBecause.HOSTED}
-        await kit.service.delete_blob("app", digest)
+        await kit.service.blobs.delete("app", digest)
         assert (await kit.store.evictor.remove(listed)).sizes == {digest: SIZE}
 
 
