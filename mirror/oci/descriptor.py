@@ -48,6 +48,10 @@ CHILD_TYPES: Final = MANIFEST_TYPES | {""}
 MANIFEST_LIMIT: Final = 4 * 1024 * 1024
 """Bytes of the largest manifest that is accepted (Distribution: "at least 4 megabytes")."""
 
+_MAX_NESTED: Final = 100_000
+"""Objects and lists of a manifest. The largest one that has only descriptors has 40,000. Without a
+limit, a manifest of 4 MiB could need 100 MiB of memory, for a moment."""
+
 DEFAULT_ACCEPT: Final = (OCI_INDEX, OCI_MANIFEST, DOCKER_LIST, DOCKER_MANIFEST, "*/*")
 """``Accept`` of a request to an upstream if the client sent none, or if the mirror requests content
 for itself."""
@@ -140,8 +144,9 @@ def parse_manifest(body: bytes, content_type: str) -> Manifest:
     understood gives an opaque manifest.
 
     Raises:
-        ManifestInvalid: The body has more than :data:`MANIFEST_LIMIT` bytes or is nested too
-            deeply. Or it is no JSON object, and its type is generic or demands one.
+        ManifestInvalid: The body has more than :data:`MANIFEST_LIMIT` bytes or
+            :data:`_MAX_NESTED` objects, or is nested too deeply. Or it is no JSON object, and its
+            type is generic or demands one.
     """
     media_type = manifest_type_of(content_type)
     document, is_unambiguous = _load(body)
@@ -308,10 +313,12 @@ def _load(body: bytes) -> tuple[_Json | None, bool]:
         The object, or None if the body is not one; and True if every parser reads the same in it.
 
     Raises:
-        ManifestInvalid: The body is too large, or nested too deeply.
+        ManifestInvalid: The body is too large, nested too deeply, or has too many objects.
     """
     if len(body) > MANIFEST_LIMIT:
         raise ManifestInvalid(f"a manifest of more than {MANIFEST_LIMIT} bytes")
+    if body.count(b"{") + body.count(b"[") > _MAX_NESTED:
+        raise ManifestInvalid(f"a manifest with more than {_MAX_NESTED} objects and lists")
     oddities: list[str] = []
 
     def to_fields(pairs: list[tuple[str, Any]]) -> _Json:

@@ -384,7 +384,7 @@ class DigestMismatch(UpstreamError):
 
 
 class ManifestInvalid(UpstreamError):
-    """A manifest is too large, nested too deeply, or no JSON object.
+    """A manifest is too large, nested too deeply, has too many objects, or is no JSON object.
 
     Raised by :mod:`mirror.oci.descriptor` and by ``pull``. Code ``MANIFEST_INVALID``.
     """
