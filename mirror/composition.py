@@ -22,7 +22,8 @@ from mirror.pull.hosted import HostedPulls
 from mirror.pull.marks_watch import MarksWatch
 from mirror.pull.service import PullService
 from mirror.single_flight import SingleFlight
-from mirror.store.hosted_marker import note_hosted_names, raise_if_lost
+from mirror.store.hosted_marker import has_unfinished_restore, note_hosted_names, raise_if_lost
+from mirror.store.layout import Layout
 from mirror.store.private_directory import close_to_others
 from mirror.store.store import Store
 from mirror.threads import run_in_thread
@@ -130,6 +131,8 @@ async def open_hosted(
         await run_in_thread(note_hosted_names, store.layout)
         if emit is not None:
             database.on_file_lost = partial(_tell_of_loss, emit)
+            if await run_in_thread(has_unfinished_restore, store.layout):
+                _tell_of_restore(emit, store.layout)
         hosted = HostedService(settings.hosted, database, store, now, emit)
         try:
             yield hosted
@@ -137,6 +140,15 @@ async def open_hosted(
             await hosted.close()
     finally:
         await database.close()
+
+
+def _tell_of_restore(emit: Observer, layout: Layout) -> None:
+    remedy = f"run oci-mirror restore again, or delete {layout.staged_names} to do without it"
+    emit(
+        LogMessage(
+            "warning", "a restore has not finished: no name of it is here", (("remedy", remedy),)
+        )
+    )
 
 
 def _tell_of_loss(emit: Observer, why: str) -> None:

@@ -58,7 +58,7 @@ class KnownNames:
         if has_changed:
             self._stamp = stamp
             try:
-                self._saved = _read(self._path)
+                self._saved = read_known_names(self._path)
                 self._failure = ""
             except (OSError, ValueError) as error:
                 self._failure = f"{self._path}: {_reason(error)}: repair it, or delete it"
@@ -88,40 +88,52 @@ class KnownNames:
         """Add the names to the file, durably. Returns why that is not possible, or ``""``."""
         names, path = self._unsaved, self._path
         try:
-            await _CALLS.run(path, lambda: _add(path, names))
+            await _CALLS.run(path, lambda: add_known_names(path, names))
         except (OSError, ValueError) as error:
             return f"{path}: {_reason(error)}: after a restart, removed users are not remembered"
         return ""
 
 
-def _add(path: Path, names: Set[str]) -> None:
-    """Add names to the file. Raises ``OSError``, and ``ValueError`` if the file cannot be used."""
+def add_known_names(path: Path, names: Set[str]) -> None:
+    """Add names to the file, durably. Blocks.
+
+    Raises ``OSError``, and ``ValueError`` if the file cannot be used.
+    """
     make_private_directory(path.parent)
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     lock = os.open(path.with_suffix(".lock"), flags, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        saved = _read(path)
+        saved = read_known_names(path)
         merged = saved | names
         if _size(merged) > _MAX_NAMES_BYTES:
             raise ValueError(f"larger than {_MAX_NAMES_BYTES} bytes with all names")
         if merged != saved:
-            replace_durably(path, "".join(f"{name}\n" for name in sorted(merged)).encode())
+            replace_durably(path, known_names_text(merged).encode())
     finally:
         os.close(lock)
 
 
-def _read(path: Path) -> frozenset[str]:
-    """Return the names of the file, none without it. Raises ``OSError`` or ``ValueError``."""
+def read_known_names(path: Path) -> frozenset[str]:
+    """Return the names of the file, none without it. Blocks. Raises ``OSError``, ``ValueError``."""
     try:
         with path.open("rb") as file:
-            raw = file.read(_MAX_NAMES_BYTES + 1)
+            return parse_known_names(file.read(_MAX_NAMES_BYTES + 1))
     except FileNotFoundError:
         return frozenset()
+
+
+def parse_known_names(raw: bytes) -> frozenset[str]:
+    """Return the names of a file with these bytes. Raises ``ValueError``."""
     if len(raw) > _MAX_NAMES_BYTES:
         raise ValueError(f"larger than {_MAX_NAMES_BYTES} bytes")
     names = [line.strip() for line in raw.decode(errors="replace").splitlines()]
     return frozenset(check_name(name) for name in names if name)
+
+
+def known_names_text(names: Iterable[str]) -> str:
+    """Return the text of a file with these names, one a line."""
+    return "".join(f"{name}\n" for name in sorted(names))
 
 
 def _size(names: Iterable[str]) -> int:

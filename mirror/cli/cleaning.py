@@ -8,14 +8,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 from mirror.cli.data_directory import load_inventory
+from mirror.cli.exit_codes import EX_FAILED
 from mirror.cli.listing import print_text
-from mirror.cli.output import print_line
-from mirror.oci.text import count_text, size_text
+from mirror.cli.output import print_line, print_note
+from mirror.oci.text import count_text, printable, size_text
 
 if TYPE_CHECKING:
     from mirror.config.settings import Settings
@@ -97,6 +98,24 @@ def _sentence(item: Item, report: CleaningReport) -> str:
     if item.kind == "content" and item.name is not None:
         return f"  stays: {size}, {item.why}"
     return f"kept {name} ({size}): {item.why}"
+
+
+def exit_code(report: CleaningReport) -> int:
+    """Return the exit code of a report, and say why if the disk has refused something."""
+    return EX_FAILED if has_failures("not everything was removed", report.failures) else 0
+
+
+def has_failures(what: str, failures: Sequence[str]) -> bool:
+    """Return whether the disk has refused something, and say what, in one line.
+
+    Args:
+        what: What this means for the command.
+        failures: Path, reason and remedy of each.
+    """
+    if failures:
+        more = f" ({len(failures) - 1} more)" if len(failures) > 1 else ""
+        print_note(printable(f"{what}: {failures[0]}{more}"))
+    return bool(failures)
 
 
 def summary(report: CleaningReport, what: str, removed: Iterable[Item]) -> str:

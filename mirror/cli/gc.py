@@ -18,11 +18,11 @@ from mirror.cli.arguments import Commands, add_config, add_json, load_settings
 from mirror.cli.cleaning import (
     add_dry_run,
     duration,
+    exit_code,
     giving_way,
     read_inventory_gently,
 )
 from mirror.cli.data_directory import find_layout, layout_of, load_inventory, opened_store
-from mirror.cli.exit_codes import EX_FAILED
 from mirror.cli.listing import print_rows
 from mirror.cli.output import UsageError, print_line
 from mirror.cli.table_layout import Column
@@ -81,7 +81,6 @@ def run(arguments: argparse.Namespace) -> int:
         StorageUnavailable: Hosted content cannot be collected. What the cache has was.
     """
     from mirror.operations.gc import DEFAULT_GRACE_S, MIN_GRACE_S, find_garbage
-    from mirror.store.removal import KeptBecause
 
     grace = DEFAULT_GRACE_S if arguments.grace is None else arguments.grace
     if grace < MIN_GRACE_S:
@@ -109,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
         _print(report, grace)
     if failure is not None:
         raise failure
-    return EX_FAILED if any(item.why == KeptBecause.REFUSED for item in report.items) else 0
+    return exit_code(report)
 
 
 def _print(report: CleaningReport, grace: float) -> None:

@@ -36,6 +36,7 @@ from mirror.cli.output import (
 )
 from mirror.config.load import ValueOrigins, load, load_with_origins
 from mirror.config.settings import Settings
+from mirror.oci.disk_failures import disk_failure_text
 from mirror.oci.errors import ConfigError, InvalidRequest, MirrorError
 from mirror.oci.text import printable
 
@@ -69,8 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MirrorError as error:
         code = _fail(error.message, EX_FAILED)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename is not None else ""
-        code = _fail(f"{where}{error.strerror or error}", EX_FAILED)
+        code = _fail(disk_failure_text(error), EX_FAILED)
     except KeyboardInterrupt:
         code = EX_INTERRUPTED
     except Exception as error:

@@ -17,6 +17,7 @@ from mirror.cli.arguments import Commands, add_config, add_json, load_settings
 from mirror.cli.cleaning import (
     add_dry_run,
     duration,
+    exit_code,
     read_inventory_gently,
     summary,
 )
@@ -116,14 +117,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.is_json:
         for item in report.items:
             print_line(json.dumps(item.row()))
-        return 0
+        return exit_code(report)
     rows = [item.row() for item in report.removed("image")]
     if rows:
         print_rows(_PRUNED_COLUMNS, rows, is_json=False)
     for text in _kept(report, rules):
         print_line(text)
     print_line(summary(report, "image", report.removed("image")))
-    return 0
+    return exit_code(report)
 
 
 def _rules(arguments: argparse.Namespace, settings: Settings) -> list[PruneRule]:

@@ -11,7 +11,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from mirror.cli.arguments import Commands, add_config, add_json, image_name, load_settings
-from mirror.cli.cleaning import add_dry_run, print_items, summary
+from mirror.cli.cleaning import add_dry_run, exit_code, print_items, summary
 from mirror.cli.data_directory import load_inventory, opened_store
 from mirror.cli.exit_codes import EX_FAILED
 from mirror.cli.output import CommandFailed, UsageError, print_line, print_note
@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.is_json:
         print_line(summary(report, "image", report.removed("image")))
     has_kept = any(item.action == "kept" and item.kind == "image" for item in report.items)
-    return EX_FAILED if has_kept else 0
+    return exit_code(report) or (EX_FAILED if has_kept else 0)
 
 
 def find_images(inventory: Inventory, names: list[ImageName]) -> list[Image]:

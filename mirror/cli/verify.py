@@ -13,7 +13,7 @@ import sys
 from typing import TYPE_CHECKING, Final
 
 from mirror.cli.arguments import Commands, add_config, add_json, image_name, load_settings
-from mirror.cli.cleaning import read_inventory_gently
+from mirror.cli.cleaning import has_failures, read_inventory_gently
 from mirror.cli.data_directory import load_inventory, opened_store
 from mirror.cli.exit_codes import EX_FAILED
 from mirror.cli.listing import print_text
@@ -80,7 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
     work = _verify_and_repair if arguments.is_repairing else _verify
     report = asyncio.run(work(settings, inventory, images, arguments.subset))
     _print(report, is_json=arguments.is_json)
-    return EX_FAILED if report.has_damage else 0
+    is_refused = has_failures("not everything could be verified", report.failures)
+    return EX_FAILED if report.has_damage or is_refused else 0
 
 
 def _find(inventory: Inventory, names: list[ImageName]) -> list[Image]:

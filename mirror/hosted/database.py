@@ -1,7 +1,7 @@
-"""The database of the hosted repositories: opening it, its schema, its threads.
+"""The database of the hosted repositories: opening it, its threads.
 
-Lives here: transactions, one commit for all writes that wait, damage. Must not know: what the rows
-mean (``name_rows.py``).
+Lives here: transactions, one commit for all writes that wait, damage. Must not know: its tables
+(``name_tables.py``), what the rows mean (``name_rows.py``).
 
 Theory of operation: SQLite with a write-ahead log. One thread of each process writes. It takes all
 waiting writes, and commits them together: each is a savepoint, so one that fails undoes nothing of
@@ -20,17 +20,19 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from sqlite3 import Connection
 from typing import Any, Final, Generic, TypeAlias, TypeVar
 
+from mirror.hosted.name_tables import create_schema, has_schema
 from mirror.hosted.spare_space import SpareSpace, empty_log, is_without_space
 from mirror.oci.errors import MirrorError, NamesDamaged, StorageUnavailable
 from mirror.store.content_hold import ContentHold
-from mirror.store.hosted_marker import DAMAGED_NAMES_REMEDY
+from mirror.store.hosted_marker import DAMAGED_NAMES_REMEDY, lost_names
+from mirror.store.layout import Layout
 from mirror.store.private_directory import make_private_directory
 from mirror.store.sqlite_connection import connect
 from mirror.threads import run_in_thread
@@ -38,8 +40,6 @@ from mirror.threads import run_in_thread
 T = TypeVar("T")
 _FileIdentity: TypeAlias = tuple[int, int] | None
 
-SCHEMA_VERSION: Final = 1
-"""``user_version`` of a database that this version writes."""
 _WRITER_TIMEOUT_S: Final = 5.0
 """Seconds to wait for a write of another process. One commit takes milliseconds.
 
@@ -50,99 +50,6 @@ _MAX_BATCH: Final = 256
 """Writes of one commit. Each waits for all of them, which takes about 20 ms."""
 _READERS: Final = 2
 """Threads that read: a read takes less than a millisecond of the processor."""
-
-_SCHEMA: Final = """
-CREATE TABLE manifests (
-    repository TEXT NOT NULL, digest TEXT NOT NULL, media_type TEXT NOT NULL,
-    artifact_type TEXT NOT NULL, subject TEXT NOT NULL, size INTEGER NOT NULL,
-    annotations TEXT NOT NULL, pushed_at REAL NOT NULL, pushed_by TEXT NOT NULL,
-    pulled_at REAL NOT NULL DEFAULT 0, orphaned_at REAL NOT NULL DEFAULT 0,
-    PRIMARY KEY (repository, digest)) WITHOUT ROWID;
-CREATE INDEX orphaned_manifests ON manifests (repository, digest) WHERE orphaned_at > 0;
-CREATE INDEX manifests_by_subject ON manifests (repository, subject, digest) WHERE subject <> '';
--- is_manifest: the part is listed as a manifest, not as a blob. The same bytes may be both.
-CREATE TABLE parts (
-    repository TEXT NOT NULL, manifest TEXT NOT NULL, digest TEXT NOT NULL,
-    is_manifest INTEGER NOT NULL,
-    PRIMARY KEY (repository, manifest, digest, is_manifest)) WITHOUT ROWID;
-CREATE INDEX parts_by_digest ON parts (repository, digest, is_manifest);
-CREATE TABLE tags (
-    repository TEXT NOT NULL, tag TEXT NOT NULL, digest TEXT NOT NULL,
-    pushed_at REAL NOT NULL, pushed_by TEXT NOT NULL,
-    PRIMARY KEY (repository, tag)) WITHOUT ROWID;
-CREATE INDEX tags_by_digest ON tags (repository, digest);
-CREATE TABLE blobs (
-    repository TEXT NOT NULL, digest TEXT NOT NULL, size INTEGER NOT NULL, used_at REAL NOT NULL,
-    PRIMARY KEY (repository, digest)) WITHOUT ROWID;
-CREATE TABLE uploads (
-    id TEXT PRIMARY KEY, repository TEXT NOT NULL, user TEXT NOT NULL, reserved INTEGER NOT NULL,
-    boot TEXT NOT NULL, started_at REAL NOT NULL, owner TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE contents (
-    digest TEXT PRIMARY KEY, size INTEGER NOT NULL, names INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE released (digest TEXT PRIMARY KEY) WITHOUT ROWID;
-CREATE TABLE repositories (
-    name TEXT PRIMARY KEY, bytes INTEGER NOT NULL, contents INTEGER NOT NULL,
-    manifests INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE changes (
-    id TEXT PRIMARY KEY, action TEXT NOT NULL, repository TEXT NOT NULL, digest TEXT NOT NULL,
-    tag TEXT NOT NULL, media_type TEXT NOT NULL, size INTEGER NOT NULL, user TEXT NOT NULL,
-    client TEXT NOT NULL, at REAL NOT NULL, taken_at REAL NOT NULL);
-CREATE TABLE totals (
-    one INTEGER PRIMARY KEY CHECK (one = 1), bytes INTEGER NOT NULL, contents INTEGER NOT NULL);
-INSERT INTO totals VALUES (1, 0, 0);
-
-CREATE VIEW unnamed_blobs AS SELECT * FROM blobs b WHERE NOT EXISTS
-    (SELECT 1 FROM parts p WHERE p.repository = b.repository AND p.digest = b.digest
-        AND p.is_manifest = 0);
-CREATE VIEW unnamed_manifests AS SELECT * FROM manifests m WHERE NOT EXISTS
-    (SELECT 1 FROM tags t WHERE t.repository = m.repository AND t.digest = m.digest)
-    AND NOT EXISTS
-    (SELECT 1 FROM parts p WHERE p.repository = m.repository AND p.digest = m.digest
-        AND p.is_manifest = 1);
-CREATE VIEW orphans AS SELECT * FROM manifests m WHERE m.orphaned_at > 0 AND NOT EXISTS
-    (SELECT 1 FROM tags t WHERE t.repository = m.repository AND t.digest = m.digest
-        AND (t.tag NOT GLOB 'sha[25][51][62]-[0-9a-f]*' OR EXISTS
-            (SELECT 1 FROM manifests s WHERE s.repository = m.repository
-            AND s.digest >= substr(t.tag, 1, 6) || ':' || substr(t.tag, 8, 64)
-            AND s.digest < substr(t.tag, 1, 6) || ':' || substr(t.tag, 8, 64) || 'g')))
-    AND NOT EXISTS
-    (SELECT 1 FROM parts p WHERE p.repository = m.repository AND p.digest = m.digest
-        AND p.is_manifest = 1)
-    AND NOT EXISTS
-    (SELECT 1 FROM manifests s WHERE s.repository = m.repository AND s.digest = m.subject);
-
-CREATE TRIGGER contents_added AFTER INSERT ON contents BEGIN
-    UPDATE totals SET bytes = bytes + new.size, contents = contents + 1;
-    DELETE FROM released WHERE digest = new.digest; END;
-CREATE TRIGGER contents_removed AFTER DELETE ON contents BEGIN
-    UPDATE totals SET bytes = bytes - old.size, contents = contents - 1;
-    INSERT OR IGNORE INTO released VALUES (old.digest); END;
-CREATE TRIGGER blobs_added AFTER INSERT ON blobs BEGIN
-    INSERT INTO contents VALUES (new.digest, new.size, 1)
-        ON CONFLICT (digest) DO UPDATE SET names = names + 1;
-    INSERT INTO repositories VALUES (new.repository, new.size, 1, 0)
-        ON CONFLICT (name) DO UPDATE SET bytes = bytes + new.size, contents = contents + 1; END;
-CREATE TRIGGER blobs_removed AFTER DELETE ON blobs BEGIN
-    UPDATE contents SET names = names - 1 WHERE digest = old.digest;
-    DELETE FROM contents WHERE digest = old.digest AND names = 0;
-    UPDATE repositories SET bytes = bytes - old.size, contents = contents - 1
-        WHERE name = old.repository;
-    DELETE FROM repositories WHERE name = old.repository AND contents = 0; END;
-CREATE TRIGGER manifests_added AFTER INSERT ON manifests BEGIN
-    INSERT INTO contents VALUES (new.digest, new.size, 1)
-        ON CONFLICT (digest) DO UPDATE SET names = names + 1;
-    INSERT INTO repositories VALUES (new.repository, new.size, 1, 1)
-        ON CONFLICT (name) DO UPDATE SET bytes = bytes + new.size, contents = contents + 1,
-            manifests = manifests + 1; END;
-CREATE TRIGGER manifests_removed AFTER DELETE ON manifests BEGIN
-    DELETE FROM parts WHERE repository = old.repository AND manifest = old.digest;
-    DELETE FROM tags WHERE repository = old.repository AND digest = old.digest;
-    UPDATE contents SET names = names - 1 WHERE digest = old.digest;
-    DELETE FROM contents WHERE digest = old.digest AND names = 0;
-    UPDATE repositories SET bytes = bytes - old.size, contents = contents - 1,
-        manifests = manifests - 1 WHERE name = old.repository;
-    DELETE FROM repositories WHERE name = old.repository AND contents = 0; END;
-"""
 
 
 @dataclass(slots=True, eq=False)
@@ -276,7 +183,7 @@ class Database:
                 self._readers.append(connection)
             return query(connection)
         except sqlite3.Error as error:
-            raise _translate(error, self._path) from error
+            raise translate(error, self._path) from error
 
     def _commit_waiting(self) -> None:
         """Commit the writes that wait, all together. Often an earlier call has done that."""
@@ -288,7 +195,7 @@ class Database:
         try:
             self._commit(batch)
         except (sqlite3.Error, StorageUnavailable) as error:
-            failure = _translate(error, self._path)
+            failure = translate(error, self._path)
             is_full = is_without_space(error)
             for write in batch:
                 write.error = self._remove(write) if write.is_removal and is_full else failure
@@ -301,7 +208,7 @@ class Database:
         try:
             self._spare_space.run(partial(self._commit, [write]), empty)
         except (sqlite3.Error, StorageUnavailable) as error:
-            return _translate(error, self._path)
+            return translate(error, self._path)
         return write.error
 
     def _commit(self, batch: list[_Write[Any]]) -> None:
@@ -390,7 +297,7 @@ def open_checked(path: Path) -> Connection:
         # A new log needs some blocks, and a server has to start on a full disk.
         connection = SpareSpace(path).run(partial(_open, path, is_new=is_new))
     except sqlite3.Error as error:
-        raise _translate(error, path) from error
+        raise translate(error, path) from error
     except OSError as error:
         raise NamesDamaged(f"{path}: {error.strerror or error}") from error
     return connection
@@ -410,42 +317,59 @@ def _open(path: Path, *, is_new: bool) -> Connection:
 
 
 def _prepare(connection: Connection, path: Path) -> None:
+    _use_log(connection, path)
+    connection.execute("BEGIN IMMEDIATE")
+    if not has_schema(connection, path):
+        layout = Layout(path.parent.parent)
+        if layout.hosted_names == path and layout.hosted_marker.exists():
+            raise lost_names(layout)  # A restore of lost names was killed at its end.
+        create_schema(connection)
+    connection.execute("COMMIT")
+    check_pages(connection, path)
+
+
+def _use_log(connection: Connection, path: Path) -> None:
     connection.execute("PRAGMA synchronous = FULL")
     mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
     if mode != "wal":
         raise NamesDamaged(f"{path}: its file system cannot share memory between processes (WAL)")
-    connection.execute("BEGIN IMMEDIATE")
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
-    tables = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
-    if version == 0 and tables == 0:
-        for statement in _statements(_SCHEMA):
-            connection.execute(statement)
-        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-    elif version != SCHEMA_VERSION:
-        raise NamesDamaged(wrong_version(path, version))
-    connection.execute("COMMIT")
+
+
+def check_pages(connection: Connection, path: Path) -> None:
+    """Read every page once. Raises ``NamesDamaged``."""
     problem = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if problem != "ok":
         raise NamesDamaged(f"{path}: damaged: {DAMAGED_NAMES_REMEDY}")
 
 
-def wrong_version(path: Path, version: int) -> str:
-    """Return what to do about a database that another version of this program has written."""
-    return (
-        f"{path}: its version is {version}, and this program reads {SCHEMA_VERSION}: use the"
-        " program that has written it"
-    )
+def change_with_staged(path: Path, staged: Path, change: Callable[[Connection], T]) -> T:
+    """Return ``change(connection)``, called in one transaction, once it is on the disk. Blocks.
 
+    Args:
+        path: The database. One that is missing is created in the same transaction.
+        staged: Another database with our tables, which ``change`` reads as ``staged``.
+        change: Its exception undoes all.
 
-def _statements(script: str) -> list[str]:
-    """Split a script. ``executescript`` would commit before it, outside of our transaction."""
-    found, part = [], ""
-    for line in script.splitlines(keepends=True):
-        part += line
-        if sqlite3.complete_statement(part):
-            found.append(part)
-            part = ""
-    return found
+    Raises:
+        NamesDamaged: The database is damaged, or of another version.
+        StorageUnavailable: The disk is full or read-only, or another process does not end its
+            transaction.
+        Exception: The exception of ``change``.
+    """
+    try:
+        with closing(connect(path, "rwc")) as connection:
+            _use_log(connection, path)
+            connection.execute("ATTACH ? AS staged", (f"{staged.absolute().as_uri()}?mode=ro",))
+            connection.execute("BEGIN IMMEDIATE")
+            if not has_schema(connection, path):
+                create_schema(connection)
+            result = change(connection)
+            connection.execute("COMMIT")  # Without it, the end of the connection undoes all.
+            _sync_directory(path.parent)
+            _sync_directory(path.parent.parent)
+            return result
+    except sqlite3.Error as error:
+        raise translate(error, path) from error
 
 
 def _sync_directory(path: Path) -> None:
@@ -456,7 +380,8 @@ def _sync_directory(path: Path) -> None:
         os.close(fd)
 
 
-def _translate(error: sqlite3.Error | StorageUnavailable, path: Path) -> MirrorError:
+def translate(error: sqlite3.Error | StorageUnavailable, path: Path) -> MirrorError:
+    """Return the error of ours for one of SQLite. ``path``: the database."""
     if isinstance(error, StorageUnavailable):
         return error
     if isinstance(error, sqlite3.OperationalError) and "malformed" not in str(error):

@@ -1,15 +1,16 @@
-"""What a restore records.
+"""What a restore asks of the names that are there, and what it records in those that it stages.
 
-Lives here: each change, as a function of a connection. Must not know: where content comes from.
+Lives here: each query and each change, as a function of a connection. Must not know: where content
+comes from.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from sqlite3 import Connection
 
-from mirror.config.settings import Hosted
-from mirror.hosted import name_rows, upload_rows
+from mirror.hosted import name_rows
 from mirror.hosted.pushed_manifest import PushedManifest
 from mirror.hosted.snapshot import SavedManifest
 from mirror.oci.reference import Digest, Tag
@@ -39,10 +40,46 @@ def has_manifest(connection: Connection, repository: str, digest: Digest) -> boo
     return name_rows.manifest_by_digest(connection, repository, digest) is not None
 
 
+def bytes_to_add(
+    connection: Connection,
+    repository: str,
+    blobs: Mapping[Digest, int],
+    manifests: Mapping[Digest, int],
+) -> int:
+    """Return by how many bytes a repository grows if it gets content.
+
+    Args:
+        connection: The names that are there.
+        repository: The repository.
+        blobs: Blob -> its bytes.
+        manifests: Manifest -> its bytes.
+    """
+    return sum(
+        size
+        for table, contents in (("blobs", blobs), ("manifests", manifests))
+        for digest, size in _without_known(connection, table, repository, contents)
+    )
+
+
+def _without_known(
+    connection: Connection, table: str, repository: str, contents: Mapping[Digest, int]
+) -> Iterator[tuple[Digest, int]]:
+    query = f"SELECT 1 FROM {table} WHERE repository = ? AND digest = ?"  # noqa: S608 - our own names
+    for digest, size in contents.items():
+        if connection.execute(query, (repository, str(digest))).fetchone() is None:
+            yield digest, size
+
+
+def is_hosted(connection: Connection, digest: Digest) -> bool:
+    """Return whether any repository has content."""
+    query = "SELECT 1 FROM contents WHERE digest = ?"
+    return connection.execute(query, (str(digest),)).fetchone() is not None
+
+
 def restore_blob(
-    connection: Connection, repository: str, digest: Digest, size: int, now: float, hosted: Hosted
+    connection: Connection, repository: str, digest: Digest, size: int, now: float
 ) -> None:
-    """Record that a repository has a blob. Raises ``QuotaExceeded``.
+    """Record that a repository has a blob.
 
     Args:
         connection: The database.
@@ -50,10 +87,8 @@ def restore_blob(
         digest: The blob. Its content is durable, or it was lost when the row was saved.
         size: Its bytes.
         now: Seconds since the epoch.
-        hosted: The quota.
     """
     name_rows.add_blob(connection, repository, digest, size, now)
-    upload_rows.check_quota(connection, repository, hosted)
 
 
 def restore_manifest(
@@ -61,7 +96,6 @@ def restore_manifest(
     repository: str,
     manifest: PushedManifest,
     now: float,
-    hosted: Hosted,
 ) -> None:
     """Record a manifest of a layout of another program. An index may lack manifests.
 
@@ -70,40 +104,27 @@ def restore_manifest(
         repository: The repository.
         manifest: The manifest. Its content is durable.
         now: Seconds since the epoch.
-        hosted: The quota.
 
-    Raises:
-        PartsUnknown: The repository does not have a blob of it.
-        QuotaExceeded: The quota is used up.
+    Raises ``PartsUnknown`` if the repository does not have a blob of it.
     """
     name_rows.check_parts(connection, repository, manifest, may_be_sparse=True)
     name_rows.add_manifest(connection, repository, manifest, [], now, "")
-    upload_rows.check_quota(connection, repository, hosted)
 
 
 def restore_saved_manifest(
-    connection: Connection, row: SavedManifest, manifest: PushedManifest, hosted: Hosted
+    connection: Connection, row: SavedManifest, manifest: PushedManifest
 ) -> None:
     """Record a manifest as it was when it was saved. Its parts may be missing, as they were.
-
-    One that is here already keeps its later times, and is no orphan if it was none.
 
     Args:
         connection: The database.
         row: The saved row.
         manifest: The same manifest. Its content is durable.
-        hosted: The quota.
-
-    Raises ``QuotaExceeded``.
     """
     connection.execute(
         "INSERT INTO manifests (repository, digest, media_type, artifact_type, subject, size,"
         " annotations, pushed_at, pushed_by, pulled_at, orphaned_at)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (repository, digest) DO UPDATE SET"
-        " media_type = excluded.media_type, artifact_type = excluded.artifact_type,"
-        " pushed_at = max(pushed_at, excluded.pushed_at),"
-        " pulled_at = max(pulled_at, excluded.pulled_at),"
-        " orphaned_at = min(orphaned_at, excluded.orphaned_at)",
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (repository, digest) DO NOTHING",
         (
             *(row.repository, str(row.digest), manifest.media_type, manifest.artifact_type),
             *("" if manifest.subject is None else str(manifest.subject), manifest.size),
@@ -112,7 +133,6 @@ def restore_saved_manifest(
         ),
     )
     name_rows.add_parts(connection, row.repository, manifest)
-    upload_rows.check_quota(connection, row.repository, hosted)
 
 
 def set_tag(

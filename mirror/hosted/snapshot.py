@@ -22,7 +22,7 @@ from sqlite3 import Connection
 from typing import Final
 
 from mirror.hosted.content_row import ContentRow
-from mirror.hosted.database import SCHEMA_VERSION, wrong_version
+from mirror.hosted.name_tables import SCHEMA_VERSION, wrong_version
 from mirror.oci.errors import NamesDamaged, StorageUnavailable
 from mirror.oci.reference import Digest, Tag
 from mirror.store import disk

@@ -108,30 +108,46 @@ def release_reservation(connection: Connection, upload_id: str, length: int) -> 
 def check_quota(connection: Connection, repository: str, hosted: Hosted) -> None:
     """Check that all hosted content, and what uploads have reserved, is within the quota.
 
+    Args:
+        connection: The database.
+        repository: The repository that has grown.
+        hosted: The quota, of all repositories and of each.
+
     Raises :class:`QuotaExceeded`.
     """
-    used = connection.execute(
-        "SELECT (SELECT bytes FROM totals), (SELECT total(reserved) FROM uploads)"
-    ).fetchone()
-    if used[0] + used[1] > hosted.max_size:
+    used = used_bytes(connection)
+    if sum(used) > hosted.max_size:
         raise _exceeded("hosted.max_size", used, hosted.max_size)
     if hosted.max_repository_size is None:
         return
+    used = used_bytes_of_repository(connection, repository)
+    if sum(used) > hosted.max_repository_size:
+        raise _exceeded("hosted.max_repository_size", used, hosted.max_repository_size)
+
+
+def used_bytes(connection: Connection) -> tuple[int, int]:
+    """Return the bytes of all hosted content, and those that uploads have reserved."""
+    used = connection.execute(
+        "SELECT (SELECT bytes FROM totals), (SELECT total(reserved) FROM uploads)"
+    ).fetchone()
+    return int(used[0]), int(used[1])
+
+
+def used_bytes_of_repository(connection: Connection, repository: str) -> tuple[int, int]:
+    """Return the bytes of the content of a repository, and those that uploads have reserved."""
     used = connection.execute(
         "SELECT (SELECT total(bytes) FROM repositories WHERE name = ?),"
         " (SELECT total(reserved) FROM uploads WHERE repository = ?)",
         (repository, repository),
     ).fetchone()
-    if used[0] + used[1] > hosted.max_repository_size:
-        raise _exceeded("hosted.max_repository_size", used, hosted.max_repository_size)
+    return int(used[0]), int(used[1])
 
 
-def _exceeded(key: str, used: tuple[float, float], quota: int) -> QuotaExceeded:
+def _exceeded(key: str, used: tuple[int, int], quota: int) -> QuotaExceeded:
     """Return the error for a quota. ``used``: bytes of content, and bytes reserved by uploads."""
-    missing = int(used[0] + used[1]) - quota
     return QuotaExceeded(
-        f"{size_text(missing)} more than {key} ({format_size(quota)}) are needed:"
-        f" {size_text(int(used[0]))} are used, and {size_text(int(used[1]))} reserved by uploads."
+        f"{size_text(sum(used) - quota)} more than {key} ({format_size(quota)}) are needed:"
+        f" {size_text(used[0])} are used, and {size_text(used[1])} reserved by uploads."
         f" Delete images and run oci-mirror gc, or raise {key}"
     )
 

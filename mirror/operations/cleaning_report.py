@@ -46,6 +46,8 @@ class Item:
     """Number of contents or rows."""
     why: str
     """The reason, for people."""
+    failure: str | None = None
+    """Of what the disk refuses to remove: path, reason and remedy. None: it refuses nothing."""
 
     def row(self) -> dict[str, Any]:
         """Return the item as JSON values."""
@@ -76,6 +78,11 @@ class CleaningReport:
             for item in self.items
             if item.action == "removed" and (kind is None or item.kind == kind)
         ]
+
+    @property
+    def failures(self) -> list[str]:
+        """Path, reason and remedy of each item that the disk refuses to remove."""
+        return [item.failure for item in self.items if item.failure is not None]
 
     @property
     def freed(self) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from mirror.inventory.model import Content, ContentType, Inventory
+from mirror.oci.disk_failures import disk_failure_text
 from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest
 from mirror.oci.text import age_text
@@ -114,7 +115,7 @@ async def collect_garbage(store: Store, inventory: Inventory, grace: float) -> C
     dropped = await run_in_thread(_drop_leftovers, layout, leftovers)
     for leftover, size in dropped.items():
         report.items.append(_leftover_item(leftover, size, now))
-    report.items += _kept("leftover", _refused(layout, leftovers), KeptBecause.REFUSED)
+    report.items += await run_in_thread(_refused, layout, leftovers)
     quarantined, kept_quarantined = await run_in_thread(_drop_quarantined, layout, inventory, grace)
     report.items += quarantined
     store.count_dropped(sum(dropped.values()) + sum(item.bytes for item in quarantined))
@@ -127,9 +128,11 @@ async def collect_garbage(store: Store, inventory: Inventory, grace: float) -> C
     return report
 
 
-def _kept(kind: ItemKind, sizes: Sequence[int], why: str) -> list[Item]:
+def _kept(kind: ItemKind, sizes: Sequence[int], why: str, failure: str | None = None) -> list[Item]:
     """Return one item for all that stays for one reason. None, if there is nothing."""
-    item = Item(action="kept", kind=kind, bytes=sum(sizes), count=len(sizes), why=why)
+    item = Item(
+        action="kept", kind=kind, bytes=sum(sizes), count=len(sizes), why=why, failure=failure
+    )
     return [item] if sizes else []
 
 
@@ -187,6 +190,7 @@ def _content_items(orphans: Iterable[Content], removal: Removal, now: float) -> 
                 digest=str(blob.digest),
                 bytes=blob.size,
                 why=str(removal.kept[blob.digest]),
+                failure=removal.failures.get(blob.digest),
             )
 
 
@@ -223,14 +227,25 @@ def _drop_leftovers(layout: Layout, leftovers: Iterable[Leftover]) -> Mapping[Le
     }
 
 
-def _refused(layout: Layout, leftovers: Iterable[Leftover]) -> list[int]:
-    """Return the bytes of the leftovers that are still there, though no fetch resumes them."""
-    return [
-        leftover.bytes
-        for leftover in leftovers
-        if layout.ingest(leftover.digest).exists()
-        and not disk.is_locked(layout.ingest(leftover.digest))
-    ]
+def _refused(layout: Layout, leftovers: Iterable[Leftover]) -> list[Item]:
+    """Return the item of the leftovers that are still there, though no fetch resumes them."""
+    paths = {layout.ingest(leftover.digest): leftover.bytes for leftover in leftovers}
+    left = {
+        path: size for path, size in paths.items() if path.exists() and not disk.is_locked(path)
+    }
+    failure = next((_why_refused(path) for path in left), None)
+    return _kept("leftover", list(left.values()), KeptBecause.REFUSED, failure)
+
+
+def _why_refused(path: Path) -> str:
+    """Try once more to remove a leftover. Returns why that is not possible."""
+    try:
+        with disk.open_locked(path) as fd:
+            if fd is not None:
+                path.unlink()
+    except OSError as error:
+        return disk_failure_text(error, path)
+    return f"{path}: it could not be removed at first: run the command again"
 
 
 def _leftover_item(leftover: Leftover, size: int, now: float) -> Item:
@@ -275,18 +290,20 @@ def _drop_quarantined(
     layout: Layout, inventory: Inventory, grace: float
 ) -> tuple[list[Item], list[Item]]:
     """Remove damaged content. Returns the items of that which went, and of that which stays."""
-    items, refused = [], []
+    items, refused, failures = [], [], []
     found, kept = _quarantined(layout, inventory, grace)
     for path, size, age in found:
         try:
             path.unlink()
         except FileNotFoundError:
             continue
-        except OSError:
+        except OSError as error:
             refused.append(size)
+            failures.append(disk_failure_text(error, path))
         else:
             items.append(_quarantine_item(path, size, age))
-    return items, [*kept, *_kept("quarantine", refused, KeptBecause.REFUSED)]
+    failure = failures[0] if failures else None
+    return items, [*kept, *_kept("quarantine", refused, KeptBecause.REFUSED, failure)]
 
 
 def _quarantine_item(path: Path, size: int, age: float) -> Item:

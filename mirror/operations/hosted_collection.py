@@ -126,7 +126,9 @@ async def collect_hosted(
         )
     for digest, why in removal.kept.items():
         if why is KeptBecause.REFUSED:
-            report.items.append(Item(action="kept", kind="hosted", digest=str(digest), why=why))
+            failure = removal.failures.get(digest)
+            item = Item(action="kept", kind="hosted", digest=str(digest), why=why, failure=failure)
+            report.items.append(item)
     return report
 
 

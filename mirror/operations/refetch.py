@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from mirror.composition import Mirror
 from mirror.observability.events import Kind, RequestRecord
+from mirror.oci.disk_failures import not_stored_text
 from mirror.oci.errors import Draining, MirrorError
 from mirror.oci.reference import Digest, Repository
 from mirror.operations.own_requests import OwnRequests
@@ -41,7 +42,7 @@ async def refetch(mirror: Mirror, repository: Repository, digest: Digest, kind: 
     except MirrorError as error:
         return error.message
     if not await run_in_thread(disk.has_whole, mirror.store.layout, digest):
-        return mirror.store.unwritable_reason or "it was fetched, and could not be stored"
+        return not_stored_text(mirror.store.layout.root, mirror.store.unwritable_reason)
     return None
 
 

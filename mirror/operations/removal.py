@@ -119,11 +119,13 @@ class _RemovalState:
     sizes: dict[DigestText, int] = field(default_factory=dict)
     """The removed contents, and their bytes."""
     kept: dict[DigestText, KeptBecause] = field(default_factory=dict)
+    failures: dict[DigestText, str] = field(default_factory=dict)
 
     def add(self, removal: Removal) -> None:
         """Add the result of a step."""
         self.sizes.update({str(digest): size for digest, size in removal.sizes.items()})
         self.kept.update({str(digest): why for digest, why in removal.kept.items()})
+        self.failures.update({str(digest): why for digest, why in removal.failures.items()})
 
 
 async def _remove(
@@ -257,6 +259,7 @@ def _describe(
                 bytes=inventory.size_of(digests),
                 count=len(digests),
                 why=why,
+                failure=result.failures.get(digests[0]),
             )
             for why, digests in staying.items()
         ]

@@ -9,28 +9,28 @@ Each manifest is checked as one that is pushed. An image that is not whole is no
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from sqlite3 import Connection
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
-from mirror.config.settings import Hosted
 from mirror.hosted import restored_rows
 from mirror.hosted.change_rows import record_change
-from mirror.hosted.database import Database
 from mirror.hosted.pushed_manifest import PushedManifest, read_pushed_manifest
-from mirror.observability.hosted_events import Actor
-from mirror.oci.errors import InvalidRequest, StorageUnavailable
+from mirror.oci.errors import InvalidRequest, ManifestRefused, StorageUnavailable
 from mirror.oci.headers import media_type_of
 from mirror.oci.image_name import parse_with_reference
 from mirror.oci.reference import Digest, Reference, Tag
-from mirror.operations.backup_files import INDEX, BackupSource
-from mirror.operations.restore_report import RestoreReport, check_moved_tags, restore_change
-from mirror.operations.restored_content import LeasedContent, RestoredContent
-from mirror.store.store import Store
+from mirror.operations.backup_files import INDEX
+from mirror.operations.restore_plan import PlannedRepository
+from mirror.operations.restore_report import RestoreContext, RestoreReport
+from mirror.operations.restored_content import LeasedContent
 from mirror.threads import run_in_thread
+
+T = TypeVar("T")
 
 _REF_NAME: Final = "org.opencontainers.image.ref.name"
 _MAX_NESTING: Final = 8
@@ -52,48 +52,53 @@ class RestoredName:
 class LayoutRestore:
     """One restore of a layout without rows."""
 
-    def __init__(
-        self,
-        source: BackupSource,
-        content: RestoredContent,
-        hosted: Hosted,
-        database: Database,
-        store: Store,
-        actor: Actor,
-    ) -> None:
-        """Read nothing yet.
-
-        Args:
-            source: The layout.
-            content: Its content.
-            hosted: The quota, and the name of the registry.
-            database: The names.
-            store: Has the clock.
-            actor: Who restores.
-        """
-        self._source = source
-        self._content = content
-        self._hosted = hosted
-        self._database = database
-        self._now = store.now
-        self._actor = actor
+    def __init__(self, context: RestoreContext) -> None:
+        """Read nothing yet."""
+        self._context = context
+        self._content = context.content
         self._done: set[tuple[str, Digest]] = set()
         self._report = RestoreReport()
+        self._names: list[RestoredName] = []
 
-    async def run(self, *, may_replace: bool) -> RestoreReport:
-        """Restore all images. See :func:`mirror.operations.restore.restore_backup`."""
-        names = await run_in_thread(self._read_names)
-        if not may_replace:
-            await self._check_tags(names)
-        for name in names:
+    def plan(self) -> Iterator[PlannedRepository]:
+        """Return what the restore brings. Blocks. Raises ``StorageUnavailable``."""
+        self._names = self._read_names()
+        for name in self._names:
+            contents: dict[Digest, int] = {}
+            with suppress(InvalidRequest, ManifestRefused):  # It is not restored, or in part.
+                self._plan_manifest(name.digest, name.media_type, contents, 0)
+            tag = name.reference
+            tags = [(tag, name.digest)] if isinstance(tag, Tag) else []
+            yield PlannedRepository(name.repository, contents, {}, tags)
+
+    def _plan_manifest(
+        self, digest: Digest, media_type: str, contents: dict[Digest, int], depth: int
+    ) -> None:
+        body = self._content.read_manifest(digest)
+        manifest = read_pushed_manifest(body, media_type, digest)
+        if digest in contents or depth > _MAX_NESTING:
+            return
+        contents[digest] = len(body)
+        types = _types_of(body)
+        for child in manifest.children:
+            if self._content.size_of_copy(child) is not None:
+                self._plan_manifest(child, types.get(str(child), ""), contents, depth + 1)
+        for blob in manifest.blobs:
+            size = self._content.size_of_copy(blob)
+            if size is not None:
+                contents[blob] = size
+
+    async def stage(self) -> RestoreReport:
+        """Copy the content, and record all images. Call it after :meth:`plan`."""
+        for name in self._names:
             try:
-                await self._restore(name, may_replace=may_replace)
+                await self._restore(name)
             except InvalidRequest as error:
                 self._report.problems.append(f"{name.repository}: {error.message}")
         return self._report
 
     def _read_names(self) -> list[RestoredName]:
-        entries = self._source.document(INDEX).get("manifests")
+        entries = self._context.source.document(INDEX).get("manifests")
         if not isinstance(entries, list):
             raise StorageUnavailable("index.json is missing, or has no list of manifests")
         names = []
@@ -106,49 +111,34 @@ class LayoutRestore:
                 )
         return names
 
-    async def _check_tags(self, names: Collection[RestoredName]) -> None:
-        def find(connection: Connection) -> list[str]:
-            return [
-                f"{name.repository}:{name.reference}"
-                for name in names
-                if isinstance(name.reference, Tag)
-                and not restored_rows.may_set_tag(
-                    connection, name.repository, name.reference, name.digest
-                )
-            ]
-
-        check_moved_tags(await self._database.read(find))
-
     # --- one image ------------------------------------------------------------------------------
 
-    async def _restore(self, name: RestoredName, *, may_replace: bool) -> None:
+    async def _restore(self, name: RestoredName) -> None:
         manifest = await self._restore_manifest(name.repository, name.digest, name.media_type, 0)
         tag = name.reference if isinstance(name.reference, Tag) else None
-        change = restore_change(
-            self._hosted,
-            self._actor,
-            name.repository,
-            *(name.digest, tag, manifest.media_type, manifest.size),
-            at=self._now(),
+        change = self._context.change(
+            name.repository, name.digest, tag, manifest.media_type, manifest.size
         )
 
         def is_recorded(connection: Connection) -> bool:
             if tag is not None:
-                is_free = restored_rows.may_set_tag(connection, name.repository, tag, name.digest)
-                if not is_free and not may_replace:
+                if not restored_rows.may_set_tag(connection, name.repository, tag, name.digest):
                     return False
                 restored_rows.set_tag(
-                    connection, name.repository, tag, name.digest, self._now(), ""
+                    connection, name.repository, tag, name.digest, self._context.now(), ""
                 )
             record_change(connection, change)
             return True
 
-        if await self._database.write(is_recorded):
+        if await self._write(is_recorded):
             self._report.images += 1
         else:
             self._report.problems.append(
-                f"{name.repository}:{tag} was pushed with another manifest meanwhile"
+                f"{name.repository}:{tag} is twice in index.json: the first one is restored"
             )
+
+    async def _write(self, change: Callable[[Connection], T]) -> T:
+        return await self._context.database.write(change, is_durable=False)
 
     async def _restore_manifest(
         self, repository: str, digest: Digest, media_type: str, depth: int
@@ -165,12 +155,16 @@ class LayoutRestore:
             raise InvalidRequest(f"{digest}: too many indexes within each other")
         types = _types_of(body)
         for child in manifest.children:
-            if await run_in_thread(self._content.has_copy, child):  # Otherwise the index is sparse.
+            if (
+                await run_in_thread(self._content.size_of_copy, child) is not None
+            ):  # Otherwise the index is sparse.
                 child_type = types.get(str(child), "")
                 await self._restore_manifest(repository, child, child_type, depth + 1)
         blobs = dict.fromkeys(manifest.required_blobs)
         for blob in manifest.blobs:  # A layer that a registry need not have, and that is there.
-            if blob not in blobs and await run_in_thread(self._content.has_copy, blob):
+            if blob in blobs:
+                continue
+            if await run_in_thread(self._content.size_of_copy, blob) is not None:
                 blobs[blob] = None
         await self._restore_blobs(repository, iter(blobs))
 
@@ -178,12 +172,11 @@ class LayoutRestore:
             restored_rows.restore_manifest,
             repository=repository,
             manifest=manifest,
-            now=self._now(),
-            hosted=self._hosted,
+            now=self._context.now(),
         )
         async with self._content.leased([digest]) as leased:
             _check_all(leased)
-            await self._database.write(record)
+            await self._write(record)
         self._done.add((repository, digest))
         return manifest
 
@@ -192,16 +185,14 @@ class LayoutRestore:
             wanted = [one for one in batch if (repository, one) not in self._done]
             async with self._content.leased(wanted) as leased:
                 sizes = _check_all(leased)
-                await self._database.write(partial(self._record_blobs, repository, sizes))
+                await self._write(partial(self._record_blobs, repository, sizes))
             self._done.update((repository, one) for one in wanted)
 
     def _record_blobs(
         self, repository: str, sizes: dict[Digest, int], connection: Connection
     ) -> None:
         for digest, size in sizes.items():
-            restored_rows.restore_blob(
-                connection, repository, digest, size, self._now(), self._hosted
-            )
+            restored_rows.restore_blob(connection, repository, digest, size, self._context.now())
 
 
 def _check_all(leased: dict[Digest, LeasedContent | InvalidRequest]) -> dict[Digest, int]:

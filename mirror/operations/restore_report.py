@@ -1,24 +1,21 @@
-"""The result of a restore, and what is common to all kinds of backups.
+"""What both kinds of restore share: what they work with, and their result.
 
-Lives here: the report, the event of a restored image, the refusal to replace tags. Must not know:
-where images come from.
+Lives here: the report, the event of a restored image. Must not know: where images come from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
-from mirror.config.settings import Hosted
 from mirror.hosted.change_rows import change_of
 from mirror.hosted.content_row import ContentRow
+from mirror.hosted.database import Database
 from mirror.observability.hosted_events import Actor, HostedChange
-from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest, Tag
-
-_MAX_TAGS_SHOWN: Final = 5
-"""Tags that an error names: it is one line."""
+from mirror.operations.backup_files import BackupSource
+from mirror.operations.restored_content import RestoredContent
 
 
 @dataclass(slots=True)
@@ -44,38 +41,34 @@ class RestoreReport:
         }
 
 
-def check_moved_tags(tags: Sequence[str]) -> None:
-    """Raise ``StorageUnavailable`` if there are tags that name another manifest than the backup."""
-    if tags:
-        shown = ", ".join(tags[:_MAX_TAGS_SHOWN])
-        raise StorageUnavailable(
-            f"{len(tags)} tags name another manifest here, such as {shown}: nothing was"
-            " restored; --force replaces them"
-        )
+@dataclass(frozen=True, slots=True)
+class RestoreContext:
+    """The parts that each kind of restore works with."""
 
+    source: BackupSource
+    """The backup."""
+    content: RestoredContent
+    """Its content."""
+    database: Database
+    """The names of the restore. No client sees them yet."""
+    registry: str
+    """Name of the hosted repositories."""
+    actor: Actor
+    """The user who restores."""
+    now: Callable[[], float]
+    """Returns the seconds since the epoch."""
 
-def restore_change(
-    hosted: Hosted,
-    actor: Actor,
-    repository: str,
-    digest: Digest,
-    tag: Tag | None,
-    media_type: str,
-    size: int,
-    *,
-    at: float,
-) -> HostedChange:
-    """Return the event of a restored image.
+    def change(
+        self, repository: str, digest: Digest, tag: Tag | None, media_type: str, size: int
+    ) -> HostedChange:
+        """Return the event of a restored image.
 
-    Args:
-        hosted: The name of the registry.
-        actor: Who restores.
-        repository: The repository.
-        digest: The manifest.
-        tag: The tag. None: it has none.
-        media_type: Of the manifest.
-        size: Bytes of the manifest.
-        at: Seconds since the epoch.
-    """
-    row = ContentRow(repository, digest, media_type, size)
-    return change_of("push", row, tag, registry=hosted.name, actor=actor, at=at)
+        Args:
+            repository: The repository.
+            digest: The manifest.
+            tag: The tag. None: it has none.
+            media_type: Of the manifest.
+            size: Bytes of the manifest.
+        """
+        row = ContentRow(repository, digest, media_type, size)
+        return change_of("push", row, tag, registry=self.registry, actor=self.actor, at=self.now())

@@ -20,6 +20,7 @@ from typing import Final
 from mirror.hosted import upload_files
 from mirror.hosted.sessions import disk_errors
 from mirror.oci.descriptor import MANIFEST_LIMIT
+from mirror.oci.disk_failures import disk_failure_text
 from mirror.oci.errors import DigestInvalid, DigestMismatch, InvalidRequest, StorageUnavailable
 from mirror.oci.reference import Digest, Verifier
 from mirror.operations.backup_files import BackupSource, StoredBytes
@@ -104,10 +105,10 @@ class RestoredContent:
         """End the threads. Nothing is leased by now."""
         self._threads.shutdown()
 
-    def has_copy(self, digest: Digest) -> bool:
-        """Return whether the backup has content, which may be damaged. Blocks."""
+    def size_of_copy(self, digest: Digest) -> int | None:
+        """Return the bytes of content of the backup, which may be damaged. None without it."""
         with self._source.opened_blob(digest) as stored:
-            return stored is not None
+            return None if stored is None else int(stored.size)
 
     def read_manifest(self, digest: Digest) -> bytes:
         """Return the bytes of a manifest of the backup. Blocks. Raises ``InvalidRequest``."""
@@ -139,9 +140,14 @@ class RestoredContent:
                 refused = content
             else:
                 leased[digest] = content
-        if refused is not None:
+        try:
+            if refused is not None:
+                raise refused
+            with hold, disk_errors("content cannot be restored"):
+                hold.sync()  # A fetch may have put there a moment ago what was found here.
+        except BaseException:
             _close_all(leased.values())
-            raise refused
+            raise
         return leased
 
     def _try_lease(
@@ -152,7 +158,8 @@ class RestoredContent:
         except (InvalidRequest, StorageUnavailable) as error:
             return error
         except OSError as error:
-            return StorageUnavailable(f"content cannot be restored: {error.strerror or error}")
+            path = self._store.layout.blob(digest) if error.filename is None else error.filename
+            return StorageUnavailable(disk_failure_text(error, path))
 
     def _lease(self, digest: Digest, hold: ContentHold) -> LeasedContent:
         fd = upload_files.lease_content(self._store.layout, digest)

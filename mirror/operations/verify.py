@@ -112,6 +112,8 @@ class Problem:
     is_repaired: bool = False
     is_hosted: bool = False
     """Whether a hosted repository has it, and nothing else: no command brings it back."""
+    failure: str = ""
+    """Path, reason and remedy, if the disk has refused something. Empty: it has not."""
 
     @property
     def is_damage(self) -> bool:
@@ -146,6 +148,14 @@ class VerifyReport:
     problems: list[Problem] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     """Why content could not be fetched again, each in one line."""
+    index_failure: str = ""
+    """Why the times of verification were not recorded. Empty: they were."""
+
+    @property
+    def failures(self) -> list[str]:
+        """Path, reason and remedy of each refusal of the disk that no repair has mended."""
+        found = [one.failure for one in self.problems if one.failure and not one.is_repaired]
+        return [*found, self.index_failure] if self.index_failure else found
 
     @property
     def has_damage(self) -> bool:
@@ -192,7 +202,8 @@ async def verify(
         if is_hosted or any(text in inventory.sharing.reached(image.root) for image in chosen):
             found[text] = "damaged"
     report.images = len(here)
-    report.problems += _damage(inventory, found, places)
+    failures = {text: one.failure for text, one in broken.items()}
+    report.problems += _damage(inventory, found, places, failures)
     report.problems += _incomplete(here, found)
     report.problems += _absent(image for image in chosen if image.absence and not image.is_referrer)
     if images is None:
@@ -234,11 +245,20 @@ async def _hash(
                 if result.is_moved:
                     store.count_quarantined(result.size)
             if len(verified) >= _RECORD_STEP:
-                await store.index.set_verified(verified)
+                await _record(store, verified, report)
                 verified = []
             on_progress(report.bytes, max(total, report.bytes))
-    await store.index.set_verified(verified)
+    await _record(store, verified, report)
     return broken
+
+
+async def _record(store: Store, verified: list[tuple[Digest, float]], report: VerifyReport) -> None:
+    """Record verification times. A busy index is none of the disk's failures."""
+    if not await store.index.set_verified(verified) and store.index.refusal is not None:
+        report.index_failure = (
+            f"{store.layout.index}: {store.index.refusal}: free space on the disk, or make it"
+            " writable, so that these contents are not hashed again"
+        )
 
 
 def _places(
@@ -260,7 +280,10 @@ def _places(
 
 
 def _damage(
-    inventory: Inventory, found: Mapping[DigestText, ScrubResult], places: Mapping[DigestText, str]
+    inventory: Inventory,
+    found: Mapping[DigestText, ScrubResult],
+    places: Mapping[DigestText, str],
+    failures: Mapping[DigestText, str],
 ) -> Iterator[Problem]:
     """Return a finding for each content, by the images that have it: those with a tag first."""
     names: dict[DigestText, list[str]] = {}
@@ -292,6 +315,7 @@ def _damage(
             f"{_NOTHING_RESTORES if is_hosted else ''}",
             command=_command(of[0]) if of and not is_hosted else None,
             is_hosted=is_hosted,
+            failure=failures.get(digest, ""),
         )
 
 

@@ -21,6 +21,7 @@ from typing import Final, Literal, TypeAlias
 from mirror.composition import Mirror
 from mirror.observability.events import Kind, Outcome, RequestRecord
 from mirror.oci.descriptor import DEFAULT_ACCEPT, SCHEMA1_TYPES, Descriptor
+from mirror.oci.disk_failures import not_stored_text
 from mirror.oci.errors import (
     ContentLost,
     DigestMismatch,
@@ -357,10 +358,11 @@ class _ImageRun:
         size = sum(self._sizes[digest] for digest in missing)
         for digest in missing:
             del self._sizes[digest]
-        reason = store.unwritable_reason or "it was evicted: raise storage.max_size"
+        reason = not_stored_text(store.layout.root, store.unwritable_reason)
         with suppress(OSError):
             if store.unwritable_reason is None and await store.space.is_limited_by_disk():
-                reason = "the disk is full: free space on it, or use a larger one"
+                root = store.layout.root
+                reason = f"{root}: the disk is full: free space on it, or use a larger one"
         raise StorageUnavailable(
             f"{count_text(len(missing), 'content')}, {size_text(size)}, not on the disk: {reason}"
         )

@@ -3,7 +3,8 @@
 Lives here: what a backup has, from one moment. Must not know: how its files are written
 (``backup_files.py``).
 
-It has all rows, and all content that they name. Uploads are not in it.
+It has all rows, and all content that they name. Uploads are not in it. The names of users are: an
+issuer must not give the name of a removed user after a restore, either.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mirror.access.known_names import known_names_text, read_known_names
 from mirror.hosted.snapshot import Snapshot, opened_snapshot
 from mirror.hosted.upload_files import lease_content
-from mirror.oci.errors import DigestMismatch
+from mirror.oci.errors import DigestMismatch, StorageUnavailable
 from mirror.oci.reference import Digest, Repository
 from mirror.operations.backup_files import BackupTarget, opened_target
 from mirror.operations.backup_rows import write_rows
@@ -66,11 +68,20 @@ def write_backup(layout: Layout, name: str, path: Path) -> BackupReport:
         OSError: A disk refuses.
     """
     report = BackupReport()
+    users = _users_of(layout)
     with opened_snapshot(layout) as snapshot, opened_target(path) as target:
         for digest, size in snapshot.contents():
             _add_content(layout, target, digest, size, report)
-        target.publish(_index(snapshot, name, report), write_rows(snapshot, name))
+        target.publish(_index(snapshot, name, report), write_rows(snapshot, name), users)
     return report
+
+
+def _users_of(layout: Layout) -> str:
+    """Return the names of users, also of removed ones, whom rules may still name."""
+    try:
+        return known_names_text(read_known_names(layout.user_names))
+    except ValueError as error:
+        raise StorageUnavailable(f"{layout.user_names}: {error}: repair it, or delete it") from None
 
 
 def _add_content(
@@ -95,7 +106,7 @@ def _has_added(layout: Layout, target: BackupTarget, digest: Digest, size: int) 
     try:
         if os.fstat(fd).st_size != size:
             return False
-        target.add(digest, fd, layout.blob(digest), size)
+        target.add(digest, fd, os.fspath(layout.blob(digest)), size)
     except DigestMismatch:
         return False
     finally:

@@ -32,6 +32,7 @@ from typing import Any, Final
 
 from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest
+from mirror.store.disk import sync_directory
 from mirror.store.layout import Layout
 from mirror.store.range_lock import is_range_locked, lock_range
 
@@ -101,6 +102,14 @@ class ContentHold:
                     if time.monotonic() > deadline:
                         raise StorageUnavailable("a removal of the same content does not end")
                     time.sleep(_REMOVAL_POLL_S)
+
+    def sync(self) -> None:
+        """Make durable that files are where they are, also those of others. Blocks.
+
+        Raises ``OSError``.
+        """
+        for directory in self._directories.values():
+            sync_directory(directory)
 
     def directory_of(self, digest: Digest) -> int:
         """Return a descriptor of the directory of content. Creates it if it is missing.

@@ -327,10 +327,10 @@ def try_lock(fd: int) -> bool:
     return True
 
 
-def is_at(fd: int, path: Path) -> bool:
+def is_at(fd: int, path: Path | str) -> bool:
     """Return whether ``path`` names the file ``fd``. A lock on an unlinked file locks nothing."""
     try:
-        return os.path.samestat(os.fstat(fd), path.lstat())
+        return os.path.samestat(os.fstat(fd), os.lstat(path))
     except FileNotFoundError:
         return False
 

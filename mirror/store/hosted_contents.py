@@ -1,8 +1,9 @@
 """Which content clients have pushed here. It is no cache: nothing evicts it.
 
 Lives here: reading the one table that says so (``mirror/hosted/database.py`` has its schema), for
-every process that removes content, whether it hosts repositories itself or not; and the copy that a
-running backup reads (``mirror/hosted/snapshot.py``). Must not know: repositories, tags.
+every process that removes content, whether it hosts repositories itself or not; the copy that a
+running backup reads (``mirror/hosted/snapshot.py``), and the names that a running restore has not
+committed yet (``mirror/hosted/staged_names.py``). Must not know: repositories, tags.
 
 A push holds its content (:mod:`mirror.store.content_hold`) from before it is in its place until the
 row is committed. Whoever removes content asks here while no push holds it. So it either sees the
@@ -16,6 +17,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
+from pathlib import Path
 from typing import Final, Protocol, TypeVar
 
 from mirror.oci.errors import StorageUnavailable
@@ -48,27 +50,25 @@ class HostedContents:
         self._local = threading.local()
 
     def find(self, digests: Sequence[Digest]) -> set[Digest]:
-        """Return those of ``digests`` that a hosted repository has, or that a backup reads.
+        """Return those of ``digests`` that a hosted repository has, or a backup, or a restore.
 
         Raises ``StorageUnavailable`` if the database cannot be read: any may be hosted then.
         """
-        if not digests or not has_hosted_names(self.layout):
+        if not digests:
             return set()
         wanted = {str(digest): digest for digest in digests}
         marks = ",".join("?" * len(wanted))
         query = f"SELECT digest FROM contents WHERE digest IN ({marks})"  # noqa: S608 - question marks
-        found = {wanted[row[0]] for row in self._query(query, list(wanted))}
-        # In this order: a backup holds the lock before it copies what the database has.
+        found: set[str] = set()
+        # In this order. A restore commits its names before it releases its lock, and a backup holds
+        # its lock before it copies what the database has.
+        if is_locked(self.layout.restore_lock):
+            found.update(_find_in(self.layout.staged_names, query, list(wanted)))
+        if has_hosted_names(self.layout) and len(found) < len(wanted):
+            found.update(row[0] for row in self._query(query, list(wanted)))
         if len(found) < len(wanted) and is_locked(self.layout.snapshot_lock):
-            found |= {wanted[text] for text in self._find_in_snapshot(query, list(wanted))}
-        return found
-
-    def _find_in_snapshot(self, query: str, wanted: list[str]) -> Iterable[str]:
-        try:
-            with closing(connect(self.layout.snapshot, "ro")) as connection:
-                return [row[0] for row in connection.execute(query, wanted)]
-        except sqlite3.Error:
-            return wanted  # It is being made, or has just been removed. All may be in it.
+            found.update(_find_in(self.layout.snapshot, query, list(wanted)))
+        return {wanted[text] for text in found}
 
     def may_have(self, digest: Digest) -> bool:
         """Return whether a hosted repository has content, or may have it. Never raises."""
@@ -85,11 +85,17 @@ class HostedContents:
             yield from (content for content in step if content.digest not in hosted)
 
     def usage(self) -> tuple[int, int]:
-        """Return the number and the bytes of all hosted content. Raises ``StorageUnavailable``."""
-        if not has_hosted_names(self.layout):
-            return 0, 0
-        rows = self._query("SELECT contents, bytes FROM totals", [])
-        return (int(rows[0][0]), int(rows[0][1])) if rows else (0, 0)
+        """Return the number and the bytes of all hosted content, also of a running restore.
+
+        Raises ``StorageUnavailable``.
+        """
+        count = size = 0
+        if is_locked(self.layout.restore_lock):
+            count, size = _count_staged(self.layout)
+        if has_hosted_names(self.layout):
+            rows = self._query("SELECT contents, bytes FROM totals", [])
+            count, size = count + int(rows[0][0]), size + int(rows[0][1])
+        return count, size
 
     def _query(self, query: str, parameters: list[str]) -> list[tuple[str, ...]]:
         connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
@@ -102,3 +108,27 @@ class HostedContents:
             self._local.connection = None
             message = f"{self._database}: {error}: nothing is removed, because it may be hosted"
             raise StorageUnavailable(message) from error
+
+
+def _find_in(path: Path, query: str, wanted: list[str]) -> Iterable[str]:
+    """Return those of ``wanted`` that a copy of the names has, or may have."""
+    try:
+        with closing(connect(path, "ro")) as connection:
+            return [row[0] for row in connection.execute(query, wanted)]
+    except sqlite3.Error:
+        return wanted  # It is being made, or has just been removed. All may be in it.
+
+
+def _count_staged(layout: Layout) -> tuple[int, int]:
+    """Return the number and the bytes of what a running restore has brought, and nobody else."""
+    query = "SELECT count(*), total(size) FROM contents"
+    try:
+        with closing(connect(layout.staged_names, "ro")) as connection:
+            if layout.hosted_names.exists():
+                uri = f"{layout.hosted_names.absolute().as_uri()}?mode=ro"
+                connection.execute("ATTACH ? AS names", (uri,))
+                query += " WHERE digest NOT IN (SELECT digest FROM names.contents)"
+            count, size = connection.execute(query).fetchone()
+    except sqlite3.Error:
+        return 0, 0  # It is being made, or has just been removed.
+    return int(count), int(size)

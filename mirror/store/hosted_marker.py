@@ -1,12 +1,13 @@
 """Whether the data directory has names of hosted repositories, has none, or has lost them.
 
 Lives here: the file ``hosted.created``, which says that ``hosted/names.db`` was made once. Must not
-know: what the database says, who restores it.
+know: what the names are, who restores them.
 
 Without the file, a data directory that has lost its names looks like one that never had any: a
 server would begin anew, and evict all hosted content. It lies beside the directory ``hosted``, so
-that it also notices a file system that is not mounted there. A restore makes the database anew, and
-leaves the file as it is.
+that it also notices a file system that is not mounted there. A restore makes the database anew with
+all names in one transaction, and leaves the file as it is. So a restore that was killed leaves at
+most a database without tables, which counts as lost, too (``mirror/hosted/database.py``).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 from typing import Final
 
 from mirror.oci.errors import StorageUnavailable
-from mirror.store.disk import sync_directory
+from mirror.store.disk import is_locked, sync_directory
 from mirror.store.layout import Layout
 
 LOST_REMEDY: Final = (
@@ -40,7 +41,17 @@ def raise_if_lost(layout: Layout) -> None:
     """Raise ``StorageUnavailable`` if there was a database, and it is gone. Blocks."""
     # The database is asked last: a server makes the marker after it.
     if layout.hosted_marker.exists() and not layout.hosted_names.exists():
-        raise StorageUnavailable(f"{layout.hosted_names} was there, and is gone: {LOST_REMEDY}")
+        raise lost_names(layout)
+
+
+def lost_names(layout: Layout) -> StorageUnavailable:
+    """Return the error for names that are lost."""
+    return StorageUnavailable(f"{layout.hosted_names} was there, and is gone: {LOST_REMEDY}")
+
+
+def has_unfinished_restore(layout: Layout) -> bool:
+    """Return whether a restore was killed, and none has run since. Blocks."""
+    return layout.staged_names.exists() and not is_locked(layout.restore_lock)
 
 
 def note_hosted_names(layout: Layout) -> None:

@@ -15,6 +15,7 @@ Lives here: where each file is. Must not know: what is done with it.
     hosted/names.db          names of the hosted repositories (no cache: see ``mirror/hosted``)
     hosted/names.spare       space for deletions on a full disk (``mirror/hosted/spare_space.py``)
     hosted/snapshot.db       their copy for a running backup, whose ``flock`` is on snapshot.lock
+    hosted/restore.db        names of a running restore, whose ``flock`` is on restore.lock
     access/names             names of users (no cache: see ``mirror/access/known_names.py``)
     uploads/<id>             bytes of an upload to a hosted repository
     eviction.lock            its ``flock`` means that content is being removed
@@ -44,7 +45,8 @@ class Layout:
 
     def blob(self, digest: Digest) -> Path:
         """Return the path of whole content."""
-        return self.root / "blobs" / digest.algorithm / digest.hex
+        # One join of strings: three of paths take most of the time where there are many.
+        return Path(f"{self.root}/blobs/{digest.algorithm}/{digest.hex}")
 
     def ingest(self, digest: Digest) -> Path:
         """Return the path of the file that a fetch appends to."""
@@ -97,6 +99,16 @@ class Layout:
     def snapshot_lock(self) -> Path:
         """The file whose lock is held while a backup runs."""
         return self.root / "hosted" / "snapshot.lock"
+
+    @property
+    def staged_names(self) -> Path:
+        """The names that a running restore has brought here. No client sees them yet."""
+        return self.root / "hosted" / "restore.db"
+
+    @property
+    def restore_lock(self) -> Path:
+        """The file whose lock is held while a restore runs."""
+        return self.root / "hosted" / "restore.lock"
 
     @property
     def uploads(self) -> Path:

@@ -24,6 +24,7 @@ from enum import StrEnum
 from itertools import islice
 from typing import Final, Protocol
 
+from mirror.oci.disk_failures import disk_failure_text
 from mirror.oci.errors import DigestInvalid
 from mirror.oci.reference import Digest
 from mirror.store import disk
@@ -77,6 +78,8 @@ class Removal:
     """The removed contents, and their bytes."""
     kept: dict[Digest, KeptBecause] = field(default_factory=dict)
     """The other contents."""
+    failures: dict[Digest, str] = field(default_factory=dict)
+    """Of those that the disk refuses to remove: path, reason and remedy."""
 
     @property
     def bytes(self) -> int:
@@ -175,7 +178,7 @@ def remove_batch(
                 if content.digest in protection.digests:
                     removal.kept[content.digest] = KeptBecause.MARKED
                     continue
-                result = _unlink(layout, content, protection)
+                result = _unlink(layout, content, protection, removal.failures)
                 if isinstance(result, KeptBecause):
                     removal.kept[content.digest] = result
                 elif result is not None:
@@ -185,7 +188,9 @@ def remove_batch(
         totals.flush()
 
 
-def _unlink(layout: Layout, content: Candidate, protection: Protection) -> int | KeptBecause | None:
+def _unlink(
+    layout: Layout, content: Candidate, protection: Protection, failures: dict[Digest, str]
+) -> int | KeptBecause | None:
     """Unlink whole content, and return its bytes. None if it is gone already.
 
     Raises ``ProtectionUnknown`` if it may be hosted.
@@ -208,7 +213,8 @@ def _unlink(layout: Layout, content: Candidate, protection: Protection) -> int |
                 return status.st_size
     except FileNotFoundError:
         return None
-    except OSError:
+    except OSError as error:
+        failures[content.digest] = disk_failure_text(error, path)
         return KeptBecause.REFUSED
 
 

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
+from mirror.oci.disk_failures import disk_failure_text
 from mirror.oci.errors import DigestMismatch
 from mirror.oci.reference import Digest, Verifier
 from mirror.store import disk
@@ -42,6 +43,7 @@ _IOPRIO_WHO_PROCESS: Final = 1
 """The priority is that of one process (ioprio_set(2))."""
 _IOPRIO_CLASS_IDLE: Final = 3 << 13
 """The idle class, in the upper bits of the priority (ioprio_set(2))."""
+_MOVE_REMEDY: Final = "it is never served; check that the disk can be written, and verify again"
 
 ScrubResult: TypeAlias = Literal["intact", "missing", "damaged", "unreadable"]
 """- ``intact``: it hashes to its digest.
@@ -60,6 +62,8 @@ class Scrubbed:
     """Bytes of the file."""
     is_moved: bool = False
     """Whether this process has moved it to ``quarantine/``. If not, it is still in its place."""
+    failure: str = ""
+    """Path, reason and remedy, if the disk refuses something. Empty: it does not."""
 
     def dump(self) -> str:
         """Return the line of the process."""
@@ -82,17 +86,23 @@ def scrub(layout: Layout, digest: Digest) -> Scrubbed:
     if opened is None:
         return Scrubbed(str(digest), "missing")
     fd, status = opened
-    size, result = status.st_size, _hash(fd, digest, status)
+    size, path, failure, is_moved = status.st_size, layout.blob(digest), "", False
     try:
-        if result == "intact":
-            return Scrubbed(str(digest), result, size)
-        is_moved = quarantine(layout, digest, fd, may_be_intact=result == "unreadable")
-        return Scrubbed(str(digest), result, size, is_moved=is_moved)
+        try:
+            result = _hash(fd, digest, status)
+        except OSError as error:
+            result, failure = "unreadable", disk_failure_text(error, path)
+        if result != "intact":
+            is_moved = quarantine(layout, digest, fd, may_be_intact=result == "unreadable")
+            if not is_moved and result == "damaged" and disk.is_at(fd, path):
+                failure = f"{path}: is damaged, and cannot be moved to quarantine/: {_MOVE_REMEDY}"
+        return Scrubbed(str(digest), result, size, is_moved=is_moved, failure=failure)
     finally:
         os.close(fd)
 
 
 def _hash(fd: int, digest: Digest, status: os.stat_result) -> ScrubResult:
+    """Hash an open file. Raises ``OSError`` if the disk cannot read it."""
     verifier = Verifier(digest)
     try:
         _hash_gently(fd, verifier, status.st_size)
@@ -101,8 +111,6 @@ def _hash(fd: int, digest: Digest, status: os.stat_result) -> ScrubResult:
         verifier.finish()
     except DigestMismatch:
         return "damaged"
-    except OSError:
-        return "unreadable"
     is_unchanged = os.fstat(fd).st_mtime_ns == status.st_mtime_ns
     if is_unchanged and not disk.has_our_mtime(status):
         # Another program has written to it, or copied it. It is intact, and need not be hashed
@@ -161,8 +169,8 @@ def main() -> int:
         text = line.strip()
         try:
             scrubbed = scrub(layout, Digest.parse(text))
-        except OSError:
-            scrubbed = Scrubbed(text, "unreadable")
+        except OSError as error:
+            scrubbed = Scrubbed(text, "unreadable", failure=disk_failure_text(error))
         try:
             sys.stdout.write(f"{scrubbed.dump()}\n")
             sys.stdout.flush()

@@ -121,10 +121,16 @@ async def check_lasting(kit: HostedKit) -> None:
 async def check_after_kill(root: Path, command: str) -> None:
     every_file_hashes_to_its_name(root / "data")
     async with hosted_kit(root / "data") as kit:
-        await has_image(kit, Tag("1.0"))
+        assert command in ("rm", "prune") or await has_image(kit, Tag("1.0"))
         for tag in ("1.5", "2.0"):
             await has_image(kit, Tag(tag), LAYERS[tag])
-        if command != "restore":
+        if command == "restore":  # All its names, or none of them.
+            found = {tag: await has_image(kit, Tag(tag), LAYERS[tag]) for tag in ("1.5", "2.0")}
+            row = await kit.service.manifests.find("team/app", Tag("1.0"))
+            found["1.0"] = row.digest == Digest.of(manifest_of(LAYERS["1.0"]))
+            found["signature"] = await has_image(kit, Digest.of(SIGNATURE), b"sig")
+            assert len(set(found.values())) == 1, found
+        else:
             await check_lasting(kit)
     async with hosted_kit(root / "from-backup") as kit:  # The earlier one, or the new one.
         source = root / "backup"

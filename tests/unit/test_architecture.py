@@ -110,7 +110,8 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "composition": {"hosted", "pull", "store", "upstream", *SHARED},
     "operations": {
         *("operations", "composition", "config.access", "config.listeners", "config.prefetch"),
-        *("history", "hosted", "inventory", "pull", "store", *SHARED),
+        *("access.known_names", "config.values", "history", "hosted", "inventory", "pull"),
+        *("store", *SHARED),
     },
     # Its listener cuts off clients, and refuses requests of web pages, as that of ``web`` does.
     "admin": {

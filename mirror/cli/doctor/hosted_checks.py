@@ -18,7 +18,11 @@ from mirror.config.settings import Settings
 from mirror.inventory.hosted_names import QuotaUsage, read_hosted_usage
 from mirror.oci.errors import MirrorError
 from mirror.oci.text import size_text
-from mirror.store.hosted_marker import DAMAGED_NAMES_REMEDY, LOST_REMEDY
+from mirror.store.hosted_marker import (
+    DAMAGED_NAMES_REMEDY,
+    LOST_REMEDY,
+    has_unfinished_restore,
+)
 from mirror.store.layout import Layout
 
 _NEARLY_FULL_SHARE: Final = 0.9
@@ -52,6 +56,11 @@ def check_hosted(
         yield subject.problem(error.message, "run this command as the user of the server")
         return
     yield _check_room(subject, settings, usage)
+    if has_unfinished_restore(layout):
+        yield Checked("restore", str(layout.staged_names)).warning(
+            "a restore was killed, and no name of it is here",
+            f"run oci-mirror restore again, or delete {layout.staged_names} to do without it",
+        )
 
 
 def _check_room(subject: Checked, settings: Settings, usage: QuotaUsage) -> Finding:

@@ -12,7 +12,8 @@ from sqlite3 import Connection
 import pytest
 
 from mirror.hosted import database as module
-from mirror.hosted.database import SCHEMA_VERSION, Database, open_checked
+from mirror.hosted.database import Database, open_checked
+from mirror.hosted.name_tables import SCHEMA_VERSION
 from mirror.oci.errors import NamesDamaged, StorageUnavailable
 
 

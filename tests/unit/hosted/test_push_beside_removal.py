@@ -6,7 +6,9 @@ removal, has opened need not be the lock of the file that the path names.
 
 from __future__ import annotations
 
+import asyncio
 import os
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +27,7 @@ from mirror.store.eviction import StoredBlob
 from mirror.store.layout import Layout
 from mirror.store.quarantine import quarantine
 from mirror.store.removal import Removal
+from mirror.threads import run_in_thread
 from tests.unit.hosted.kit import CONFIG, NOW, HostedKit, hosted_kit, manifest_of
 
 LAYER = b"layer"
@@ -73,7 +76,9 @@ class StoppedThread:
         assert self._reached.wait(20)
 
     def finish(self, *_: object) -> None:
-        """Let it go on, and return once it has ended."""
+        """Let it go on, and return once it has ended. It may call this itself, when it sleeps."""
+        if threading.current_thread() is self._thread:
+            return
         self._going_on.set()
         self._thread.join(20)
 
@@ -308,3 +313,65 @@ async def test_eviction_that_has_looked_at_a_file_which_was_replaced_takes_no_re
         eviction.finish()
         # If the eviction was first, the restore knows that it does not have the content.
         assert layout.blob(digest).exists() == is_here
+
+
+async def test_content_that_a_restore_finds_here_is_durable_before_its_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fetch that has put it there may not have synced the directory yet."""
+    async with hosted_kit(tmp_path) as kit:
+        layout, digest, synced = kit.store.layout, Digest.of(LAYER), list[str]()
+        fetched(layout, LAYER)
+        sync = os.fsync
+
+        def fsync(fd: int) -> None:
+            synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+            sync(fd)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        backup: Any = EmptyBackup()
+        content = RestoredContent(backup, kit.store)
+        async with content.leased([digest]):
+            assert synced == [str(layout.blob(digest).parent)]
+        content.close()
+
+
+@pytest.mark.long
+async def test_no_acknowledged_push_is_lost_beside_fetches_and_evictions_that_stop_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeded, deadline = random.Random(13), time.monotonic() + 20
+
+    def stopping(real: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*args: Any, **keys: Any) -> Any:
+            time.sleep(seeded.random() ** 6 * 0.2)  # Some of these outlast a push.
+            return real(*args, **keys)
+
+        return step
+
+    async with hosted_kit(tmp_path) as kit:
+        for name in ("unlink", "rename"):
+            monkeypatch.setattr(Path, name, stopping(getattr(Path, name)))
+        digest = Digest.of(LAYER)
+
+        async def repeat(work: Callable[[], None]) -> None:
+            while time.monotonic() < deadline:
+                await run_in_thread(work)
+
+        async def push(repository: str) -> int:
+            count = 0
+            while time.monotonic() < deadline:
+                await kit.push_blob(LAYER, repository)
+                for _ in range(seeded.randrange(20)):
+                    assert kit.store.catalog.has_blob(digest), "acknowledged, and not deleted"
+                    await asyncio.sleep(0.001)
+                await kit.service.blobs.delete(repository, digest)
+                count += 1
+            return count
+
+        counts = await asyncio.gather(
+            *(push("one"), push("two")),
+            repeat(partial(fetched, kit.store.layout, LAYER)),
+            *(repeat(partial(evict, kit, digest)) for _ in range(2)),
+        )
+        assert min(counts[0], counts[1]) > 20

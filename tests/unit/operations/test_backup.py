@@ -465,3 +465,28 @@ async def test_tar_file_with_links_and_one_that_is_none_restore_nothing(tmp_path
         path.write_bytes(b"x" * 5000)
         with pytest.raises(StorageUnavailable, match="neither a directory nor a plain tar file"):
             await restore(kit, path)
+
+
+async def test_backup_joins_no_paths_for_each_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joins = 0
+    join = Path.__truediv__
+
+    def count(path: Path, name: str) -> Path:
+        nonlocal joins
+        joins += 1
+        return join(path, name)
+
+    async with hosted_kit(tmp_path / "data") as kit:
+        counts = []
+        for contents in (1, 20):
+            for number in range(contents):
+                await kit.push_blob(b"%d" % number)
+            monkeypatch.setattr(Path, "__truediv__", count)
+            joins = 0
+            backup(kit, tmp_path / f"backup-{contents}")
+            backup(kit, tmp_path / f"backup-{contents}")
+            counts.append(joins)
+            monkeypatch.undo()
+    assert counts[0] == counts[1]

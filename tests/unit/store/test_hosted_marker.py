@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ import pytest
 from mirror.composition import open_hosted
 from mirror.config.settings import Hosted, Settings, Storage
 from mirror.hosted.database import Database
+from mirror.hosted.staged_names import StagedNames
 from mirror.inventory.hosted_names import read_hosted_names
+from mirror.observability.events import Event, LogMessage, Observer
 from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest
 from mirror.operations.hosted_collection import find_hosted_garbage
@@ -30,10 +34,10 @@ def serving(root: Path) -> Settings:
     return settings(root, hosted={"name": "registry.example", "listen": "127.0.0.1:5101"})
 
 
-async def open_as_server(root: Path) -> None:
+async def open_as_server(root: Path, emit: Observer | None = None) -> None:
     store = await Store.open(str(root), Storage(), lambda event: None)
     try:
-        async with open_hosted(serving(root), store, lambda: NOW, None):
+        async with open_hosted(serving(root), store, lambda: NOW, emit):
             pass
     finally:
         await store.close()
@@ -61,8 +65,38 @@ async def test_server_does_not_begin_anew_if_its_names_are_gone(tmp_path: Path) 
 
 async def test_server_starts_again_after_a_restore_made_the_database(tmp_path: Path) -> None:
     layout = await lose_names(tmp_path)
-    await (await Database.open(layout.hosted_names)).close()
+    staged = await StagedNames.open(layout)
+    await staged.merge(HOSTED, may_replace=False)
+    await staged.close()
     await open_as_server(tmp_path)
+
+
+async def test_names_that_a_killed_restore_has_left_without_tables_are_still_lost(
+    tmp_path: Path,
+) -> None:
+    layout = await lose_names(tmp_path)
+    layout.hosted_names.parent.mkdir()
+    with closing(sqlite3.connect(layout.hosted_names)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+    with pytest.raises(StorageUnavailable, match="oci-mirror restore BACKUP"):
+        await open_as_server(tmp_path)
+    with pytest.raises(StorageUnavailable, match="nothing is removed"):
+        HostedContents(layout).find([Digest.of(b"x")])
+
+
+async def test_server_warns_of_a_restore_that_was_killed(tmp_path: Path) -> None:
+    events: list[Event] = []
+    layout = Layout(tmp_path)
+    for _ in range(2):
+        staged = await StagedNames.open(layout)
+        await open_as_server(tmp_path, events.append)
+        assert events == [], "it runs"
+        await staged.close()
+    layout.staged_names.touch()
+    await open_as_server(tmp_path, events.append)
+    (warning,) = events
+    assert isinstance(warning, LogMessage)
+    assert "run oci-mirror restore again" in dict(warning.fields)["remedy"]
 
 
 async def test_data_directory_of_an_earlier_version_gets_the_marker(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from mirror.cli.doctor.findings import Finding, Status
 from mirror.cli.doctor.hosted_checks import check_hosted
+from mirror.hosted.staged_names import StagedNames
 from tests.unit.cli.doctor.test_machine_checks import settings
 from tests.unit.hosted.kit import hosted_kit
 
@@ -63,3 +64,15 @@ def test_names_that_are_gone_are_a_problem(tmp_path: Path) -> None:
     (finding,) = check(tmp_path)
     assert (finding.status, finding.message) == (Status.PROBLEM, "it was there, and is gone")
     assert "oci-mirror restore BACKUP" in finding.remedy
+
+
+async def test_restore_that_was_killed_is_a_warning(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        await kit.push_image(LAYER)
+        staged = await StagedNames.open(kit.store.layout)
+        assert len(check(tmp_path)) == 1, "it runs"
+        await staged.close()
+        kit.store.layout.staged_names.touch()
+    _, finding = check(tmp_path)
+    assert finding.status is Status.WARNING
+    assert "run oci-mirror restore again" in finding.remedy

@@ -1,0 +1,149 @@
+"""The schema of the database of the hosted repositories.
+
+Lives here: its tables, the sums that triggers keep, its version. Must not know: how it is opened,
+what the rows mean (``name_rows.py``).
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from sqlite3 import Connection
+from typing import Final
+
+from mirror.oci.errors import NamesDamaged
+
+SCHEMA_VERSION: Final = 1
+"""``user_version`` of a database that this version writes."""
+
+_SCHEMA: Final = """
+CREATE TABLE manifests (
+    repository TEXT NOT NULL, digest TEXT NOT NULL, media_type TEXT NOT NULL,
+    artifact_type TEXT NOT NULL, subject TEXT NOT NULL, size INTEGER NOT NULL,
+    annotations TEXT NOT NULL, pushed_at REAL NOT NULL, pushed_by TEXT NOT NULL,
+    pulled_at REAL NOT NULL DEFAULT 0, orphaned_at REAL NOT NULL DEFAULT 0,
+    PRIMARY KEY (repository, digest)) WITHOUT ROWID;
+CREATE INDEX orphaned_manifests ON manifests (repository, digest) WHERE orphaned_at > 0;
+CREATE INDEX manifests_by_subject ON manifests (repository, subject, digest) WHERE subject <> '';
+-- is_manifest: the part is listed as a manifest, not as a blob. The same bytes may be both.
+CREATE TABLE parts (
+    repository TEXT NOT NULL, manifest TEXT NOT NULL, digest TEXT NOT NULL,
+    is_manifest INTEGER NOT NULL,
+    PRIMARY KEY (repository, manifest, digest, is_manifest)) WITHOUT ROWID;
+CREATE INDEX parts_by_digest ON parts (repository, digest, is_manifest);
+CREATE TABLE tags (
+    repository TEXT NOT NULL, tag TEXT NOT NULL, digest TEXT NOT NULL,
+    pushed_at REAL NOT NULL, pushed_by TEXT NOT NULL,
+    PRIMARY KEY (repository, tag)) WITHOUT ROWID;
+CREATE INDEX tags_by_digest ON tags (repository, digest);
+CREATE TABLE blobs (
+    repository TEXT NOT NULL, digest TEXT NOT NULL, size INTEGER NOT NULL, used_at REAL NOT NULL,
+    PRIMARY KEY (repository, digest)) WITHOUT ROWID;
+CREATE TABLE uploads (
+    id TEXT PRIMARY KEY, repository TEXT NOT NULL, user TEXT NOT NULL, reserved INTEGER NOT NULL,
+    boot TEXT NOT NULL, started_at REAL NOT NULL, owner TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE contents (
+    digest TEXT PRIMARY KEY, size INTEGER NOT NULL, names INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE released (digest TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE repositories (
+    name TEXT PRIMARY KEY, bytes INTEGER NOT NULL, contents INTEGER NOT NULL,
+    manifests INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE changes (
+    id TEXT PRIMARY KEY, action TEXT NOT NULL, repository TEXT NOT NULL, digest TEXT NOT NULL,
+    tag TEXT NOT NULL, media_type TEXT NOT NULL, size INTEGER NOT NULL, user TEXT NOT NULL,
+    client TEXT NOT NULL, at REAL NOT NULL, taken_at REAL NOT NULL);
+CREATE TABLE totals (
+    one INTEGER PRIMARY KEY CHECK (one = 1), bytes INTEGER NOT NULL, contents INTEGER NOT NULL);
+INSERT INTO totals VALUES (1, 0, 0);
+
+CREATE VIEW unnamed_blobs AS SELECT * FROM blobs b WHERE NOT EXISTS
+    (SELECT 1 FROM parts p WHERE p.repository = b.repository AND p.digest = b.digest
+        AND p.is_manifest = 0);
+CREATE VIEW unnamed_manifests AS SELECT * FROM manifests m WHERE NOT EXISTS
+    (SELECT 1 FROM tags t WHERE t.repository = m.repository AND t.digest = m.digest)
+    AND NOT EXISTS
+    (SELECT 1 FROM parts p WHERE p.repository = m.repository AND p.digest = m.digest
+        AND p.is_manifest = 1);
+CREATE VIEW orphans AS SELECT * FROM manifests m WHERE m.orphaned_at > 0 AND NOT EXISTS
+    (SELECT 1 FROM tags t WHERE t.repository = m.repository AND t.digest = m.digest
+        AND (t.tag NOT GLOB 'sha[25][51][62]-[0-9a-f]*' OR EXISTS
+            (SELECT 1 FROM manifests s WHERE s.repository = m.repository
+            AND s.digest >= substr(t.tag, 1, 6) || ':' || substr(t.tag, 8, 64)
+            AND s.digest < substr(t.tag, 1, 6) || ':' || substr(t.tag, 8, 64) || 'g')))
+    AND NOT EXISTS
+    (SELECT 1 FROM parts p WHERE p.repository = m.repository AND p.digest = m.digest
+        AND p.is_manifest = 1)
+    AND NOT EXISTS
+    (SELECT 1 FROM manifests s WHERE s.repository = m.repository AND s.digest = m.subject);
+
+CREATE TRIGGER contents_added AFTER INSERT ON contents BEGIN
+    UPDATE totals SET bytes = bytes + new.size, contents = contents + 1;
+    DELETE FROM released WHERE digest = new.digest; END;
+CREATE TRIGGER contents_removed AFTER DELETE ON contents BEGIN
+    UPDATE totals SET bytes = bytes - old.size, contents = contents - 1;
+    INSERT OR IGNORE INTO released VALUES (old.digest); END;
+CREATE TRIGGER blobs_added AFTER INSERT ON blobs BEGIN
+    INSERT INTO contents VALUES (new.digest, new.size, 1)
+        ON CONFLICT (digest) DO UPDATE SET names = names + 1;
+    INSERT INTO repositories VALUES (new.repository, new.size, 1, 0)
+        ON CONFLICT (name) DO UPDATE SET bytes = bytes + new.size, contents = contents + 1; END;
+CREATE TRIGGER blobs_removed AFTER DELETE ON blobs BEGIN
+    UPDATE contents SET names = names - 1 WHERE digest = old.digest;
+    DELETE FROM contents WHERE digest = old.digest AND names = 0;
+    UPDATE repositories SET bytes = bytes - old.size, contents = contents - 1
+        WHERE name = old.repository;
+    DELETE FROM repositories WHERE name = old.repository AND contents = 0; END;
+CREATE TRIGGER manifests_added AFTER INSERT ON manifests BEGIN
+    INSERT INTO contents VALUES (new.digest, new.size, 1)
+        ON CONFLICT (digest) DO UPDATE SET names = names + 1;
+    INSERT INTO repositories VALUES (new.repository, new.size, 1, 1)
+        ON CONFLICT (name) DO UPDATE SET bytes = bytes + new.size, contents = contents + 1,
+            manifests = manifests + 1; END;
+CREATE TRIGGER manifests_removed AFTER DELETE ON manifests BEGIN
+    DELETE FROM parts WHERE repository = old.repository AND manifest = old.digest;
+    DELETE FROM tags WHERE repository = old.repository AND digest = old.digest;
+    UPDATE contents SET names = names - 1 WHERE digest = old.digest;
+    DELETE FROM contents WHERE digest = old.digest AND names = 0;
+    UPDATE repositories SET bytes = bytes - old.size, contents = contents - 1,
+        manifests = manifests - 1 WHERE name = old.repository;
+    DELETE FROM repositories WHERE name = old.repository AND contents = 0; END;
+"""
+
+
+def has_schema(connection: Connection, path: Path) -> bool:
+    """Return whether a database has our tables. False if it has none yet.
+
+    Raises ``NamesDamaged`` if they are of another version.
+    """
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version == 0 and not connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
+        return False
+    if version != SCHEMA_VERSION:
+        raise NamesDamaged(wrong_version(path, version))
+    return True
+
+
+def create_schema(connection: Connection) -> None:
+    """Create our tables, in the transaction that runs."""
+    for statement in _statements(_SCHEMA):
+        connection.execute(statement)
+    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+
+def wrong_version(path: Path, version: int) -> str:
+    """Return what to do about a database that another version of this program has written."""
+    return (
+        f"{path}: its version is {version}, and this program reads {SCHEMA_VERSION}: use the"
+        " program that has written it"
+    )
+
+
+def _statements(script: str) -> list[str]:
+    """Split a script. ``executescript`` would commit before it, outside of our transaction."""
+    found, part = [], ""
+    for line in script.splitlines(keepends=True):
+        part += line
+        if sqlite3.complete_statement(part):
+            found.append(part)
+            part = ""
+    return found
