@@ -132,7 +132,9 @@ async def push_beside_collections(kit: HostedKit, seed: int, rounds: int) -> Non
     async def collect_on() -> None:
         nonlocal collected
         while not done.is_set():
-            collected += len(await collect(kit.database, kit.clock[0], 0.0, change_of))
+            collected += len(
+                await collect(kit.database, kit.clock[0], 0.0, change_of, kit.is_protected)
+            )
             await remove_released(kit)
             if pick.random() < 0.2:  # Then clients may have been told too long ago.
                 kit.clock[0] += USE_STEP_S + 1
@@ -172,7 +174,7 @@ async def push_beside_collections(kit: HostedKit, seed: int, rounds: int) -> Non
             assert report.problems == []
             await check_all_is_whole(other)
     kit.clock[0] += 10 * USE_STEP_S
-    await collect(kit.database, kit.clock[0], 0.0, change_of)
+    await collect(kit.database, kit.clock[0], 0.0, change_of, kit.is_protected)
     await check_all_is_whole(kit)
 
 

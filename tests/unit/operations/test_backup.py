@@ -146,7 +146,7 @@ async def test_second_backup_adds_what_is_new_and_removes_what_is_gone(tmp_path:
         backup(kit, target)
         assert backup(kit, target).added == 0
         await kit.service.manifests.delete("team/app", Digest.of(manifest_of(b"by digest")))
-        await collect(kit.database, NOW + 10**6, 0.0, change_of)
+        await collect(kit.database, NOW + 10**6, 0.0, change_of, kit.is_protected)
         await kit.push_image(b"three", repository="team/app", tag="v2")
         report = backup(kit, target)
         assert report.added == 2
@@ -169,7 +169,7 @@ async def test_content_that_is_deleted_while_a_backup_reads_stays_until_its_end(
             for repository in list(snapshot.repositories()):
                 for row in list(snapshot.manifests(repository)):
                     await kit.service.manifests.delete(repository, row.digest)
-            await collect(kit.database, NOW + 10**6, 0.0, change_of)
+            await collect(kit.database, NOW + 10**6, 0.0, change_of, kit.is_protected)
             assert (await kit.usage()).contents == 0
             await kit.store.evictor.remove([blob])
             assert kit.store.catalog.has_blob(digest)

@@ -105,7 +105,9 @@ class Pusher:
             await service.blobs.delete(repository, Digest.of([*BLOBS, CONFIG, body][one % 5]))
         elif kind == "collect":
             grace = USE_STEP_S * one
-            await collect(self.kit.database, self.kit.clock[0], grace, change_of)
+            await collect(
+                self.kit.database, self.kit.clock[0], grace, change_of, self.kit.is_protected
+            )
         elif kind == "pull":
             await service.manifests.mark_used(repository, Digest.of(body))
 
