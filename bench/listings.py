@@ -45,6 +45,13 @@ _LAYER_TYPE: Final = "application/vnd.oci.image.layer.v1.tar+gzip"
 BOUNDS: Final = {"ls": (0.3, 1.0), "du": (0.3, 2.0)}
 """Command -> the most seconds that it may take, for each of :data:`TAGS`."""
 
+HOSTED_TAGS: Final = 100_000
+"""Tags of the row about memory."""
+TAGGED_IMAGES: Final = 10_000
+"""Images that have these tags."""
+MAX_LISTING_MB: Final = 150
+"""Megabytes that a listing of them may take up."""
+
 
 class ImageMaker:
     """Puts made-up images into a data directory, without a mirror."""
@@ -182,11 +189,65 @@ def _measure(command: str, run: Run, *, is_hosted: bool) -> Iterator[str]:
         yield f"| {contents:,} | {tags:,} | {first:.2f} | {median:.2f} | {bound} | {verdict} |"
 
 
+def _measure_tags(run: Run) -> Iterator[str]:
+    """Measure ``ls`` beside many hosted tags of few images: what CI leaves behind."""
+    yield "| tags | images | CPU, s | peak memory, MB | bound, MB | |"
+    yield "|--:|--:|--:|--:|--:|---|"
+    with tempfile.TemporaryDirectory(prefix="listings-") as directory:
+        root = Path(directory)
+        maker = ImageMaker(root / "data", time.time())
+        maker.add_images(TAGGED_IMAGES)
+        maker.push()
+        names = Layout(root / "data").hosted_names
+        with closing(open_checked(names)) as database, database:
+            columns = "repository, tag, digest, pushed_at, pushed_by"
+            rows = database.execute(f"SELECT {columns} FROM tags").fetchall()
+            database.executemany(
+                f"INSERT INTO tags ({columns}) VALUES (?, ?, ?, ?, ?)",
+                [
+                    (path, f"{tag}-{number}", *others)
+                    for path, tag, *others in rows
+                    for number in range(1, HOSTED_TAGS // TAGGED_IMAGES)
+                ],
+            )
+        config = write_config(root / "data", root)
+        seconds_of("ls", config)
+        used = [_usage_of("ls", config) for _ in range(run.rounds)]
+    cpu = statistics.median(seconds for seconds, _ in used)
+    peak = max(megabytes for _, megabytes in used)
+    verdict = "" if peak <= MAX_LISTING_MB else "MISSED"
+    yield (
+        f"| {HOSTED_TAGS:,} | {TAGGED_IMAGES:,} | {cpu:.2f} | {peak:.0f} | {MAX_LISTING_MB} |"
+        f" {verdict} |"
+    )
+
+
+def _usage_of(command: str, config: Path) -> tuple[float, float]:
+    """Return (CPU seconds, megabytes at the peak) of one run, as a process of its own."""
+    # Its own peak: the one of `wait4` is at least that of this process, before `exec`.
+    code = (
+        "import sys, time\n"
+        "from mirror.cli.main import main\n"
+        f"assert main({[command, '--config', str(config)]!r}) == 0\n"
+        "peak = open('/proc/self/status').read().partition('VmHWM:')[2].split()[0]\n"
+        "print(time.process_time(), peak, file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    seconds, kib = done.stderr.split()
+    return float(seconds), int(kib) * 1024 / 1_000_000
+
+
 ROWS: Final[dict[str, Callable[[Run], Iterator[str]]]] = {
     f"{command}{' of hosted images' if is_hosted else ''}": partial(
         _measure, command, is_hosted=is_hosted
     )
     for command in BOUNDS
     for is_hosted in (False, True)
-}
+} | {"ls of many hosted tags": _measure_tags}
 """Measurements by name."""

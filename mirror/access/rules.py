@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
 
@@ -19,6 +20,15 @@ from mirror.oci.reference import Repository
 
 _MAX_DECISIONS: Final = 16_384
 """Decisions that are remembered: about 3 MB. A cluster pulls some hundred repositories."""
+
+
+@dataclass(frozen=True, slots=True)
+class AccessDecision:
+    """A decision, and the rule behind it."""
+
+    is_allowed: bool
+    rule: int | None = None
+    """Index of the first rule that fits. None: none does."""
 
 
 class _CompiledRule:
@@ -80,17 +90,30 @@ class Rules:
         return self._is_allowed_cached(identity, repository, action)
 
     def _is_allowed(self, identity: Identity, repository: Repository, action: AccessRight) -> bool:
+        return self.decide(identity, repository, action).is_allowed
+
+    def decide(
+        self, identity: Identity, repository: Repository, action: AccessRight
+    ) -> AccessDecision:
+        """Decide as :meth:`is_allowed`, and say by which rule. It is not remembered.
+
+        Args:
+            identity: The client.
+            repository: The repository, which need not exist.
+            action: What the client wants to do.
+        """
         more = self._groups_of.get(identity.user)
         if more is not None:
             identity = Identity(user=identity.user, groups=identity.groups | more)
         name = str(repository)
         # In image names, docker.io/app also means docker.io/library/app.
         short = repository.short_name
-        for rule in self._rules:
+        for number, rule in enumerate(self._rules):
             if rule.is_for(identity) and (rule.is_about(name) or rule.is_about(short)):
-                return action in rule.actions
+                return AccessDecision(is_allowed=action in rule.actions, rule=number)
         is_mirrored = repository.upstream != self._hosted_name
-        return is_mirrored and action is AccessRight.PULL and self._may_pull_mirrored
+        may_pull = is_mirrored and action is AccessRight.PULL and self._may_pull_mirrored
+        return AccessDecision(is_allowed=may_pull)
 
     def is_login_needed(self) -> bool:
         """Return whether a client that has not logged in may not do all with hosted repositories.

@@ -135,7 +135,7 @@ class Api:
         return self._marked(replace(call, fields={"upload": call.id}), "cancel_upload", changed)
 
     async def list_users(self, call: Call) -> JsonObject:
-        return {"users": await self._sources.history.users()}
+        return await self._sources.history.users(call.fields["limit"])
 
     async def live(self, call: Call) -> JsonObject:
         return self._workers.merged()

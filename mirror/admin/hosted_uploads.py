@@ -28,4 +28,7 @@ class HostedUploads:
             size = await hosted.uploads.end(upload_id)
         except UploadUnknown:
             raise NotFound("there is no such upload in progress: GET /uploads lists them") from None
-        return {"text": f"cancelled the upload {upload_id}, which had {size_text(size)}"}
+        return {
+            "text": f"cancelled the upload {upload_id}, which had {size_text(size)}",
+            "notes": [],
+        }

@@ -182,7 +182,13 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
         "Changed",
         is_change=True,
     ),
-    _read("list_users", "/users", "Users", "The users of the server, and their last use."),
+    _read(
+        "list_users",
+        "/users",
+        "Users",
+        "The users of the server, and their last use, the latest one first.",
+        Field("limit", _LIMIT, "Users of the page.", default=50),
+    ),
     _read("live", "/live", "Live", "Pulls in flight, upstreams and storage, of all workers."),
     _read("upstreams", "/upstreams", "Upstreams", "The health of each upstream."),
     _read(

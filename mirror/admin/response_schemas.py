@@ -75,7 +75,13 @@ RESPONSE_SCHEMAS: Final[dict[str, ResponseSchema]] = {
         pushed=A_TIME_OR_NULL,
         pushed_by=A_TEXT_OR_NULL,
     ),
-    "Images": record(images=list_of(_ref("Image")), matching=A_COUNT, total=A_COUNT, read=A_TIME),
+    "Images": record(
+        images=list_of(_ref("Image")),
+        matching=A_COUNT,
+        total=A_COUNT,
+        lost=A_COUNT,
+        read=A_TIME,
+    ),
     "ImageTree": record(image=_ref("Image"), nodes=list_of(_ref("TreeNode"))),
     "TreeNode": record(
         depth=A_COUNT,
@@ -153,7 +159,8 @@ RESPONSE_SCHEMAS: Final[dict[str, ResponseSchema]] = {
                 last_push={"type": ["string", "null"]},
                 requests=A_COUNT,
             )
-        )
+        ),
+        total=A_COUNT,
     ),
     "TagHistory": record(
         digests=list_of(record(digest=A_TEXT, first_seen=A_TIME, last_seen=A_TIME)),
@@ -264,10 +271,10 @@ RESPONSE_SCHEMAS: Final[dict[str, ResponseSchema]] = {
     "Marks": record(
         pins=list_of(record(name=A_TEXT, digest=A_TEXT, since=A_TIME)),
         freezes=list_of(record(name=A_TEXT, digest=A_TEXT, since=A_TIME)),
-        blocks=list_of(record(target=A_TEXT, reason=A_TEXT, since=A_TIME)),
+        blocks=list_of(record(target=A_TEXT, reason=A_TEXT, since=A_TIME, digests=list_of(A_TEXT))),
         leases=A_COUNT,
     ),
-    "Changed": record(text=A_TEXT),
+    "Changed": record(text=A_TEXT, notes=list_of(A_TEXT)),
     "Job": record(
         id=A_TEXT,
         kind=A_TEXT,

@@ -49,7 +49,7 @@ class Images(Protocol):
     """The cached images."""
 
     async def find(self, query: ImageQuery) -> JsonObject:
-        """Return ``{"images": […], "matching": n, "total": n, "read": time}``."""
+        """Return ``{"images": […], "matching": n, "total": n, "lost": n, "read": time}``."""
 
     async def show(self, image: str) -> JsonObject:
         """Return one image with its tree. Raises ``NotFound`` or ``InvalidRequest``."""
@@ -79,8 +79,8 @@ class History(Protocol):
     async def tag_digests(self, image: str) -> list[JsonObject]:
         """Return each digest of a tag. Raises ``InvalidRequest``."""
 
-    async def users(self) -> list[JsonObject]:
-        """Return the users of the server, and when each has last used it, the latest one first."""
+    async def users(self, limit: int) -> JsonObject:
+        """Return ``{"users": […], "total": n}``, and when each was last here, the latest first."""
 
     async def savings(self, period: str) -> JsonObject:
         """Return totals and points of ``hour``, ``day`` or ``month``."""

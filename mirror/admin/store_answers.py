@@ -22,7 +22,7 @@ from mirror.history.queries import HistoryReader, open_history
 from mirror.history.sentences import explain
 from mirror.history.stored_pull import PeriodCount, StoredPull
 from mirror.history.sums import Saving, build_savings, build_total
-from mirror.history.user_uses import read_user_uses
+from mirror.history.user_uses import count_users, read_user_uses
 from mirror.inventory import usage
 from mirror.inventory.hosted_names import QuotaUsage, read_hosted_usage, read_uploads
 from mirror.inventory.json_rows import image_row
@@ -96,7 +96,9 @@ class StoreAnswers:
         inventory = self.inventory()
         wanted = query.search.lower()
         is_wanted = _state_filter(query.state)
-        images = inventory.absent if query.state == "absent" else inventory.images
+        images: Iterable[Image] = inventory.absent
+        if query.state != "absent":  # As `ls`, what should be here is listed, too.
+            images = (*inventory.images, *inventory.lost)
         found = [one for one in images if wanted in one.name.lower() and is_wanted(one)]
         key = _sort_key(inventory, query.sort)
         found.sort(key=key, reverse=query.is_descending)
@@ -105,6 +107,7 @@ class StoreAnswers:
             "images": [image_row(inventory, image) for image in page],
             "matching": len(found),
             "total": sum(not image.is_referrer for image in inventory.images),
+            "lost": len(inventory.lost),
             "read": time_text(inventory.now),
         }
 
@@ -122,7 +125,9 @@ class StoreAnswers:
 
     def _one(self, inventory: Inventory, name: str) -> Image:
         parsed = ImageName.parse(name).with_default_tag()
-        found = inventory.find(parsed)
+        found = inventory.find(parsed) or [
+            image for image in inventory.lost if image.name == str(parsed)
+        ]
         exact = [image for image in found if image.name == str(parsed)]
         if not found:
             raise NotFound(f"{parsed} is not in the cache")
@@ -177,9 +182,10 @@ class StoreAnswers:
         found = [] if hosted is None else read_uploads(self._layout, hosted.name)
         return [upload.row(self._now()) for upload in found]
 
-    def users(self) -> list[JsonObject]:
-        """Return the users of the server. Raises ``OSError``."""
-        return [one.row() for one in read_user_uses(self._layout)]
+    def users(self, limit: int) -> JsonObject:
+        """Return the users of the server, the latest one first. Raises ``OSError``."""
+        users = [one.row() for one in read_user_uses(self._layout, limit)]
+        return {"users": users, "total": count_users(self._layout)}
 
     # --- history --------------------------------------------------------------------------------
 
@@ -256,7 +262,7 @@ def _state_filter(state: str) -> Callable[[Image], bool]:
         case "complete":
             return lambda image: image.is_complete and not image.is_referrer
         case "partial":
-            return lambda image: not image.is_complete and not image.is_referrer
+            return lambda image: not (image.is_complete or image.absence or image.is_referrer)
         case "absent":
             return lambda image: image.absence is not None
         case "stale":

@@ -6,7 +6,7 @@ a mark means (:mod:`mirror.operations.marking`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from mirror.admin.json_values import JsonObject
 from mirror.composition import Mirror
@@ -17,7 +17,7 @@ from mirror.oci.reference import Digest, Repository
 from mirror.oci.text import time_text
 from mirror.operations import marking
 from mirror.operations.asking import fetch_manifest
-from mirror.store.marks import read_marks
+from mirror.store.marks import Freeze, Pin, read_marks
 from mirror.threads import run_in_thread
 
 
@@ -44,7 +44,12 @@ class StoreMarks:
                 for one in marks.freezes.values()
             ],
             "blocks": [
-                {"target": one.target, "reason": one.reason, "since": time_text(one.since)}
+                {
+                    "target": one.target,
+                    "reason": one.reason,
+                    "since": time_text(one.since),
+                    "digests": sorted(map(str, one.digests)),
+                }
                 for one in marks.blocks.values()
             ],
             "leases": len(marks.leases),
@@ -55,14 +60,14 @@ class StoreMarks:
         name = ImageName.parse(image)
         marking.check_not_hosted([name], self._mirror.settings.hosted)
         (pin,) = await marking.pin(self._layout, self._index, [name], self._now())
-        return {"text": f"pinned {pin.name}"}
+        return _changed(f"pinned {pin.name}", await self._notes_of(pin))
 
     async def unpin(self, image: str) -> JsonObject:
         """Let an image be evicted again."""
         name = ImageName.parse(image)
         if not await marking.unpin(self._layout, [name]):
             raise NotFound(f"{name.with_default_tag()} is not pinned")
-        return {"text": f"unpinned {name.with_default_tag()}"}
+        return _changed(f"unpinned {name.with_default_tag()}")
 
     async def freeze(self, image: str, digest: str | None) -> JsonObject:
         """Serve a tag as one digest."""
@@ -70,12 +75,16 @@ class StoreMarks:
         marking.check_not_hosted([name], self._mirror.settings.hosted)
         if digest is None:
             freeze = await marking.freeze(self._layout, self._index, name, self._now())
+            notes = await self._notes_of(freeze)
         else:
             rollback = await marking.roll_back(
                 *(self._layout, self._index, name, digest, self._now(), self._check_upstream)
             )
-            freeze = rollback.freeze
-        return {"text": f"frozen {freeze.name} at {freeze.digest}"}
+            freeze, notes = rollback.freeze, rollback.notes()
+        return _changed(f"frozen {freeze.name} at {freeze.digest}", notes)
+
+    async def _notes_of(self, mark: Pin | Freeze) -> Sequence[str]:
+        return await run_in_thread(marking.notes_of_kept, self._layout, [mark])
 
     async def _check_upstream(self, repository: Repository, digest: Digest) -> None:
         await fetch_manifest(self._mirror, repository, digest, "rollback")
@@ -86,20 +95,26 @@ class StoreMarks:
         freeze = await marking.unfreeze(self._layout, name)
         if freeze is None:
             raise NotFound(f"{name.with_default_tag()} is not frozen")
-        return {"text": f"unfroze {freeze.name}"}
+        return _changed(f"unfroze {freeze.name}")
 
     async def block(self, target: str, reason: str) -> JsonObject:
         """Refuse images from now on."""
-        parsed, hosted = parse_target(target), self._mirror.hosted
-        settings = None if hosted is None else hosted.settings
+        parsed, settings = parse_target(target), self._mirror.settings
+        warning = marking.check_registry(parsed, settings)
         block = await marking.block(
-            self._layout, self._index, parsed, reason, self._now(), settings
+            self._layout, self._index, parsed, reason, self._now(), settings.hosted
         )
-        return {"text": f"blocked {block.target}"}
+        why = await run_in_thread(marking.why_incomplete, self._layout, parsed, block)
+        return _changed(f"blocked {block.target}", [one for one in (warning, why) if one])
 
     async def unblock(self, target: str) -> JsonObject:
         """Serve them again."""
         parsed = parse_target(target)
         if await marking.unblock(self._layout, parsed) is None:
             raise NotFound(f"{parsed} is not blocked")
-        return {"text": f"unblocked {parsed}"}
+        return _changed(f"unblocked {parsed}")
+
+
+def _changed(text: str, notes: Sequence[str] = ()) -> JsonObject:
+    """Return the response of a change. ``notes``: what has to be known about it, as sentences."""
+    return {"text": text, "notes": list(notes)}

@@ -202,9 +202,9 @@ class ReadHistory:
         result: list[JsonObject] = await self._reader.ask("tag_digests", image=image)
         return result
 
-    async def users(self) -> list[JsonObject]:
+    async def users(self, limit: int) -> JsonObject:
         """Return the users of the server."""
-        result: list[JsonObject] = await self._reader.ask("users")
+        result: JsonObject = await self._reader.ask("users", limit=limit)
         return result
 
     async def savings(self, period: str) -> JsonObject:

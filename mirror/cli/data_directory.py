@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -71,6 +71,22 @@ def load_inventory(settings: Settings) -> Inventory:
     return read_inventory(
         layout, settings.upstreams, read_marks(layout), time.time(), settings.hosted
     )
+
+
+@contextmanager
+def opened_listing(settings: Settings) -> Iterator[Inventory]:
+    """Read the data directory as :func:`mirror.inventory.read.open_listing` does.
+
+    Raises like :func:`load_inventory`.
+    """
+    from mirror.inventory.read import open_listing
+    from mirror.store.marks import read_marks
+
+    layout, now = find_layout(settings), time.time()
+    with open_listing(
+        layout, settings.upstreams, read_marks(layout), now, settings.hosted
+    ) as inventory:
+        yield inventory
 
 
 @asynccontextmanager

@@ -55,6 +55,8 @@ def state_text(row: dict[str, Any], max_reason_chars: int | None = None) -> str:
     """
     if row["state"] == ["complete"]:
         return "complete"
+    if row["absent_why"] is row["stale_why"] is row["blocked_why"] and not row["missing_parts"]:
+        return ", ".join(row["state"])  # As of nearly all.
     reasons = {
         "partial": f"lacks {count_text(row['missing_parts'], 'part')}, "
         f"at least {size_text(row['missing_bytes'])}",
@@ -80,7 +82,7 @@ def ago(now: float, seconds: float | None) -> str:
 
 def note_if_empty(inventory: Inventory, data_dir: str) -> None:
     """Say on standard error that there is no image at all: an empty table explains nothing."""
-    if not inventory.images:
+    if not inventory.images and next(inventory.stream_hosted(), None) is None:
         print_note(
             f"no image in {data_dir} yet: pull one through the mirror, or run `oci-mirror warm`"
         )

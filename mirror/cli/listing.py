@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
+from itertools import islice
 from typing import Any, Final, TypeAlias
 
 from mirror.cli.output import print_line
@@ -34,6 +35,11 @@ Values: TypeAlias = Mapping[str, Any]
 
 _MAX_CELL_CHARS: Final = 400
 """Characters of a cell: the longest image name has 255, and a tag 128."""
+
+_ROWS_OF_PAGE: Final = 4096
+"""Rows that are in memory together, as values. Of all others, there are only the texts."""
+_CELL_END: Final = "\0"
+"""Ends a cell. No cell has it: it is escaped."""
 
 
 def print_rows(
@@ -60,16 +66,37 @@ def print_rows(
         for row in rows:
             print_line(json.dumps(row))
         return
-    rows = list(rows)
     if is_terminal():
-        _print_table((columns, *narrower), rows, is_whole=is_whole)
-        return
+        _print_table((columns, *narrower), list(rows), is_whole=is_whole)
+    else:
+        _print_padded(columns, rows)
+
+
+def _print_padded(columns: Sequence[Column], rows: Iterable[Values]) -> None:
+    """Print all rows, padded to the widest cell of each column. Only their texts are kept."""
+    widths = [len(column.title) for column in columns]
+    pages: list[list[bytes]] = []
+    rows = iter(rows)
+    while page := list(islice(rows, _ROWS_OF_PAGE)):
+        kept = []
+        for number, column in enumerate(columns):
+            cells = _texts(column.render, column.key, page)
+            widths[number] = max(widths[number], len(max(cells, key=len)))
+            kept.append(_CELL_END.join(cells).encode())
+        pages.append(kept)
+    _print_lines(columns, widths, [[column.title] for column in columns])
+    for kept in pages:
+        _print_lines(columns, widths, [cells.decode().split(_CELL_END) for cells in kept])
+
+
+def _print_lines(
+    columns: Sequence[Column], widths: Sequence[int], cells: Sequence[Sequence[str]]
+) -> None:
+    """Print some lines. ``cells``: those of each column."""
     padded = []
-    for column in columns:
-        cells = [column.title, *_texts(column.render, column.key, rows)]
-        width = max(map(len, cells))
+    for column, width, texts in zip(columns, widths, cells, strict=True):
         pad = str.rjust if column.is_number else str.ljust
-        padded.append([pad(cell, width) for cell in cells])
+        padded.append([pad(text, width) for text in texts])
     print_line("\n".join([GAP.join(line).rstrip() for line in zip(*padded, strict=True)]))
 
 

@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from heapq import merge
+from itertools import chain, islice
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final
 
 from mirror.cli import inventory as common
 from mirror.cli.arguments import Commands, add_config, add_json, load_settings
-from mirror.cli.data_directory import find_layout, load_inventory
+from mirror.cli.data_directory import find_layout, opened_listing
 from mirror.cli.listing import is_terminal, print_rows, since_text
 from mirror.cli.output import CommandFailed, UsageError, print_note
 from mirror.cli.table_layout import Column
 from mirror.oci.text import size_text
 
 if TYPE_CHECKING:
-    from mirror.inventory.model import Image
+    from mirror.inventory.model import Image, Inventory
 
 SORT_KEYS: Final[Mapping[str, tuple[str, bool]]] = {
     "name": ("name", False),
@@ -161,46 +163,79 @@ def list_images(arguments: argparse.Namespace) -> int:
     """List images. Returns the exit code."""
     filters = [_parse_filter(text) for text in arguments.filters]
     settings = load_settings(arguments)
-    inventory = load_inventory(settings)
-    from mirror.inventory.images import image_order
-    from mirror.inventory.json_rows import image_row
-    from mirror.inventory.name_patterns import is_named
+    with opened_listing(settings) as inventory:
+        rows = iter(_find_rows(inventory, arguments, filters))
+        first = list(islice(rows, 1))
+        rows = chain(first, rows)
+        if not arguments.is_json:
+            rows = _with_texts(arguments, rows)
+        columns, *narrower = _layouts(inventory.now, arguments)
+        print_rows(
+            *(columns, rows),
+            is_json=arguments.is_json,
+            narrower=narrower,
+            is_whole=arguments.is_whole,
+        )
+        if not first:
+            common.note_if_empty(inventory, settings.data_dir)
+        for image in inventory.holding:
+            print_note(
+                f"nothing of {image.repository} is evicted or removed, since the manifest of "
+                f"{image.name} is not in the cache: fetch it with "
+                f"`oci-mirror verify --repair {image.name}`, or take its mark away"
+            )
+    return 0
 
-    has_terminal = is_terminal()
+
+def _find_rows(
+    inventory: Inventory, arguments: argparse.Namespace, filters: Sequence[tuple[str, str]]
+) -> Iterable[dict[str, Any]]:
+    """Return the rows of the images that are wanted. In the order of names, one after the other."""
+    from mirror.inventory.images import image_order
+    from mirror.inventory.json_rows import image_row, streamed_rows
+    from mirror.inventory.name_patterns import is_name_match, is_named
+
+    images: Iterable[Image] = inventory.images
+    pattern = arguments.pattern
     has_parts = arguments.has_all or any(key == "kind" for key, _ in filters)
-    images: Iterable[Image] = (one for one in inventory.images if not one.is_referrer)
     if has_parts:
         images = (*inventory.images, *inventory.platforms, *inventory.absent)
-        images = sorted(images, key=image_order)
     else:
         absent = inventory.absent if ("state", "absent") in filters else inventory.lost
-        images = sorted((*images, *absent), key=image_order) if absent else images
-    if arguments.pattern:
-        images = (image for image in images if is_named(image, arguments.pattern))
-    rows = (image_row(inventory, image) for image in images)
-    chosen = [row for row in rows if all(_is_match(row, *one) for one in filters)]
-    chosen = _sorted(chosen, arguments.sort, is_reversed=arguments.reverse)
-    if not arguments.is_json:
-        for row in chosen:
-            is_short = has_terminal and not arguments.is_whole
-            row["state_text"] = common.state_text(row, _REASON_CHARS if is_short else None)
-            if has_terminal:
-                row["whole_repository"] = f"{row['upstream']}/{row['repository']}"
-    columns, *narrower = _layouts(inventory.now, arguments)
-    print_rows(
-        *(columns, chosen),
-        is_json=arguments.is_json,
-        narrower=narrower,
-        is_whole=arguments.is_whole,
-    )
-    common.note_if_empty(inventory, settings.data_dir)
-    for image in inventory.holding:
-        print_note(
-            f"nothing of {image.repository} is evicted or removed, since the manifest of "
-            f"{image.name} is not in the cache: fetch it with "
-            f"`oci-mirror verify --repair {image.name}`, or take its mark away"
+        images = (one for one in (*inventory.images, *absent) if not one.is_referrer)
+    images = sorted(images, key=image_order)
+    if pattern:
+        images = (image for image in images if is_named(image, pattern))
+    hosted = streamed_rows(inventory, has_referrers=has_parts)
+    if pattern:
+        hosted = (
+            row
+            for row in hosted
+            if is_name_match(row["name"], row["upstream"], row["repository"], pattern)
         )
-    return 0
+    rows = merge((image_row(inventory, image) for image in images), hosted, key=_row_order)
+    if filters:
+        rows = (row for row in rows if all(_is_match(row, *one) for one in filters))
+    return _sorted(rows, arguments.sort, is_reversed=arguments.reverse)
+
+
+def _row_order(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the order of names, as :func:`mirror.inventory.images.image_order`."""
+    place = row["upstream"], row["repository"], row["tag"] or ""
+    return (*place, row["digest"], row["accept"] or "")
+
+
+def _with_texts(
+    arguments: argparse.Namespace, rows: Iterable[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Return rows with the values that only people read."""
+    has_terminal = is_terminal()
+    max_chars = _REASON_CHARS if has_terminal and not arguments.is_whole else None
+    for row in rows:
+        row["state_text"] = common.state_text(row, max_chars)
+        if has_terminal:
+            row["whole_repository"] = f"{row['upstream']}/{row['repository']}"
+        yield row
 
 
 def _layouts(now: float, arguments: argparse.Namespace) -> list[list[Column]]:
@@ -212,8 +247,9 @@ def _layouts(now: float, arguments: argparse.Namespace) -> list[list[Column]]:
     tag = Column("TAG", "tag", min_chars=16)
     platforms = Column("PLATFORMS", "platforms", _platforms_text, short=_few_platforms_text)
     digest = common.digest_column(arguments)
-    size = Column("SIZE", "size", size_text, is_number=True)
-    unique = Column("UNIQUE", "unique", size_text, is_number=True)
+    sized = lru_cache(10_000)(size_text)  # Tags of one manifest have its size.
+    size = Column("SIZE", "size", sized, is_number=True)
+    unique = Column("UNIQUE", "unique", sized, is_number=True)
     used = Column("LAST USED", "last_used", since)
     confirmed = Column("CONFIRMED", "confirmed", since)
     state = Column("STATE", "state_text", min_chars=16, is_sentence=True)
@@ -266,11 +302,16 @@ def _is_match(row: Mapping[str, Any], key: str, pattern: str) -> bool:
     return any(fnmatchcase(one, pattern) for one in values)
 
 
-def _sorted(rows: list[dict[str, Any]], order: str, *, is_reversed: bool) -> list[dict[str, Any]]:
+def _sorted(
+    rows: Iterable[dict[str, Any]], order: str, *, is_reversed: bool
+) -> Iterable[dict[str, Any]]:
     """Sort rows, which are in the order of their names. Values that are not known come last."""
+    if order == "name" and not is_reversed:
+        return rows  # They need not be in memory together.
+    found = list(rows)
     key, is_descending = SORT_KEYS[order]
     if order != "name":
-        known = [row for row in rows if row[key] is not None]
+        known = [row for row in found if row[key] is not None]
         known.sort(key=itemgetter(key), reverse=is_descending)
-        rows = known + [row for row in rows if row[key] is None]
-    return rows[::-1] if is_reversed else rows
+        found = known + [row for row in found if row[key] is None]
+    return found[::-1] if is_reversed else found

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 
 from mirror.cli.arguments import Commands, add_config, add_json, image_name
+from mirror.cli.short_digests import image_or_short_name
 from mirror.oci.block_target import Target, parse_target
 from mirror.oci.errors import InvalidRequest
 
@@ -24,9 +25,9 @@ def add_parser(commands: Commands) -> None:
         "attestations and SBOMs. The image that a pinned tag gets later is kept, too. Without "
         "IMAGE, lists what is pinned.",
     )
-    pin.add_argument("images", metavar="IMAGE", nargs="*", type=image_name)
+    pin.add_argument("images", metavar="IMAGE", nargs="*", type=image_or_short_name)
     unpin = _add(commands, "unpin", "let pinned images be evicted again", "")
-    unpin.add_argument("images", metavar="IMAGE", nargs="+", type=image_name)
+    unpin.add_argument("images", metavar="IMAGE", nargs="+", type=image_or_short_name)
 
     block = _add(
         commands,

@@ -14,13 +14,13 @@ from typing import Any, Final
 from mirror.cli.arguments import load_settings
 from mirror.cli.data_directory import find_layout, opened_index, opened_mirror
 from mirror.cli.listing import print_rows, since_text
-from mirror.cli.output import UsageError, print_line, print_note
+from mirror.cli.output import print_line, print_note
+from mirror.cli.short_digests import whole_names
 from mirror.cli.table_layout import Column, short_digests
 from mirror.config.settings import Settings
-from mirror.oci.block_target import Target
 from mirror.oci.image_name import ImageName
-from mirror.oci.reference import UPSTREAM_ALIASES, Digest, Repository
-from mirror.oci.text import count_text, time_text
+from mirror.oci.reference import Digest, Repository
+from mirror.oci.text import time_text
 from mirror.operations import marking
 from mirror.store.layout import Layout
 from mirror.store.marks import Block, Freeze, Pin, read_marks
@@ -42,25 +42,27 @@ def _pin(arguments: argparse.Namespace) -> int:
         _print_table(_PIN_COLUMNS, map(_pin_row, read_marks(layout).pins.values()), arguments)
         return 0
 
-    marking.check_not_hosted(arguments.images, settings.hosted)
+    names = whole_names(arguments.images, settings)
+    marking.check_not_hosted(names, settings.hosted)
 
     async def pin() -> list[Pin]:
         async with opened_index(layout) as index:
-            return await marking.pin(layout, index, arguments.images, time.time())
+            return await marking.pin(layout, index, names, time.time())
 
     pins = asyncio.run(pin())
     _report([_pin_row(one) for one in pins], [f"pinned {one.name}" for one in pins], arguments)
-    _note_incomplete(layout, pins)
+    _print_notes(marking.notes_of_kept(layout, pins))
     return 0
 
 
 def _unpin(arguments: argparse.Namespace) -> int:
-    layout = find_layout(load_settings(arguments))
-    removed = asyncio.run(marking.unpin(layout, arguments.images))
+    settings = load_settings(arguments)
+    layout, images = find_layout(settings), whole_names(arguments.images, settings)
+    removed = asyncio.run(marking.unpin(layout, images))
     lines = [f"unpinned {one.name}" for one in removed]
     _report([_pin_row(one) for one in removed], lines, arguments)
     names = {one.name for one in removed}
-    wanted = [str(name.with_default_tag()) for name in arguments.images]
+    wanted = [str(name.with_default_tag()) for name in images]
     _note_absent([name for name in wanted if name not in names], "pinned")
     return 0
 
@@ -84,7 +86,8 @@ def _block(arguments: argparse.Namespace) -> int:
         _print_table(_BLOCK_COLUMNS, map(_block_row, read_marks(layout).blocks.values()), arguments)
         return 0
 
-    _check_registry(arguments.target, settings)
+    if warning := marking.check_registry(arguments.target, settings):
+        print_note(f"warning: {warning}")
 
     async def block() -> Block:
         async with opened_index(layout) as index:
@@ -96,26 +99,6 @@ def _block(arguments: argparse.Namespace) -> int:
     if why := marking.why_incomplete(layout, arguments.target, one):
         print_note(f"{one.target}: {why}")
     return 0
-
-
-def _check_registry(target: Target, settings: Settings) -> None:
-    """Refuse the bare name of a registry: it would be a repository of docker.io.
-
-    Warns of a registry that is not configured.
-    """
-    if isinstance(target, Digest):
-        return
-    for name in (*settings.upstreams, *UPSTREAM_ALIASES):
-        if str(target) == f"docker.io/library/{name}":
-            raise UsageError(f"{name} is a registry: block '{name}/*' for all of it")
-    registry = str(target).partition("/")[0]
-    hosted = () if settings.hosted is None else settings.hosted.names()
-    if not _has_wildcard(registry) and registry not in (*settings.upstreams, *hosted):
-        print_note(f"warning: {registry} is not one of upstreams, so nothing matches {target}")
-
-
-def _has_wildcard(text: str) -> bool:
-    return not {"*", "?", "["}.isdisjoint(text)
 
 
 def _unblock(arguments: argparse.Namespace) -> int:
@@ -163,7 +146,7 @@ def _freeze(arguments: argparse.Namespace) -> int:
     frozen = asyncio.run(freeze())
     lines = [f"frozen {one.name} at {one.digest}: {_SERVER_NOTE}" for one in frozen]
     _report([_freeze_row(one) for one in frozen], lines, arguments)
-    _note_incomplete(layout, frozen)
+    _print_notes(marking.notes_of_kept(layout, frozen))
     return 0
 
 
@@ -190,11 +173,7 @@ def _rollback(arguments: argparse.Namespace) -> int:
     one = done.freeze
     row = {**_freeze_row(one), "missing": done.missing}
     _report([row], [f"frozen {one.name} at {one.digest}: {_SERVER_NOTE}"], arguments)
-    if done.missing:
-        print_note(
-            f"{count_text(done.missing, 'part')} missing here. The upstream has the image, and a "
-            "client that asks for it gets them"
-        )
+    _print_notes(done.notes())
     return 0
 
 
@@ -237,13 +216,9 @@ def _report(
         print_line(line)
 
 
-def _note_incomplete(layout: Layout, kept: Iterable[Pin | Freeze]) -> None:
-    for one in kept:
-        if marking.count_missing(layout, one.digest):
-            print_note(
-                f"{one.name} is not complete here: what arrives of it is kept. To fetch it: "
-                f"oci-mirror warm {one.name}"
-            )
+def _print_notes(notes: Iterable[str]) -> None:
+    for note in notes:
+        print_note(note)
 
 
 def _note_absent(names: Iterable[str], mark: str) -> None:

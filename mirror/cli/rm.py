@@ -10,11 +10,12 @@ import argparse
 import asyncio
 from typing import TYPE_CHECKING
 
-from mirror.cli.arguments import Commands, add_config, add_json, image_name, load_settings
+from mirror.cli.arguments import Commands, add_config, add_json, load_settings
 from mirror.cli.cleaning import add_dry_run, exit_code, print_items, summary
 from mirror.cli.data_directory import load_inventory, opened_store
 from mirror.cli.exit_codes import EX_FAILED
 from mirror.cli.output import CommandFailed, UsageError, print_line, print_note
+from mirror.cli.short_digests import ShortName, image_or_short_name, whole_names
 
 if TYPE_CHECKING:
     from mirror.config.settings import Settings
@@ -57,12 +58,12 @@ def add_parser(commands: Commands) -> None:
     parser.set_defaults(run=run)
 
 
-def _one_image(text: str) -> ImageName:
+def _one_image(text: str) -> ImageName | ShortName:
     if set("*?") & set(text):
         raise argparse.ArgumentTypeError(
             f"'{text}': rm takes no pattern: use `oci-mirror prune --match '{text}'`"
         )
-    return image_name(text)
+    return image_or_short_name(text)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -82,15 +83,13 @@ def run(arguments: argparse.Namespace) -> int:
         print_items(report, is_json=arguments.is_json)
         return 0
     inventory = load_inventory(settings)
-    images = find_images(inventory, arguments.images)
-    report = asyncio.run(
-        _remove(
-            settings,
-            inventory,
-            images,
-            is_dry_run=arguments.is_dry_run,
-            may_change_immutable=arguments.may_change_immutable,
-        )
+    images = find_images(inventory, whole_names(arguments.images, settings))
+    report = _remove(
+        settings,
+        inventory,
+        images,
+        is_dry_run=arguments.is_dry_run,
+        may_change_immutable=arguments.may_change_immutable,
     )
     print_items(report, is_json=arguments.is_json)
     if not arguments.is_json:
@@ -116,7 +115,7 @@ def find_images(inventory: Inventory, names: list[ImageName]) -> list[Image]:
     return list(images)
 
 
-async def _remove(
+def _remove(
     settings: Settings,
     inventory: Inventory,
     images: list[Image],
@@ -132,16 +131,20 @@ async def _remove(
         return plan_removal_by_name(
             settings, inventory, images, whys, may_change_immutable=may_change_immutable
         )
-    async with opened_store(settings) as store:
-        return await remove_by_name(
-            settings,
-            store,
-            inventory,
-            images,
-            whys,
-            local_actor(),
-            may_change_immutable=may_change_immutable,
-        )
+
+    async def remove() -> CleaningReport:
+        async with opened_store(settings) as store:
+            return await remove_by_name(
+                settings,
+                store,
+                inventory,
+                images,
+                whys,
+                local_actor(),
+                may_change_immutable=may_change_immutable,
+            )
+
+    return asyncio.run(remove())
 
 
 async def _end_uploads(settings: Settings, upload_ids: list[str]) -> CleaningReport:

@@ -11,10 +11,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mirror.cli import inventory as common
-from mirror.cli.arguments import Commands, add_config, add_json, image_name, load_settings
+from mirror.cli.arguments import Commands, add_config, add_json, load_settings
 from mirror.cli.data_directory import load_inventory
 from mirror.cli.listing import print_rows, print_text
 from mirror.cli.output import CommandFailed, print_line
+from mirror.cli.short_digests import image_or_short_name, whole_names
 from mirror.cli.table_layout import Column
 from mirror.oci.text import size_text
 
@@ -40,7 +41,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "image",
         metavar="IMAGE",
-        type=image_name,
+        type=image_or_short_name,
         help="name of the image, such as nginx:1.27 or ghcr.io/org/app@sha256:…",
     )
     parser.set_defaults(run=show_image)
@@ -50,6 +51,7 @@ def add_parser(commands: Commands) -> None:
 def show_image(arguments: argparse.Namespace) -> int:
     """Run ``show``. Returns the exit code."""
     settings = load_settings(arguments)
+    (arguments.image,) = whole_names([arguments.image], settings)
     inventory = load_inventory(settings)
     from mirror.inventory.tree import image_tree, node_row
 

@@ -12,7 +12,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Final
 
-from mirror.cli.arguments import Commands, add_config, add_json, image_name, load_settings
+from mirror.cli.arguments import Commands, add_config, add_json, load_settings
 from mirror.cli.cleaning import has_failures, read_inventory_gently
 from mirror.cli.data_directory import load_inventory, opened_store
 from mirror.cli.exit_codes import EX_FAILED
@@ -20,6 +20,7 @@ from mirror.cli.listing import print_text
 from mirror.cli.messages import print_warnings
 from mirror.cli.output import print_line, print_note
 from mirror.cli.rm import find_images
+from mirror.cli.short_digests import image_or_short_name, whole_names
 from mirror.oci.text import count_text, size_text
 
 _MAX_ABSENT: Final = 20
@@ -46,7 +47,7 @@ def add_parser(commands: Commands) -> None:
         "images",
         metavar="IMAGE",
         nargs="*",
-        type=image_name,
+        type=image_or_short_name,
         help="name of an image (default: all content)",
     )
     parser.add_argument(
@@ -76,7 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command. Raises ``CommandFailed`` if an image is not known."""
     settings = load_settings(arguments)
     inventory = read_inventory_gently(settings)
-    images = _find(inventory, arguments.images) if arguments.images else None
+    names = whole_names(arguments.images, settings)
+    images = _find(inventory, names) if names else None
     work = _verify_and_repair if arguments.is_repairing else _verify
     report = asyncio.run(work(settings, inventory, images, arguments.subset))
     _print(report, is_json=arguments.is_json)

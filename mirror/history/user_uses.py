@@ -43,6 +43,10 @@ _TRIM: Final = """
 DELETE FROM users WHERE name IN (SELECT name FROM users ORDER BY used_at DESC LIMIT -1 OFFSET ?)
 """
 
+_LATEST: Final = (
+    "SELECT name, used_at, pushed_at, requests FROM users ORDER BY used_at DESC, name LIMIT ?"
+)
+
 
 @dataclass(slots=True)
 class UserUse:
@@ -117,19 +121,30 @@ class UserUses:
                 raise OSError(f"the use of users is not recorded: {self._path}: {error}") from error
 
 
-def read_user_uses(layout: Layout) -> list[UserUse]:
-    """Return the use of all users, the latest one first. A missing file has none.
+def read_user_uses(layout: Layout, limit: int = _MAX_USERS) -> list[UserUse]:
+    """Return the use of users, the latest one first. A missing file has none.
+
+    Args:
+        layout: The data directory.
+        limit: Users to return at most. By default all of them.
 
     Raises ``OSError`` if the file cannot be read.
     """
+    rows = _query(layout, _LATEST, limit)
+    return [UserUse(*row) for row in rows]
+
+
+def count_users(layout: Layout) -> int:
+    """Return the number of users whose use is kept. Raises ``OSError`` like the others."""
+    return sum(number for (number,) in _query(layout, "SELECT count(*) FROM users"))
+
+
+def _query(layout: Layout, query: str, *values: int) -> list[Any]:
     path = layout.history / USERS_FILE
     if not path.exists():
         return []
     try:
         with closing(connect_to_read(path)) as database:
-            rows = database.execute(
-                "SELECT name, used_at, pushed_at, requests FROM users ORDER BY used_at DESC, name"
-            )
-            return [UserUse(*row) for row in rows]
+            return database.execute(query, values).fetchall()
     except sqlite3.Error as error:
         raise OSError(f"{path}: {error} (it is a cache, and may be deleted)") from error

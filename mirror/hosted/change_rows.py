@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from sqlite3 import Connection
 from typing import Final
 
-from mirror.hosted.content_row import ContentRow
+from mirror.hosted.content_row import ContentRow, PushedRow
 from mirror.observability.hosted_events import Actor, ChangeAction, HostedChange
 from mirror.oci.reference import Digest, Repository, Tag
 
@@ -47,6 +47,7 @@ def change_of(
         tag="" if tag is None else str(tag),
         media_type=row.media_type,
         size=row.size,
+        image_size=row.image_size if isinstance(row, PushedRow) else None,
         user=actor.user,
         client=actor.client,
         at=at,

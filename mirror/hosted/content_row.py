@@ -1,6 +1,6 @@
 """What all rows of content of hosted repositories have.
 
-Lives here: one type. Must not know: queries.
+Lives here: their types. Must not know: queries.
 """
 
 from __future__ import annotations
@@ -20,3 +20,11 @@ class ContentRow:
     """Of a manifest. ``application/octet-stream`` for a blob."""
     size: int
     """Bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class PushedRow(ContentRow):
+    """A manifest that a client has just pushed."""
+
+    image_size: int | None
+    """See :attr:`mirror.hosted.pushed_manifest.PushedManifest.image_size`."""

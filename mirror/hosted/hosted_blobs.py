@@ -17,7 +17,7 @@ from mirror.hosted.content_row import ContentRow
 from mirror.hosted.database import Database
 from mirror.hosted.immutable_tags import ImmutableTagRules
 from mirror.hosted.sessions import disk_errors
-from mirror.observability.hosted_events import SERVER, Actor
+from mirror.observability.hosted_events import Actor
 from mirror.oci.errors import BlobUnknown
 from mirror.oci.headers import OCTET_STREAM
 from mirror.oci.reference import Digest
@@ -57,9 +57,7 @@ class HostedBlobs:
         self._immutable_tags = immutable_tags
         self._now = now
 
-    async def mount(
-        self, source: str, repository: str, digest: Digest, actor: Actor = SERVER
-    ) -> bool:
+    async def mount(self, source: str, repository: str, digest: Digest, actor: Actor) -> bool:
         """Give a repository a blob of another one. Returns False if that is not possible.
 
         The caller has checked that the client may read ``source``. Raises ``QuotaExceeded``.
@@ -130,7 +128,7 @@ class HostedBlobs:
         self,
         repository: str,
         digest: Digest,
-        actor: Actor = SERVER,
+        actor: Actor,
         *,
         may_change_immutable: bool = False,
     ) -> None:

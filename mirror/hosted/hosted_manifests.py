@@ -15,14 +15,14 @@ from sqlite3 import Connection
 from mirror.config.settings import Hosted
 from mirror.hosted import collection_rows, name_rows, upload_files, upload_rows
 from mirror.hosted.change_feed import ChangeFeed
-from mirror.hosted.content_row import ContentRow
+from mirror.hosted.content_row import ContentRow, PushedRow
 from mirror.hosted.database import Database
 from mirror.hosted.immutable_tags import ImmutableTagRules
 from mirror.hosted.manifest_memory import ManifestMemory
 from mirror.hosted.name_rows import USE_STEP_S, ManifestRow
 from mirror.hosted.pushed_manifest import PushedManifest, read_pushed_manifest
 from mirror.hosted.sessions import disk_errors
-from mirror.observability.hosted_events import SERVER, Actor
+from mirror.observability.hosted_events import Actor
 from mirror.oci.descriptor import MANIFEST_LIMIT
 from mirror.oci.errors import DigestInvalid, ManifestUnknown
 from mirror.oci.reference import Digest, Reference, Tag
@@ -73,7 +73,7 @@ class HostedManifests:
         tags: Sequence[Tag],
         body: bytes,
         content_type: str | None,
-        actor: Actor = SERVER,
+        actor: Actor,
     ) -> PushedManifest:
         """Store a manifest, and let tags name it. Returns once that is durable.
 
@@ -113,13 +113,15 @@ class HostedManifests:
         # Before anything is written. It is checked again in the transaction.
         await self._database.read(check)
 
-        def record(connection: Connection) -> ContentRow:
+        def record(connection: Connection) -> PushedRow:
             check(connection)
             name_rows.add_manifest(
                 connection, repository, manifest, all_tags, self._now(), actor.user
             )
             upload_rows.check_quota(connection, repository, self._settings)
-            return ContentRow(repository, digest, manifest.media_type, manifest.size)
+            return PushedRow(
+                repository, digest, manifest.media_type, manifest.size, manifest.image_size
+            )
 
         with ContentHold(self._store.layout) as hold:
             await self._publish_body(digest, body, hold)
@@ -175,7 +177,7 @@ class HostedManifests:
         self,
         repository: str,
         reference: Reference,
-        actor: Actor = SERVER,
+        actor: Actor,
         *,
         may_change_immutable: bool = False,
     ) -> None:

@@ -38,6 +38,9 @@ class PushedManifest:
     media_type: str
     size: int
     """Bytes."""
+    image_size: int | None
+    """Bytes of it and of the blobs that it lists, each once, as it states them. None: it is an
+    index, whose children have sizes of their own."""
     children: tuple[Digest, ...]
     """Manifests that it lists. Its repository must have them."""
     blobs: tuple[Digest, ...]
@@ -85,6 +88,7 @@ def read_pushed_manifest(body: bytes, content_type: str | None, digest: Digest) 
         digest=digest,
         media_type=media_type,
         size=len(body),
+        image_size=_image_size(parsed, len(body)),
         children=tuple(child.digest for child in parsed.children),
         blobs=tuple(blob.digest for blob in parsed.blobs),
         required_blobs=_required_blobs(parsed),
@@ -101,6 +105,12 @@ def _why_opaque(document: Any, media_type: str) -> str:
     if isinstance(declared, str) and declared and declared.lower() != media_type.lower():
         return "the mediaType of the manifest is not the Content-Type of the request"
     return "the manifest does not suit its media type, or can be read in more than one way"
+
+
+def _image_size(parsed: Manifest, size: int) -> int | None:
+    if parsed.children:
+        return None
+    return size + sum({blob.digest: blob.size for blob in parsed.blobs}.values())
 
 
 def _required_blobs(parsed: Manifest) -> tuple[Digest, ...]:

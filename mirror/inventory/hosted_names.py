@@ -11,11 +11,13 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Final
+from dataclasses import dataclass
+from functools import cached_property
+from heapq import merge
+from typing import Any, Final, TypeAlias
 
-from mirror.inventory.image_names import Name
 from mirror.inventory.model import DigestText
+from mirror.inventory.name import Name
 from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Repository, Tag
 from mirror.oci.text import time_text
@@ -23,12 +25,36 @@ from mirror.store.hosted_marker import has_hosted_names
 from mirror.store.layout import Layout
 from mirror.store.sqlite_connection import connect_to_read
 
+Query: TypeAlias = Callable[..., Iterable[Any]]
+"""Runs a query with its values, and returns its rows, which it may read meanwhile."""
+
+_UNTAGGED: Final = (
+    "SELECT repository, '', digest, pushed_at, pushed_by FROM unnamed_manifests"
+    " ORDER BY repository, digest"
+)
 _TAGS: Final = (
     "SELECT t.repository, t.tag, t.digest, t.pushed_at, t.pushed_by FROM tags t"
     " ORDER BY t.repository, t.tag"
 )
+_SELECT_MANIFESTS: Final = "SELECT digest FROM manifests"
+_MEDIA_TYPES: Final = "SELECT digest, media_type FROM manifests"
 _SELECT_TAG: Final = "SELECT digest FROM tags WHERE repository = ? AND tag = ?"
-_UNTAGGED: Final = "SELECT repository, '', digest, pushed_at, pushed_by FROM unnamed_manifests"
+# From a content up to the manifests that list it: some of those of a base layer.
+_SELECT_TAGS_ABOVE: Final = (
+    "WITH RECURSIVE above (digest, is_manifest) AS (VALUES (:digest, 0), (:digest, 1)"
+    " UNION SELECT p.manifest, 1 FROM above a JOIN parts p ON p.repository = :repository"
+    " AND p.digest = a.digest AND p.is_manifest = a.is_manifest LIMIT 1000)"
+    " SELECT DISTINCT t.tag FROM above a JOIN tags t"
+    " ON t.repository = :repository AND t.digest = a.digest AND a.is_manifest"
+    " ORDER BY t.tag LIMIT :limit"
+)
+_SELECT_BEGINNING: Final = (
+    "SELECT digest FROM manifests WHERE repository = ? AND digest >= ? AND digest < ?"
+)
+_HAS_CONTENT: Final = (
+    "SELECT 1 FROM manifests WHERE repository = :repository AND digest = :digest"
+    " UNION ALL SELECT 1 FROM blobs WHERE repository = :repository AND digest = :digest"
+)
 _SELECT_UPLOADS: Final = "SELECT id, repository, user, reserved, started_at FROM uploads"
 
 _USAGE: Final = (
@@ -37,16 +63,56 @@ _USAGE: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True)
 class HostedNames:
-    """All that hosted repositories have. Empty: there are none."""
+    """All that hosted repositories have, in one state of their database, which is open.
 
-    names: list[Name] = field(default_factory=list)
-    """Tags, and manifests without one, also of content that is lost."""
-    media_types: Mapping[DigestText, str] = field(default_factory=dict)
-    """Media types that manifests were pushed with."""
-    contents: frozenset[DigestText] = frozenset()
-    """Content that a hosted repository has. Nothing but a deletion removes it."""
+    Each call reads it again: 100,000 tags need not be in memory together.
+    """
+
+    def __init__(self, query: Query, host: str | None) -> None:
+        """Read nothing yet.
+
+        Args:
+            query: Runs a query.
+            host: The host of hosted repositories in image references. None: the configuration has
+                no hosted repositories, so they have no names, and still keep their content.
+        """
+        self._query = query
+        self._host = host
+
+    def names(self) -> Iterator[Name]:
+        """Yield tags, and manifests without one, also of content that is lost.
+
+        By repository, then by tag and digest. It takes 0.2 s for 100,000.
+        """
+        host, path, repository = self._host, None, None
+        rows = () if host is None else merge(self._query(_UNTAGGED), self._query(_TAGS))
+        for found, tag, text, pushed_at, user in rows:
+            if repository is None or found != path:
+                path, repository = found, Repository.parse(str(host), found)
+            yield Name(
+                repository,
+                tag=Tag(tag) if tag else None,
+                root=text,
+                current_root=text,
+                first_seen=pushed_at,
+                is_hosted=True,
+                pushed_by=user,
+            )
+
+    def roots(self) -> Iterator[DigestText]:
+        """Yield all manifests, also those without a name of their own. Some come again."""
+        yield from () if self._host is None else (row[0] for row in self._query(_SELECT_MANIFESTS))
+
+    @cached_property
+    def media_types(self) -> Mapping[DigestText, str]:
+        """Media types that manifests were pushed with."""
+        return {} if self._host is None else dict(self._query(_MEDIA_TYPES))
+
+    @cached_property
+    def contents(self) -> frozenset[DigestText]:
+        """Content that a hosted repository has. Nothing but a deletion removes it."""
+        return frozenset(row[0] for row in self._query("SELECT digest FROM contents"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,39 +169,15 @@ def read_hosted_usage(layout: Layout) -> QuotaUsage:
     return QuotaUsage(contents=0, bytes=0, repositories=0, uploads=0, reserved=0)
 
 
-def read_hosted_names(layout: Layout, name: str | None) -> HostedNames:
-    """Read the names. It takes 0.1 s with 10,000 tags and 100,000 contents.
-
-    Args:
-        layout: The data directory.
-        name: The host of hosted repositories in image references. None: the configuration has no
-            hosted repositories, so they have no names, and still keep their content.
+@contextmanager
+def open_hosted_names(layout: Layout, host: str | None) -> Iterator[HostedNames]:
+    """Open the names, for the block. See :class:`HostedNames`.
 
     Raises:
-        StorageUnavailable: There are such names, and they cannot be read.
+        StorageUnavailable: There are such names, and they cannot be read. Also in the block.
     """
-    names: list[Name] = []
-    media_types: dict[DigestText, str] = {}
     with _reading(layout) as query:
-        contents = frozenset(row[0] for row in query("SELECT digest FROM contents"))
-        if name is not None and contents:
-            repositories: dict[str, Repository] = {}
-            for path, tag, text, pushed_at, user in (*query(_TAGS), *query(_UNTAGGED)):
-                if path not in repositories:
-                    repositories[path] = Repository.parse(name, path)
-                names.append(
-                    Name(
-                        repositories[path],
-                        tag=Tag(tag) if tag else None,
-                        root=text,
-                        current_root=text,
-                        first_seen=pushed_at,
-                        is_hosted=True,
-                        pushed_by=user,
-                    )
-                )
-            media_types.update(query("SELECT digest, media_type FROM manifests"))
-    return HostedNames(names=names, media_types=media_types, contents=contents)
+        yield HostedNames(query, host)
 
 
 def read_hosted_tag(layout: Layout, repository: Repository, tag: Tag) -> DigestText | None:
@@ -150,9 +192,49 @@ def read_hosted_tag(layout: Layout, repository: Repository, tag: Tag) -> DigestT
         StorageUnavailable: There are hosted names, and they cannot be read.
     """
     with _reading(layout) as query:
-        for row in query(_SELECT_TAG, repository.path, str(tag)):
+        for row in query(_SELECT_TAG, (repository.path, str(tag))):
             return str(row[0])
     return None
+
+
+def read_manifests_beginning(
+    layout: Layout, repository: Repository, beginning: str
+) -> list[DigestText]:
+    """Return the manifests of a hosted repository whose digest begins so, by an index.
+
+    Args:
+        layout: The data directory.
+        repository: The repository. Its host is not looked at.
+        beginning: The algorithm, a colon, and some digits.
+
+    Raises ``StorageUnavailable``: there are hosted names, and they cannot be read.
+    """
+    with _reading(layout) as query:
+        values = repository.path, beginning, f"{beginning}\x7f"
+        return [row[0] for row in query(_SELECT_BEGINNING, values)]
+
+
+def read_tags_above(
+    layout: Layout, repository: Repository, digest: DigestText, limit: int
+) -> list[str] | None:
+    """Return tags of a hosted repository that need a content. It takes a few queries on indexes.
+
+    Args:
+        layout: The data directory.
+        repository: The repository. Its host is not looked at.
+        digest: A manifest, a platform of an index, or a blob.
+        limit: Tags at most.
+
+    Returns the tags, or None if the repository does not have the content.
+
+    Raises:
+        StorageUnavailable: There are hosted names, and they cannot be read.
+    """
+    given = {"repository": repository.path, "digest": digest, "limit": limit}
+    with _reading(layout) as query:
+        if not list(query(_HAS_CONTENT, given)):
+            return None
+        return [row[0] for row in query(_SELECT_TAGS_ABOVE, given)]
 
 
 def read_uploads(layout: Layout, name: str) -> list[HostedUpload]:
@@ -189,16 +271,16 @@ def _uploads(layout: Layout, name: str, rows: list[Any]) -> Iterator[HostedUploa
 
 
 @contextmanager
-def _reading(layout: Layout) -> Iterator[Callable[..., Iterable[Any]]]:
-    """Yield a function that runs a query, all in one state of the database. None: no rows."""
+def _reading(layout: Layout) -> Iterator[Query]:
+    """Yield a function that runs a query. All are in one state of the database."""
     path = layout.hosted_names
     if not has_hosted_names(layout):
-        yield lambda query, *values: ()
+        yield lambda query, values=(): ()
         return
     try:
         with closing(connect_to_read(path)) as database:
             database.execute("BEGIN")
-            yield lambda query, *values: database.execute(query, values).fetchall()
+            yield database.execute
     except sqlite3.Error as error:
         raise StorageUnavailable(
             f"{path} cannot be read ({error}): check its permissions; if it is damaged, oci-mirror"

@@ -6,14 +6,13 @@ databases.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, filterfalse, repeat
 from typing import Final
 
 from mirror.config.settings import Upstream
-from mirror.inventory.image_names import Name
 from mirror.inventory.index_platforms import split_off_platforms
 from mirror.inventory.keeping import Keepers, with_referrers_kept, with_unclear_kept
 from mirror.inventory.model import (
@@ -27,14 +26,17 @@ from mirror.inventory.model import (
     ManifestPart,
     StoredManifest,
 )
+from mirror.inventory.name import Name
 from mirror.inventory.sharing import Sharing
 from mirror.inventory.staleness import why_stale
-from mirror.inventory.subjects import subject_of_tag
+from mirror.inventory.subjects import is_subject_tag, subject_of_tag
 from mirror.oci.reference import Digest
 from mirror.pull.admission import BLOCKED, Restrictions
 from mirror.store.marks import Marks, protected_roots
 
 _FROZEN: Final = "frozen"
+_MAX_ALIKE: Final = 4096
+"""Images that are kept for other tags: most tags of a manifest are in one repository."""
 _UNKNOWN_PLATFORM: Final = "unknown"
 """Platform of an entry of an index that states none, and whose manifest is not on disk."""
 
@@ -43,7 +45,7 @@ _UNKNOWN_PLATFORM: Final = "unknown"
 class OnDisk:
     """The content on disk, as the directories and the manifests have it."""
 
-    present: frozenset[DigestText]
+    present: Set[DigestText]
     """All whole content."""
     manifests: Mapping[DigestText, StoredManifest]
     """The manifests that names and marks reach."""
@@ -62,7 +64,8 @@ def build_inventory(
     unclear: frozenset[DigestText] = frozenset(),
     find_absent: Callable[[], Sequence[Name]] = tuple,
     quarantined: frozenset[DigestText] = frozenset(),
-    hosted: frozenset[DigestText] = frozenset(),
+    read_hosted: Callable[[], frozenset[DigestText]] = frozenset,
+    stream: Callable[[], Iterable[Name]] = tuple,
 ) -> Inventory:
     """Build an inventory from what was read.
 
@@ -75,12 +78,13 @@ def build_inventory(
         unclear: Content that may belong to marked manifests which are damaged or missing.
         find_absent: Returns the names without a manifest on disk. Most listings need none.
         quarantined: Content in ``quarantine/`` that was not fetched again.
-        hosted: Content that a hosted repository has.
+        read_hosted: Returns the content that a hosted repository has.
+        stream: Returns further names, whose images are built when they are asked for.
     """
     manifests = on_disk.manifests
     parts = {one: manifest.columns.digests for one, manifest in manifests.items()}
     leaves = {one for one, manifest in manifests.items() if manifest.type is ContentType.MANIFEST}
-    keepers = Keepers(marks, _all_names(names, find_absent), now)
+    keepers = Keepers(marks, _all_names(names, stream, find_absent), now)
     whole, platforms = split_off_platforms(names, manifests, keepers)
     sharing = Sharing.of({name.root for name in whole}, parts, leaves)
     sizes, missing = _sizes(on_disk)
@@ -104,17 +108,19 @@ def build_inventory(
         unclear=unclear,
         quarantined=quarantined,
         find_absent=partial(_find_absent, builder, find_absent, quarantined),
-        hosted=hosted,
+        read_hosted=read_hosted,
         read_files=on_disk.read_files,
+        stream_hosted=lambda: builder.stream(stream()),
     )
     return (
         replace(inventory, images=with_referrers_kept(images, inventory)) if marked else inventory
     )
 
 
-def _all_names(names: Sequence[Name], find_absent: Callable[[], Sequence[Name]]) -> Iterator[Name]:
+def _all_names(names: Sequence[Name], *others: Callable[[], Iterable[Name]]) -> Iterator[Name]:
     yield from names
-    yield from find_absent()
+    for find in others:
+        yield from find()
 
 
 def _find_absent(
@@ -227,6 +233,20 @@ class _Builder:
             is_hosted=name.is_hosted,
             pushed_by=name.pushed_by,
         )
+
+    def stream(self, names: Iterable[Name]) -> Iterator[tuple[Name, Image]]:
+        """Yield hosted names with an image that differs from theirs in the name only."""
+        has_marks = self.keepers.has_any or bool(self.marks.blocks)
+        known: dict[DigestText, Image] = {}
+        for name in names:
+            like = known.get(name.root)
+            if like is None or (name.tag is not None and is_subject_tag(name.tag)):
+                like = self.build(name)
+                if like.subject is None and not has_marks:
+                    if len(known) >= _MAX_ALIKE:
+                        known.clear()
+                    known[name.root] = like
+            yield name, like
 
     def _why_stale(self, name: Name, *, is_frozen: bool) -> str | None:
         if name.tag is None or is_frozen or name.is_hosted:

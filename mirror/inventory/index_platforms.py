@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mirror.inventory.image_names import Name
 from mirror.inventory.keeping import Keepers
 from mirror.inventory.model import ContentType, DigestText, StoredManifest
+from mirror.inventory.name import Name
 from mirror.inventory.sharing import reached
 from mirror.inventory.subjects import is_subject_tag
 

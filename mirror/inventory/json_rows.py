@@ -6,6 +6,7 @@ times RFC 3339 text in UTC; null: not known.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from mirror.inventory.model import Image, Inventory
@@ -39,6 +40,30 @@ def image_row(inventory: Inventory, image: Image) -> dict[str, Any]:
         "pushed": time_text(image.first_seen or None) if image.is_hosted else None,
         "pushed_by": image.pushed_by or None,
     }
+
+
+def streamed_rows(inventory: Inventory, *, has_referrers: bool) -> Iterator[dict[str, Any]]:
+    """Yield the rows of ``stream_hosted``, in its order.
+
+    Args:
+        inventory: See :func:`mirror.inventory.read.open_listing`.
+        has_referrers: Also those of signatures and other referrers.
+    """
+    last: Image | None = None
+    row: dict[str, Any] = {}
+    for name, like in inventory.stream_hosted():
+        if like.is_referrer and not has_referrers:
+            continue
+        if like is not last:
+            last, row = like, image_row(inventory, like)
+        yield {
+            **row,
+            "name": name.text,
+            "repository": name.repository.path,
+            "tag": None if name.tag is None else name.tag.name,
+            "pushed": time_text(name.first_seen or None),
+            "pushed_by": name.pushed_by or None,
+        }
 
 
 def _kind_of(inventory: Inventory, image: Image) -> str:

@@ -17,8 +17,8 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
-from mirror.inventory.image_names import Name
 from mirror.inventory.model import DigestText, Image, Inventory, Keeper
+from mirror.inventory.name import Name
 from mirror.oci.reference import Digest
 from mirror.store.marks import (
     Freeze,

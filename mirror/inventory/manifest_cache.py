@@ -42,24 +42,21 @@ class ManifestCache:
         """Open nothing yet. ``path``: the file, which may be missing."""
         self._path = path
 
-    def load(self) -> dict[int, bytes]:
-        """Return all pages, by number. There are none if the file cannot be read.
+    def load(self) -> Iterator[tuple[int, bytes]]:
+        """Yield all pages with their numbers. There are none if the file cannot be read.
 
         A page that is not as it was written is empty: commands remove content by what it says.
         """
         if not self._path.exists():
-            return {}
+            return
         try:
             with self._open() as database:
                 rows = database.execute("SELECT number, page, sum FROM pages ORDER BY number")
-                return {
-                    number: page if _sum(number, page) == found else b""
-                    for number, page, found in rows
-                }
+                for number, page, found in rows:
+                    yield number, page if _sum(number, page) == found else b""
         except sqlite3.DatabaseError as error:
             if not isinstance(error, sqlite3.OperationalError):
                 self._delete()
-            return {}
 
     def try_save(self, pages: Mapping[int, bytes], gone: Collection[int] = ()) -> bool:
         """Write pages, and delete those with the numbers ``gone``. Returns whether it was done."""

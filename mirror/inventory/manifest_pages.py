@@ -17,7 +17,8 @@ from __future__ import annotations
 import json
 import sys
 from array import array
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any, Final
 
 from mirror.inventory.model import ContentType, DigestText, PartColumns, StoredManifest
@@ -41,14 +42,23 @@ def dump_page(manifests: Collection[StoredManifest]) -> bytes:
     return b"\n".join((top.encode(), " ".join(digests).encode(), numbers))
 
 
-def load_page(page: bytes) -> list[StoredManifest]:
-    """Return the manifests of a page that :func:`dump_page` wrote. Raises ``MALFORMED``."""
+def load_page(
+    page: bytes, known: Mapping[DigestText, DigestText] = MappingProxyType({})
+) -> list[StoredManifest]:
+    """Return the manifests of a page that :func:`dump_page` wrote.
+
+    Args:
+        page: The page.
+        known: Digest -> the same digest, which is used in place of another copy of its text.
+
+    Raises ``MALFORMED``.
+    """
     top, texts, numbers = page.split(b"\n", 2)
     byte_order, number, part_number, facts_rows = json.loads(top)
     if byte_order != sys.byteorder:
         raise ValueError("a page of another machine")
     facts = [_load_facts(row) for row in facts_rows]
-    digest_of = texts.decode().split().__getitem__
+    digest_of = [known.get(text, text) for text in texts.decode().split()].__getitem__
     middle, end = 8 * number, 8 * number + 4 * part_number
     heads = array("I", numbers[:middle])
     digests = list(map(digest_of, array("I", numbers[middle:end])))

@@ -7,7 +7,7 @@ and marks.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Final
 
 from mirror.inventory import manifest_parsing
@@ -28,7 +28,7 @@ _MAX_UNUSED: Final = 1000
 
 def read_manifests(
     layout: Layout,
-    present: Container[DigestText],
+    present: Collection[DigestText],
     roots: Iterable[DigestText],
     stated_type: Callable[[DigestText], str],
     cache: ManifestCache,
@@ -70,7 +70,7 @@ class _ManifestReader:
     def __init__(
         self,
         layout: Layout,
-        present: Container[DigestText],
+        present: Collection[DigestText],
         stated_type: Callable[[DigestText], str],
         cache: ManifestCache,
     ) -> None:
@@ -78,7 +78,8 @@ class _ManifestReader:
         self._present = present
         self._stated_type = stated_type
         self._cache = cache
-        self._pages = {number: _load_page(page) for number, page in cache.load().items()}
+        known = {text: text for text in present}
+        self._pages = {number: _load_page(page, known) for number, page in cache.load()}
         self._cached = {one.text: one for page in self._pages.values() for one in page}
         self._new: dict[DigestText, StoredManifest] = {}
         self.found: dict[DigestText, StoredManifest] = {}
@@ -157,9 +158,9 @@ class _ManifestReader:
         self._cache.try_save(pages, gone)
 
 
-def _load_page(page: bytes) -> list[StoredManifest]:
+def _load_page(page: bytes, known: Mapping[DigestText, DigestText]) -> list[StoredManifest]:
     """Return the manifests of a page. There are none in a damaged one."""
     try:
-        return load_page(page)
+        return load_page(page, known)
     except MALFORMED:
         return []

@@ -10,13 +10,14 @@ become a path.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from itertools import repeat
 from typing import NamedTuple, TypeAlias
 
+from mirror.inventory.name import Name
 from mirror.inventory.sharing import Sharing
 from mirror.inventory.stored_manifest import CONTENT_TYPES
 from mirror.inventory.stored_manifest import MANIFEST_PART_TYPES as MANIFEST_PART_TYPES
@@ -142,6 +143,10 @@ class Content(NamedTuple):
     """Last use, in seconds since the epoch."""
 
 
+def _nothing() -> Iterator[tuple[Name, Image]]:
+    return iter(())
+
+
 @dataclass(frozen=True)
 class Inventory:
     """The content of a data directory at one moment, by image."""
@@ -166,14 +171,23 @@ class Inventory:
     """The digests that pins, freezes and leases name, and those that marked tags have now."""
     unclear: frozenset[DigestText]
     """Content that may belong to marked manifests which are damaged or missing."""
-    hosted: frozenset[DigestText] = field(repr=False)
-    """Content that a hosted repository has, also if no name reaches it."""
     quarantined: frozenset[DigestText]
     """Content that was damaged, is in ``quarantine/``, and was not fetched again."""
     find_absent: Callable[[bool], tuple[Image, ...]] = field(repr=False)
     """Builds :attr:`absent`. True: only those of :attr:`lost`."""
     read_files: Callable[[], Mapping[DigestText, FileStatus]] = field(repr=False)
     """Reads :attr:`files`."""
+    read_hosted: Callable[[], frozenset[DigestText]] = field(default=frozenset, repr=False)
+    """Reads :attr:`hosted`."""
+    stream_hosted: Callable[[], Iterator[tuple[Name, Image]]] = field(default=_nothing, repr=False)
+    """Yields the names of hosted repositories, in the order of `images`, if these lack them (see
+    :func:`mirror.inventory.read.open_listing`). Otherwise there are none. The image of each differs
+    from its own in the fields of the name only."""
+
+    @cached_property
+    def hosted(self) -> frozenset[DigestText]:
+        """Content that a hosted repository has, also if no name reaches it."""
+        return self.read_hosted()
 
     @cached_property
     def files(self) -> Mapping[DigestText, FileStatus]:
@@ -370,6 +384,8 @@ class Inventory:
     def unique_of(self, image: Image) -> int:
         """Return the bytes that go if this name goes, with its referrers (:meth:`freed_by`)."""
         root = image.root
+        if image.is_hosted:  # All that its repository has stays, until that is collected.
+            return 0
         if image.absence or self.is_platform(image) or len(self.names_by_root[root]) > 1:
             return 0
         if self._referrers:

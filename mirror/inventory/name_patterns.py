@@ -13,10 +13,13 @@ from mirror.inventory.model import Image
 
 def is_named(image: Image, pattern: str) -> bool:
     """Return whether a pattern matches the name of an image."""
-    repository = str(image.repository)
-    reference = image.name.removeprefix(repository)
-    short = repository.removeprefix(f"{image.repository.upstream}/")
-    names = (repository, short, repository.removeprefix("docker.io/library/"))
-    return any(
-        fnmatchcase(text, pattern) for name in names for text in (name, f"{name}{reference}")
-    )
+    repository = image.repository
+    return is_name_match(image.name, repository.upstream, repository.path, pattern)
+
+
+def is_name_match(name: str, upstream: str, path: str, pattern: str) -> bool:
+    """Return whether a pattern matches a whole name, of the repository ``path`` of an upstream."""
+    repository = f"{upstream}/{path}"
+    reference = name.removeprefix(repository)
+    names = (repository, path, repository.removeprefix("docker.io/library/"))
+    return any(fnmatchcase(text, pattern) for one in names for text in (one, f"{one}{reference}"))

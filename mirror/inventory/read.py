@@ -5,13 +5,15 @@ Lives here: the order in which its parts are read. Must not know: how the result
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Final
 
 from mirror.config.settings import Hosted, Upstream
-from mirror.inventory.hosted_names import read_hosted_names
+from mirror.inventory.hosted_names import HostedNames, open_hosted_names
 from mirror.inventory.image_names import Names, parse_names
 from mirror.inventory.images import OnDisk, build_inventory
 from mirror.inventory.manifest_cache import ManifestCache
@@ -63,6 +65,114 @@ def read_inventory(
     """
     # The directories come first: content that is named meanwhile is not taken for an orphan.
     present = list_contents(layout)
+    with open_hosted_names(layout, None if hosted is None else hosted.name) as pushed:
+        return _Reading(layout, upstreams, marks, now, hosted, present, pushed).read()
+
+
+@contextmanager
+def open_listing(
+    layout: Layout,
+    upstreams: Mapping[str, Upstream],
+    marks: Marks,
+    now: float,
+    hosted: Hosted | None = None,
+) -> Iterator[Inventory]:
+    """Read a data directory for a listing, which looks at each image once.
+
+    In the block, ``stream_hosted`` of the inventory yields the images of hosted repositories, one
+    after the other. All else of it is about the other images.
+
+    Args:
+        layout: The data directory.
+        upstreams: The configured upstreams, for the freshness of tags.
+        marks: The marks of the data directory.
+        now: Seconds since the epoch.
+        hosted: The settings of hosted repositories. None: the configuration has none.
+
+    Raises what :func:`read_inventory` raises.
+    """
+    present = list_contents(layout)
+    with open_hosted_names(layout, None if hosted is None else hosted.name) as pushed:
+        reading = _Reading(layout, upstreams, marks, now, hosted, present, pushed)
+        yield reading.read(is_streaming=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    layout: Layout
+    upstreams: Mapping[str, Upstream]
+    marks: Marks
+    now: float
+    hosted: Hosted | None
+    present: Set[DigestText]
+    pushed: HostedNames
+
+    def read(self, *, is_streaming: bool = False) -> Inventory:
+        """Read the inventory. ``is_streaming``: its images lack the hosted ones."""
+        layout, marks, now, pushed, present = (
+            *(self.layout, self.marks, self.now, self.pushed),
+            self.present,
+        )
+        names = _read_names(layout)
+        frozen = {one.name: tuple(map(str, one.digests)) for one in marks.freezes.values()}
+        found = [*names.images(present, frozen), *(() if is_streaming else pushed.names())]
+        by_root = {name.root: name for name in found}
+
+        def stated_type(root: DigestText) -> str:
+            if root in pushed.media_types:
+                return pushed.media_types[root]
+            return names.media_type(by_root[root]) if root in by_root else ""
+
+        streamed = pushed.roots() if is_streaming else ()
+        roots = (*by_root, *streamed, *map(str, protected_roots(marks, now)))
+        cache = ManifestCache(layout.root / CACHE_NAME)
+        manifests = read_manifests(layout, present, roots, stated_type, cache)
+        status = stat_contents(layout, {*manifests, *by_root}, now)
+
+        def read_files() -> dict[DigestText, FileStatus]:
+            return status | stat_contents(layout, present - status.keys(), now)
+
+        def read_hosted() -> frozenset[DigestText]:
+            return pushed.contents
+
+        if not is_streaming:
+            read_hosted()  # While the names are open.
+        quarantined = frozenset(map(str, quarantined_digests(layout))) - present
+        return build_inventory(
+            found,
+            OnDisk(present, manifests, status, read_files),
+            self.upstreams,
+            marks,
+            now,
+            _read_unclear(layout, marks, now, names, manifests),
+            find_absent=partial(
+                names.absent, present, frozen, self._marked(), self._wanted(quarantined)
+            ),
+            quarantined=quarantined,
+            read_hosted=read_hosted,
+            stream=pushed.names if is_streaming else tuple,
+        )
+
+    def _marked(self) -> Mapping[str, Digest]:
+        """Return the manifests of pinned and frozen names.
+
+        Hosted images are in names.db: a mark of one does not make it cached.
+        """
+        marks, hosted = self.marks, self.hosted
+        marked = {freeze.name: freeze.digest for freeze in marks.freezes.values()}
+        marked |= {pin.name: pin.digest for pin in marks.pins.values()}
+        return {
+            name: one
+            for name, one in marked.items()
+            if hosted is None or not hosted.has_image(name)
+        }
+
+    def _wanted(self, quarantined: frozenset[DigestText]) -> frozenset[DigestText]:
+        return quarantined.union(map(str, protected_roots(self.marks, self.now)))
+
+
+def _read_names(layout: Layout) -> Names:
+    """Return the names in the index. Raises ``IndexUnreadable``."""
     rows, is_all = read_names(layout)
     names = parse_names(rows)
     if not is_all:
@@ -73,44 +183,7 @@ def read_inventory(
                 f"the index is lost, and index.json is damaged ({error}): start the server, which "
                 "restores the index from what is readable"
             ) from None
-    frozen = {one.name: tuple(map(str, one.digests)) for one in marks.freezes.values()}
-    pushed = read_hosted_names(layout, None if hosted is None else hosted.name)
-    found = [*names.images(present, frozen), *pushed.names]
-    by_root = {name.root: name for name in found}
-
-    def stated_type(root: DigestText) -> str:
-        if root in pushed.media_types:
-            return pushed.media_types[root]
-        return names.media_type(by_root[root]) if root in by_root else ""
-
-    roots = (*by_root, *map(str, protected_roots(marks, now)))
-    cache = ManifestCache(layout.root / CACHE_NAME)
-    manifests = read_manifests(layout, present, roots, stated_type, cache)
-    status = stat_contents(layout, {*manifests, *by_root}, now)
-
-    def read_files() -> dict[DigestText, FileStatus]:
-        return status | stat_contents(layout, present - status.keys(), now)
-
-    on_disk = OnDisk(present, manifests, status, read_files)
-    unclear = _read_unclear(layout, marks, now, names, manifests)
-    quarantined = frozenset(map(str, quarantined_digests(layout))) - present
-    marked = {freeze.name: freeze.digest for freeze in marks.freezes.values()}
-    marked |= {pin.name: pin.digest for pin in marks.pins.values()}
-    if hosted is not None:  # Hosted images are in names.db: a mark of one does not make it cached.
-        marked = {name: one for name, one in marked.items() if not hosted.has_image(name)}
-    wanted = quarantined.union(map(str, protected_roots(marks, now)))
-    find_absent = partial(names.absent, present, frozen, marked, wanted)
-    return build_inventory(
-        found,
-        on_disk,
-        upstreams,
-        marks,
-        now,
-        unclear,
-        find_absent=find_absent,
-        quarantined=quarantined,
-        hosted=pushed.contents,
-    )
+    return names
 
 
 def _read_unclear(

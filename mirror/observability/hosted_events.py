@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass, field
-from typing import Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
+from mirror.oci.headers import OCTET_STREAM
 from mirror.oci.reference import Digest, Repository
+from mirror.oci.text import time_text
 
 ChangeAction: TypeAlias = Literal["push", "delete", "mount"]
 """- ``push``: a manifest was pushed, or a tag was set. The push of a blob is none.
 - ``delete``: a tag, a manifest with its tags, or a blob was deleted.
 - ``mount``: a blob of another repository was mounted."""
+
+_LINE_MESSAGES: Final = {"push": "pushed", "delete": "deleted", "mount": "mounted"}
+"""Action -> the message of its line in the log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +31,6 @@ class Actor:
     """Empty: anonymous."""
     client: str = ""
     """Address of the client. Empty: the server itself."""
-
-
-SERVER: Final = Actor()
-"""The server itself: a test, or a command that has no name of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,5 +71,31 @@ class HostedChange:
     """Address of the client. Empty: the server itself."""
     at: float
     """Seconds since the epoch."""
+    image_size: int | None = field(default=None, compare=False)
+    """Bytes of a pushed manifest and of the blobs that it lists, as it states them. None: not
+    known. It is an index, the change was no push, or a server was killed before it could tell."""
     id: str = field(default_factory=lambda: uuid.uuid4().hex, compare=False)
     """The same each time that observers are told of the change."""
+
+    @property
+    def is_blob(self) -> bool:
+        """Whether it is about a blob, and no manifest."""
+        return self.media_type == OCTET_STREAM
+
+    @property
+    def log_message(self) -> str:
+        """The message of its line in the log."""
+        return _LINE_MESSAGES[self.action]
+
+    def log_fields(self) -> dict[str, Any]:
+        """Return the fields of its line in the log. Sizes are bytes."""
+        return {
+            "user": self.user or "anonymous",
+            "client": self.client or "server",
+            "repository": f"{self.repository.upstream}/{self.repository.path}",
+            **({"tag": self.tag} if self.tag else {}),
+            "digest": str(self.digest),
+            "blob_bytes" if self.is_blob else "manifest_bytes": self.size,
+            **({} if self.image_size is None else {"image_bytes": self.image_size}),
+            "at": time_text(self.at),
+        }

@@ -22,8 +22,8 @@ from typing import Any, Final, Protocol, TypeAlias
 from mirror.config.settings import Log
 from mirror.config.values import format_size
 from mirror.observability import events
-from mirror.observability.events import Event, HostedChange, Kind, Outcome, RequestRecord
-from mirror.oci.text import printable, size_text, time_text
+from mirror.observability.events import Event, Kind, Outcome, RequestRecord
+from mirror.oci.text import printable, size_text
 from mirror.threads import Schedule
 
 _ENCODE: Final = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
@@ -63,8 +63,6 @@ _LEVELS: Final = {
     "warning": logging.WARNING,
     "error": logging.ERROR,
 }
-_CHANGE_MESSAGES: Final = {"push": "pushed", "delete": "deleted", "mount": "mounted"}
-"""Message of each change to a hosted repository."""
 _LEVEL_NAMES: Final = {level: name for name, level in _LEVELS.items()}
 
 
@@ -313,9 +311,7 @@ class LogObserver:
                 self._write_limited(logging.WARNING, message, fields_)
             case events.HostedChange() if self._writer.is_enabled(logging.INFO):
                 # Never suppressed: it is the record of who has changed what.
-                self._writer.write(
-                    logging.INFO, _CHANGE_MESSAGES[event.action], _change_fields(event)
-                )
+                self._writer.write(logging.INFO, event.log_message, event.log_fields())
             case events.Resumed(upstream, offset, _, reason):
                 resumed = {"upstream": upstream, "offset": offset, "reason": reason}
                 self._write_limited(logging.INFO, "transfer resumed", resumed)
@@ -344,19 +340,6 @@ class LogObserver:
         if suppressed is not None:
             more = {"suppressed": suppressed} if suppressed else {}
             self._writer.write(level, message, {**fields, **more})
-
-
-def _change_fields(change: HostedChange) -> dict[str, object]:
-    tag = {"tag": change.tag} if change.tag else {}
-    return {
-        "user": change.user or "anonymous",
-        "client": change.client or "server",
-        "repository": f"{change.repository.upstream}/{change.repository.path}",
-        **tag,
-        "digest": str(change.digest),
-        "bytes": change.size,
-        "at": time_text(change.at),
-    }
 
 
 # --- the line of a request ------------------------------------------------------------------------

@@ -97,7 +97,7 @@ async def collect_hosted(
     hosted: Hosted,
     grace: float,
     read_inventory: Callable[[], Inventory],
-    actor: Actor = COLLECTION,
+    actor: Actor,
 ) -> CleaningReport:
     """Remove what nothing needs, with its files. Says what went.
 

@@ -33,8 +33,8 @@ from mirror.inventory.read import read_inventory
 from mirror.observability.events import Event, LogMessage, Observer
 from mirror.oci.errors import MirrorError
 from mirror.operations.cleaning_report import CleaningReport, save_report
-from mirror.operations.hosted_collection import collect_hosted
-from mirror.operations.hosted_retention import apply_hosted_retention
+from mirror.operations.hosted_collection import COLLECTION, collect_hosted
+from mirror.operations.hosted_retention import RETENTION, apply_hosted_retention
 from mirror.store import disk
 from mirror.store.hosted_marker import raise_if_lost
 from mirror.store.layout import Layout
@@ -169,14 +169,16 @@ async def _work(layout: Layout, storage: Storage, hosted: Hosted, now: float) ->
     raise_if_lost(layout)
     database = await Database.open(layout.hosted_names)
     try:
-        retained = await apply_hosted_retention(database, hosted, marks, now)
+        retained = await apply_hosted_retention(database, hosted, marks, now, RETENTION)
         store = await Store.open(str(layout.root), storage, lambda event: None, lambda: now)
         try:
             refusal = store.removal_refusal()
             if refusal is not None:
                 return {"error": refusal}
             read = partial(_read_inventory, layout, hosted, marks, now)
-            collected = await collect_hosted(store, database, hosted, hosted.grace, read)
+            collected = await collect_hosted(
+                store, database, hosted, hosted.grace, read, COLLECTION
+            )
         finally:
             await store.close()
     finally:

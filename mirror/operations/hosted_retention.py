@@ -18,9 +18,9 @@ from mirror.hosted.change_rows import change_of, record_change
 from mirror.hosted.database import Database
 from mirror.hosted.immutable_tags import ImmutableTagRules
 from mirror.hosted.retention_rows import HostedImageRow
-from mirror.inventory.image_names import Name
 from mirror.inventory.keeping import LEASED, Keepers
 from mirror.inventory.model import Image, Keeper
+from mirror.inventory.name import Name
 from mirror.observability.hosted_events import Actor
 from mirror.oci.reference import Digest, Repository
 from mirror.oci.tag_selection import TagSelection
@@ -102,7 +102,7 @@ async def plan_hosted_retention(
 
 
 async def apply_hosted_retention(
-    database: Database, hosted: Hosted, marks: Marks, now: float, actor: Actor = RETENTION
+    database: Database, hosted: Hosted, marks: Marks, now: float, actor: Actor
 ) -> CleaningReport:
     """Remove what the rules name. Says what went and stayed, and why.
 

@@ -8,11 +8,11 @@ Every function may be called again after it was interrupted: a mark that is ther
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from mirror.config.settings import Hosted
+from mirror.config.settings import Hosted, Settings
 from mirror.history.queries import find_tag_digests
 from mirror.inventory.hosted_names import read_hosted_tag
 from mirror.oci.block_target import Target
@@ -23,7 +23,8 @@ from mirror.oci.errors import (
     TagInvalid,
 )
 from mirror.oci.image_name import ImageName
-from mirror.oci.reference import Digest, Repository, Tag
+from mirror.oci.reference import UPSTREAM_ALIASES, Digest, Repository, Tag
+from mirror.oci.text import count_text
 from mirror.operations import tag_digests
 from mirror.store import disk
 from mirror.store.index import Index
@@ -50,6 +51,16 @@ class Rollback:
     freeze: Freeze
     missing: int
     """Parts of the image that are not on the disk. The upstream has its manifest."""
+
+    def notes(self) -> list[str]:
+        """Return what has to be known about it, as sentences."""
+        if not self.missing:
+            return []
+        note = (
+            f"{count_text(self.missing, 'part')} missing here. The upstream has the image, and a "
+            "client that asks for it gets them"
+        )
+        return [note]
 
 
 async def change(layout: Layout, update: Callable[[Marks], Marks]) -> Marks:
@@ -196,6 +207,27 @@ async def block(
         return replace(marks, blocks={**marks.blocks, new.target: new})
 
     return (await change(layout, add)).blocks[str(target)]
+
+
+def check_registry(target: Target, settings: Settings) -> str | None:
+    """Return a warning of a target whose registry is not configured. None: there is none.
+
+    Raises ``NameInvalid`` for the bare name of a registry: it would be a repository of docker.io.
+    """
+    if isinstance(target, Digest):
+        return None
+    for name in (*settings.upstreams, *UPSTREAM_ALIASES):
+        if str(target) == f"docker.io/library/{name}":
+            raise NameInvalid(f"{name} is a registry: block '{name}/*' for all of it")
+    registry = str(target).partition("/")[0]
+    hosted = () if settings.hosted is None else settings.hosted.names()
+    if not _has_wildcard(registry) and registry not in (*settings.upstreams, *hosted):
+        return f"{registry} is not one of upstreams, so nothing matches {target}"
+    return None
+
+
+def _has_wildcard(text: str) -> bool:
+    return not {"*", "?", "["}.isdisjoint(text)
 
 
 def why_incomplete(layout: Layout, target: Target, block: Block) -> str | None:
@@ -381,6 +413,16 @@ def choose_digest(name: ImageName, had: Sequence[Digest], prefix: str) -> Digest
     if len(found) > 1:
         raise DigestInvalid(f"several digests of {name} begin with {prefix}: give more digits")
     return found[0]
+
+
+def notes_of_kept(layout: Layout, kept: Iterable[Pin | Freeze]) -> list[str]:
+    """Return a sentence for each mark whose image is not complete on the disk. Blocks."""
+    return [
+        f"{one.name} is not complete here: what arrives of it is kept. To fetch it: "
+        f"oci-mirror warm {one.name}"
+        for one in kept
+        if count_missing(layout, one.digest)
+    ]
 
 
 def count_missing(layout: Layout, digest: Digest) -> int:

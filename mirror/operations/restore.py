@@ -26,7 +26,7 @@ from mirror.hosted.change_rows import record_change
 from mirror.hosted.pushed_manifest import PushedManifest, read_pushed_manifest
 from mirror.hosted.snapshot import SavedManifest
 from mirror.hosted.staged_names import StagedNames
-from mirror.observability.hosted_events import SERVER, Actor, HostedChange
+from mirror.observability.hosted_events import Actor, HostedChange
 from mirror.oci.errors import InvalidRequest, ManifestRefused, StorageUnavailable
 from mirror.oci.reference import Digest, Tag
 from mirror.operations.backup_files import METADATA, USERS, BackupSource
@@ -51,7 +51,7 @@ async def restore_backup(
     path: Path,
     *,
     may_replace: bool,
-    actor: Actor = SERVER,
+    actor: Actor,
 ) -> RestoreReport:
     """Restore all images of a backup. After an exception, the names are as before.
 

@@ -16,7 +16,7 @@ from typing import Final
 from mirror.oci.errors import StorageUnavailable
 from mirror.store.layout import Layout
 from mirror.store.sqlite_connection import connect_to_read
-from mirror.store.statements import SELECT_TEXTS
+from mirror.store.statements import SELECT_KEYS, SELECT_TEXTS
 
 # The same as in mirror.store.names, which is slow to import: it has diskcache.
 _NAMED: Final = "named"
@@ -37,13 +37,26 @@ def read_names(layout: Layout) -> tuple[list[tuple[str, str]], bool]:
     Raises:
         IndexUnreadable: There is one, and it cannot be read.
     """
+    rows = _query(layout, SELECT_TEXTS)
+    return rows, any(key == _RESTORED for key, _ in rows)
+
+
+def read_keys_beginning(layout: Layout, beginning: str) -> list[str]:
+    """Return the keys of rows about names that begin with an ASCII text, by an index.
+
+    Raises ``IndexUnreadable``.
+    """
+    return [row[0] for row in _query(layout, SELECT_KEYS, beginning, f"{beginning}\x7f")]
+
+
+def _query(layout: Layout, query: str, *values: str) -> list[tuple[str, str]]:
+    """Return the rows of a query. Without an index, there are none. Raises ``IndexUnreadable``."""
     path = layout.index / _NAMED / "cache.db"
     try:
         if not path.exists():
-            return [], False
+            return []
         with closing(connect_to_read(path)) as database:
-            rows = database.execute(SELECT_TEXTS).fetchall()
-        return rows, any(key == _RESTORED for key, _ in rows)
+            return database.execute(query, values).fetchall()
     except (sqlite3.Error, OSError) as error:
         raise IndexUnreadable(
             f"the index cannot be read ({error}): start the server, which repairs it, or check the "

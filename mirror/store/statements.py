@@ -31,3 +31,5 @@ SELECT_TEXTS: Final = (
     "SELECT key, value FROM Cache WHERE raw = 1 AND mode = 1"
     " AND typeof(key) = 'text' AND typeof(value) = 'text'"
 )
+SELECT_KEYS: Final = "SELECT key FROM Cache WHERE key >= ? AND key < ? AND raw = 1"
+"""The keys between two texts, without the second one."""

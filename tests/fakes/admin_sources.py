@@ -62,6 +62,7 @@ class FakeImages:
             "images": found[query.offset : query.offset + query.limit],
             "matching": len(found),
             "total": len(self.rows),
+            "lost": 0,
             "read": AT,
         }
 
@@ -200,8 +201,9 @@ class FakeHistory:
         ImageName.parse(image)
         return [{"digest": digest(1), "first_seen": AT, "last_seen": AT}]
 
-    async def users(self) -> list[Json]:
-        return [{"user": "ci", "last_used": AT, "last_push": None, "requests": 3}]
+    async def users(self, limit: int) -> Json:
+        rows = [{"user": "ci", "last_used": AT, "last_push": None, "requests": 3}]
+        return {"users": rows[:limit], "total": len(rows)}
 
     async def savings(self, period: str) -> Json:
         saving = {
@@ -246,33 +248,33 @@ class FakeMarks:
     async def pin(self, image: str) -> Json:
         name = str(ImageName.parse(image).with_default_tag())
         self.pins[name] = {"name": name, "digest": digest(1), "since": AT}
-        return {"text": f"pinned {name}"}
+        return {"text": f"pinned {name}", "notes": []}
 
     async def unpin(self, image: str) -> Json:
         name = str(ImageName.parse(image).with_default_tag())
         if self.pins.pop(name, None) is None:
             raise NotFound(f"{name} is not pinned")
-        return {"text": f"unpinned {name}"}
+        return {"text": f"unpinned {name}", "notes": []}
 
     async def freeze(self, image: str, digest: str | None) -> Json:
         name = str(ImageName.parse(image).with_default_tag())
         self.freezes[name] = {"name": name, "digest": digest or "", "since": AT}
-        return {"text": f"froze {name}"}
+        return {"text": f"froze {name}", "notes": []}
 
     async def unfreeze(self, image: str) -> Json:
         name = str(ImageName.parse(image).with_default_tag())
         if self.freezes.pop(name, None) is None:
             raise NotFound(f"{name} is not frozen")
-        return {"text": f"unfroze {name}"}
+        return {"text": f"unfroze {name}", "notes": []}
 
     async def block(self, target: str, reason: str) -> Json:
-        self.blocks[target] = {"target": target, "reason": reason, "since": AT}
-        return {"text": f"blocked {target}"}
+        self.blocks[target] = {"target": target, "reason": reason, "since": AT, "digests": []}
+        return {"text": f"blocked {target}", "notes": []}
 
     async def unblock(self, target: str) -> Json:
         if self.blocks.pop(target, None) is None:
             raise NotFound(f"{target} is not blocked")
-        return {"text": f"unblocked {target}"}
+        return {"text": f"unblocked {target}", "notes": []}
 
 
 class FakeOperations:
@@ -313,7 +315,7 @@ class FakeUploads:
         if upload_id not in self.ids:
             raise NotFound("there is no such upload in progress")
         self.ids.remove(upload_id)
-        return {"text": f"cancelled the upload {upload_id}"}
+        return {"text": f"cancelled the upload {upload_id}", "notes": []}
 
 
 def fake_sources(count: int = 3) -> Sources:

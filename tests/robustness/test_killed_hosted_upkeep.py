@@ -25,7 +25,7 @@ from mirror.operations.restore import restore_backup
 from mirror.operations.write_backup import write_backup
 from tests.extent import Extent
 from tests.robustness.kit import every_file_hashes_to_its_name, strace
-from tests.unit.hosted.kit import HostedKit, descriptor, hosted_kit, manifest_of
+from tests.unit.hosted.kit import ANYBODY, HostedKit, descriptor, hosted_kit, manifest_of
 from tests.unit.store.kit import random_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -91,7 +91,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Filled:
             await kit.push_image(LAYERS["2.0"], repository="team/app", tag="2.0")
             await kit.push_blob(b"sig", "team/app")
             await kit.service.manifests.put(
-                "team/app", Digest.of(SIGNATURE), (), SIGNATURE, OCI_MANIFEST
+                "team/app", Digest.of(SIGNATURE), (), SIGNATURE, OCI_MANIFEST, actor=ANYBODY
             )
             await kit.push_blob(ORPHAN, "team/app")
 
@@ -134,7 +134,9 @@ async def check_after_kill(root: Path, command: str) -> None:
             await check_lasting(kit)
     async with hosted_kit(root / "from-backup") as kit:  # The earlier one, or the new one.
         source = root / "backup"
-        report = await restore_backup(kit.store, kit.service.settings, source, may_replace=False)
+        report = await restore_backup(
+            kit.store, kit.service.settings, source, may_replace=False, actor=ANYBODY
+        )
         assert report.problems == []
         for tag in ("1.0", "1.5"):
             assert await has_image(kit, Tag(tag), LAYERS[tag])
@@ -156,7 +158,9 @@ async def check_done(root: Path, command: str) -> None:
     if command in ("backup", "tar"):
         path = root / ("backup.tar" if command == "tar" else "backup")
         async with hosted_kit(root / "restored") as kit:
-            report = await restore_backup(kit.store, kit.service.settings, path, may_replace=False)
+            report = await restore_backup(
+                kit.store, kit.service.settings, path, may_replace=False, actor=ANYBODY
+            )
             assert (report.problems, report.images) == ([], 4)
             await check_lasting(kit)
 

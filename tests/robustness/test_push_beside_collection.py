@@ -19,7 +19,15 @@ from mirror.operations.restore import restore_backup
 from mirror.operations.write_backup import write_backup
 from mirror.threads import run_in_thread
 from tests.extent import Extent
-from tests.unit.hosted.kit import CONFIG, HostedKit, change_of, hosted_kit, index_of, manifest_of
+from tests.unit.hosted.kit import (
+    ANYBODY,
+    CONFIG,
+    HostedKit,
+    change_of,
+    hosted_kit,
+    index_of,
+    manifest_of,
+)
 
 PUSHERS = 4
 BACKUPS = 2
@@ -62,7 +70,7 @@ class Pusher:
         if pick.random() < 0.5 and deletable:
             gone = pick.choice(deletable)
             self.images.discard(gone)
-            await kit.service.manifests.delete(gone[0], gone[1])
+            await kit.service.manifests.delete(gone[0], gone[1], actor=ANYBODY)
 
     async def _bring(self, data: bytes) -> None:
         kit, digest = self.kit, Digest.of(data)
@@ -71,13 +79,13 @@ class Pusher:
             await kit.service.blobs.size(self.repository, digest)
         except MirrorError:
             other = f"app{self.random.randrange(PUSHERS)}"
-            if not await kit.service.blobs.mount(other, self.repository, digest):
+            if not await kit.service.blobs.mount(other, self.repository, digest, actor=ANYBODY):
                 await kit.push_blob(data, self.repository)
 
     async def _put(self, body: bytes, kind: str, tag: Tag | None, began: float) -> bool:
         try:
             await self.kit.service.manifests.put(
-                self.repository, tag or Digest.of(body), (), body, kind
+                self.repository, tag or Digest.of(body), (), body, kind, actor=ANYBODY
             )
         except PartsUnknown:
             assert self.kit.clock[0] > began, "a client was told of a part within the grace"
@@ -170,7 +178,9 @@ async def push_beside_collections(kit: HostedKit, seed: int, rounds: int) -> Non
     for target in backups:
         async with hosted_kit(root / f"from-{target.name}") as other:
             settings = other.service.settings
-            report = await restore_backup(other.store, settings, target, may_replace=False)
+            report = await restore_backup(
+                other.store, settings, target, may_replace=False, actor=ANYBODY
+            )
             assert report.problems == []
             await check_all_is_whole(other)
     kit.clock[0] += 10 * USE_STEP_S

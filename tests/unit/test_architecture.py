@@ -142,7 +142,8 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     },
     "cli": {
         *("cli", "operations", "inventory", "composition", "notifications", "processes"),
-        *("access.login_credentials", "admin.tokens", "config.access", "config.rule_coverage"),
+        *("access.login_credentials", "access.identity", "access.rules", "hosted.immutable_tags"),
+        *("admin.tokens", "config.access", "config.rule_coverage"),
         *(*LOADING, *BELOW_SERVER),
     },
     "__main__": {"cli"},

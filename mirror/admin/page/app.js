@@ -8,6 +8,7 @@ import { showJobs, startJobs } from "./jobs.js";
 import { refreshSavings, refreshUsage, setSession, showStorage, startOverview } from "./overview.js";
 import { refreshRecent, refreshRefused, showLive, startPulls } from "./pulls.js";
 import { showUpstreams } from "./upstreams.js";
+import { refreshUsers } from "./users.js";
 
 const SLOW_INTERVAL_MS = 30_000;
 const FAST_INTERVAL_MS = 5_000;
@@ -111,6 +112,8 @@ async function start() {
   repeat(refreshRefused, FAST_INTERVAL_MS);
   const readImages = repeat(refreshImages, SLOW_INTERVAL_MS);
   const readUsage = repeat(() => refreshUsage(showImage), SLOW_INTERVAL_MS);
+
+  repeat(refreshUsers, SLOW_INTERVAL_MS);
 
   const onChanged = () => {
     readImages();

@@ -76,11 +76,17 @@ export function toast(text, isBad = false) {
   setTimeout(() => message.remove(), isBad ? 8000 : 4000);
 }
 
+/** Show what a change has done, and what has to be known about it. */
+export function showChange({ text = "", notes = [] } = {}) {
+  if (text) toast(text);
+  for (const note of notes) toast(note, true);
+}
+
 /** Run a change that needs no question; show its result or its error. */
 export async function attempt(change) {
   try {
     const result = await change();
-    if (result?.text) toast(result.text);
+    showChange(result);
     return result;
   } catch (error) {
     toast(error.message, true);

@@ -15,6 +15,13 @@ export function bytes(count) {
   return `${value.toFixed(digits)} ${UNITS[unit]}`;
 }
 
+/** Bytes that were saved, and in words how many were not: more may be fetched than clients have got. */
+export function saving(difference) {
+  return difference < 0
+    ? { value: bytes(0), remark: `${bytes(-difference)} more fetched than served` }
+    : { value: bytes(difference), remark: "" };
+}
+
 /** Bytes per second. */
 export function rate(perSecond) {
   return perSecond === null || perSecond === undefined ? "–" : `${bytes(perSecond)}/s`;

@@ -1,7 +1,7 @@
 // The table of images, one image with its parts, and what can be done with it.
 
 import { get, post } from "./api.js";
-import { ask, attempt, openDialog, toast } from "./dialogs.js";
+import { ask, attempt, openDialog, showChange, toast } from "./dialogs.js";
 import { byId, chip, el, fill } from "./dom.js";
 import { ago, bytes, moment, plural, shortDigest } from "./format.js";
 
@@ -90,6 +90,7 @@ function platformText(platforms) {
 function reasons(image) {
   return {
     partial: image.missing_parts ? `lacks ${plural(image.missing_parts, "part")}, at least ${bytes(image.missing_bytes)}` : "",
+    absent: image.absent_why ?? "",
     stale: image.stale_why ?? "",
     blocked: image.blocked_why ?? "",
   };
@@ -127,7 +128,7 @@ function block(image) {
     button: "Block",
     isDangerous: true,
     fields: [{ name: "reason", label: "Reason" }],
-    act: async ({ reason }) => toast((await post("/block", { target: image.name, reason })).text),
+    act: async ({ reason }) => showChange(await post("/block", { target: image.name, reason })),
   });
 }
 

@@ -3,9 +3,10 @@
 import { get, post } from "./api.js";
 import { attempt } from "./dialogs.js";
 import { byId, el, fill, setWidth } from "./dom.js";
-import { ago, bytes, count, percent, plural, shortDigest } from "./format.js";
+import { ago, bytes, count, percent, plural, saving, shortDigest } from "./format.js";
 import { Plot } from "./plot.js";
 
+const MAX_UPLOADS = 20;
 const KINDS = ["layer", "config", "manifest", "index", "referrer", "other"];
 const PERIOD_TEXT = { hour: "last hour", day: "last day", month: "last 30 days" };
 
@@ -17,14 +18,16 @@ const hits = new Plot(byId("plot-hits"), {
 });
 const saved = new Plot(byId("plot-bytes"), {
   series: [
-    { label: "Saved", valueOf: (point) => point.bytes_saved },
+    { label: "Saved", valueOf: (point) => Math.max(0, point.bytes_saved) },
     { label: "Fetched", valueOf: (point) => point.bytes_fetched },
   ],
   base: 1024,
   format: bytes,
-  describe: (points) =>
-    `Bytes over time: ${bytes(points.reduce((sum, point) => sum + point.bytes_saved, 0))} saved, `
-    + `${bytes(points.reduce((sum, point) => sum + point.bytes_fetched, 0))} fetched`,
+  describe: (points) => {
+    const { value, remark } = saving(points.reduce((sum, point) => sum + point.bytes_saved, 0));
+    const fetched = points.reduce((sum, point) => sum + point.bytes_fetched, 0);
+    return `Bytes over time: ${value} saved${remark && ` (${remark})`}, ${bytes(fetched)} fetched`;
+  },
 });
 
 let session = null;
@@ -71,6 +74,8 @@ function drawTiles(chosen) {
   if (!hour || !day) return;
   const third = totals[chosen];
   const used = storage?.bytes ?? null;
+  const { value, remark } = saving(third.bytes_saved);
+  const requests = `${count(Math.max(0, third.billable_saved))} billable requests saved`;
   const quota = storage?.quota ?? session?.quota ?? null;
   fill(
     byId("tiles"),
@@ -78,8 +83,8 @@ function drawTiles(chosen) {
     tile("Hit ratio, last day", percent(day.hit_ratio), plural(day.requests, "request")),
     tile(
       `Saved, ${PERIOD_TEXT[chosen]}`,
-      bytes(third.bytes_saved),
-      `${count(third.billable_saved)} billable requests saved`,
+      value,
+      [remark, requests].filter(Boolean).join(" · "),
     ),
     tile(
       "Disk",
@@ -101,7 +106,7 @@ export async function refreshUsage(openImage) {
 function drawHosted(hosted, uploads) {
   byId("hosted").hidden = !hosted;
   if (!hosted) return;
-  const items = uploads.map((upload) =>
+  const items = uploads.slice(0, MAX_UPLOADS).map((upload) =>
     el(
       "li",
       {},
@@ -121,6 +126,7 @@ function drawHosted(hosted, uploads) {
       `${bytes(hosted.bytes)} of ${bytes(hosted.quota)} in ${plural(hosted.contents, "content")}, never evicted`
       + (hosted.reserved ? ` · ${bytes(hosted.reserved)} reserved by uploads` : "")),
     items.length ? el("ul", { class: "going" }, items) : el("p", { class: "empty" }, "No upload is in progress."),
+    uploads.length > MAX_UPLOADS && el("p", { class: "muted" }, `And ${plural(uploads.length - MAX_UPLOADS, "more upload")}`),
   );
 }
 

@@ -2,6 +2,7 @@
 
 const SVG = "http://www.w3.org/2000/svg";
 const LEFT = 52;
+const LABEL_GAP = 8;
 const RIGHT = 8;
 const TOP = 8;
 const BOTTOM = 20;
@@ -71,23 +72,34 @@ export class Plot {
     const top = this.max ?? ceiling(Math.max(0, ...values), this.base);
     const from = this.points[0]?.x ?? 0;
     const until = this.points.at(-1)?.x ?? 1;
-    const inner = { width: width - LEFT - RIGHT, height: height - TOP - BOTTOM };
-    this.xOf = (x) => LEFT + ((x - from) / Math.max(1, until - from)) * inner.width;
+    const inner = { height: height - TOP - BOTTOM };
     this.yOf = (value) => TOP + (1 - value / top) * inner.height;
-    this.#drawAxes(top, from, until, width, height);
+    const left = this.#drawLabels(top);
+    inner.width = width - left - RIGHT;
+    this.xOf = (x) => left + ((x - from) / Math.max(1, until - from)) * inner.width;
+    this.#drawAxes(top, from, until, left, width, height);
     if (!this.points.length) return;
     this.series.forEach((one, index) => this.#drawSeries(one, index));
   }
 
-  #drawAxes(top, from, until, width, height) {
-    for (let step = 0; step <= 4; step += 1) {
-      const value = (top * step) / 4;
-      const y = this.yOf(value);
-      this.svg.append(shape("line", { x1: LEFT, x2: width - RIGHT, y1: y, y2: y, class: "grid-line" }));
-      if (step % 2) continue;
-      const label = shape("text", { x: LEFT - 8, y: y + 4, "text-anchor": "end", class: "axis" });
+  /** Draw the labels of values. Returns where the plot begins: none of them is cut. */
+  #drawLabels(top) {
+    const labels = [0, top / 2, top].map((value) => {
+      const label = shape("text", { y: this.yOf(value) + 4, "text-anchor": "end", class: "axis" });
       label.textContent = this.format(value);
       this.svg.append(label);
+      return label;
+    });
+    const widest = Math.max(...labels.map((label) => label.getComputedTextLength()));
+    const left = Math.max(LEFT, Math.ceil(widest) + LABEL_GAP);
+    for (const label of labels) label.setAttribute("x", String(left - LABEL_GAP));
+    return left;
+  }
+
+  #drawAxes(top, from, until, left, width, height) {
+    for (let step = 0; step <= 4; step += 1) {
+      const y = this.yOf((top * step) / 4);
+      this.svg.append(shape("line", { x1: left, x2: width - RIGHT, y1: y, y2: y, class: "grid-line" }));
     }
     if (!this.points.length) {
       const label = shape("text", { x: width / 2, y: height / 2, "text-anchor": "middle", class: "axis" });

@@ -11,7 +11,7 @@ import asyncio
 import socket
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
@@ -25,6 +25,7 @@ from yarl import URL
 from mirror.cli.doctor.findings import Checked, Finding
 from mirror.cli.online import example_repository
 from mirror.config.settings import Settings, Upstream
+from mirror.inventory.image_names import parse_names
 from mirror.observability.events import Event, Kind, RateLimitSeen
 from mirror.oci.descriptor import DEFAULT_ACCEPT
 from mirror.oci.errors import Denied, MirrorError, NotFound, Unauthorized, UpstreamRateLimited
@@ -35,6 +36,7 @@ from mirror.pull.admission import Allow, admit
 from mirror.single_flight import SingleFlight
 from mirror.store.image_layout import read_index_json
 from mirror.store.layout import Layout
+from mirror.store.saved_rows import IndexUnreadable, read_names
 from mirror.threads import HangingCalls
 from mirror.upstream.connections import own_addresses, tls_context
 from mirror.upstream.failover import FailoverClient
@@ -198,22 +200,31 @@ async def _check_endpoint(
 
 
 def read_samples(root: Path, settings: Settings) -> Samples:
-    """Return an image of each upstream, as far as ``index.json`` names one that is permitted.
+    """Return an image of each upstream, as far as the index names one that is permitted.
 
-    ``root``: the data directory. A file that cannot be read names none.
+    ``root``: the data directory. The names of a lost index are those in ``index.json``, which a
+    server writes later. A file that cannot be read names none.
     """
     samples: dict[str, tuple[Repository, Reference]] = {}
     with suppress(OSError, ValueError, RecursionError):
-        for named in read_index_json(Layout(root)):
-            name, upstream = named.repository.upstream, None
-            if named.tag is not None and name not in samples:
-                upstream = settings.upstreams.get(name)
-            if upstream is not None and named.tag is not None:
-                if isinstance(admit(named.repository, upstream), Allow):
-                    samples[name] = named.repository, named.tag
-                if len(samples) == len(settings.upstreams):
-                    break
+        for repository, tag in _read_tags(Layout(root)):
+            name = repository.upstream
+            upstream = None if name in samples else settings.upstreams.get(name)
+            if upstream is not None and isinstance(admit(repository, upstream), Allow):
+                samples[name] = repository, tag
+            if len(samples) == len(settings.upstreams):
+                break
     return samples
+
+
+def _read_tags(layout: Layout) -> Iterator[tuple[Repository, Tag]]:
+    is_all = False
+    with suppress(IndexUnreadable):
+        rows, is_all = read_names(layout)
+        yield from ((one.repository, one.tag) for one in parse_names(rows).tags)
+    for named in () if is_all else read_index_json(layout):
+        if named.tag is not None:
+            yield named.repository, named.tag
 
 
 # --- the connection -------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -22,7 +23,9 @@ from mirror.config.settings import Settings
 from mirror.history.user_uses import UserUse, UserUses
 from mirror.observability.events import Outcome
 from mirror.oci.errors import InvalidRequest, NotFound
+from mirror.oci.reference import Digest
 from mirror.store.layout import Layout
+from mirror.store.marks import Pin
 from tests.unit.history.kit import NOON, a_pull, recording
 from tests.unit.hosted.kit import hosted_kit
 from tests.unit.inventory.kit import NOW, DataDirectory, content
@@ -118,6 +121,30 @@ def test_tags_whose_content_is_gone_are_found_by_their_state(tmp_path: Path) -> 
     (image,) = queries.find(page(state="absent"))["images"]
     assert image["name"] == "docker.io/library/gone:v1"
     assert image["state"] == ["absent"]
+    every = queries.find(page())
+    assert (every["lost"], "gone:v1" in str(every["images"])) == (0, False)
+
+
+def test_lost_images_are_listed_as_ls_lists_them(tmp_path: Path) -> None:
+    directory = filled(tmp_path)
+    body = directory.image("gone:v1", "4")
+    directory.save()
+    name, digest = "docker.io/library/gone:v1", Digest.of(body)
+    directory.mark(lambda marks: replace(marks, pins={name: Pin(name, digest, 1.0)}))
+    directory.remove(body)
+    queries = StoreAnswers(directory.layout, settings(tmp_path), lambda: NOW)
+    found = queries.find(page(search="gone"))
+    check("Images", found)
+    assert (found["lost"], found["matching"]) == (1, 1)
+    (image,) = found["images"]
+    assert (image["state"], image["absent_why"]) == (
+        ["absent", "pinned"],
+        "it is lost, although a mark keeps it",
+    )
+    assert queries.find(page(state="partial", search="gone"))["images"] == []
+    shown = queries.show("gone:v1")
+    check("ImageTree", shown)
+    assert [node["is_cached"] for node in shown["nodes"]] == [False]
 
 
 def test_usage_says_what_goes_next(tmp_path: Path) -> None:
@@ -159,14 +186,16 @@ async def test_hosted_images_and_uploads_are_shown(tmp_path: Path) -> None:
         await HostedUploads(cast(Any, SimpleNamespace(hosted=None))).end("x")
 
 
-def test_users_and_their_last_use_are_listed(tmp_path: Path) -> None:
+def test_latest_users_and_their_number_are_listed(tmp_path: Path) -> None:
     queries = StoreAnswers(Layout(tmp_path), settings(tmp_path), lambda: NOW)
-    assert queries.users() == []
+    assert queries.users(limit=50) == {"users": [], "total": 0}
     uses = UserUses(Layout(tmp_path), lambda: NOW)
-    uses._uses["ci"] = UserUse("ci", NOW, None, 3)
+    for number in range(5):
+        uses._uses[f"user-{number}"] = UserUse(f"user-{number}", NOW + number, None, 3)
     uses.save()
-    check("Users", {"users": queries.users()})
-    assert [one["user"] for one in queries.users()] == ["ci"]
+    found = queries.users(limit=2)
+    check("Users", found)
+    assert ([one["user"] for one in found["users"]], found["total"]) == (["user-4", "user-3"], 5)
 
 
 def test_inventory_is_read_again_when_it_is_old_or_something_was_changed(tmp_path: Path) -> None:

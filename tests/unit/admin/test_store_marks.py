@@ -33,24 +33,36 @@ async def marks_of_a_filled_cache(root: Path) -> AsyncIterator[tuple[Mirror, Sto
 
 async def test_marks_are_listed_until_they_are_taken_away(tmp_path: Path) -> None:
     async with marks_of_a_filled_cache(tmp_path) as (_, marks, digest):
-        assert await marks.pin("app:v1") == {"text": f"pinned {NAME}"}
-        assert await marks.freeze("app:v1", None) == {"text": f"frozen {NAME} at {digest}"}
-        assert await marks.block("ghcr.io/org/*", "withdrawn") == {"text": "blocked ghcr.io/org/*"}
+        assert await marks.pin("app:v1") == {"text": f"pinned {NAME}", "notes": []}
+        frozen = f"frozen {NAME} at {digest}"
+        assert await marks.freeze("app:v1", None) == {"text": frozen, "notes": []}
+        assert await marks.block("docker.io/org/*", "withdrawn") == {
+            "text": "blocked docker.io/org/*",
+            "notes": [],
+        }
         assert await marks.list() == {
             "pins": [{"name": NAME, "digest": digest, "since": AT}],
             "freezes": [{"name": NAME, "digest": digest, "since": AT}],
-            "blocks": [{"target": "ghcr.io/org/*", "reason": "withdrawn", "since": AT}],
+            "blocks": [
+                {
+                    "target": "docker.io/org/*",
+                    "reason": "withdrawn",
+                    "since": AT,
+                    "digests": [],
+                }
+            ],
             "leases": 0,
         }
         await marks.unpin("app:v1")
         await marks.unfreeze("app:v1")
-        await marks.unblock("ghcr.io/org/*")
+        await marks.unblock("docker.io/org/*")
         assert await marks.list() == {"pins": [], "freezes": [], "blocks": [], "leases": 0}
 
 
 async def test_freeze_at_a_digest_of_the_tag_is_a_rollback(tmp_path: Path) -> None:
     async with marks_of_a_filled_cache(tmp_path) as (mirror, marks, digest):
-        assert await marks.freeze("app:v1", digest) == {"text": f"frozen {NAME} at {digest}"}
+        changed = await marks.freeze("app:v1", digest)
+        assert changed == {"text": f"frozen {NAME} at {digest}", "notes": []}
         assert str(read_marks(mirror.store.layout).freezes[NAME].digest) == digest
 
 
@@ -63,3 +75,28 @@ async def test_what_is_not_here_or_not_marked_is_not_found(tmp_path: Path) -> No
             await marks.pin("app:missing")
         with pytest.raises(InvalidRequest):
             await marks.pin("App:v1")
+
+
+async def test_change_tells_what_the_command_line_notes(tmp_path: Path) -> None:
+    async with marks_of_a_filled_cache(tmp_path) as (mirror, marks, digest):
+        layout = mirror.store.layout
+        for path in (layout.root / "blobs" / "sha256").iterdir():
+            if path.name != digest.partition(":")[2]:
+                path.unlink()
+        incomplete = (
+            f"{NAME} is not complete here: what arrives of it is kept. To fetch it: oci-mirror"
+            f" warm {NAME}"
+        )
+        assert (await marks.pin("app:v1"))["notes"] == [incomplete]
+        assert (await marks.freeze("app:v1", None))["notes"] == [incomplete]
+        (rollback,) = (await marks.freeze("app:v1", digest))["notes"]
+        assert "missing here. The upstream has the image" in rollback
+        (warning,) = (await marks.block("other.example/org/*", "withdrawn"))["notes"]
+        assert (
+            warning
+            == "other.example is not one of upstreams, so nothing matches other.example/org/*"
+        )
+        (absent,) = (await marks.block(f"sha256:{0:064}", "withdrawn"))["notes"]
+        assert absent.startswith("the content is not in the cache")
+        with pytest.raises(InvalidRequest, match=r"docker\.io is a registry"):
+            await marks.block("docker.io", "withdrawn")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable, Coroutine
 from contextlib import closing
 from dataclasses import replace
@@ -15,13 +17,17 @@ from typing import Any
 
 import pytest
 
+from mirror.config.settings import Hosted
+from mirror.inventory.json_rows import image_row, streamed_rows
+from mirror.inventory.read import open_listing, read_inventory
 from mirror.observability.hosted_events import Actor, HostedChange
-from mirror.oci.descriptor import OCI_INDEX
-from mirror.oci.reference import Digest
-from mirror.store.marks import Pin, change_marks, read_marks
+from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
+from mirror.oci.reference import Digest, Tag
+from mirror.store.marks import Block, Pin, change_marks, read_marks
 from tests.unit.cli.inventory_kit import CONFIG, Site
+from tests.unit.history.kit import a_pull, recording
+from tests.unit.hosted.kit import ANYBODY, HostedKit, hosted_kit, index_of, manifest_of
 from tests.unit.hosted.kit import CONFIG as HOSTED_CONFIG
-from tests.unit.hosted.kit import HostedKit, hosted_kit, index_of, manifest_of
 
 NAME = "registry.example"
 HOSTED = f"hosted: {{name: {NAME}, listen: '127.0.0.1:0', max_size: 1000000}}\n"
@@ -68,6 +74,104 @@ def test_hosted_image_is_listed_with_its_push(site: Site) -> None:
     assert (hosted["unique"], hosted["stale_why"], hosted["confirmed"]) == (0, None, None)
     assert hosted["pushed"] is not None
     assert names(site, "--filter", "state=hosted", "*/team/*") == [hosted["name"]]
+
+
+def test_images_are_listed_one_by_one_as_those_of_an_inventory(site: Site) -> None:
+    async def push(kit: HostedKit) -> None:
+        for tag in ("v3", "v2", "latest"):
+            await kit.push_image(*LAYERS, repository="team/app", tag=tag)
+        await kit.push_image(LAYERS[1], repository="team", tag="v1")
+        await kit.push_image(LAYERS[1], repository="team/app", tag=None)
+        fallback = str(TAGGED).replace(":", "-")
+        await kit.push_image(b"list", repository="team/app", tag=fallback)
+        subject = {"digest": str(TAGGED), "size": 1, "mediaType": OCI_MANIFEST}
+        await kit.push_image(b"sbom", repository="team/app", tag=None, subject=subject)
+        lost = await kit.push_image(b"lost", repository="zoo", tag="v1")
+        kit.store.layout.blob(lost).unlink()
+
+    change(site, push)
+    site.data.image("zzz.example/last:1", "last", b"own")
+    site.data.save()
+    hosted = Hosted.model_validate({"name": NAME, "listen": "127.0.0.1:0"})
+    layout = site.data.layout
+    block = Block(f"{NAME}/team/app:v2", "why", 1.0, frozenset())
+    for blocks in ({}, {block.target: block}):
+        change_marks(layout, lambda marks, new=blocks: replace(marks, blocks=new))
+        whole = read_inventory(layout, {}, read_marks(layout), site.now, hosted)
+        expected = [image_row(whole, image) for image in whole.images]
+        for has_all in (True, False):
+            listed = names(site, *(["--all"] if has_all else []))
+            wanted = [row for row in expected if has_all or row["kind"] == "image"]
+            assert listed == [row["name"] for row in wanted]
+        with open_listing(layout, {}, read_marks(layout), site.now, hosted) as listing:
+            streamed = list(streamed_rows(listing, has_referrers=True))
+            assert {image.is_hosted for image in listing.images} == {False}
+        assert streamed == [row for row in expected if "hosted" in row["state"]]
+        assert len(streamed) == 9
+        assert sum("blocked" in row["state"] for row in streamed) == len(blocks)
+
+
+def test_explain_says_which_tags_need_hosted_content(site: Site) -> None:
+    digests = [Digest.of(LAYERS[1]), TAGGED, Digest.of(b"gone"), Digest.of(b"untagged")]
+
+    async def push(kit: HostedKit) -> None:
+        await kit.push_image(LAYERS[1], repository="team/multi", tag=None)
+        body = index_of(manifest_of(LAYERS[1]))
+        await kit.service.manifests.put(
+            "team/multi", Tag("all"), (), body, OCI_INDEX, actor=ANYBODY
+        )
+        await kit.push_blob(b"untagged", "team/app")
+
+    change(site, push)
+
+    async def record() -> None:
+        with recording(site.data.layout.root, site.now) as made:
+            for repository in ("team/app", "team/multi"):
+                for digest in digests:
+                    text, request_id = str(digest), f"{repository}-{digest.hex[:8]}"
+                    place = {"upstream": NAME, "repository": repository, "reference": text}
+                    made.end(a_pull(request_id=request_id, digest=text, duration=2.0, **place))
+            made.write()
+
+    asyncio.run(record())
+    found = {
+        row["request_id"]: row["sentences"][-1] for row in site.rows("explain", "--last", "20")
+    }
+    app, multi = f"{NAME}/team/app", f"{NAME}/team/multi"
+    gone = "does not have it now: it was deleted, or never pushed there."
+    expected = [
+        (app, digests[0], f"Hosted: {app} has it, by the tag v1."),
+        (app, digests[1], f"Hosted: {app} has it, by the tag v1."),
+        (app, digests[2], f"Hosted: {app} {gone}"),
+        (app, digests[3], f"Hosted: {app} has it, and no tag names it now."),
+        (multi, digests[0], f"Hosted: {multi} has it, by the tag all."),
+        (multi, digests[1], f"Hosted: {multi} {gone}"),
+    ]
+    for repository, digest, sentence in expected:
+        path = repository.removeprefix(f"{NAME}/")
+        assert found[f"{path}-{digest.hex[:8]}"] == sentence
+
+
+def test_many_hosted_tags_are_listed_in_flat_memory(site: Site) -> None:
+    tags = 30_000
+    with closing(sqlite3.connect(site.data.layout.hosted_names)) as database, database:
+        (row,) = database.execute("SELECT repository, digest, pushed_at, pushed_by FROM tags")
+        database.executemany(
+            "INSERT INTO tags (repository, tag, digest, pushed_at, pushed_by)"
+            " VALUES (?, ?, ?, ?, ?)",
+            [(row[0], f"v2.{number}", *row[1:]) for number in range(tags)],
+        )
+    site.data.save()
+    code = (
+        "import sys\n"
+        "from mirror.cli.main import main\n"
+        f"assert main(['ls', '--config', {str(site.config)!r}]) == 0\n"
+        "status = open('/proc/self/status').read()\n"
+        "print(status.partition('VmHWM:')[2].split()[0], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert done.stdout.count(b"\n") == tags + 3
+    assert int(done.stderr) * 1024 < 75_000_000, "more than 110 MB with all rows in memory"
 
 
 def test_manifest_that_an_index_lists_is_no_row_of_its_own(site: Site) -> None:

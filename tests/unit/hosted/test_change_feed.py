@@ -13,7 +13,7 @@ from mirror.observability.events import HostedChange
 from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.errors import ManifestUnknown
 from mirror.oci.reference import Digest, Repository, Tag
-from tests.unit.hosted.kit import NOW, HostedKit, hosted_kit
+from tests.unit.hosted.kit import ANYBODY, NOW, HostedKit, hosted_kit
 
 
 async def recorded(kit: HostedKit) -> int:
@@ -66,7 +66,7 @@ async def test_change_of_a_server_that_was_killed_is_told_by_another_one_under_i
 async def test_failed_change_leaves_no_record(tmp_path: Path) -> None:
     async with hosted_kit(tmp_path) as kit:
         with pytest.raises(ManifestUnknown):
-            await kit.service.manifests.delete("app", Tag("v1"))
+            await kit.service.manifests.delete("app", Tag("v1"), actor=ANYBODY)
         assert await recorded(kit) == 0
 
 

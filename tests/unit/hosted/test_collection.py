@@ -15,6 +15,7 @@ from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST, referrers_tag
 from mirror.oci.errors import ManifestUnknown, TagImmutable
 from mirror.oci.reference import Digest, Tag
 from tests.unit.hosted.kit import (
+    ANYBODY,
     NOW,
     HostedKit,
     change_of,
@@ -43,7 +44,7 @@ async def planned(kit: HostedKit) -> set[Digest]:
 
 async def put(kit: HostedKit, body: bytes, tag: str | None, kind: str = OCI_MANIFEST) -> Digest:
     reference = Digest.of(body) if tag is None else Tag(tag)
-    manifest = await kit.service.manifests.put("app", reference, (), body, kind)
+    manifest = await kit.service.manifests.put("app", reference, (), body, kind, actor=ANYBODY)
     return manifest.digest
 
 
@@ -68,7 +69,7 @@ async def test_blob_stays_as_long_as_a_client_was_told_of_it_within_the_grace(
         found, mounted = [await kit.push_blob(data) for data in (b"found", b"mounted")]
         kit.clock[0] = LATER - 10
         await kit.service.blobs.mark_used("app", found)
-        assert await kit.service.blobs.mount("app", "two", mounted)
+        assert await kit.service.blobs.mount("app", "two", mounted, actor=ANYBODY)
         collected = [(row.repository, row.digest) for row in await run(kit)]
         assert collected == [("app", mounted)]
 
@@ -77,7 +78,7 @@ async def test_manifest_without_a_tag_stays(tmp_path: Path) -> None:
     async with hosted_kit(tmp_path) as kit:
         await kit.push_image(b"layer", tag=None)
         await kit.push_image(b"other", tag="v1")
-        await kit.service.manifests.delete("app", Tag("v1"))
+        await kit.service.manifests.delete("app", Tag("v1"), actor=ANYBODY)
         assert await digests(kit) == set()
 
 
@@ -88,7 +89,7 @@ async def test_deleted_index_takes_what_only_it_has_listed(tmp_path: Path) -> No
             await kit.push_image(data, tag=tag)
         index = await put(kit, index_of(*children), "latest", OCI_INDEX)
         await put(kit, index_of(children[3]), "other", OCI_INDEX)
-        await kit.service.manifests.delete("app", index)
+        await kit.service.manifests.delete("app", index, actor=ANYBODY)
         assert await digests(kit, NOW + GRACE) == set()
         gone = {Digest.of(data) for data in (*children[:2], b"one", b"two")}
         assert await planned(kit) == gone
@@ -109,7 +110,7 @@ async def test_manifest_that_an_image_has_as_a_layer_stays_when_that_image_goes(
     async with hosted_kit(tmp_path) as kit:
         body = await push_as_both(kit, b"one")
         other = await kit.push_image(body, tag="v1")
-        await kit.service.manifests.delete("app", other)
+        await kit.service.manifests.delete("app", other, actor=ANYBODY)
         assert await digests(kit) == {Digest.of(body)}  # As a blob.
         assert (await kit.service.manifests.find("app", Digest.of(body))).digest == Digest.of(body)
 
@@ -121,7 +122,7 @@ async def test_orphan_that_an_image_has_as_a_layer_goes_and_its_bytes_stay_as_a_
         body = await push_as_both(kit, b"one")
         index = await put(kit, index_of(body), "index", OCI_INDEX)
         await kit.push_image(body, tag="v1")
-        await kit.service.manifests.delete("app", index)
+        await kit.service.manifests.delete("app", index, actor=ANYBODY)
         assert await digests(kit) == {Digest.of(body), Digest.of(b"one")}
         with pytest.raises(ManifestUnknown):
             await kit.service.manifests.find("app", Digest.of(body))
@@ -147,7 +148,7 @@ async def test_referrer_goes_with_its_subject_and_stays_if_the_subject_was_never
         of_mirrored = await kit.push_image(
             b"other", tag=None, subject=descriptor(b"elsewhere", OCI_MANIFEST)
         )
-        await kit.service.manifests.delete("app", subject)
+        await kit.service.manifests.delete("app", subject, actor=ANYBODY)
         collected = await digests(kit)
         assert signature in collected
         assert of_mirrored not in collected
@@ -165,7 +166,7 @@ async def test_tag_of_a_subject_goes_with_it_and_stays_if_the_subject_was_never_
         mirrored = referrers_tag(Digest.of(b"elsewhere")) + ending
         await kit.push_image(b"sig of a mirrored image", tag=mirrored)
         assert await digests(kit, LATER + 10 * GRACE) == set()
-        await kit.service.manifests.delete("app", subject)
+        await kit.service.manifests.delete("app", subject, actor=ANYBODY)
         assert await digests(kit, NOW + GRACE) == set()
         gone = {signature, Digest.of(b"layer"), Digest.of(b"sig")}
         assert await planned(kit) == gone
@@ -199,7 +200,7 @@ async def test_immutable_tag_of_a_subject_stays_with_all_its_parts(tmp_path: Pat
         tag = Tag(referrers_tag(subject))
         index = await put(kit, index_of(manifest_of(b"of the index")), str(tag), OCI_INDEX)
         if by == "deletion":
-            await kit.service.manifests.delete("app", subject)
+            await kit.service.manifests.delete("app", subject, actor=ANYBODY)
         else:
             tagged = await kit.database.read(retention_rows.tagged_images)
             remove = partial(retention_rows.remove_unchanged, rows=tagged, now=NOW)
@@ -230,7 +231,7 @@ async def test_many_orphans_that_immutable_tags_keep_do_not_keep_others_from_goi
             )
             for number in range(3)
         ]
-        await kit.service.manifests.delete("app", subject)
+        await kit.service.manifests.delete("app", subject, actor=ANYBODY)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(collection, "_ROWS_PER_WRITE", 1)
             collected = await digests(kit)
@@ -242,7 +243,7 @@ async def test_tag_of_a_subject_that_is_pushed_again_stays(tmp_path: Path) -> No
     async with hosted_kit(tmp_path) as kit:
         subject = await kit.push_image(b"layer", tag="v1")
         signature = await kit.push_image(b"sig", tag=referrers_tag(subject) + ".sig")
-        await kit.service.manifests.delete("app", subject)
+        await kit.service.manifests.delete("app", subject, actor=ANYBODY)
         await put(kit, manifest_of(b"layer"), "v1")
         assert await digests(kit, LATER + 10 * GRACE) == set()
         assert (
@@ -260,7 +261,7 @@ async def test_orphan_that_is_needed_again_stays(tmp_path: Path, how: str) -> No
         subject = await kit.push_image(b"layer", tag="v1")
         signature = manifest_of(b"sig", subject=descriptor(image, OCI_MANIFEST))
         orphan = await kit.push_image(b"sig", tag=None, subject=descriptor(image, OCI_MANIFEST))
-        await kit.service.manifests.delete("app", subject)
+        await kit.service.manifests.delete("app", subject, actor=ANYBODY)
         kit.clock[0] = LATER - 10
         if how == "tag":
             await put(kit, signature, "signature")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sqlite3
 from pathlib import Path
 
 import pytest
 
+import mirror
 from mirror.config.settings import Storage
 from mirror.hosted import database
 from mirror.observability.events import HostedChange
@@ -22,7 +24,15 @@ from mirror.oci.errors import (
     QuotaExceeded,
 )
 from mirror.oci.reference import Digest, Tag
-from tests.unit.hosted.kit import CONFIG, CONFIG_DIGEST, NOW, hosted_kit, index_of, manifest_of
+from tests.unit.hosted.kit import (
+    ANYBODY,
+    CONFIG,
+    CONFIG_DIGEST,
+    NOW,
+    hosted_kit,
+    index_of,
+    manifest_of,
+)
 from tests.unit.store.kit import random_bytes
 from tests.waiting import until
 
@@ -46,13 +56,13 @@ async def test_repositories_share_bytes_and_no_names(tmp_path: Path) -> None:
         with pytest.raises(BlobUnknown):
             await kit.service.blobs.size("two", DIGEST)
         with pytest.raises(BlobUnknown):
-            await kit.service.blobs.delete("two", DIGEST)
+            await kit.service.blobs.delete("two", DIGEST, actor=ANYBODY)
         await kit.push_blob(LAYER, "two")
         usage = await kit.usage()
         assert (usage.bytes, usage.contents) == (len(LAYER), 1)
-        await kit.service.blobs.delete("one", DIGEST)
+        await kit.service.blobs.delete("one", DIGEST, actor=ANYBODY)
         assert await kit.read_blob(DIGEST, "two") == LAYER
-        await kit.service.blobs.delete("two", DIGEST)
+        await kit.service.blobs.delete("two", DIGEST, actor=ANYBODY)
         assert (await kit.usage()).contents == 0
         assert kit.store.catalog.has_blob(DIGEST), "it is cache now"
 
@@ -62,11 +72,12 @@ async def test_parts_of_another_repository_do_not_count(tmp_path: Path) -> None:
         await kit.push_image(LAYER, repository="one")
         put = kit.service.manifests.put
         with pytest.raises(PartsUnknown, match="2 of the parts"):
-            await put("two", Tag("v1"), (), manifest_of(LAYER), OCI_MANIFEST)
+            await put("two", Tag("v1"), (), manifest_of(LAYER), OCI_MANIFEST, ANYBODY)
+        index = index_of(manifest_of(LAYER))
         with pytest.raises(PartsUnknown, match="1 of the parts") as caught:
-            await put("two", Tag("v1"), (), index_of(manifest_of(LAYER)), OCI_INDEX)
+            await put("two", Tag("v1"), (), index, OCI_INDEX, ANYBODY)
         assert str(Digest.of(manifest_of(LAYER))) in str(caught.value.detail)
-        assert not kit.store.catalog.has_blob(Digest.of(index_of(manifest_of(LAYER))))
+        assert not kit.store.catalog.has_blob(Digest.of(index))
 
 
 async def test_many_parts_are_checked(tmp_path: Path) -> None:
@@ -74,7 +85,7 @@ async def test_many_parts_are_checked(tmp_path: Path) -> None:
         layers = [str(number).encode() for number in range(1200)]
         with pytest.raises(PartsUnknown, match="1201 of the parts") as caught:
             await kit.service.manifests.put(
-                "app", Tag("v1"), (), manifest_of(*layers), OCI_MANIFEST
+                "app", Tag("v1"), (), manifest_of(*layers), OCI_MANIFEST, actor=ANYBODY
             )
         assert str(caught.value.detail).count("sha256:") == 20
 
@@ -94,22 +105,22 @@ async def test_deleted_manifest_takes_its_tags_and_referrers_along(tmp_path: Pat
         subject = {"mediaType": OCI_MANIFEST, "digest": str(digest), "size": 1}
         referrer = await kit.push_image(LAYER, tag="sig", subject=subject)
         assert (await kit.service.lists.referrers("app", digest, None)).count == 1
-        await kit.service.manifests.delete("app", referrer)
+        await kit.service.manifests.delete("app", referrer, actor=ANYBODY)
         assert (await kit.service.lists.referrers("app", digest, None)).count == 0
         with pytest.raises(ManifestUnknown):
             await kit.service.manifests.find("app", Tag("sig"))
         with pytest.raises(ManifestUnknown):
-            await kit.service.manifests.delete("app", referrer)
+            await kit.service.manifests.delete("app", referrer, actor=ANYBODY)
 
 
 async def test_repository_ends_with_its_last_content(tmp_path: Path) -> None:
     async with hosted_kit(tmp_path) as kit:
         digest = await kit.push_image()
         assert await kit.service.lists.repositories(None, "") == (["app"], False)
-        await kit.service.manifests.delete("app", digest)
+        await kit.service.manifests.delete("app", digest, actor=ANYBODY)
         assert await kit.service.lists.repositories(None, "") == ([], False)
         assert await kit.service.lists.tags("app", None, None) == ([], False)
-        await kit.service.blobs.delete("app", CONFIG_DIGEST)
+        await kit.service.blobs.delete("app", CONFIG_DIGEST, actor=ANYBODY)
         with pytest.raises(NameUnknown):
             await kit.service.lists.tags("app", None, None)
 
@@ -119,7 +130,7 @@ async def test_manifest_beyond_the_quota_is_refused_and_leaves_no_row(tmp_path: 
         await kit.push_blob(CONFIG)
         body = manifest_of(annotations={"a": "x" * 1000})
         with pytest.raises(QuotaExceeded):
-            await kit.service.manifests.put("app", Tag("v1"), (), body, OCI_MANIFEST)
+            await kit.service.manifests.put("app", Tag("v1"), (), body, OCI_MANIFEST, actor=ANYBODY)
         with pytest.raises(ManifestUnknown):
             await kit.service.manifests.find("app", Digest.of(body))
         assert (await kit.usage()).bytes == len(CONFIG)
@@ -130,7 +141,9 @@ async def test_wrong_digest_of_a_manifest_stores_nothing(tmp_path: Path) -> None
         await kit.push_blob(CONFIG)
         body = manifest_of()
         with pytest.raises(DigestInvalid, match=r"hashes to sha256:.* not to sha256:"):
-            await kit.service.manifests.put("app", Digest.of(b"other"), (), body, OCI_MANIFEST)
+            await kit.service.manifests.put(
+                "app", Digest.of(b"other"), (), body, OCI_MANIFEST, actor=ANYBODY
+            )
         assert not kit.store.catalog.has_blob(Digest.of(body))
 
 
@@ -158,11 +171,11 @@ async def test_lost_and_damaged_content_is_unknown_until_it_is_pushed_again(
 async def test_mount_needs_the_row_and_the_content(tmp_path: Path) -> None:
     async with hosted_kit(tmp_path) as kit:
         await kit.push_blob(LAYER, "one")
-        assert not await kit.service.blobs.mount("nothing", "two", DIGEST)
-        assert await kit.service.blobs.mount("one", "two", DIGEST)
+        assert not await kit.service.blobs.mount("nothing", "two", DIGEST, actor=ANYBODY)
+        assert await kit.service.blobs.mount("one", "two", DIGEST, actor=ANYBODY)
         assert await kit.service.blobs.size("two", DIGEST) == len(LAYER)
         kit.store.layout.blob(DIGEST).unlink()
-        assert not await kit.service.blobs.mount("one", "three", DIGEST)
+        assert not await kit.service.blobs.mount("one", "three", DIGEST, actor=ANYBODY)
 
 
 async def test_use_of_a_blob_is_recorded_once_in_a_while(tmp_path: Path) -> None:
@@ -230,17 +243,37 @@ async def test_each_change_has_one_event_after_its_commit(tmp_path: Path) -> Non
         assert {(one.user, one.client, one.at) for one in found} == {("ci", "192.0.2.1", NOW)}
         assert (found[0].media_type, found[0].size) == (OCI_MANIFEST, len(body))
         assert found[3].size == len(LAYER)
+        image_size = len(body) + len(CONFIG) + len(LAYER)
+        assert [one.image_size for one in found] == [image_size] * 3 + [None] * 4
+
+
+async def test_push_of_an_index_states_no_size_of_an_image(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        await kit.push_image(LAYER)
+        index = index_of(manifest_of(LAYER))
+        await kit.service.manifests.put("app", Tag("all"), (), index, OCI_INDEX, actor=ANYBODY)
+        pushed = [event for event in kit.events if isinstance(event, HostedChange)][-1]
+        assert (pushed.tag, pushed.size, pushed.image_size) == ("all", len(index), None)
+
+
+def test_nobody_is_taken_for_the_one_who_changes_something() -> None:
+    sources = {path: path.read_text() for path in Path(mirror.__file__).parent.rglob("*.py")}
+    taken = [text for text in sources.values() if "actor: Actor" in text]
+    assert len(taken) > 5
+    assert [text for text in taken if re.search(r"actor: Actor[^,)\n]*=", text)] == []
 
 
 async def test_refused_change_has_no_event(tmp_path: Path) -> None:
     async with hosted_kit(tmp_path) as kit:
         with pytest.raises(PartsUnknown):
-            await kit.service.manifests.put("app", Tag("v1"), (), manifest_of(LAYER), OCI_MANIFEST)
+            await kit.service.manifests.put(
+                "app", Tag("v1"), (), manifest_of(LAYER), OCI_MANIFEST, actor=ANYBODY
+            )
         with pytest.raises(ManifestUnknown):
-            await kit.service.manifests.delete("app", Tag("v1"))
+            await kit.service.manifests.delete("app", Tag("v1"), actor=ANYBODY)
         with pytest.raises(BlobUnknown):
-            await kit.service.blobs.delete("app", DIGEST)
-        assert not await kit.service.blobs.mount("app", "two", DIGEST)
+            await kit.service.blobs.delete("app", DIGEST, actor=ANYBODY)
+        assert not await kit.service.blobs.mount("app", "two", DIGEST, actor=ANYBODY)
         assert not [event for event in kit.events if isinstance(event, HostedChange)]
 
 
@@ -250,7 +283,7 @@ async def test_change_of_a_client_that_leaves_has_its_event(tmp_path: Path) -> N
         kit.events.clear()
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0):
-                await kit.service.manifests.delete("app", digest)
+                await kit.service.manifests.delete("app", digest, actor=ANYBODY)
         await until(lambda: any(isinstance(event, HostedChange) for event in kit.events))
 
 
@@ -262,11 +295,11 @@ async def test_quota_of_a_repository_counts_shared_content_once_and_mounts_too(
         await kit.push_image(large, repository="one", tag="v1")
         await kit.push_blob(b"more", "one")
         body = manifest_of(large, b"more")
-        await kit.service.manifests.put("one", Tag("v2"), (), body, OCI_MANIFEST)
+        await kit.service.manifests.put("one", Tag("v2"), (), body, OCI_MANIFEST, actor=ANYBODY)
         await kit.push_blob(b"y" * 7_000, "two")
         with pytest.raises(
             QuotaExceeded, match=r"more than hosted.max_repository_size .10KiB. are needed"
         ):
-            await kit.service.blobs.mount("one", "two", Digest.of(large))
-        assert await kit.service.blobs.mount("one", "three", Digest.of(large))
+            await kit.service.blobs.mount("one", "two", Digest.of(large), actor=ANYBODY)
+        assert await kit.service.blobs.mount("one", "three", Digest.of(large), actor=ANYBODY)
         assert (await kit.usage()).bytes < 16_000

@@ -14,6 +14,7 @@ from mirror.oci.reference import Digest, Tag
 from tests.server_kit import Server, running
 from tests.unit.access.kit import rule
 from tests.unit.hosted.kit import (
+    ANYBODY,
     CONFIG,
     CONFIG_DIGEST,
     PushClient,
@@ -69,28 +70,32 @@ async def test_immutable_tag_is_not_deleted_by_tag_or_by_digest(
         digest = await kit.push_image(b"one")
         reference = digest if is_by_digest else Tag("v1")
         with pytest.raises(TagImmutable, match="only an admin can delete it"):
-            await kit.service.manifests.delete("app", reference)
+            await kit.service.manifests.delete("app", reference, actor=ANYBODY)
         await kit.service.manifests.find("app", Tag("v1"))
-        await kit.service.manifests.delete("app", reference, may_change_immutable=True)
+        await kit.service.manifests.delete(
+            "app", reference, may_change_immutable=True, actor=ANYBODY
+        )
 
 
 async def test_immutable_tag_keeps_all_that_its_image_has(tmp_path: Path) -> None:
     async with hosted_kit(tmp_path, immutable_tags=["*:v*"]) as kit:
         child = await kit.push_image(b"layer", tag=None)
         index = index_of(manifest_of(b"layer"))
-        await kit.service.manifests.put("app", Tag("v1"), (), index, OCI_INDEX)
+        await kit.service.manifests.put("app", Tag("v1"), (), index, OCI_INDEX, actor=ANYBODY)
         with pytest.raises(TagImmutable, match="v1 is immutable: only an admin"):
-            await kit.service.manifests.delete("app", child)
+            await kit.service.manifests.delete("app", child, actor=ANYBODY)
         for blob in (CONFIG, b"layer"):
             with pytest.raises(TagImmutable, match="v1 is immutable: only an admin"):
-                await kit.service.blobs.delete("app", Digest.of(blob))
+                await kit.service.blobs.delete("app", Digest.of(blob), actor=ANYBODY)
         # What other images have, and the same content in other repositories, is not protected.
         await kit.push_image(b"free", tag="latest")
-        await kit.service.blobs.delete("app", Digest.of(b"free"))
+        await kit.service.blobs.delete("app", Digest.of(b"free"), actor=ANYBODY)
         await kit.push_image(b"layer", repository="other", tag="latest")
-        await kit.service.blobs.delete("other", Digest.of(b"layer"))
-        await kit.service.manifests.delete("app", child, may_change_immutable=True)
-        await kit.service.blobs.delete("app", Digest.of(b"layer"), may_change_immutable=True)
+        await kit.service.blobs.delete("other", Digest.of(b"layer"), actor=ANYBODY)
+        await kit.service.manifests.delete("app", child, may_change_immutable=True, actor=ANYBODY)
+        await kit.service.blobs.delete(
+            "app", Digest.of(b"layer"), may_change_immutable=True, actor=ANYBODY
+        )
 
 
 async def test_immutable_tag_keeps_bytes_as_what_its_image_has(tmp_path: Path) -> None:
@@ -100,13 +105,15 @@ async def test_immutable_tag_keeps_bytes_as_what_its_image_has(tmp_path: Path) -
             await kit.push_image(data, tag=None)
             await kit.push_blob(manifest_of(data))
         await kit.push_image(layer, tag="v1")
-        await kit.service.manifests.put("app", Tag("v2"), (), index_of(child), OCI_INDEX)
+        await kit.service.manifests.put(
+            "app", Tag("v2"), (), index_of(child), OCI_INDEX, actor=ANYBODY
+        )
         with pytest.raises(TagImmutable, match="v1 is immutable"):
-            await kit.service.blobs.delete("app", Digest.of(layer))
-        await kit.service.manifests.delete("app", Digest.of(layer))
+            await kit.service.blobs.delete("app", Digest.of(layer), actor=ANYBODY)
+        await kit.service.manifests.delete("app", Digest.of(layer), actor=ANYBODY)
         with pytest.raises(TagImmutable, match="v2 is immutable"):
-            await kit.service.manifests.delete("app", Digest.of(child))
-        await kit.service.blobs.delete("app", Digest.of(child))
+            await kit.service.manifests.delete("app", Digest.of(child), actor=ANYBODY)
+        await kit.service.blobs.delete("app", Digest.of(child), actor=ANYBODY)
 
 
 @pytest.mark.parametrize("tag", ["v1", None])
@@ -118,11 +125,13 @@ async def test_manifest_of_an_immutable_tag_keeps_its_media_type(
         body = manifest_of(b"layer", mediaType=None)
         if tag is None:
             index = index_of(body)
-            await kit.service.manifests.put("app", Tag("v1"), (), index, OCI_INDEX)
+            await kit.service.manifests.put("app", Tag("v1"), (), index, OCI_INDEX, actor=ANYBODY)
         with pytest.raises(TagImmutable, match="v1 is immutable: this manifest stays"):
-            await kit.service.manifests.put("app", digest, (), body, "application/vnd.evil+json")
+            await kit.service.manifests.put(
+                "app", digest, (), body, "application/vnd.evil+json", actor=ANYBODY
+            )
         assert (await kit.service.manifests.find("app", digest)).media_type == OCI_MANIFEST
-        await kit.service.manifests.put("app", digest, (), body, OCI_MANIFEST)
+        await kit.service.manifests.put("app", digest, (), body, OCI_MANIFEST, actor=ANYBODY)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from mirror.store.layout import Layout
 from mirror.store.quarantine import quarantine
 from mirror.store.removal import Removal
 from mirror.threads import run_in_thread
-from tests.unit.hosted.kit import CONFIG, NOW, HostedKit, hosted_kit, manifest_of
+from tests.unit.hosted.kit import ANYBODY, CONFIG, NOW, HostedKit, hosted_kit, manifest_of
 
 LAYER = b"layer"
 
@@ -276,7 +276,7 @@ async def test_mounted_blob_stays_if_its_push_ends_before_it_is_acknowledged(
             eviction.start()
             monkeypatch.setattr(kit.database, "write", write)
             await write(*args, **keys)
-            assert await kit.service.blobs.mount("app", "other", digest)
+            assert await kit.service.blobs.mount("app", "other", digest, actor=ANYBODY)
             raise Killed
 
         monkeypatch.setattr(kit.database, "write", write_and_die)
@@ -365,7 +365,7 @@ async def test_no_acknowledged_push_is_lost_beside_fetches_and_evictions_that_st
                 for _ in range(seeded.randrange(20)):
                     assert kit.store.catalog.has_blob(digest), "acknowledged, and not deleted"
                     await asyncio.sleep(0.001)
-                await kit.service.blobs.delete(repository, digest)
+                await kit.service.blobs.delete(repository, digest, actor=ANYBODY)
                 count += 1
             return count
 

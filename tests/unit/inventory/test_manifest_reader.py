@@ -38,7 +38,7 @@ def cache_of(data: DataDirectory) -> ManifestCache:
 
 def cached(data: DataDirectory) -> dict[str, StoredManifest]:
     """The manifests in all pages of the cache."""
-    pages = map(load_page, cache_of(data).load().values())
+    pages = map(load_page, dict(cache_of(data).load()).values())
     return {one.text: one for page in pages for one in page}
 
 
@@ -85,7 +85,7 @@ def test_new_manifests_fill_up_the_last_page(
         data.image(f"app:{tag}", tag)
         data.read()
 
-        assert [len(load_page(page)) for page in cache_of(data).load().values()] == sizes
+        assert [len(load_page(page)) for page in dict(cache_of(data).load()).values()] == sizes
 
 
 def test_platform_is_read_once_its_config_has_come(data: DataDirectory) -> None:

@@ -265,9 +265,20 @@ def test_each_change_of_a_hosted_repository_is_one_line_however_many_there_are()
     assert fields["message"] == "pushed"
     assert (fields["user"], fields["client"]) == ("ci", "192.0.2.1")
     assert (fields["repository"], fields["tag"]) == ("registry.example/team/app", "v7")
-    assert (fields["digest"], fields["bytes"]) == (str(Digest.of(b"")), 7)
+    assert (fields["digest"], fields["manifest_bytes"]) == (str(Digest.of(b"")), 7)
+    assert fields.keys().isdisjoint({"bytes", "blob_bytes", "image_bytes"})
     assert fields["at"] == "1970-01-01T00:00:01Z", "also if a server tells of it later"
     assert written(a_change(), log=Log(format="json", level="warning")) == []
+
+
+def test_line_of_a_change_says_what_its_bytes_are() -> None:
+    (line,) = written(a_change(image_size=5_000_000_000))
+    fields = json.loads(line)
+    assert (fields["manifest_bytes"], fields["image_bytes"]) == (7, 5_000_000_000)
+    (line,) = written(a_change(action="mount", tag="", media_type="application/octet-stream"))
+    fields = json.loads(line)
+    assert (fields["message"], fields["blob_bytes"]) == ("mounted", 7)
+    assert "manifest_bytes" not in fields
 
 
 def test_change_without_a_user_or_a_client_says_so() -> None:

@@ -27,6 +27,7 @@ from mirror.store import disk
 from mirror.threads import run_in_thread
 from tests.robustness.kit import every_file_hashes_to_its_name
 from tests.unit.hosted.kit import (
+    ANYBODY,
     CONFIG,
     NOW,
     HostedKit,
@@ -51,7 +52,7 @@ async def push_all(kit: HostedKit) -> None:
     await kit.push_image(b"two", repository="other", tag="v2")
     await kit.push_image(b"child", repository="team/app", tag=None)
     index = index_of(manifest_of(b"child"))
-    await kit.service.manifests.put("team/app", Tag("index"), (), index, OCI_INDEX)
+    await kit.service.manifests.put("team/app", Tag("index"), (), index, OCI_INDEX, actor=ANYBODY)
     await kit.push_image(
         b"signature",
         repository="team/app",
@@ -59,7 +60,9 @@ async def push_all(kit: HostedKit) -> None:
         subject=descriptor(manifest_of(LAYER), OCI_MANIFEST),
     )
     wide = manifest_of(LAYER)
-    await kit.service.manifests.put("team/app", Digest.of(wide, "sha512"), (), wide, OCI_MANIFEST)
+    await kit.service.manifests.put(
+        "team/app", Digest.of(wide, "sha512"), (), wide, OCI_MANIFEST, actor=ANYBODY
+    )
 
 
 async def state_of(kit: HostedKit) -> dict[str, Any]:
@@ -145,7 +148,9 @@ async def test_second_backup_adds_what_is_new_and_removes_what_is_gone(tmp_path:
     async with pushed(tmp_path) as kit:
         backup(kit, target)
         assert backup(kit, target).added == 0
-        await kit.service.manifests.delete("team/app", Digest.of(manifest_of(b"by digest")))
+        await kit.service.manifests.delete(
+            "team/app", Digest.of(manifest_of(b"by digest")), actor=ANYBODY
+        )
         await collect(kit.database, NOW + 10**6, 0.0, change_of, kit.is_protected)
         await kit.push_image(b"three", repository="team/app", tag="v2")
         report = backup(kit, target)
@@ -168,7 +173,7 @@ async def test_content_that_is_deleted_while_a_backup_reads_stays_until_its_end(
         with opened_snapshot(kit.store.layout) as snapshot:
             for repository in list(snapshot.repositories()):
                 for row in list(snapshot.manifests(repository)):
-                    await kit.service.manifests.delete(repository, row.digest)
+                    await kit.service.manifests.delete(repository, row.digest, actor=ANYBODY)
             await collect(kit.database, NOW + 10**6, 0.0, change_of, kit.is_protected)
             assert (await kit.usage()).contents == 0
             await kit.store.evictor.remove([blob])
@@ -196,7 +201,7 @@ async def test_copy_of_a_killed_backup_keeps_nothing_and_is_removed(tmp_path: Pa
         with opened_snapshot(layout):
             stale = layout.snapshot.read_bytes()
         layout.snapshot.write_bytes(stale)
-        await kit.service.blobs.delete("team/app", Digest.of(LAYER))
+        await kit.service.blobs.delete("team/app", Digest.of(LAYER), actor=ANYBODY)
         blob = next(one for one in kit.store.catalog.blobs(NOW) if one.digest == Digest.of(LAYER))
         assert (await kit.store.evictor.remove([blob])).sizes
         drop_stale_snapshot(layout)
@@ -336,8 +341,10 @@ async def test_restore_revives_what_is_an_orphan_only_here(tmp_path: Path) -> No
     async with pushed(tmp_path) as kit:
         before = await state_of(kit)
         backup(kit, target)
-        await kit.service.manifests.delete("team/app", Digest.of(manifest_of(LAYER)))
-        await kit.service.manifests.delete("team/app", Digest.of(index_of(manifest_of(b"child"))))
+        await kit.service.manifests.delete("team/app", Digest.of(manifest_of(LAYER)), actor=ANYBODY)
+        await kit.service.manifests.delete(
+            "team/app", Digest.of(index_of(manifest_of(b"child"))), actor=ANYBODY
+        )
         assert {row[-1] for row in (await state_of(kit))["manifests"]} == {0, NOW}
         await restore(kit, target)
         assert await state_of(kit) == before
@@ -349,7 +356,7 @@ async def test_tag_of_another_manifest_is_replaced_by_force_only(tmp_path: Path)
         backup(kit, target)
         first = await kit.service.manifests.find("team/app", Tag("v2"))
         await kit.push_image(b"three", repository="team/app", tag="v2")
-        await kit.service.manifests.delete("team/app", Tag("v1"))
+        await kit.service.manifests.delete("team/app", Tag("v1"), actor=ANYBODY)
         with pytest.raises(StorageUnavailable, match=r"1 tags .*team/app:v2.* --force replaces"):
             await restore(kit, target)
         assert (await kit.service.lists.tags("team/app", None, None))[0] == ["index", "v2"]

@@ -23,6 +23,7 @@ from mirror.operations.restore import restore_backup
 from mirror.operations.write_backup import write_backup
 from tests.robustness.kit import every_file_hashes_to_its_name
 from tests.unit.hosted.kit import (
+    ANYBODY,
     CONFIG,
     EMPTY_TYPE,
     HostedKit,
@@ -98,11 +99,13 @@ class Pusher:
         elif kind == "blob":
             await self.kit.push_blob(data, repository)
         elif kind == "delete":
-            await service.manifests.delete(repository, Digest.of(body))
+            await service.manifests.delete(repository, Digest.of(body), actor=ANYBODY)
         elif kind == "delete-tag":
-            await service.manifests.delete(repository, Tag(TAGS[one % len(TAGS)]))
+            await service.manifests.delete(repository, Tag(TAGS[one % len(TAGS)]), actor=ANYBODY)
         elif kind == "delete-blob":
-            await service.blobs.delete(repository, Digest.of([*BLOBS, CONFIG, body][one % 5]))
+            await service.blobs.delete(
+                repository, Digest.of([*BLOBS, CONFIG, body][one % 5]), actor=ANYBODY
+            )
         elif kind == "collect":
             grace = USE_STEP_S * one
             await collect(
@@ -189,7 +192,7 @@ async def round_trip(first: list[Any], second: list[Any], target: str) -> None:
         async with hosted_kit(root / "new", sparse_indexes=True) as kit:
             for _ in range(2):
                 restored = await restore_backup(
-                    kit.store, kit.service.settings, path, may_replace=False
+                    kit.store, kit.service.settings, path, may_replace=False, actor=ANYBODY
                 )
                 assert restored.problems == []
                 assert restored.images == report.images

@@ -23,15 +23,21 @@ from mirror.oci.reference import Digest, Tag
 from mirror.operations import hosted_job
 from mirror.operations.cleaning_report import Item
 from mirror.operations.hosted_collection import (
+    COLLECTION,
     collect_hosted,
     collect_hosted_garbage,
     find_hosted_garbage,
 )
 from mirror.operations.hosted_job import HOSTED_REPORT, HostedJob, run_upkeep
-from mirror.operations.hosted_retention import apply_hosted_retention, plan_hosted_retention
+from mirror.operations.hosted_retention import (
+    RETENTION,
+    apply_hosted_retention,
+    plan_hosted_retention,
+)
 from mirror.store.layout import Layout
 from mirror.store.marks import Lease, Marks, Pin, read_marks
 from tests.unit.hosted.kit import (
+    ANYBODY,
     CONFIG_DIGEST,
     NOW,
     HostedKit,
@@ -62,7 +68,7 @@ async def retain(
     given = kit.database, hosted, marks or no_marks(), kit.clock[0]
     planned = await plan_hosted_retention(*given)
     await kit.told_changes()
-    report = await apply_hosted_retention(*given)
+    report = await apply_hosted_retention(*given, RETENTION)
     changes = await kit.told_changes()
     assert sorted(map(repr, planned.items)) == sorted(map(repr, report.items))
     assert len(changes) == len(report.removed())
@@ -114,7 +120,7 @@ async def test_pull_of_a_platform_by_digest_is_a_use_of_its_indexes(tmp_path: Pa
     async with hosted_kit(tmp_path) as kit:
         platform = await kit.push_image(b"platform", tag=None)
         index = index_of(manifest_of(b"platform"))
-        await kit.service.manifests.put("app", Tag("multi"), (), index, OCI_INDEX)
+        await kit.service.manifests.put("app", Tag("multi"), (), index, OCI_INDEX, actor=ANYBODY)
         outer = json.dumps(
             {
                 "schemaVersion": 2,
@@ -122,7 +128,7 @@ async def test_pull_of_a_platform_by_digest_is_a_use_of_its_indexes(tmp_path: Pa
                 "manifests": [descriptor(index, OCI_INDEX)],
             }
         ).encode()
-        await kit.service.manifests.put("app", Tag("nested"), (), outer, OCI_INDEX)
+        await kit.service.manifests.put("app", Tag("nested"), (), outer, OCI_INDEX, actor=ANYBODY)
         await push_tags(kit, "v1")
         kit.clock[0] += 10 * DAY
         kit.service.manifests.mark_pulled("app", await kit.service.manifests.find("app", platform))
@@ -158,7 +164,7 @@ async def test_untagged_rule_is_about_manifests_that_nothing_names(tmp_path: Pat
         alone = await kit.push_image(b"alone", tag=None)
         await kit.push_image(b"child", tag=None)
         index = index_of(manifest_of(b"child"))
-        await kit.service.manifests.put("app", Tag("index"), (), index, OCI_INDEX)
+        await kit.service.manifests.put("app", Tag("index"), (), index, OCI_INDEX, actor=ANYBODY)
         subject = descriptor(b"of a mirrored image", OCI_MANIFEST)
         await kit.push_image(b"signature", tag=None, subject=subject)
         await push_tags(kit, "v1")
@@ -226,6 +232,7 @@ async def collect_all(kit: HostedKit) -> tuple[list[Item], list[HostedChange]]:
         kit.service.settings,
         DAY,
         partial(inventory_of, kit),
+        COLLECTION,
     )
     return report.items, await kit.told_changes()
 

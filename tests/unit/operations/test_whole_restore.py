@@ -21,7 +21,7 @@ from mirror.operations.write_backup import write_backup
 from mirror.store.eviction import StoredBlob
 from mirror.store.hosted_contents import HostedContents
 from mirror.store.removal import KeptBecause
-from tests.unit.hosted.kit import NOW, HostedKit, hosted_kit, manifest_of
+from tests.unit.hosted.kit import ANYBODY, NOW, HostedKit, hosted_kit, manifest_of
 from tests.unit.operations.test_backup import backup, index_with, restore, state_of, write_layout
 
 LAYERS = [b"one" * 1000, b"two" * 1000, b"three" * 1000]
@@ -130,7 +130,7 @@ async def test_rows_of_a_restore_that_was_killed_count_for_nothing(tmp_path: Pat
         layout = kit.store.layout
         digest = await kit.push_blob(b"x")
         layout.staged_names.write_bytes(layout.hosted_names.read_bytes())
-        await kit.service.blobs.delete("app", digest)
+        await kit.service.blobs.delete("app", digest, actor=ANYBODY)
         assert HostedContents(layout).find([digest]) == set()
         assert HostedContents(layout).usage() == (0, 0)
 

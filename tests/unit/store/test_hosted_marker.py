@@ -14,7 +14,7 @@ from mirror.composition import open_hosted
 from mirror.config.settings import Hosted, Settings, Storage
 from mirror.hosted.database import Database
 from mirror.hosted.staged_names import StagedNames
-from mirror.inventory.hosted_names import read_hosted_names
+from mirror.inventory.hosted_names import open_hosted_names
 from mirror.observability.events import Event, LogMessage, Observer
 from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest
@@ -107,12 +107,17 @@ async def test_data_directory_of_an_earlier_version_gets_the_marker(tmp_path: Pa
     assert layout.hosted_marker.exists()
 
 
+def _read_names(layout: Layout) -> None:
+    with open_hosted_names(layout, "registry.example") as names:
+        list(names.names())
+
+
 @pytest.mark.parametrize(
     "read",
     [
         lambda layout: HostedContents(layout).find([Digest.of(b"x")]),
         lambda layout: HostedContents(layout).usage(),
-        lambda layout: read_hosted_names(layout, "registry.example"),
+        _read_names,
     ],
     ids=["eviction", "usage", "inventory"],
 )

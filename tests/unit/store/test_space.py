@@ -300,11 +300,14 @@ class SlowEviction:
         unlink, make_room = removal._unlink, Evictor._make_room
 
         def slow(
-            layout: Layout, content: Candidate, protection: Protection
+            layout: Layout,
+            content: Candidate,
+            protection: Protection,
+            failures: dict[Digest, str],
         ) -> int | KeptBecause | None:
             self.is_removing = True
             self.go.wait(pause)
-            return unlink(layout, content, protection)
+            return unlink(layout, content, protection, failures)
 
         def counted(evictor: Evictor, need: int) -> None:
             self.begun += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import ssl
 import time
@@ -27,6 +28,7 @@ from mirror.threads import run_in_thread
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.real.tokens import Certificate
 from tests.server_kit import running
+from tests.waiting import until
 
 LIMITS = {"connect": 1.0, "headers": 1.0}
 
@@ -202,3 +204,24 @@ async def test_sample_is_a_permitted_image_that_was_pulled_before(tmp_path: Path
         "docker.io": (Repository.parse("docker.io", "library/app"), Tag("1"))
     }
     assert read_samples(tmp_path / "none", settings) == {}
+
+
+async def test_sample_need_not_be_in_index_json_yet_and_not_in_the_index_any_more(
+    tmp_path: Path,
+) -> None:
+    async with FakeRegistry() as registry:
+        registry.add_image(repository="library/app", tag="1")
+        async with running(tmp_path, registry.url) as server:
+            assert (await server.get(server.manifest("1", "library/app")))[0] == 200
+            settings = server.running_server.mirror.settings
+            sample = Repository.parse("docker.io", "library/app"), Tag("1")
+            await until(lambda: read_samples(tmp_path, settings) == {"docker.io": sample})
+            assert b"library/app" not in _index_json(tmp_path)
+    assert b"library/app" in _index_json(tmp_path)
+    shutil.rmtree(tmp_path / "index")
+    assert read_samples(tmp_path, settings) == {"docker.io": sample}
+
+
+def _index_json(root: Path) -> bytes:
+    path = root / "index.json"
+    return path.read_bytes() if path.exists() else b""
