@@ -34,7 +34,7 @@ from cachetools import LRUCache
 from mirror.config.settings import Hosted
 from mirror.hosted import name_rows, upload_files, upload_rows
 from mirror.hosted.database import Database
-from mirror.hosted.upload_feed import UploadFeed
+from mirror.hosted.upload_feed import MIN_STEP_BYTES, UploadFeed
 from mirror.hosted.upload_rows import UploadRow
 from mirror.hosted.upload_writer import RunningHash, UploadWriter
 from mirror.oci.errors import (
@@ -124,23 +124,23 @@ class UploadSessions:
         Args:
             repository: The repository that the blob is for.
             user: The user. Only the same user can feed the upload.
-            size: Bytes to reserve of the quota. None: they are not known.
+            size: Bytes that it will have. They are reserved as they come. None: not known.
             algorithm: The algorithm of the digest, as far as it is known.
             owner: Whose limit the upload counts for. None: the user's.
 
         Raises:
-            QuotaExceeded: The quota does not have that many bytes left.
+            QuotaExceeded: The quota is used up, or has no room for ``size`` bytes.
             TooManyRequests: The owner has too many uploads.
             StorageUnavailable: The disk refuses.
         """
         upload_id = secrets.token_hex(16)
         row = UploadRow(
-            *(upload_id, repository, user, size or 0, self._boot, self._now()),
+            *(upload_id, repository, user, min(size or 0, MIN_STEP_BYTES), self._boot, self._now()),
             owner=user if owner is None else owner,
         )
 
         def begin(connection: Connection) -> str | None:
-            ended = upload_rows.begin_upload(connection, row, self._hosted)
+            ended = upload_rows.begin_upload(connection, row, self._hosted, size or 0)
             # Here, and not in a thread of its own: a push of small blobs waits for each thread. A
             # file whose row is not committed is removed like any other without a row.
             with disk_errors():
@@ -174,7 +174,7 @@ class UploadSessions:
         Raises:
             UploadUnknown: The repository and the user have no such upload.
             UploadOutOfOrder: The upload does not end at ``start``, or another request feeds it.
-            QuotaExceeded: The quota does not have so many bytes left.
+            QuotaExceeded: The quota has no room for so many bytes.
             StorageUnavailable: The disk refuses.
         """
         if not upload_files.is_upload_id(upload_id):
@@ -223,7 +223,7 @@ class UploadSessions:
                 message = f"the upload has {position} bytes, and the chunk begins at {start}"
                 raise UploadOutOfOrder(message, position)
             if size is not None:
-                await feed.reserve(position + size)
+                await feed.announce(position + size)
         except BaseException:
             feed.close()
             raise
@@ -234,9 +234,13 @@ class UploadSessions:
         with disk_errors():
             return await self._loop.run_in_executor(self._opening, partial(work, *args))
 
-    async def _reserve(self, upload_id: str, size: int) -> None:
+    async def _reserve(self, upload_id: str, size: int, announced: int) -> None:
         reserve = partial(
-            upload_rows.reserve, upload_id=upload_id, reserved=size, hosted=self._hosted
+            upload_rows.reserve,
+            upload_id=upload_id,
+            reserved=size,
+            hosted=self._hosted,
+            announced=announced,
         )
         if not await self._database.write(reserve, is_durable=False):
             raise UploadUnknown(_GONE)

@@ -39,8 +39,10 @@ class UploadRow:
     """The user, or the address of an anonymous one. Each has a limit of uploads."""
 
 
-def begin_upload(connection: Connection, row: UploadRow, hosted: Hosted) -> str | None:
-    """Record a new upload.
+def begin_upload(
+    connection: Connection, row: UploadRow, hosted: Hosted, announced: int = 0
+) -> str | None:
+    """Record a new upload. ``announced``: the bytes that it will have, as far as they are known.
 
     Returns:
         The id of the upload that has ended for it, None without one. If there are
@@ -50,7 +52,7 @@ def begin_upload(connection: Connection, row: UploadRow, hosted: Hosted) -> str 
     Raises:
         TooManyRequests: The owner has :data:`MAX_OWNER_UPLOADS` already, or there are
             :data:`MAX_UPLOADS` and no owner has more.
-        QuotaExceeded: The quota has fewer bytes left than ``row.reserved``, or none.
+        QuotaExceeded: The quota is used up, or has no room for so many bytes.
     """
     counts = dict(connection.execute("SELECT owner, count(*) FROM uploads GROUP BY owner"))
     own = counts.get(row.owner, 0)
@@ -70,7 +72,7 @@ def begin_upload(connection: Connection, row: UploadRow, hosted: Hosted) -> str 
         "INSERT INTO uploads VALUES (?, ?, ?, ?, ?, ?, ?)",
         (row.id, row.repository, row.user, row.reserved, row.boot, row.started_at, row.owner),
     )
-    check_quota(connection, row.repository, hosted)
+    check_quota(connection, row.repository, hosted, announced)
     return ended
 
 
@@ -84,17 +86,19 @@ def _end_least(connection: Connection, owner: str) -> str:
     return upload_id
 
 
-def reserve(connection: Connection, upload_id: str, reserved: int, hosted: Hosted) -> bool:
+def reserve(
+    connection: Connection, upload_id: str, reserved: int, hosted: Hosted, announced: int = 0
+) -> bool:
     """Let an upload reach ``reserved`` bytes. False if there is no such upload any more.
 
-    Raises ``QuotaExceeded``.
+    Raises ``QuotaExceeded``, also if there is no room for the ``announced`` bytes.
     """
     found = connection.execute(
         "UPDATE uploads SET reserved = max(reserved, ?) WHERE id = ? RETURNING repository",
         (reserved, upload_id),
     ).fetchone()
     if found is not None:
-        check_quota(connection, found[0], hosted)
+        check_quota(connection, found[0], hosted, announced)
     return found is not None
 
 
@@ -105,24 +109,39 @@ def release_reservation(connection: Connection, upload_id: str, length: int) -> 
     )
 
 
-def check_quota(connection: Connection, repository: str, hosted: Hosted) -> None:
+def check_quota(
+    connection: Connection, repository: str, hosted: Hosted, announced: int = 0
+) -> None:
     """Check that all hosted content, and what uploads have reserved, is within the quota.
 
     Args:
         connection: The database.
         repository: The repository that has grown.
         hosted: The quota, of all repositories and of each.
+        announced: Bytes that an upload will have. They must fit beside the content, and are
+            reserved as they come: an upload that never ends keeps others out of no more.
 
     Raises :class:`QuotaExceeded`.
     """
-    used = used_bytes(connection)
-    if sum(used) > hosted.max_size:
-        raise _exceeded("hosted.max_size", used, hosted.max_size)
+    used, quota = used_bytes(connection), hosted.max_size
+    if used[0] + max(used[1], announced) > quota:
+        # Who may push here may not know how much others have.
+        error = QuotaExceeded(
+            f"hosted.max_size ({format_size(quota)}) has no room for this push."
+            " Delete images and run oci-mirror gc, or raise hosted.max_size"
+        )
+        error.for_operator = _usage_text(used)
+        raise error
     if hosted.max_repository_size is None:
         return
-    used = used_bytes_of_repository(connection, repository)
-    if sum(used) > hosted.max_repository_size:
-        raise _exceeded("hosted.max_repository_size", used, hosted.max_repository_size)
+    used, quota = used_bytes_of_repository(connection, repository), hosted.max_repository_size
+    needed = used[0] + max(used[1], announced)
+    if needed > quota:
+        raise QuotaExceeded(
+            f"{size_text(needed - quota)} more than hosted.max_repository_size"
+            f" ({format_size(quota)}) are needed: {_usage_text(used)}."
+            " Delete images and run oci-mirror gc, or raise hosted.max_repository_size"
+        )
 
 
 def used_bytes(connection: Connection) -> tuple[int, int]:
@@ -143,13 +162,9 @@ def used_bytes_of_repository(connection: Connection, repository: str) -> tuple[i
     return int(used[0]), int(used[1])
 
 
-def _exceeded(key: str, used: tuple[int, int], quota: int) -> QuotaExceeded:
-    """Return the error for a quota. ``used``: bytes of content, and bytes reserved by uploads."""
-    return QuotaExceeded(
-        f"{size_text(sum(used) - quota)} more than {key} ({format_size(quota)}) are needed:"
-        f" {size_text(used[0])} are used, and {size_text(used[1])} reserved by uploads."
-        f" Delete images and run oci-mirror gc, or raise {key}"
-    )
+def _usage_text(used: tuple[int, int]) -> str:
+    """Return text for people. ``used``: bytes of content, and bytes reserved by uploads."""
+    return f"{size_text(used[0])} are used, and {size_text(used[1])} reserved by uploads"
 
 
 def find_upload(connection: Connection, upload_id: str) -> UploadRow | None:

@@ -278,7 +278,7 @@ class HostedHandler:
         if parsed.digest is None:
             return self._reply_progress(request, pull, parsed.repository, upload_id, 0)
         # One request has the whole blob.
-        feed = await uploads.open(upload_id, repository, user)
+        feed = await uploads.open(upload_id, repository, user, size=size)
         try:
             await self._receive(request, pull, feed)
             await uploads.finish(feed, parsed.digest)
