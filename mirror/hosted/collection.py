@@ -25,7 +25,7 @@ from typing import Final
 
 from mirror.hosted import collection_rows, upload_files, upload_rows
 from mirror.hosted.change_rows import record_change
-from mirror.hosted.collection_rows import Cutoff, NeedlessRow
+from mirror.hosted.collection_rows import Cutoff, IsProtected, NeedlessRow
 from mirror.hosted.database import Database
 from mirror.hosted.upload_rows import UploadRow
 from mirror.observability.hosted_events import HostedChange
@@ -40,7 +40,7 @@ ChangeOf = Callable[[NeedlessRow], HostedChange]
 
 
 async def find_needless(
-    database: Database, layout: Layout, now: float, grace: float
+    database: Database, layout: Layout, now: float, grace: float, is_protected: IsProtected
 ) -> list[NeedlessRow]:
     """Return the rows that a collection would remove now. No push waits for it.
 
@@ -49,9 +49,11 @@ async def find_needless(
         layout: Has the uploads in progress.
         now: Seconds since the epoch.
         grace: Seconds for which what nothing needs is kept after its last use.
+        is_protected: Tells which manifests stay anyway.
     """
     cutoff = await _find_cutoff(database, layout, now, grace)
-    return await database.read(partial(_collect_in_copy, cutoff=cutoff))
+    find = partial(_collect_in_copy, cutoff=cutoff, is_protected=is_protected)
+    return await database.read(find)
 
 
 async def _find_cutoff(database: Database, layout: Layout, now: float, grace: float) -> Cutoff:
@@ -81,7 +83,9 @@ def _fed_since(layout: Layout, uploads: list[UploadRow], since: float) -> list[U
     return found
 
 
-def _collect_in_copy(connection: Connection, cutoff: Cutoff) -> list[NeedlessRow]:
+def _collect_in_copy(
+    connection: Connection, cutoff: Cutoff, is_protected: IsProtected
+) -> list[NeedlessRow]:
     """Collect in a copy of the database, which SQLite keeps in a temporary file. Blocks."""
     everything = 2**62
     found: list[NeedlessRow] = []
@@ -89,12 +93,17 @@ def _collect_in_copy(connection: Connection, cutoff: Cutoff) -> list[NeedlessRow
         connection.backup(copy)
         copy.execute("BEGIN")
         while rows := collection_rows.needless_manifests(copy, cutoff, everything):
-            found += collection_rows.delete_needless(copy, rows, cutoff)
+            found += collection_rows.delete_needless(copy, rows, cutoff, is_protected)
         return found + collection_rows.needless_blobs(copy, cutoff, everything, None)
 
 
 async def collect(
-    database: Database, layout: Layout, now: float, grace: float, change_of: ChangeOf
+    database: Database,
+    layout: Layout,
+    now: float,
+    grace: float,
+    change_of: ChangeOf,
+    is_protected: IsProtected,
 ) -> list[NeedlessRow]:
     """Remove what nothing needs. Returns it.
 
@@ -106,26 +115,26 @@ async def collect(
         now: Seconds since the epoch.
         grace: Seconds for which what nothing needs is kept after its last use.
         change_of: Returns what is recorded of the deletion of a row.
+        is_protected: Tells which manifests stay anyway.
     """
     cutoff = await _find_cutoff(database, layout, now, grace)
     collected: list[NeedlessRow] = []
 
     def delete_recorded(connection: Connection, rows: list[NeedlessRow]) -> list[NeedlessRow]:
-        deleted = collection_rows.delete_needless(connection, rows, cutoff)
+        deleted = collection_rows.delete_needless(connection, rows, cutoff, is_protected)
         for row in deleted:
             record_change(connection, change_of(row))
         return deleted
 
-    async def delete(rows: list[NeedlessRow]) -> int:
-        deleted = await database.write(partial(delete_recorded, rows=rows), is_removal=True)
-        collected.extend(deleted)
-        return len(deleted)
+    async def delete(rows: list[NeedlessRow]) -> None:
+        collected.extend(await database.write(partial(delete_recorded, rows=rows), is_removal=True))
 
     # An index first, then the manifests that only it has listed: again until none is found.
     find = partial(collection_rows.needless_manifests, cutoff=cutoff, count=_ROWS_PER_WRITE)
-    while rows := await database.read(find):
-        if not await delete(rows):
-            break
+    previous: list[NeedlessRow] = []
+    while (rows := await database.read(find)) and rows != previous:
+        previous = rows
+        await delete(rows)
     last: NeedlessRow | None = None
     while rows := await database.read(
         partial(collection_rows.needless_blobs, cutoff=cutoff, count=_ROWS_PER_WRITE, after=last)

@@ -11,16 +11,16 @@ orphaned manifest is needed again if a tag, an index or its subject is pushed.
 
 A tag such as ``sha256-<hex>.sig`` names the subject of its manifest
 (:func:`mirror.oci.descriptor.parse_referrers_tag`). Such a manifest stays as one with a subject
-does: the tag keeps it until it is orphaned, and goes with it.
+does: the tag keeps it until it is orphaned, and goes with it. It stays if the tag is immutable.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from sqlite3 import Connection
-from typing import Final
+from typing import Final, TypeAlias
 
 from mirror.hosted import name_rows
 from mirror.hosted.content_row import ContentRow
@@ -28,6 +28,9 @@ from mirror.hosted.name_rows import IS_TAG_OF_SUBJECT, USE_STEP_S
 from mirror.oci.descriptor import referrers_tag
 from mirror.oci.headers import OCTET_STREAM
 from mirror.oci.reference import Digest
+
+IsProtected: TypeAlias = Callable[[Connection, ContentRow], bool]
+"""Returns whether a manifest stays, although nothing else needs it: that of an immutable tag."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,9 +171,9 @@ def needless_blobs(
 
 
 def delete_needless(
-    connection: Connection, rows: Sequence[NeedlessRow], cutoff: Cutoff
+    connection: Connection, rows: Sequence[NeedlessRow], cutoff: Cutoff, is_protected: IsProtected
 ) -> list[NeedlessRow]:
-    """Delete rows that are still needless. Returns them.
+    """Delete rows that are still needless. Returns them. Protected manifests are no orphans then.
 
     It is decided here, in the transaction that deletes them. A manifest that is pushed at the same
     time has either committed the rows of its parts, or is refused since a part is gone.
@@ -179,6 +182,7 @@ def delete_needless(
         connection: The database.
         rows: The rows.
         cutoff: Until when they must have been unused.
+        is_protected: See :data:`IsProtected`.
     """
     deleted = []
     for row in rows:
@@ -197,6 +201,14 @@ def delete_needless(
             )
             if found.rowcount:
                 deleted.append(row)
+            continue
+        if is_protected(connection, row):
+            # Otherwise each collection would find it again.
+            connection.execute(
+                "UPDATE manifests SET orphaned_at = 0"
+                " WHERE repository = :repository AND digest = :digest",
+                {"repository": row.repository, "digest": str(row.digest)},
+            )
             continue
         orphaned = connection.execute(
             "SELECT orphaned_at FROM orphans WHERE repository = :repository AND digest = :digest"

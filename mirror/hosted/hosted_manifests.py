@@ -18,6 +18,7 @@ from mirror.hosted.change_feed import ChangeFeed
 from mirror.hosted.content_row import ContentRow, PushedRow
 from mirror.hosted.database import Database
 from mirror.hosted.immutable_tags import ImmutableTagRules
+from mirror.hosted.manifest_memory import ManifestMemory
 from mirror.hosted.name_rows import USE_STEP_S, ManifestRow
 from mirror.hosted.pushed_manifest import PushedManifest, read_pushed_manifest
 from mirror.hosted.sessions import UploadSessions, disk_errors
@@ -55,6 +56,7 @@ class HostedManifests:
             immutable_tags: The tags that keep what they name.
             now: Returns the seconds since the epoch.
         """
+        self.memory = ManifestMemory()
         self._settings = hosted
         self._database = database
         self._store = store
@@ -100,7 +102,10 @@ class HostedManifests:
         digest = Digest.of(body, algorithm)
         if is_digest and digest != reference:
             raise DigestInvalid(f"the manifest hashes to {digest}, and not to {reference}")
-        manifest = await parse_in_thread_if_large(read_pushed_manifest, body, content_type, digest)
+        async with self.memory.parsing(len(body)):
+            manifest = await parse_in_thread_if_large(
+                read_pushed_manifest, body, content_type, digest
+            )
         all_tags = [*([] if isinstance(reference, Digest) else [reference]), *tags]
 
         def check(connection: Connection) -> None:

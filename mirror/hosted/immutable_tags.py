@@ -11,6 +11,7 @@ from sqlite3 import Connection
 
 from mirror.config.settings import Hosted
 from mirror.hosted import name_rows
+from mirror.hosted.content_row import ContentRow
 from mirror.hosted.pushed_manifest import PushedManifest
 from mirror.oci.errors import TagImmutable
 from mirror.oci.reference import Digest, Reference, Tag
@@ -85,6 +86,11 @@ class ImmutableTagRules:
             tag = str(reference) if self.is_immutable(repository, str(reference)) else None
         if tag is not None:
             raise TagImmutable(f"the tag {tag} is immutable: only an admin can delete it")
+
+    def is_protected(self, connection: Connection, row: ContentRow) -> bool:
+        """Return whether the image of an immutable tag has a manifest."""
+        tag = self._protector_of(connection, row.repository, row.digest, is_manifest=True)
+        return tag is not None
 
     def _protector_of(
         self, connection: Connection, repository: str, digest: Digest, *, is_manifest: bool

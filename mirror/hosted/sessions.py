@@ -35,7 +35,7 @@ from mirror.hosted import name_rows, upload_files, upload_rows
 from mirror.hosted.abandoned_uploads import AbandonedUploads
 from mirror.hosted.database import Database
 from mirror.hosted.idle_uploads import IdleUploads
-from mirror.hosted.upload_feed import UploadFeed
+from mirror.hosted.upload_feed import MIN_STEP_BYTES, UploadFeed
 from mirror.hosted.upload_rows import UploadRow
 from mirror.hosted.upload_writer import RunningHash, UploadWriter
 from mirror.oci.errors import (
@@ -129,23 +129,25 @@ class UploadSessions:
         Args:
             repository: The repository that the blob is for.
             user: The user. Only the same user can feed the upload.
-            size: Bytes to reserve of the quota. None: they are not known.
+            size: Bytes that it will have. They are reserved as they come. None: not known.
             algorithm: The algorithm of the digest, as far as it is known.
             owner: Whose limit the upload counts for. None: the user's.
 
         Raises:
-            QuotaExceeded: The quota does not have that many bytes left.
+            QuotaExceeded: The quota is used up, or has no room for ``size`` bytes.
             TooManyRequests: The owner has too many uploads.
             StorageUnavailable: The disk refuses.
         """
         upload_id = secrets.token_hex(16)
         row = UploadRow(
-            *(upload_id, repository, user, min(size or 0, _MAX_BYTES), self._boot, self._now()),
+            *(upload_id, repository, user, min(size or 0, MIN_STEP_BYTES), self._boot, self._now()),
             owner=user if owner is None else owner,
         )
 
         def begin(connection: Connection) -> None:
-            record = partial(upload_rows.begin_upload, row=row, hosted=self._hosted)
+            record = partial(
+                upload_rows.begin_upload, row=row, hosted=self._hosted, announced=size or 0
+            )
             with IdleUploads(connection, self._layout, self._now()) as idle:
                 idle.make_slot(row)
                 idle.with_room(record, repository, row.owner)
@@ -180,7 +182,7 @@ class UploadSessions:
         Raises:
             UploadUnknown: The repository and the user have no such upload.
             UploadOutOfOrder: The upload does not end at ``start``, or another request feeds it.
-            QuotaExceeded: The quota does not have so many bytes left.
+            QuotaExceeded: The quota has no room for so many bytes.
             StorageUnavailable: The disk refuses.
         """
         if not upload_files.is_upload_id(upload_id):
@@ -235,7 +237,7 @@ class UploadSessions:
                 message = f"the upload has {position} bytes, and the chunk begins at {start}"
                 raise UploadOutOfOrder(message, position)
             if size is not None:
-                await feed.reserve(min(position + size, _MAX_BYTES))
+                await feed.announce(position + size)
         except BaseException:
             feed.close()
             raise
@@ -315,9 +317,15 @@ class UploadSessions:
             need, partial(end_uploads, _ABANDONED_S), partial(end_uploads, 0.0)
         )
 
-    async def _reserve(self, repository: str, owner: str, upload_id: str, size: int) -> None:
+    async def _reserve(
+        self, repository: str, owner: str, upload_id: str, size: int, announced: int
+    ) -> None:
         reserve = partial(
-            upload_rows.reserve, upload_id=upload_id, reserved=size, hosted=self._hosted
+            upload_rows.reserve,
+            upload_id=upload_id,
+            reserved=size,
+            hosted=self._hosted,
+            announced=announced,
         )
         change = self.with_room(reserve, repository, owner)
         if not await self._database.write(change, is_durable=False):

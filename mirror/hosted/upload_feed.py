@@ -12,8 +12,11 @@ from mirror.hosted.upload_rows import UploadRow
 from mirror.hosted.upload_writer import UploadWriter
 from mirror.oci.errors import QuotaExceeded
 
-_UPLOAD_STEP_BYTES: Final = 64 * 1024 * 1024
-"""Bytes that an upload of unknown length reserves at a time: each step is one small transaction."""
+_MAX_STEP_BYTES: Final = 64 * 1024 * 1024
+"""Most bytes that are reserved at a time. Each step is one small transaction."""
+MIN_STEP_BYTES: Final = 1024 * 1024
+"""Fewest bytes that are reserved at a time. Above, no upload reserves more than twice its bytes: so
+a client that sends slowly keeps others out of little, whatever length it has announced."""
 _UNRESERVED_BYTES: Final = 64 * 1024
 """Bytes that an upload may reach without a reservation. The quota is checked when it is finished:
 a push of many small blobs has one transaction less for each."""
@@ -26,7 +29,7 @@ class UploadFeed:
         self,
         row: UploadRow,
         writer: UploadWriter,
-        reserve: Callable[[str, int], Awaitable[None]],
+        reserve: Callable[[str, int, int], Awaitable[None]],
         make_room: Callable[[int], Awaitable[None]],
     ) -> None:
         """Feed an upload. Created by :meth:`mirror.hosted.sessions.UploadSessions.open`.
@@ -34,7 +37,7 @@ class UploadFeed:
         Args:
             row: The upload.
             writer: Appends to its file.
-            reserve: Reserves bytes of the quota for an upload.
+            reserve: Reserves bytes of the quota for an upload, if those that it has announced fit.
             make_room: Frees so many bytes of the disk, if it can.
         """
         self.row = row
@@ -45,6 +48,8 @@ class UploadFeed:
         """Whether the upload ends with this request, as a blob or without one."""
         self._reserve = reserve
         self._make_room = make_room
+        self._announced = 0
+        """Length that the upload will have, if the client has said it."""
         self._has_room_until = 0
         """Length of the upload up to which the disk was asked for space."""
 
@@ -53,10 +58,15 @@ class UploadFeed:
         """Bytes that the upload has, also those that wait for the disk."""
         return self.writer.position
 
-    async def reserve(self, size: int) -> None:
+    async def announce(self, end: int) -> None:
+        """Refuse an upload that will have ``end`` bytes, if the quota has no room for them."""
+        self._announced = end
+        await self._reserve_up_to(min(end, self.position + MIN_STEP_BYTES))
+
+    async def _reserve_up_to(self, size: int) -> None:
         """Reserve as much of the quota as ``size`` bytes of the upload need, and of the disk."""
         if size > max(self.reserved, _UNRESERVED_BYTES):
-            await self._reserve(self.row.id, size)
+            await self._reserve(self.row.id, size, self._announced)
             self.reserved = size
         if size > max(self._has_room_until, self.position):
             await self._make_room(size - self.position)
@@ -66,12 +76,13 @@ class UploadFeed:
         """Append bytes. Raises ``QuotaExceeded``, ``StorageUnavailable``, ``UploadUnknown``."""
         end = self.position + len(chunk)
         if end > max(self.reserved, _UNRESERVED_BYTES):
+            step_end = end + max(MIN_STEP_BYTES, min(end, _MAX_STEP_BYTES))
             try:
-                await self.reserve(end + _UPLOAD_STEP_BYTES)
+                await self._reserve_up_to(max(end, min(step_end, self._announced or step_end)))
             except QuotaExceeded:
-                await self.reserve(end)
+                await self._reserve_up_to(end)
         elif end > self._has_room_until:
-            await self.reserve(self.reserved)
+            await self._reserve_up_to(self.reserved)
         await self.writer.write(chunk)
 
     async def flush(self) -> None:

@@ -17,6 +17,8 @@ from mirror.config.values import format_size
 from mirror.oci.errors import QuotaExceeded, TooManyRequests
 from mirror.oci.text import size_text
 
+_ALL: Final = "hosted.max_size"
+_OF_ONE: Final = "hosted.max_repository_size"
 MAX_UPLOADS: Final = 4096
 """Uploads at a time. Each has a row and a file, for a day if it is abandoned."""
 MAX_OWNER_UPLOADS: Final = 512
@@ -41,16 +43,18 @@ class UploadRow:
     """The user, or the address of an anonymous one. Each has a limit of uploads."""
 
 
-def begin_upload(connection: Connection, row: UploadRow, hosted: Hosted) -> None:
-    """Record a new upload.
+def begin_upload(
+    connection: Connection, row: UploadRow, hosted: Hosted, announced: int = 0
+) -> None:
+    """Record a new upload. ``announced``: the bytes that it will have, as far as they are known.
 
-    Raises ``QuotaExceeded``: The quota has fewer bytes left than ``row.reserved``, or none.
+    Raises ``QuotaExceeded``: The quota is used up, or has no room for so many bytes.
     """
     connection.execute(
         "INSERT INTO uploads VALUES (?, ?, ?, ?, ?, ?, ?)",
         (row.id, row.repository, row.user, row.reserved, row.boot, row.started_at, row.owner),
     )
-    check_quota(connection, row.repository, hosted)
+    check_quota(connection, row.repository, hosted, announced)
 
 
 def owners_to_give_way(connection: Connection, owner: str) -> list[str]:
@@ -83,17 +87,19 @@ def check_count(connection: Connection, row: UploadRow) -> None:
         raise TooManyRequests("too many uploads are sent at the same time: try again later")
 
 
-def reserve(connection: Connection, upload_id: str, reserved: int, hosted: Hosted) -> bool:
+def reserve(
+    connection: Connection, upload_id: str, reserved: int, hosted: Hosted, announced: int = 0
+) -> bool:
     """Let an upload reach ``reserved`` bytes. False if there is no such upload any more.
 
-    Raises ``QuotaExceeded``.
+    Raises ``QuotaExceeded``, also if there is no room for the ``announced`` bytes.
     """
     found = connection.execute(
         "UPDATE uploads SET reserved = max(reserved, ?) WHERE id = ? RETURNING repository",
         (reserved, upload_id),
     ).fetchone()
     if found is not None:
-        check_quota(connection, found[0], hosted)
+        check_quota(connection, found[0], hosted, announced)
     return found is not None
 
 
@@ -104,19 +110,23 @@ def release_reservation(connection: Connection, upload_id: str, length: int) -> 
     )
 
 
-def check_quota(connection: Connection, repository: str, hosted: Hosted) -> None:
+def check_quota(
+    connection: Connection, repository: str, hosted: Hosted, announced: int = 0
+) -> None:
     """Check that all hosted content, and what uploads have reserved, is within the quota.
 
     Args:
         connection: The database.
         repository: The repository that has grown.
         hosted: The quota, of all repositories and of each.
+        announced: Bytes that an upload will have. They must fit beside the content, and are
+            reserved as they come: an upload that never ends keeps others out of no more.
 
     Raises :class:`QuotaExceeded`.
     """
     for key, used, quota in _quotas(connection, repository, hosted):
-        if sum(used) > quota:
-            raise _exceeded(key, used, quota)
+        if used[0] + max(used[1], announced) > quota:
+            raise _exceeded(key, used, quota, announced)
 
 
 @contextmanager
@@ -138,10 +148,24 @@ def _quotas(
     connection: Connection, repository: str, hosted: Hosted
 ) -> Iterator[tuple[str, tuple[int, int], int]]:
     """Iterate the quotas: key, bytes of content and bytes reserved by uploads, bytes at most."""
-    yield "hosted.max_size", used_bytes(connection), hosted.max_size
+    yield _ALL, used_bytes(connection), hosted.max_size
     if hosted.max_repository_size is not None:
         used = used_bytes_of_repository(connection, repository)
-        yield "hosted.max_repository_size", used, hosted.max_repository_size
+        yield _OF_ONE, used, hosted.max_repository_size
+
+
+def _exceeded(key: str, used: tuple[int, int], quota: int, announced: int = 0) -> QuotaExceeded:
+    """Return the error for a quota. ``used``: bytes of content, and bytes reserved by uploads."""
+    remedy = f"Delete images and run oci-mirror gc, end uploads (ls --uploads), or raise {key}"
+    usage = f"{size_text(used[0])} are used, and {size_text(used[1])} reserved by uploads"
+    if key == _ALL:  # Who may push here may not know how much others have.
+        error = QuotaExceeded(f"{key} ({format_size(quota)}) has no room for this push. {remedy}")
+        error.for_operator = usage
+        return error
+    missing = used[0] + max(used[1], announced) - quota
+    return QuotaExceeded(
+        f"{size_text(missing)} more than {key} ({format_size(quota)}) are needed: {usage}. {remedy}"
+    )
 
 
 def used_bytes(connection: Connection) -> tuple[int, int]:
@@ -160,15 +184,6 @@ def used_bytes_of_repository(connection: Connection, repository: str) -> tuple[i
         (repository, repository),
     ).fetchone()
     return int(used[0]), int(used[1])
-
-
-def _exceeded(key: str, used: tuple[int, int], quota: int) -> QuotaExceeded:
-    """Return the error for a quota. ``used``: bytes of content, and bytes reserved by uploads."""
-    return QuotaExceeded(
-        f"{size_text(sum(used) - quota)} more than {key} ({format_size(quota)}) are needed:"
-        f" {size_text(used[0])} are used, and {size_text(used[1])} reserved by uploads."
-        f" Delete images and run oci-mirror gc, or raise {key}"
-    )
 
 
 def find_upload(connection: Connection, upload_id: str) -> UploadRow | None:

@@ -105,8 +105,8 @@ class RequestRecord:
     aside_bytes: int = 0
     """Bytes that came from aside requests, in place of the running fetch."""
     connections: int = 0
-    """Most connections that fetched a blob together, for the request that started the fetch, as far
-    as known when that request ended. 0: only one was used, or nothing was fetched."""
+    """Most connections that fetched a blob together, of the request that started the fetch, when it
+    ended. 0: only one, or nothing was fetched."""
     late_parts: int = 0
     """Number of parts of that blob that arrived too slowly, and whose rest was fetched again."""
     started: float = field(default_factory=time.monotonic)
@@ -114,8 +114,7 @@ class RequestRecord:
     """Seconds from the start to the first byte of the response; None before it."""
     duration: float = 0.0
     stages: list[tuple[str, float]] = field(default_factory=list)
-    """(name, seconds) of each measured stage: index, resolve, upstream, fetch, wait, send, and
-    token, which is a part of resolve, upstream, fetch or wait."""
+    """(name, seconds) of each measured stage. token is a part of resolve, upstream, fetch or wait."""
     trace: PullTrace | None = None
     """Further measurements. None: the response came from memory."""
     is_refused: Callable[[Repository], bool] | None = None

@@ -48,6 +48,10 @@ CHILD_TYPES: Final = MANIFEST_TYPES | {""}
 MANIFEST_LIMIT: Final = 4 * 1024 * 1024
 """Bytes of the largest manifest that is accepted (Distribution: "at least 4 megabytes")."""
 
+_MAX_NESTED: Final = 100_000
+"""Objects and lists of a manifest. The largest one that has only descriptors has 40,000. Without a
+limit, a manifest of 4 MiB could need 100 MiB of memory, for a moment."""
+
 DEFAULT_ACCEPT: Final = (OCI_INDEX, OCI_MANIFEST, DOCKER_LIST, DOCKER_MANIFEST, "*/*")
 """``Accept`` of a request to an upstream if the client sent none, or if the mirror requests content
 for itself."""
@@ -63,10 +67,13 @@ _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 _FIELDS: Final = {
     name.casefold(): name
     for name in (
-        *("mediaType", "config", "layers", "manifests", "fsLayers", "blobs"),
-        *("digest", "size", "urls"),
+        *("schemaVersion", "mediaType", "artifactType", "config", "layers", "manifests", "blobs"),
+        *("fsLayers", "subject", "annotations", "digest", "size", "urls", "data", "platform"),
+        *("architecture", "os", "os.version", "os.features", "variant", "features"),
     )
 }
+"""Casefolded key -> the key, of all that Go's tools read in a manifest, in a descriptor, and in a
+platform."""
 _IMAGE_FIELDS: Final = ("config", "layers", "fsLayers")
 _PARTS: Final[dict[str, tuple[str, ...]]] = {
     **dict.fromkeys(IMAGE_MANIFEST_TYPES, ("config", "layers")),
@@ -137,8 +144,9 @@ def parse_manifest(body: bytes, content_type: str) -> Manifest:
     understood gives an opaque manifest.
 
     Raises:
-        ManifestInvalid: The body has more than :data:`MANIFEST_LIMIT` bytes or is nested too
-            deeply. Or it is no JSON object, and its type is generic or demands one.
+        ManifestInvalid: The body has more than :data:`MANIFEST_LIMIT` bytes or
+            :data:`_MAX_NESTED` objects, or is nested too deeply. Or it is no JSON object, and its
+            type is generic or demands one.
     """
     media_type = manifest_type_of(content_type)
     document, is_unambiguous = _load(body)
@@ -305,10 +313,12 @@ def _load(body: bytes) -> tuple[_Json | None, bool]:
         The object, or None if the body is not one; and True if every parser reads the same in it.
 
     Raises:
-        ManifestInvalid: The body is too large, or nested too deeply.
+        ManifestInvalid: The body is too large, nested too deeply, or has too many objects.
     """
     if len(body) > MANIFEST_LIMIT:
         raise ManifestInvalid(f"a manifest of more than {MANIFEST_LIMIT} bytes")
+    if body.count(b"{") + body.count(b"[") > _MAX_NESTED:
+        raise ManifestInvalid(f"a manifest with more than {_MAX_NESTED} objects and lists")
     oddities: list[str] = []
 
     def to_fields(pairs: list[tuple[str, Any]]) -> _Json:
@@ -377,6 +387,7 @@ def _is_consistent(document: _Json, media_type: str) -> bool:
 
 def _to_manifest(document: _Json, media_type: str) -> Manifest:
     _refuse_case_variants(document)
+    _refuse_case_variants(document.get("subject"))
     if not _is_consistent(document, media_type):
         raise _NotUnderstood
     fields = _PARTS.get(media_type.lower(), _ALL_PARTS)
@@ -394,7 +405,11 @@ def _to_manifest(document: _Json, media_type: str) -> Manifest:
     )
 
 
-def _refuse_case_variants(fields: _Json) -> None:
+def _refuse_case_variants(fields: object) -> None:
+    """Refuse an object with a key that Go reads as another one. Annotations may have any keys."""
+    if not isinstance(fields, dict):
+        return
+    _refuse_case_variants(fields.get("platform"))
     for name in fields:
         if _FIELDS.get(name.casefold(), name) != name:
             raise _NotUnderstood

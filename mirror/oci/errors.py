@@ -34,6 +34,8 @@ class MirrorError(Exception):
     next_request_in: float | None = None
     """Seconds until an endpoint that got no request may be asked. It pauses after a 429, or its
     circuit is open: then 0.0, since that may close at any time. None: no endpoint has to wait."""
+    for_operator = ""
+    """What the line of the log says after the message, and no client is told."""
     is_wait = False
     """Whether no endpoint has failed: some have to wait, and all others refused."""
     others: tuple[MirrorError, ...] = ()
@@ -384,7 +386,7 @@ class DigestMismatch(UpstreamError):
 
 
 class ManifestInvalid(UpstreamError):
-    """A manifest is too large, nested too deeply, or no JSON object.
+    """A manifest is too large, nested too deeply, has too many objects, or is no JSON object.
 
     Raised by :mod:`mirror.oci.descriptor` and by ``pull``. Code ``MANIFEST_INVALID``.
     """

@@ -19,6 +19,7 @@ from mirror.hosted.change_rows import change_of
 from mirror.hosted.collection import collect, find_needless
 from mirror.hosted.collection_rows import NeedlessRow
 from mirror.hosted.database import Database
+from mirror.hosted.immutable_tags import ImmutableTagRules
 from mirror.inventory.model import Inventory
 from mirror.observability.hosted_events import Actor
 from mirror.oci.errors import StorageUnavailable
@@ -54,7 +55,8 @@ async def find_hosted_garbage(
     database = await Database.open(layout.hosted_names)
     try:
         seconds = hosted.grace if grace is None else grace
-        found = await find_needless(database, layout, now, seconds)
+        is_protected = ImmutableTagRules(hosted).is_protected
+        found = await find_needless(database, layout, now, seconds, is_protected)
     finally:
         await database.close()
     return [_item(hosted, row, row.size) for row in found]
@@ -114,7 +116,8 @@ async def collect_hosted(
     """
     now = store.now()
     change = partial(change_of, "delete", registry=hosted.name, actor=actor, at=now)
-    collected = await collect(database, store.layout, now, grace, change)
+    is_protected = ImmutableTagRules(hosted).is_protected
+    collected = await collect(database, store.layout, now, grace, change, is_protected)
     removal = await _remove_files(store, database, read_inventory)
     freed = dict(removal.sizes)
     report = CleaningReport()

@@ -38,7 +38,8 @@ def build_error_response(
         pull: Record of the request. Gets the outcome and the message.
         common: The header fields that every response has.
     """
-    pull.error = f"{error.code}: {error.message}"
+    more = f" ({error.for_operator})" if error.for_operator else ""
+    pull.error = f"{error.code}: {error.message}{more}"
     match error:
         case NotFound():
             pull.outcome = Outcome.NEGATIVE

@@ -20,6 +20,7 @@ from mirror.access.access_control import AccessControl
 from mirror.access.failure_limit import counted_address
 from mirror.access.identity import AccessRight, Identity
 from mirror.hosted.hosted_service import HostedService
+from mirror.hosted.manifest_memory import ManifestShare
 from mirror.hosted.upload_feed import UploadFeed
 from mirror.observability.events import Kind, Outcome, RequestRecord
 from mirror.observability.hosted_events import Actor
@@ -279,7 +280,7 @@ class HostedHandler:
         if parsed.digest is None:
             return self._reply_progress(request, pull, parsed.repository, upload_id, 0)
         # One request has the whole blob.
-        feed = await uploads.open(upload_id, repository, user)
+        feed = await uploads.open(upload_id, repository, user, size=size)
         try:
             await self._receive(request, pull, feed)
             await uploads.finish(feed, parsed.digest)
@@ -371,16 +372,17 @@ class HostedHandler:
     async def _put_manifest(
         self, request: web.BaseRequest, pull: RequestRecord, parsed: ManifestChange, actor: Actor
     ) -> web.StreamResponse:
-        body = await _read_manifest(request)
-        pull.bytes_received = len(body)
-        manifest = await self._service.manifests.put(
-            parsed.repository.path,
-            parsed.reference,
-            parsed.tags,
-            body,
-            request.headers.get("Content-Type"),
-            actor,
-        )
+        with self._service.manifests.memory.share() as memory:
+            body = await _read_manifest(request, memory)
+            pull.bytes_received = len(body)
+            manifest = await self._service.manifests.put(
+                parsed.repository.path,
+                parsed.reference,
+                parsed.tags,
+                body,
+                request.headers.get("Content-Type"),
+                actor,
+            )
         pull.digest = str(manifest.digest)
         headers = {
             "Location": self._path(request, parsed.repository, f"manifests/{manifest.digest}"),
@@ -470,18 +472,22 @@ async def _send_continue(request: web.BaseRequest) -> None:
         await request.writer.write(_CONTINUE)
 
 
-async def _read_manifest(request: web.BaseRequest) -> bytes:
-    """Read a whole manifest. Raises ``TooLarge``, and ``TimeoutError`` for a silent client."""
+async def _read_manifest(request: web.BaseRequest, memory: ManifestShare) -> bytes:
+    """Read a whole manifest.
+
+    Raises ``TooLarge``, ``TooManyRequests``, and ``TimeoutError`` for a silent client.
+    """
     too_large = f"a manifest may have at most {MANIFEST_LIMIT} bytes"
-    if (request.content_length or 0) > MANIFEST_LIMIT:
+    most = MANIFEST_LIMIT if request.content_length is None else request.content_length
+    if most > MANIFEST_LIMIT:
         raise TooLarge(too_large)
     await _send_continue(request)
-    parts: list[bytes] = []
-    size = 0
+    body = bytearray()
     async with asyncio.timeout(CLIENT_SILENCE_S):
         while chunk := await request.content.readany():
-            parts.append(chunk)
-            size += len(chunk)
-            if size > MANIFEST_LIMIT:
+            if len(body) + len(chunk) > MANIFEST_LIMIT:
                 raise TooLarge(too_large)
-    return b"".join(parts)
+            await memory.reach(len(body) + len(chunk), most)
+            body += chunk
+    memory.shrink(len(body))
+    return bytes(body)

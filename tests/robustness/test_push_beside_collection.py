@@ -142,7 +142,9 @@ async def push_beside_collections(kit: HostedKit, seed: int, rounds: int) -> Non
         nonlocal collected
         while not done.is_set():
             collected += len(
-                await collect(kit.database, kit.store.layout, kit.clock[0], 0.0, change_of)
+                await collect(
+                    kit.database, kit.store.layout, kit.clock[0], 0.0, change_of, kit.is_protected
+                )
             )
             await remove_released(kit)
             if pick.random() < 0.2:  # Then clients may have been told too long ago.
@@ -185,7 +187,7 @@ async def push_beside_collections(kit: HostedKit, seed: int, rounds: int) -> Non
             assert report.problems == []
             await check_all_is_whole(other)
     kit.clock[0] += 10 * USE_STEP_S
-    await collect(kit.database, kit.store.layout, kit.clock[0], 0.0, change_of)
+    await collect(kit.database, kit.store.layout, kit.clock[0], 0.0, change_of, kit.is_protected)
     await check_all_is_whole(kit)
 
 

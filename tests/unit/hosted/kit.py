@@ -16,9 +16,10 @@ from yarl import URL
 
 from mirror.config.settings import Hosted, Storage
 from mirror.hosted import change_rows, name_rows
-from mirror.hosted.collection_rows import NeedlessRow
+from mirror.hosted.collection_rows import IsProtected, NeedlessRow
 from mirror.hosted.database import Database
 from mirror.hosted.hosted_service import HostedService
+from mirror.hosted.immutable_tags import ImmutableTagRules
 from mirror.hosted.name_rows import HostedUsage
 from mirror.observability.events import Event, HostedChange
 from mirror.observability.hosted_events import Actor
@@ -49,6 +50,11 @@ class HostedKit:
     database: Database
     clock: list[float]
     events: list[Event] = field(default_factory=list)
+
+    @property
+    def is_protected(self) -> IsProtected:
+        """Tells a collection which manifests immutable tags keep."""
+        return ImmutableTagRules(self.service.settings).is_protected
 
     async def told_changes(self) -> list[HostedChange]:
         """Return the changes since the last call, also of other processes, and forget them."""

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from mirror.hosted import collection_rows, retention_rows, upload_files
+from mirror.hosted import collection, collection_rows, retention_rows, upload_files
 from mirror.hosted.collection import collect, find_needless
 from mirror.hosted.collection_rows import MAX_PUSH_S, NeedlessRow
 from mirror.hosted.name_rows import USE_STEP_S
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST, referrers_tag
-from mirror.oci.errors import ManifestUnknown
+from mirror.oci.errors import ManifestUnknown, TagImmutable
 from mirror.oci.reference import Digest, Tag
 from tests.unit.hosted.kit import (
     ANYBODY,
@@ -32,15 +32,16 @@ LATER = NOW + GRACE + USE_STEP_S + 1
 
 
 async def run(kit: HostedKit, now: float = LATER, grace: float = GRACE) -> list[NeedlessRow]:
-    return await collect(kit.database, kit.store.layout, now, grace, change_of)
-
-
-async def needless(kit: HostedKit) -> set[Digest]:
-    return {row.digest for row in await find_needless(kit.database, kit.store.layout, LATER, GRACE)}
+    return await collect(kit.database, kit.store.layout, now, grace, change_of, kit.is_protected)
 
 
 async def digests(kit: HostedKit, now: float = LATER) -> set[Digest]:
     return {row.digest for row in await run(kit, now)}
+
+
+async def planned(kit: HostedKit) -> set[Digest]:
+    found = await find_needless(kit.database, kit.store.layout, LATER, GRACE, kit.is_protected)
+    return {row.digest for row in found}
 
 
 async def put(kit: HostedKit, body: bytes, tag: str | None, kind: str = OCI_MANIFEST) -> Digest:
@@ -56,9 +57,7 @@ async def test_blob_that_no_manifest_names_goes_after_the_grace_and_not_before(
         blob = await kit.push_blob(b"alone")
         await kit.push_image(b"layer")
         assert await digests(kit, NOW + GRACE) == set()
-        assert {
-            row.digest for row in await find_needless(kit.database, kit.store.layout, LATER, GRACE)
-        } == {blob}
+        assert await planned(kit) == {blob}
         assert await digests(kit) == {blob}
         assert await digests(kit) == set()
         assert await kit.read_blob(Digest.of(b"layer")) == b"layer"
@@ -93,8 +92,17 @@ async def test_uploads_without_end_keep_no_blob_for_longer_than_a_day(tmp_path: 
         os.utime(upload_files.path_of(kit.store.layout, upload_id), (NOW * 2, NOW * 2))
         latest = NOW + 600 + USE_STEP_S + MAX_PUSH_S
         assert await run(kit, latest, 600) == []
-        assert await find_needless(kit.database, kit.store.layout, latest, 600) == []
-        assert len(await find_needless(kit.database, kit.store.layout, latest + 1, 600)) == 1
+        assert (
+            await find_needless(kit.database, kit.store.layout, latest, 600, kit.is_protected) == []
+        )
+        assert (
+            len(
+                await find_needless(
+                    kit.database, kit.store.layout, latest + 1, 600, kit.is_protected
+                )
+            )
+            == 1
+        )
         assert len(await run(kit, latest + 1, 600)) == 1
 
 
@@ -128,9 +136,7 @@ async def test_deleted_index_takes_what_only_it_has_listed(tmp_path: Path) -> No
         await kit.service.manifests.delete("app", index, actor=ANYBODY)
         assert await digests(kit, NOW + GRACE) == set()
         gone = {Digest.of(data) for data in (*children[:2], b"one", b"two")}
-        assert {
-            row.digest for row in await find_needless(kit.database, kit.store.layout, LATER, GRACE)
-        } == gone
+        assert await planned(kit) == gone
         assert await digests(kit) == gone
 
 
@@ -207,9 +213,7 @@ async def test_tag_of_a_subject_goes_with_it_and_stays_if_the_subject_was_never_
         await kit.service.manifests.delete("app", subject, actor=ANYBODY)
         assert await digests(kit, NOW + GRACE) == set()
         gone = {signature, Digest.of(b"layer"), Digest.of(b"sig")}
-        assert {
-            row.digest for row in await find_needless(kit.database, kit.store.layout, LATER, GRACE)
-        } == gone
+        assert await planned(kit) == gone
         assert await digests(kit) == gone
         assert shared not in gone
         tags, _ = await kit.service.lists.tags("app", None, None)
@@ -230,6 +234,53 @@ async def test_tag_of_a_subject_goes_with_an_orphaned_subject_and_its_own_signat
         )
         assert [row.digest for row in await kit.database.write(remove)] == [subject]
         assert {subject, signature, second} <= await digests(kit)
+
+
+@pytest.mark.parametrize("by", ["deletion", "retention"])
+async def test_immutable_tag_of_a_subject_stays_with_all_its_parts(tmp_path: Path, by: str) -> None:
+    async with hosted_kit(tmp_path, immutable_tags=["app:sha256-*"]) as kit:
+        subject = await kit.push_image(b"layer", tag="v1")
+        child = await kit.push_image(b"of the index", tag=None)
+        tag = Tag(referrers_tag(subject))
+        index = await put(kit, index_of(manifest_of(b"of the index")), str(tag), OCI_INDEX)
+        if by == "deletion":
+            await kit.service.manifests.delete("app", subject, actor=ANYBODY)
+        else:
+            tagged = await kit.database.read(retention_rows.tagged_images)
+            remove = partial(retention_rows.remove_unchanged, rows=tagged, now=NOW)
+            await kit.database.write(remove)
+        await digests(kit)  # The subject goes.
+        late = LATER + 10 * GRACE
+        assert await find_needless(kit.database, late, GRACE, kit.is_protected) == []
+        assert await digests(kit, late) == set()
+        assert (await kit.service.manifests.find("app", tag)).digest == index
+        assert (await kit.service.manifests.find("app", child)).digest == child
+        assert await kit.service.blobs.size("app", Digest.of(b"of the index")) == 12
+        with pytest.raises(TagImmutable):
+            await kit.push_image(b"evil", tag=str(tag))
+
+
+async def test_many_orphans_that_immutable_tags_keep_do_not_keep_others_from_going(
+    tmp_path: Path,
+) -> None:
+    async with hosted_kit(tmp_path, immutable_tags=["app:*.a"]) as kit:
+        subject = await kit.push_image(b"layer", tag="v1")
+        kept = [
+            await kit.push_image(tag=f"{referrers_tag(subject)}.{number}.a", annotations={"a": "b"})
+            for number in range(3)
+        ]
+        gone = [
+            await kit.push_image(
+                tag=f"{referrers_tag(subject)}.{number}.b", annotations={"n": str(number)}
+            )
+            for number in range(3)
+        ]
+        await kit.service.manifests.delete("app", subject, actor=ANYBODY)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(collection, "_ROWS_PER_WRITE", 1)
+            collected = await digests(kit)
+        assert set(gone) <= collected
+        assert not set(kept) & collected
 
 
 async def test_tag_of_a_subject_that_is_pushed_again_stays(tmp_path: Path) -> None:

@@ -73,6 +73,60 @@ def test_layers_that_are_elsewhere_need_not_be_pushed(layer: dict[str, Any]) -> 
     assert got.blobs == (CONFIG_DIGEST, Digest.of(LAYER))
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("SchemaVersion", "MediaType", "ArtifactType", "Config", "LAYERS", "layer\u017f"),
+        *("Manifests", "Blobs", "FSLayers", "Subject", "Annotations"),
+    ],
+)
+def test_key_that_go_reads_as_one_of_a_manifest_is_refused(key: str) -> None:
+    body = manifest_of()[:-1] + f', "{key}": null}}'.encode()
+    with pytest.raises(ManifestRefused, match="more than one way"):
+        read(body)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "MediaType",
+        "Digest",
+        "dige\u017ft",
+        "Size",
+        "URLs",
+        "Data",
+        "ArtifactType",
+        "Annotations",
+        "Platform",
+    ],
+)
+@pytest.mark.parametrize("field", ["config", "layers", "subject", "manifests"])
+def test_key_that_go_reads_as_one_of_a_descriptor_is_refused(field: str, key: str) -> None:
+    one = {**descriptor(LAYER, "application/x"), key: None}
+    fields = {field: one if field in ("config", "subject") else [one]}
+    body = {**json.loads(index_of() if field == "manifests" else manifest_of()), **fields}
+    with pytest.raises(ManifestRefused, match="more than one way"):
+        read(json.dumps(body).encode(), body["mediaType"])
+
+
+@pytest.mark.parametrize(
+    "key", ["OS", "Architecture", "Variant", "OS.Version", "os.Features", "Features"]
+)
+def test_key_that_go_reads_as_one_of_a_platform_is_refused(key: str) -> None:
+    platform = {"os": "linux", "architecture": "amd64", key: None}
+    one = {**descriptor(LAYER, OCI_MANIFEST), "platform": platform}
+    body = {**json.loads(index_of()), "manifests": [one]}
+    with pytest.raises(ManifestRefused, match="more than one way"):
+        read(json.dumps(body).encode(), OCI_INDEX)
+
+
+def test_annotations_may_have_any_keys() -> None:
+    annotations = {"Digest": "a", "SUBJECT": "b", "Layers": "c"}
+    subject = {**descriptor(b"x", OCI_MANIFEST), "annotations": annotations}
+    got = read(manifest_of(annotations=annotations, subject=subject))
+    assert got.annotations == annotations
+
+
 @pytest.mark.parametrize("content_type", [None, "", "application/json", "text/plain"])
 def test_manifest_without_a_content_type_states_its_own(content_type: str | None) -> None:
     assert read(manifest_of(), content_type).media_type == OCI_MANIFEST

@@ -7,6 +7,7 @@ import errno
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -99,9 +100,10 @@ async def test_quota_counts_content_and_what_uploads_have_reserved(tmp_path: Pat
         os.utime(upload_files.path_of(kit.store.layout, upload_id), (NOW, NOW))
         with pytest.raises(
             QuotaExceeded,
-            match=r"more than hosted.max_size .1MB. are needed: .* used, and .* reserved",
-        ):
+            match=r"^hosted.max_size .1MB. has no room for this push. Delete images [^0-9]*$",
+        ) as refused:
             await uploads.begin("other", "", 200_000)
+        assert refused.value.for_operator == "0B are used, and 1.0MiB reserved by uploads"
         await feed_some(kit, upload_id, DATA)
         await finish(kit, upload_id)
         assert await reserved(kit) == {}
@@ -109,6 +111,61 @@ async def test_quota_counts_content_and_what_uploads_have_reserved(tmp_path: Pat
             await uploads.begin("other", "", 200_000)
         await kit.service.blobs.delete("app", DIGEST, actor=ANYBODY)
         await uploads.begin("other", "", 200_000)
+
+
+@pytest.mark.parametrize("request_kind", ["post", "patch"])
+async def test_upload_that_announces_all_of_the_quota_keeps_out_only_what_it_has_sent(
+    tmp_path: Path, request_kind: str
+) -> None:
+    async with hosted_kit(tmp_path, max_size="100MiB") as kit:
+        uploads, size = kit.service.uploads, 100 * 2**20
+        upload_id = await uploads.begin("app", "", size if request_kind == "post" else None)
+        feed = await uploads.open(upload_id, "app", "", size=size)
+        await feed.write(DATA)
+        assert (await reserved(kit))[upload_id] <= 2**20
+        for _ in range(4):
+            await feed.write(bytes(2**20))
+        assert (await reserved(kit))[upload_id] <= 2 * feed.position
+        await uploads.begin("other", "", 80 * 2**20)
+        feed.close()
+
+
+@pytest.mark.parametrize("key", ["max_size", "max_repository_size"])
+async def test_upload_that_announces_more_than_the_quota_has_left_is_refused_at_once(
+    tmp_path: Path, key: str
+) -> None:
+    async with hosted_kit(tmp_path, **{key: "100MiB"}) as kit:
+        await kit.push_blob(DATA)
+        uploads, size = kit.service.uploads, 100 * 2**20 - len(DATA)
+        with pytest.raises(QuotaExceeded):
+            await uploads.begin("app", "", size + 1)
+        await uploads.begin("app", "", size)
+        upload_id = await uploads.begin("app", "", None)
+        with pytest.raises(QuotaExceeded):
+            await uploads.open(upload_id, "app", "", size=size + 1)
+
+
+async def test_large_upload_reserves_in_few_steps_and_never_more_than_it_announced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    reserve = upload_rows.reserve
+
+    def record(*args: Any, reserved: int, **more: Any) -> bool:
+        steps.append(reserved)
+        return reserve(*args, reserved=reserved, **more)
+
+    monkeypatch.setattr(upload_rows, "reserve", record)
+    async with hosted_kit(tmp_path) as kit:
+        size = 20 * 2**20 + 5
+        upload_id = await kit.service.uploads.begin("app", "", size)
+        feed = await kit.service.uploads.open(upload_id, "app", "", size=size)
+        for _ in range(20):
+            await feed.write(bytes(2**20))
+        await feed.write(bytes(5))
+        feed.close()
+    assert steps[-1] == size
+    assert len(steps) <= 5
 
 
 async def test_stream_of_unknown_length_ends_at_the_quota(tmp_path: Path) -> None:
@@ -134,7 +191,7 @@ async def test_quota_of_a_small_upload_is_checked_when_it_is_finished(tmp_path: 
         assert set((await reserved(kit)).values()) == {0}
         for upload_id, body in zip(ids[:2], bodies, strict=False):
             assert await finish(kit, upload_id, Digest.of(body)) == 40_000
-        with pytest.raises(QuotaExceeded, match=r"19\.5KiB more than hosted\.max_size .* reserved"):
+        with pytest.raises(QuotaExceeded, match=r"hosted\.max_size .100KB. has no room"):
             await finish(kit, ids[2], Digest.of(bodies[2]))
         assert await reserved(kit) == {}
         assert upload_files.list_ids(kit.store.layout) == []

@@ -550,3 +550,10 @@ def test_announced_schema_1_and_large_manifests_are_not_fetched_as_content() -> 
         check_announced(OCTET_STREAM, 5)
     with pytest.raises(ManifestInvalid):
         check_announced(OCI_MANIFEST, MANIFEST_LIMIT + 1)
+
+
+@pytest.mark.parametrize("part", [b"[]", b"{}", b"[[]]"])
+def test_manifest_of_too_many_objects_is_refused_before_it_is_parsed(part: bytes) -> None:
+    many = body(image())[:-1] + b',"x":[' + b",".join([part] * 100_000) + b"]}"
+    with pytest.raises(ManifestInvalid, match="objects and lists"):
+        parse_manifest(many, OCI_MANIFEST)

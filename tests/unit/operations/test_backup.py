@@ -151,7 +151,7 @@ async def test_second_backup_adds_what_is_new_and_removes_what_is_gone(tmp_path:
         await kit.service.manifests.delete(
             "team/app", Digest.of(manifest_of(b"by digest")), actor=ANYBODY
         )
-        await collect(kit.database, kit.store.layout, NOW + 10**6, 0.0, change_of)
+        await collect(kit.database, kit.store.layout, NOW + 10**6, 0.0, change_of, kit.is_protected)
         await kit.push_image(b"three", repository="team/app", tag="v2")
         report = backup(kit, target)
         assert report.added == 2
@@ -174,7 +174,9 @@ async def test_content_that_is_deleted_while_a_backup_reads_stays_until_its_end(
             for repository in list(snapshot.repositories()):
                 for row in list(snapshot.manifests(repository)):
                     await kit.service.manifests.delete(repository, row.digest, actor=ANYBODY)
-            await collect(kit.database, kit.store.layout, NOW + 10**6, 0.0, change_of)
+            await collect(
+                kit.database, kit.store.layout, NOW + 10**6, 0.0, change_of, kit.is_protected
+            )
             assert (await kit.usage()).contents == 0
             await kit.store.evictor.remove([blob])
             assert kit.store.catalog.has_blob(digest)

@@ -109,7 +109,12 @@ class Pusher:
         elif kind == "collect":
             grace = USE_STEP_S * one
             await collect(
-                self.kit.database, self.kit.store.layout, self.kit.clock[0], grace, change_of
+                self.kit.database,
+                self.kit.store.layout,
+                self.kit.clock[0],
+                grace,
+                change_of,
+                self.kit.is_protected,
             )
         elif kind == "pull":
             await service.manifests.mark_used(repository, Digest.of(body))
