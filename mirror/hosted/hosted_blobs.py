@@ -16,7 +16,8 @@ from mirror.hosted.change_feed import ChangeFeed
 from mirror.hosted.content_row import ContentRow
 from mirror.hosted.database import Database
 from mirror.hosted.immutable_tags import ImmutableTagRules
-from mirror.hosted.sessions import UploadSessions, disk_errors
+from mirror.hosted.sessions import UploadSessions
+from mirror.hosted.upload_files import disk_errors
 from mirror.observability.hosted_events import Actor
 from mirror.oci.errors import BlobUnknown
 from mirror.oci.headers import OCTET_STREAM

@@ -21,8 +21,9 @@ from mirror.hosted.immutable_tags import ImmutableTagRules
 from mirror.hosted.manifest_memory import ManifestMemory
 from mirror.hosted.name_rows import USE_STEP_S, ManifestRow
 from mirror.hosted.pushed_manifest import PushedManifest, read_pushed_manifest
-from mirror.hosted.sessions import UploadSessions, disk_errors
+from mirror.hosted.sessions import UploadSessions
 from mirror.hosted.subject_rows import find_subjects
+from mirror.hosted.upload_files import disk_errors
 from mirror.observability.hosted_events import Actor
 from mirror.oci.descriptor import MANIFEST_LIMIT
 from mirror.oci.errors import DigestInvalid, ManifestUnknown

@@ -20,9 +20,9 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from sqlite3 import Connection
@@ -36,6 +36,7 @@ from mirror.hosted.abandoned_uploads import AbandonedUploads
 from mirror.hosted.database import Database
 from mirror.hosted.idle_uploads import IdleUploads
 from mirror.hosted.upload_feed import MIN_STEP_BYTES, UploadFeed
+from mirror.hosted.upload_files import disk_errors
 from mirror.hosted.upload_rows import UploadRow
 from mirror.hosted.upload_writer import RunningHash, UploadWriter
 from mirror.oci.errors import (
@@ -495,13 +496,3 @@ class UploadSessions:
         """End the threads. Running requests must have ended."""
         for pool in (self._opening, self._writing, self._publishing):
             await run_in_thread(pool.shutdown)
-
-
-@contextmanager
-def disk_errors(what: str = "the upload cannot be stored") -> Iterator[None]:
-    """Turn the errors of the disk into ``StorageUnavailable``."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise StorageUnavailable(f"{what}: {reason}") from error

@@ -16,7 +16,8 @@ import re
 import secrets
 import stat
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -265,3 +266,13 @@ def drop(path: Path) -> None:
     """Remove a file that could not be published. Never raises: the next sweep removes it."""
     with suppress(OSError):
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def disk_errors(what: str = "the upload cannot be stored") -> Iterator[None]:
+    """Turn the errors of the disk into ``StorageUnavailable``."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StorageUnavailable(f"{what}: {reason}") from error

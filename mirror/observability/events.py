@@ -114,7 +114,7 @@ class RequestRecord:
     """Seconds from the start to the first byte of the response; None before it."""
     duration: float = 0.0
     stages: list[tuple[str, float]] = field(default_factory=list)
-    """(name, seconds) of each measured stage. token is a part of resolve, upstream, fetch or wait."""
+    """(name, seconds) of each measured stage. ``token`` is a part of another one."""
     trace: PullTrace | None = None
     """Further measurements. None: the response came from memory."""
     is_refused: Callable[[Repository], bool] | None = None

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Final
 
 from mirror.hosted import upload_files
-from mirror.hosted.sessions import disk_errors
+from mirror.hosted.upload_files import disk_errors
 from mirror.oci.descriptor import MANIFEST_LIMIT
 from mirror.oci.disk_failures import disk_failure_text
 from mirror.oci.errors import DigestInvalid, DigestMismatch, InvalidRequest, StorageUnavailable

@@ -10,7 +10,10 @@ from mirror.observability.events import Outcome, RequestRecord
 from mirror.observability.traces import FetchProgress, PullTrace
 from tests.unit.history.kit import a_pull
 
-NOT_KEPT = {"ns", "bytes_received", "is_sent_in_one_write", "is_unverified", "started", "trace"}
+NOT_KEPT = {"ns", "bytes_received", "is_sent_in_one_write", "is_unverified", "started", "trace"} | {
+    "is_private",
+    "is_refused",
+}
 """Fields of a record that say nothing later, or become others."""
 
 

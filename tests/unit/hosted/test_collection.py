@@ -251,7 +251,9 @@ async def test_immutable_tag_of_a_subject_stays_with_all_its_parts(tmp_path: Pat
             await kit.database.write(remove)
         await digests(kit)  # The subject goes.
         late = LATER + 10 * GRACE
-        assert await find_needless(kit.database, late, GRACE, kit.is_protected) == []
+        assert (
+            await find_needless(kit.database, kit.store.layout, late, GRACE, kit.is_protected) == []
+        )
         assert await digests(kit, late) == set()
         assert (await kit.service.manifests.find("app", tag)).digest == index
         assert (await kit.service.manifests.find("app", child)).digest == child

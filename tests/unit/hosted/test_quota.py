@@ -29,9 +29,14 @@ async def test_tags_move_and_come_back_above_the_quota(tmp_path: Path, quota: st
         await put("app", Digest.of(body), (Tag("v3"),), body, OCI_MANIFEST, actor=ANYBODY)
         with pytest.raises(QuotaExceeded):
             await put(
-                "app", Tag("v4"), (), index_of(body), "application/vnd.oci.image.index.v1+json"
+                "app",
+                Tag("v4"),
+                (),
+                index_of(body),
+                "application/vnd.oci.image.index.v1+json",
+                actor=ANYBODY,
             )
-        tags, _ = await kit.service.tags("app", None, None)
+        tags, _ = await kit.service.lists.tags("app", None, None)
         assert tags == ["v1", "v2", "v3"]
 
 
