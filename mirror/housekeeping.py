@@ -19,7 +19,7 @@ from mirror.operations.prefetch import PrefetchJob
 from mirror.operations.retention_job import RetentionJob
 from mirror.pull.marks_watch import WATCH_INTERVAL_S
 from mirror.single_flight import SingleFlight
-from mirror.web.listener import Certificate
+from mirror.web.listening import Certificate
 
 _MEASURE_INTERVAL_S: Final = 5.0
 """Seconds between two measurements of the storage, for its metrics."""

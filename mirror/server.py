@@ -56,7 +56,7 @@ from mirror.threads import (
 from mirror.upstream.named_documents import fetch_named_document
 from mirror.web.handler import Handler
 from mirror.web.health import Health
-from mirror.web.listener import Certificate, Listener, listen
+from mirror.web.listening import Certificate, Listener, listen
 from mirror.web.stored_responses import UnsentConnections
 
 LISTEN_BACKLOG: Final = 1024

@@ -31,7 +31,7 @@ LIMITS: Final[dict[str, int]] = {
     "parameters": 0,
     "booleans": 0,
     "records": 0,
-    "lines": 40800,
+    "lines": 42500,
     # Beside the 30 and 16 of a mirror that asks for a blob once and parses each request: the
     # protocol that receives large bodies (cold), and the one that reuses stored responses (both).
     # Each is the first to see all bytes of a connection, so every request passes it. And the retry
@@ -40,10 +40,11 @@ LIMITS: Final[dict[str, int]] = {
     # running fetches, which was split from `fetch.py`: a module has at most 500 lines (cold).
     # And the paths of the data directory, the keys of the index's rows and their queued updates,
     # which were split from `disk.py` and `index.py` for the same reason. And how content is opened
-    # that no upstream has, which the cache uses, too (`BlobStore.find_hosted`).
-    "cold-modules": 38,
+    # that no upstream has, which the cache uses, too (`BlobStore.find_hosted`). And the header
+    # fields of all responses, which were split from `handler.py`.
+    "cold-modules": 39,
     "cold-functions": 309,
-    "warm-modules": 19,
+    "warm-modules": 20,
     "warm-functions": 89,
 }
 """Count -> the largest number that passes. :data:`HELP` describes each count.

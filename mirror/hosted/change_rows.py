@@ -74,7 +74,13 @@ def record_change(connection: Connection, change: HostedChange, taken_at: float 
 
 
 def has_changes(connection: Connection, now: float, timeout: float) -> bool:
-    """Return whether there are changes that no living process tells. See :func:`take_changes`."""
+    """Return whether there are changes that no living process tells.
+
+    Args:
+        connection: The database.
+        now: Seconds since the epoch.
+        timeout: See :func:`take_changes`.
+    """
     query = f"SELECT 1 FROM changes WHERE {_IS_FREE} LIMIT 1"  # noqa: S608 - our own text
     return connection.execute(query, {"now": now, "timeout": timeout}).fetchone() is not None
 

@@ -39,7 +39,7 @@ OTHERS_IDLE_S: Final = 60.0
 _STARTING_S: Final = 5.0
 """Seconds for which an upload without a byte keeps what it has reserved: a request that has all of
 its bytes locks it in a moment."""
-_MAX_ENDED: Final = 256
+_MAX_GIVING_WAY: Final = 256
 """Uploads that end in one transaction. Each needs a descriptor."""
 
 
@@ -117,7 +117,7 @@ class IdleUploads:
                 return self._try(change)
         found = [one for one in self._find() if one.row.reserved and one.length]
         candidates = _in_order(found, repository, owner)
-        if not self._would_help(change, candidates):
+        if not self._may_fit_without(change, candidates):
             raise refusal
         for upload in candidates:
             if self._end(upload, repository, owner):
@@ -125,12 +125,12 @@ class IdleUploads:
                     return self._try(change)
         raise refusal
 
-    def release_surplus(self, rows: Iterable[UploadRow]) -> bool:
-        """Let the uploads that nobody feeds reserve no more than they have. False: none had more.
+    def release_surplus(self, rows: Iterable[UploadRow]) -> int:
+        """Let the uploads that nobody feeds reserve no more than they have. Returns their number.
 
         The request that feeds one next reserves what it needs, whatever was reserved before.
         """
-        has_released = False
+        released = 0
         for row in rows:
             if not row.reserved or (fd := upload_files.lock_idle(self._layout, row.id)) is None:
                 continue
@@ -139,10 +139,10 @@ class IdleUploads:
                 is_starting = not status.st_size and 0 <= self._now - status.st_mtime < _STARTING_S
                 if row.reserved > status.st_size and not is_starting:
                     upload_rows.release_reservation(self._connection, row.id, status.st_size)
-                    has_released = True
+                    released += 1
             finally:
                 os.close(fd)
-        return has_released
+        return released
 
     def _try(self, change: Callable[[Connection], T]) -> T:
         self._connection.execute("SAVEPOINT attempt")
@@ -155,7 +155,7 @@ class IdleUploads:
         self._connection.execute("RELEASE attempt")
         return result
 
-    def _would_help(
+    def _may_fit_without(
         self, change: Callable[[Connection], object], candidates: list[IdleUpload]
     ) -> bool:
         """Return whether a change fits without these uploads. Changes nothing."""
@@ -231,7 +231,7 @@ class IdleUploads:
         ``owner``: None if the time since its last byte does not matter.
         """
         row = upload.row
-        if len(self._locked) >= _MAX_ENDED:
+        if len(self._locked) >= _MAX_GIVING_WAY:
             return False
         fd = upload_files.lock_idle(self._layout, row.id)
         if fd is None:

@@ -61,12 +61,11 @@ _ABANDONED_S: Final = 3600.0
 """Seconds (one hour) without a byte after which an upload ends before cached content is evicted."""
 _SILENT_S: Final = 5.0
 """Seconds without a byte after which a newer request of the user takes an upload over."""
-_LOCK_TRIES: Final = 5
-_LOCK_INTERVAL_S: Final = 0.01
-"""Seconds between two tries to lock an upload. A look at it has the lock for a millisecond."""
-_MAX_BYTES: Final = 1 << 60
-"""Bytes that no quota has. A client may state more than a row can hold."""
-_ROW_BYTES: Final = 1024 * 1024
+_UPLOAD_LOCK_TRIES: Final = 5
+"""Tries to lock an upload: whoever looks at it has the lock for a millisecond."""
+_UPLOAD_LOCK_INTERVAL_S: Final = 0.01
+"""Seconds between two tries."""
+_UPLOAD_ROW_BYTES: Final = 1024 * 1024
 """Bytes of the disk that are kept free to begin an upload, and to record it."""
 _MEMORY_BYTES: Final = 8 * 1024 * 1024
 """Bytes of all uploads of a process that wait for the disk. Each may hold 256 KiB anyway.
@@ -157,7 +156,7 @@ class UploadSessions:
             with disk_errors():
                 upload_files.create(self._layout, upload_id)
 
-        await self.make_room_on_disk(repository, row.owner, _ROW_BYTES)
+        await self.make_room_on_disk(repository, row.owner, _UPLOAD_ROW_BYTES)
         await self._database.write(begin, is_durable=False)
         self._known[upload_id] = _KnownUpload(row, RunningHash(algorithm))
         return upload_id
@@ -254,7 +253,7 @@ class UploadSessions:
 
         The descriptor is None if another request has the lock. Raises ``UploadUnknown``.
         """
-        for _ in range(_LOCK_TRIES):
+        for _ in range(_UPLOAD_LOCK_TRIES):
             opened = await self._run(upload_files.open_to_feed, self._layout, upload_id)
             if opened is None:
                 raise UploadUnknown(_GONE)
@@ -262,7 +261,7 @@ class UploadSessions:
             if fd is not None or upload_id in self._writers:
                 return fd, position
             # Whoever looks whether a request feeds it has the lock for a moment.
-            await asyncio.sleep(_LOCK_INTERVAL_S)
+            await asyncio.sleep(_UPLOAD_LOCK_INTERVAL_S)
         return None, position
 
     async def _take_over(self, upload_id: str, position: int) -> None:

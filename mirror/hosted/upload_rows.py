@@ -17,8 +17,8 @@ from mirror.config.values import format_size
 from mirror.oci.errors import QuotaExceeded, TooManyRequests
 from mirror.oci.text import size_text
 
-_ALL: Final = "hosted.max_size"
-_OF_ONE: Final = "hosted.max_repository_size"
+_OF_ALL_KEY: Final = "hosted.max_size"
+_OF_ONE_KEY: Final = "hosted.max_repository_size"
 MAX_UPLOADS: Final = 4096
 """Uploads at a time. Each has a row and a file, for a day if it is abandoned."""
 MAX_OWNER_UPLOADS: Final = 512
@@ -135,6 +135,11 @@ def within_quota(connection: Connection, repository: str, hosted: Hosted) -> Ite
 
     A block that adds nothing passes, so a tag can be put back however full the quota is.
 
+    Args:
+        connection: The database.
+        repository: The repository that the block changes.
+        hosted: The quotas.
+
     Raises :class:`QuotaExceeded`.
     """
     before = {key: sum(used) for key, used, _ in _quotas(connection, repository, hosted)}
@@ -148,17 +153,17 @@ def _quotas(
     connection: Connection, repository: str, hosted: Hosted
 ) -> Iterator[tuple[str, tuple[int, int], int]]:
     """Iterate the quotas: key, bytes of content and bytes reserved by uploads, bytes at most."""
-    yield _ALL, used_bytes(connection), hosted.max_size
+    yield _OF_ALL_KEY, used_bytes(connection), hosted.max_size
     if hosted.max_repository_size is not None:
         used = used_bytes_of_repository(connection, repository)
-        yield _OF_ONE, used, hosted.max_repository_size
+        yield _OF_ONE_KEY, used, hosted.max_repository_size
 
 
 def _exceeded(key: str, used: tuple[int, int], quota: int, announced: int = 0) -> QuotaExceeded:
     """Return the error for a quota. ``used``: bytes of content, and bytes reserved by uploads."""
     remedy = f"Delete images and run oci-mirror gc, end uploads (ls --uploads), or raise {key}"
     usage = f"{size_text(used[0])} are used, and {size_text(used[1])} reserved by uploads"
-    if key == _ALL:  # Who may push here may not know how much others have.
+    if key == _OF_ALL_KEY:  # Who may push here may not know how much others have.
         error = QuotaExceeded(f"{key} ({format_size(quota)}) has no room for this push. {remedy}")
         error.for_operator = usage
         return error

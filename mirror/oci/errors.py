@@ -35,7 +35,7 @@ class MirrorError(Exception):
     """Seconds until an endpoint that got no request may be asked. It pauses after a 429, or its
     circuit is open: then 0.0, since that may close at any time. None: no endpoint has to wait."""
     for_operator = ""
-    """What the line of the log says after the message, and no client is told."""
+    """Text that the line of the log has after the message, and no response."""
     is_wait = False
     """Whether no endpoint has failed: some have to wait, and all others refused."""
     others: tuple[MirrorError, ...] = ()

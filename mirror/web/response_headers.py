@@ -14,16 +14,13 @@ from mirror.web.errors import SAFE_HEADERS
 
 _MAX_WARNING_CHARS: Final = 1024
 """Characters of the ``Warning`` header field: clients limit the size of a response's header."""
-_IMMUTABLE: Final = "max-age=31536000, immutable"
-"""The lifetime of content by its digest (RFC 8246): one year, in seconds."""
+IMMUTABLE: Final = {
+    is_private: f"{'private' if is_private else 'public'}, max-age=31536000, immutable"
+    for is_private in (False, True)
+}
+"""``Cache-Control`` of content by its digest: for one year (RFC 8246).
 
-
-def immutable(pull: RequestRecord) -> str:
-    """Return ``Cache-Control`` of content by its digest.
-
-    ``public`` lets a shared cache send it to clients without credentials (RFC 9111, section 3.5).
-    """
-    return f"{'private' if pull.is_private else 'public'}, {_IMMUTABLE}"
+With ``public``, a shared cache sends it to clients without credentials (RFC 9111, section 3.5)."""
 
 
 def common_headers(pull: RequestRecord) -> dict[str, str]:

@@ -88,7 +88,7 @@ async def test_page_says_in_words_that_more_was_fetched_than_served(tmp_path: Pa
     savings = sources.history.savings
 
     async def negative(period: str) -> Json:
-        answer = await savings(period)
+        answer: Json = await savings(period)
         answer["totals"] |= {"bytes_saved": -(5 << 30), "billable_saved": -7}
         for point in answer["points"]:
             # The middle of the axis is 384 MiB then, the widest label that there is.

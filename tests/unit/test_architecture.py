@@ -119,7 +119,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         *("store", "web.browser_guard", "web.client_socket", *SHARED),
     },
     "housekeeping": {
-        *("access", "composition", "operations", "pull.marks_watch", "web.listener", *SHARED),
+        *("access", "composition", "operations", "pull.marks_watch", "web.listening", *SHARED),
     },
     "server": {
         *(

@@ -20,7 +20,7 @@ import pytest
 from mirror.config.settings import Tls
 from mirror.oci.reference import Digest
 from mirror.threads import run_in_thread
-from mirror.web.listener import Certificate
+from mirror.web.listening import Certificate
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.real import tokens
 from tests.real.process import wait_until
