@@ -18,7 +18,7 @@ import hmac
 import re
 import secrets
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -132,7 +132,8 @@ class ClientLogins:
         result = self._find(key)
         is_counted = result is None or is_needed
         if result is None:
-            result = await self._check_once(self._credentials, key, authorization, failures, client)
+            check = partial(self._check, self._credentials, key, authorization, failures, client)
+            result = await self._share(key, check)
         if result.identity is None:
             if is_counted:
                 self._refuse_if_limited(failures, client)
@@ -151,13 +152,8 @@ class ClientLogins:
                 "too many failed logins from this address: try again later", retry_after=wait
             )
 
-    async def _check_once(
-        self,
-        credentials: LoginCredentials,
-        key: bytes,
-        authorization: str,
-        failures: FailureLimit,
-        client: str,
+    async def _share(
+        self, key: bytes, check: Callable[[], Awaitable[_LoginResult]]
     ) -> _LoginResult:
         """Check credentials. Requests with the same ones at the same time share the result."""
         while (running := self._running.get(key)) is not None:
@@ -167,7 +163,7 @@ class ClientLogins:
                 return result
         running = self._running[key] = asyncio.Event()
         try:
-            return await self._check(credentials, key, authorization, failures, client)
+            return await check()
         finally:
             del self._running[key]
             running.set()
