@@ -4,9 +4,9 @@ Lives here: which requests may feed an upload, in which order, and the end of ab
 Must not know: HTTP, who may push.
 
 Theory of operation: an upload has a row (owner, reserved bytes) and a file (its length is the
-progress). Both outlive their process. A request that
-feeds an upload holds the lock of the file. Before it unlocks the file, what the upload has reserved
-falls back to the length of the file: an upload that nobody feeds keeps nothing from others. To
+progress). Both outlive their process. A request that feeds an upload holds the lock of the file.
+Before it unlocks the file, what the upload has reserved falls back to the length of the file. An
+upload that nobody feeds gives way if others need its room (:mod:`mirror.hosted.idle_uploads`). To
 finish an upload, its bytes are verified, synced, and renamed to content; then the row of the blob
 is written, in the same transaction that deletes the row of the upload. A crash before that leaves
 the upload, or content that no row names. In between, nothing removes the content

@@ -1,6 +1,6 @@
 """Which content clients have pushed here. It is no cache: nothing evicts it.
 
-Lives here: reading the one table that says so (``mirror/hosted/database.py`` has its schema), for
+Lives here: reading the one table that says so (``mirror/hosted/name_tables.py`` has it), for
 every process that removes content, whether it hosts repositories itself or not; the copy that a
 running backup reads (``mirror/hosted/snapshot.py``), and the names that a running restore has not
 committed yet (``mirror/hosted/staged_names.py``). Must not know: repositories, tags.
