@@ -145,8 +145,8 @@ async def test_page_shows_a_pull_moving_and_changes_images(cache: Cache, tmp_pat
         await browser.press("Enter")
         await browser.wait_for(f"document.querySelector('{row_of(other)} .chip.bad')")
         tag = "/v2/org/other/manifests/latest?ns=docker.io"
-        wait_until(lambda: cache.mirror.ask(tag).status == 403, "the block is applied", 10)
-        assert b"withdrawn" in cache.mirror.ask(tag).body
+        # Each worker applies it within a second: what one has answered says nothing of the other.
+        wait_until(lambda: b"withdrawn" in cache.mirror.ask(tag).body, "the block is applied", 10)
 
         # Remove, after the question that says what it frees.
         gone = "docker.io/org/app:v1"

@@ -28,7 +28,7 @@ def run(mirror: Mirror, *argv: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def manifests(mirror: Mirror, reference: str, times: int = 8) -> set[tuple[int, str]]:
+def manifests(mirror: Mirror, reference: str, times: int = 16) -> set[tuple[int, str]]:
     """Return (status, digest or error code) of several requests, on a connection each.
 
     The kernel spreads them over the workers.
