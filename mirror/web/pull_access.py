@@ -12,6 +12,7 @@ from functools import partial
 from aiohttp import web
 
 from mirror.access.access_control import AccessControl
+from mirror.access.identity import ANONYMOUS, Identity
 from mirror.observability.events import RequestRecord
 from mirror.oci.errors import Denied
 from mirror.oci.reference import Repository
@@ -50,7 +51,18 @@ async def check_pull(
         pull.user = error.user
         raise
     pull.user = identity.user
-    pull.is_refused = partial(access.is_refused, identity)
+    pull.is_refused = partial(_is_refused, access, identity, pull)
+
+
+def _is_refused(
+    access: AccessControl, identity: Identity, pull: RequestRecord, repository: Repository
+) -> bool:
+    """Return whether a rule refuses a client what another repository adds to a response.
+
+    The response is private if everybody else may get another one, also one without the addition.
+    """
+    pull.is_private |= access.is_refused(ANONYMOUS, repository)
+    return access.is_refused(identity, repository)
 
 
 async def find_visible(

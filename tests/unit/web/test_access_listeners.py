@@ -457,6 +457,38 @@ def _find_scope(reply: Reply) -> set[str]:
     return {"public", "private", "Authorization"} & set(fields.split(", "))
 
 
+async def test_what_a_rule_adds_to_a_public_image_is_private_for_shared_caches(
+    tmp_path: Path,
+) -> None:
+    rules = (
+        rule(f"{HOST}/docker.io/**", "ci", "push", "pull"),
+        rule(f"{HOST}/docker.io/**", "anonymous"),
+        rule("docker.io/library/app", "anonymous", "pull"),
+    )
+    body = manifest_of(LAYER, subject=descriptor(manifest_of(), OCI_MANIFEST))
+    async with FakeRegistry() as upstream:
+        image = upstream.add_manifest(manifest_of(), "library/app", "v1")
+        async with both_listeners(tmp_path, *rules, endpoints=(upstream.url,)) as both:
+            await push_image(both, "docker.io/library/app")
+            base = "/v2/docker.io/library/app"
+            put = await both.ask("PUT", f"{base}/manifests/{Digest.of(body)}", CI, body)
+            assert put.status == 201
+            for path in (
+                f"{base}/manifests/{Digest.of(body)}",
+                f"{base}/blobs/{Digest.of(LAYER)}",
+                f"{base}/referrers/{image}",
+                f"{base}/manifests/{Digest.of(b'absent')}",
+            ):
+                for method in ("GET", "HEAD"):
+                    for user in (None, CI):
+                        reply = await both.ask(method, path, user, url=both.server.url)
+                        fields = reply.headers
+                        assert fields["Cache-Control"].split(",")[0] == "private", (path, user)
+                        assert fields["Vary"] == "Authorization", (path, user)
+            shared = await both.pull(f"{base}/manifests/{image}", CI)
+            assert shared.headers["Cache-Control"].startswith("public,")
+
+
 async def test_without_the_default_rule_nothing_is_pulled_that_no_rule_fits(tmp_path: Path) -> None:
     async with both_listeners(tmp_path, *RULES, anonymous_pull=False) as both:
         assert (await both.pull("/v2/library/app/manifests/v1")).status == 403
