@@ -107,6 +107,7 @@ class Handler:
         if hosted is not None and has_push_listener:
             self._hosted_handler = HostedHandler(
                 hosted,
+                service,
                 access,
                 self._forwarded_prefix,
                 is_sole=is_push_listener,

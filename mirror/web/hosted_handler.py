@@ -39,6 +39,7 @@ from mirror.oci.errors import (
 )
 from mirror.oci.links import build_next
 from mirror.oci.reference import Digest, Repository
+from mirror.pull.service import PullService
 from mirror.web import hosted_paths, paths
 from mirror.web.browser_guard import is_same_site, may_be_private_host
 from mirror.web.hosted_paths import BlobDeletion, ManifestChange, StartUpload, UploadRequest
@@ -59,6 +60,7 @@ class HostedHandler:
     def __init__(
         self,
         service: HostedService,
+        pulls: PullService,
         access: AccessControl,
         find_prefix: FindPrefix,
         *,
@@ -68,6 +70,7 @@ class HostedHandler:
 
         Args:
             service: Does what the client requests. Its settings name the listener.
+            pulls: Knows the operator's blocks.
             access: Says who the client is, and what it may do.
             find_prefix: See :data:`FindPrefix`.
             is_sole: True on a listener of its own: every request is a push listener's.
@@ -76,6 +79,7 @@ class HostedHandler:
         self._prefixes = frozenset(service.settings.names())
         self._hosts = frozenset(host.lower() for host in service.settings.hosts)
         self._service = service
+        self._pulls = pulls
         self._access = access
         self._find_prefix = find_prefix
         self._is_sole = is_sole
@@ -194,12 +198,12 @@ class HostedHandler:
         """Send one page of the repositories that the client may pull from."""
         is_visible = await find_visible(self._access, request, pull)
         count = parsed.count
-        found, has_more = await self._service.lists.repositories(count, parsed.last, is_visible)
+        page = await self._pulls.repositories(self.name, count, parsed.last, is_visible)
         headers = {}
-        if has_more:
+        if page.has_more:
             link = "_catalog" if count is not None else f"{self._find_prefix(request)}/v2/_catalog"
-            headers["Link"] = build_next(link, {"n": count, "last": found[-1]})
-        body = json.dumps({"repositories": found}).encode()
+            headers["Link"] = build_next(link, {"n": count, "last": page.names[-1]})
+        body = json.dumps({"repositories": page.names}).encode()
         return self._reply(pull, 200, {"Content-Type": "application/json", **headers}, body)
 
     async def _is_allowed(
@@ -301,8 +305,8 @@ class HostedHandler:
     ) -> bool:
         """Return whether the blob was mounted.
 
-        A client that may not read the source gets the same answer as for a blob that is not there.
-        So does one that names no source: it could find out what others have.
+        A client that may not read the source, or that a block refuses it, gets the same answer as for
+        a blob that is not there. So does one that names no source: it could learn what others have.
         """
         if parsed.source is None:
             return False
@@ -310,6 +314,8 @@ class HostedHandler:
             source = Repository.parse(self.name, parsed.source)
             await self._ask(request, pull, AccessRight.PULL, source)
         except (NameInvalid, Denied, LoginRequired):
+            return False
+        if not self._pulls.is_admitted(source, digest):
             return False
         return await self._service.blobs.mount(source.path, parsed.repository.path, digest, actor)
 

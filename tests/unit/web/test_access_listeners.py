@@ -16,7 +16,8 @@ from multidict import CIMultiDict
 
 from mirror.observability.events import HostedChange, Outcome
 from mirror.oci.descriptor import OCI_MANIFEST
-from mirror.oci.reference import Digest
+from mirror.oci.reference import Digest, Repository
+from mirror.pull.admission import Restrictions
 from tests.fakes.registry import FakeRegistry
 from tests.server_kit import Server, running
 from tests.unit.access.kit import access_section, basic, htpasswd, rule
@@ -536,6 +537,43 @@ async def test_mount_takes_only_what_the_client_may_pull(tmp_path: Path) -> None
             for source in ("&from=theirs/b", "&from=nothing", "", "&from=docker.io/library/app")
         ]
         assert [reply.status for reply in replies] == [202] * 4
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        Restrictions(repositories={Repository(HOST, "team/app"): "blocked"}),
+        Restrictions(patterns=((f"{HOST}/team/*", "blocked"),)),
+        Restrictions(digests={Digest.of(LAYER): "blocked", Digest.of(manifest_of(LAYER)): "b"}),
+        Restrictions(unknown_why="the marks cannot be read"),
+    ],
+)
+async def test_block_of_hosted_content_holds_for_each_way_to_read_it(
+    tmp_path: Path, blocks: Restrictions
+) -> None:
+    rules = [rule(f"{HOST}/**", "ci", "pull", "push")]
+    async with both_listeners(tmp_path, *rules, more={"catalog": True}) as both:
+        manifest = await push_image(both)
+        both.server.running_server.handler._service.restrict(blocks)
+        mount = f"/v2/mine/blobs/uploads/?mount={Digest.of(LAYER)}&from=team/app"
+        assert (await both.ask("POST", mount, CI)).status == 202
+        for path in ("manifests/v1", f"manifests/{manifest}", f"blobs/{Digest.of(LAYER)}"):
+            for method in ("GET", "HEAD"):
+                for prefix, url in (("/v2", ""), (f"/v2/{HOST}", both.server.url)):
+                    reply = await both.ask(method, f"{prefix}/team/app/{path}", CI, url=url)
+                    assert reply.status in (403, 503), (method, prefix, path)
+        if blocks.digests:
+            return
+        for path in ("/v2/team/app/tags/list", f"/v2/team/app/referrers/{manifest}"):
+            assert (await both.ask("GET", path, CI)).status in (403, 503), path
+        for reply in (
+            await both.ask("GET", "/v2/_catalog", CI),
+            await both.pull(f"/v2/_catalog?ns={HOST}", CI),
+        ):
+            names = json.loads(reply.body).get("repositories", [])
+            assert (reply.status, names) == ((503, []) if blocks.unknown_why else (200, []))
+        # A push reads nothing: what replaces the image may come before the block is taken back.
+        assert (await both.ask("PUT", "/v2/team/app/manifests/v2", CI, manifest_of())).status == 201
 
 
 async def test_upload_belongs_to_its_user_and_repository(tmp_path: Path) -> None:
