@@ -8,9 +8,9 @@ known. Requests that only read are left to ``handler.py``, once they are allowed
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Final, assert_never
 
@@ -37,13 +37,11 @@ from mirror.oci.errors import (
     TooLarge,
     UploadOutOfOrder,
 )
-from mirror.oci.links import build_next
 from mirror.oci.reference import Digest, Repository
 from mirror.pull.service import PullService
 from mirror.web import hosted_paths, paths
 from mirror.web.browser_guard import is_same_site, may_be_private_host
 from mirror.web.hosted_paths import BlobDeletion, ManifestChange, StartUpload, UploadRequest
-from mirror.web.pull_access import find_visible
 from mirror.web.response_headers import common_headers
 
 CLIENT_SILENCE_S: Final = 60.0
@@ -150,7 +148,7 @@ class HostedHandler:
 
     async def _allow_read(
         self, request: web.BaseRequest, pull: RequestRecord, path: str, query: str
-    ) -> web.StreamResponse | paths.Request:
+    ) -> paths.Request:
         names = {self.name: self.name}
         try:
             parsed = paths.parse(
@@ -166,7 +164,7 @@ class HostedHandler:
             case paths.RepositoriesRequest():
                 pull.kind = Kind.CATALOG
                 await self._ask(request, pull)
-                return await self._send_repositories(request, pull, parsed)
+                return replace(parsed, ns=self.name, is_at_push_listener=True)
             case (
                 paths.ManifestRequest()
                 | paths.BlobRequest()
@@ -191,20 +189,6 @@ class HostedHandler:
                 await self._service.blobs.mark_used(parsed.repository.path, parsed.digest)
             elif isinstance(parsed, paths.ManifestRequest):
                 await self._service.manifests.mark_used(parsed.repository.path, parsed.reference)
-
-    async def _send_repositories(
-        self, request: web.BaseRequest, pull: RequestRecord, parsed: paths.RepositoriesRequest
-    ) -> web.StreamResponse:
-        """Send one page of the repositories that the client may pull from."""
-        is_visible = await find_visible(self._access, request, pull)
-        count = parsed.count
-        page = await self._pulls.repositories(self.name, count, parsed.last, is_visible)
-        headers = {}
-        if page.has_more:
-            link = "_catalog" if count is not None else f"{self._find_prefix(request)}/v2/_catalog"
-            headers["Link"] = build_next(link, {"n": count, "last": page.names[-1]})
-        body = json.dumps({"repositories": page.names}).encode()
-        return self._reply(pull, 200, {"Content-Type": "application/json", **headers}, body)
 
     async def _is_allowed(
         self,
@@ -305,8 +289,8 @@ class HostedHandler:
     ) -> bool:
         """Return whether the blob was mounted.
 
-        A client that may not read the source, or that a block refuses it, gets the same answer as for
-        a blob that is not there. So does one that names no source: it could learn what others have.
+        A client that may not read the source gets the same answer as for a blob that is not there,
+        also if it is blocked. So does one that names no source: it could learn what others have.
         """
         if parsed.source is None:
             return False
