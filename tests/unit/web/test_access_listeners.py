@@ -56,8 +56,9 @@ class BothListeners:
         return await self.ask("GET", path, user, url=self.server.url)
 
     def reload_files(self) -> None:
-        """Do what the job does each second."""
-        self.server.running_server.access.refresh()
+        """Do what the job does in the two seconds after a change."""
+        for _ in range(2):
+            self.server.running_server.access.refresh()
 
 
 @asynccontextmanager
