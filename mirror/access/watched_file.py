@@ -27,7 +27,7 @@ MessagePrefix: TypeAlias = Callable[[KeyPath], str]
 
 _MAX_CREDENTIALS_BYTES: Final = 4 * 1024 * 1024
 """Bytes of a file: 40,000 users."""
-_MAX_LOOKS: Final = 3
+_MAX_UNSETTLED_LOOKS: Final = 3
 """Looks after which a change counts that is followed by others: a file may be written all the time.
 """
 
@@ -65,7 +65,7 @@ class ChangeWatch:
             return False
         self._looks += 1
         is_first = self._read_stamp is None
-        is_settled = stamp == self._last_stamp or self._looks >= _MAX_LOOKS
+        is_settled = stamp == self._last_stamp or self._looks >= _MAX_UNSETTLED_LOOKS
         self._last_stamp = stamp
         return is_first or is_settled
 

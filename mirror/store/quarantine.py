@@ -6,7 +6,7 @@ Hosted content has no upstream, so its damaged file may be all that is left of i
 the content is there again, or no hosted repository has it any more.
 
 A fetch may replace a file just before it is moved. So a file gets a name of its own first, and only
-then its place in ``quarantine/``, or back in ``blobs/``. A start puts back what is between the two.
+then its place in ``quarantine/``, or back in ``blobs/``. A start and ``verify`` put back what is between.
 """
 
 from __future__ import annotations
