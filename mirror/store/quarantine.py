@@ -6,7 +6,8 @@ Hosted content has no upstream, so its damaged file may be all that is left of i
 the content is there again, or no hosted repository has it any more.
 
 A fetch may replace a file just before it is moved. So a file gets a name of its own first, and only
-then its place in ``quarantine/``, or back in ``blobs/``. A start and ``verify`` put back what is between.
+then its place in ``quarantine/``, or back in ``blobs/``. A start and ``verify`` put back the files
+whose move was killed in between.
 """
 
 from __future__ import annotations
