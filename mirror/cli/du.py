@@ -174,9 +174,9 @@ def _quota_text(size: int, storage: Storage) -> str:
 def _hosted_text(hosted: QuotaUsage, settings: Hosted | None) -> str:
     text = f"hosted: {size_text(hosted.bytes)}"
     if settings is not None:
-        used = hosted.bytes + hosted.reserved
-        share = f"{used / settings.max_size:.0%}" if settings.max_size else "-"
-        text += f" and {size_text(hosted.reserved)} reserved by {hosted.uploads} uploads, of "
+        share = f"{hosted.total / settings.max_size:.0%}" if settings.max_size else "-"
+        text += f", {size_text(hosted.metadata)} of metadata, and {size_text(hosted.reserved)}"
+        text += f" reserved by {hosted.uploads} uploads, of "
         text += f"{size_text(settings.max_size)} ({share})"
     return f"{text}; it is never evicted"
 

@@ -69,5 +69,6 @@ class HostedService:
                 quota=self.settings.max_size,
                 uploads=usage.uploads,
                 reserved=usage.reserved,
+                metadata=usage.metadata,
             )
         )

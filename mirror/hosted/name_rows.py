@@ -48,6 +48,8 @@ class HostedUsage:
     """Number of uploads in progress."""
     reserved: int
     """Bytes that these have reserved."""
+    metadata: int
+    """Bytes of the quota that rows take (:data:`mirror.hosted.name_tables.ROW_BYTES`)."""
 
 
 # --- blobs ----------------------------------------------------------------------------------------
@@ -391,7 +393,7 @@ def usage(connection: Connection) -> HostedUsage:
     """Return what all hosted repositories, and the uploads to them, take up."""
     row = connection.execute(
         "SELECT bytes, contents, (SELECT count(*) FROM repositories),"
-        " (SELECT count(*) FROM uploads), (SELECT coalesce(sum(reserved), 0) FROM uploads)"
-        " FROM totals"
+        " (SELECT count(*) FROM uploads), (SELECT coalesce(sum(reserved), 0) FROM uploads),"
+        " metadata FROM totals"
     ).fetchone()
     return HostedUsage(*row)

@@ -59,7 +59,7 @@ _SELECT_UPLOADS: Final = "SELECT id, repository, user, reserved, started_at FROM
 
 _USAGE: Final = (
     "SELECT contents, bytes, (SELECT count(*) FROM repositories), (SELECT count(*) FROM uploads),"
-    " (SELECT coalesce(sum(reserved), 0) FROM uploads) FROM totals"
+    " (SELECT coalesce(sum(reserved), 0) FROM uploads), {metadata} FROM totals"
 )
 
 
@@ -159,14 +159,23 @@ class QuotaUsage:
     """Number of uploads in progress."""
     reserved: int
     """Bytes that uploads have reserved."""
+    metadata: int
+    """Bytes that tags, and the rows of content, take."""
+
+    @property
+    def total(self) -> int:
+        """Bytes of content, of metadata, and those that are reserved."""
+        return self.bytes + self.metadata + self.reserved
 
 
 def read_hosted_usage(layout: Layout) -> QuotaUsage:
     """Return what hosted repositories take up. Raises ``StorageUnavailable``."""
     with _reading(layout) as query:
-        for row in query(_USAGE):
-            return QuotaUsage(*row)
-    return QuotaUsage(contents=0, bytes=0, repositories=0, uploads=0, reserved=0)
+        for (version,) in query("PRAGMA user_version"):
+            # Version 1 has no such sum: the server adds it when it starts.
+            for row in query(_USAGE.format(metadata="metadata" if version > 1 else "0")):
+                return QuotaUsage(*row)
+    return QuotaUsage(contents=0, bytes=0, repositories=0, uploads=0, reserved=0, metadata=0)
 
 
 @contextmanager

@@ -45,6 +45,8 @@ class HostedMeasured:
     uploads: int
     reserved: int
     """Bytes that uploads have reserved of the quota."""
+    metadata: int
+    """Bytes of the quota that tags, and the rows of content, take."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,9 +71,10 @@ def _check_room(subject: Checked, settings: Settings, usage: QuotaUsage) -> Find
             f"{size_text(usage.bytes)} of hosted content stay, and nobody can pull them",
             "configure the section hosted again; then delete with oci-mirror rm what is not needed",
         )
-    quota, used = settings.hosted.max_size, usage.bytes + usage.reserved
+    quota, used = settings.hosted.max_size, usage.total
     text = (
         f"{usage.repositories} repositories, {size_text(usage.bytes)} of {size_text(quota)}, "
+        f"{size_text(usage.metadata)} of metadata, "
         f"{size_text(usage.reserved)} in {usage.uploads} uploads in progress"
     )
     if used >= quota * _NEARLY_FULL_SHARE:
