@@ -727,15 +727,15 @@ async def test_large_manifest_that_stalls_gives_way_to_another_one(
 async def test_full_quota_tells_the_use_of_others_to_the_log_and_not_to_clients(
     tmp_path: Path,
 ) -> None:
-    async with hosting(tmp_path, hosted={"max_size": "4KB"}) as (server, client):
+    async with hosting(tmp_path, hosted={"max_size": "6KB"}) as (server, client):
         await client.push(DATA)
         other = PushClient(server, "other/app")
         refused = await other.start(f"?digest={Digest.of(b'x' * 2000)}", b"x" * 2000)
         assert (refused.status, refused.code) == (403, "DENIED")
         (error,) = json.loads(refused.body)["errors"]
-        assert error["message"].startswith("hosted.max_size (4KB) has no room for this push.")
+        assert error["message"].startswith("hosted.max_size (6KB) has no room for this push.")
         assert "used" not in refused.body.decode()
-        assert "3.0KiB are used" in (await server.records())[-1].error
+        assert "5.0KiB are used (2.0KiB of them by metadata)" in (await server.records())[-1].error
 
 
 async def test_client_that_waits_for_permission_gets_100(tmp_path: Path) -> None:
