@@ -46,6 +46,9 @@ _CANNOT_CLONE: Final = frozenset(
 _CANNOT_LINK: Final = frozenset({errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP})
 _MAX_INDEX_BYTES: Final = 512 * 1024 * 1024
 """Bytes of an ``index.json`` that is read: more than a million names."""
+_MAX_HEADER_BYTES: Final = 1024 * 1024
+"""Bytes of the header of a file in a tar file. Those of usual programs have a few hundred."""
+_DOCUMENTS: Final = frozenset({INDEX, METADATA, USERS, _LAYOUT})
 _BLOB: Final = re.compile(rf"blobs/({'|'.join(ALGORITHMS)})/([0-9a-f]+)", re.ASCII)
 
 
@@ -361,6 +364,16 @@ class StoredBytes:
             yield data
 
 
+class _HeaderReader(io.FileIO):
+    """A tar file for ``tarfile``, which reads only headers, and each of them at once."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return at most ``size`` bytes. Raises ``tarfile.ReadError`` for a larger header."""
+        if size is None or not 0 <= size <= _MAX_HEADER_BYTES:
+            raise tarfile.ReadError("a header is too large")
+        return super().read(size)
+
+
 class BackupSource:
     """A backup, or another image layout, that is read. Its methods block."""
 
@@ -380,12 +393,19 @@ class BackupSource:
     def _read_members(self) -> dict[str, tuple[int, int]]:
         found = {}
         try:
-            with open(os.dup(self._fd), "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
+            with (
+                _HeaderReader(os.dup(self._fd)) as file,
+                tarfile.open(fileobj=file, mode="r:") as tar,
+            ):
+                while (member := tar.next()) is not None:
+                    tar.members = []  # type: ignore[attr-defined] # A kilobyte each.
+                    if member.size < 0:
+                        raise tarfile.ReadError("a file has a negative size")
                     name = member.name.removeprefix("./")
-                    if member.isreg() and not member.issparse():
+                    is_ours = name in _DOCUMENTS or _BLOB.fullmatch(name)
+                    if is_ours and member.isreg() and not member.issparse():
                         found[name] = member.offset_data, member.size
-        except (tarfile.TarError, ValueError) as error:
+        except (tarfile.TarError, ValueError, ArithmeticError) as error:
             os.close(self._fd)
             raise StorageUnavailable(
                 f"{self._path}: neither a directory nor a plain tar file ({error})"

@@ -109,7 +109,14 @@ def read_rows(lines: Iterable[bytes]) -> Iterator[RepositoryRows]:
                     yield found
                 found = RepositoryRows(Repository.parse(_ANY_REGISTRY, _text(path)).path)
             _ADDERS[kind](found, *values)
-        except (InvalidRequest, LookupError, ValueError, TypeError, RecursionError):
+        except (
+            InvalidRequest,
+            LookupError,
+            ValueError,
+            TypeError,
+            ArithmeticError,
+            RecursionError,
+        ):
             raise StorageUnavailable(
                 f"line {number} of oci-mirror.json is damaged. Without that file, what index.json"
                 " names can be restored"
@@ -181,6 +188,7 @@ _ADDERS: Final[dict[str, Callable[..., None]]] = {
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(value)
+    value.encode()  # A lone surrogate is no text.
     return value
 
 

@@ -458,6 +458,11 @@ async def test_backup_of_a_later_version_is_refused(tmp_path: Path) -> None:
             await restore(kit, layout)
 
 
+def tag_row(pushed_at: object, pushed_by: str) -> str:
+    row = f'["tag", "a", "v1", "{Digest.of(CONFIG)}", {pushed_at}, {pushed_by}]'
+    return f'{{"version": 2, "name": "a", "rows": [\n{row}\n]}}'
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -469,6 +474,9 @@ async def test_backup_of_a_later_version_is_refused(tmp_path: Path) -> None:
         ('{"version": 2, "name": "a", "rows": [\n["other", "a"]\n]}', "line 2 .* is damaged"),
         ('{"version": 2, "name": "a", "rows": [\n' + "[" * 70_000 + "\n]}", "line 2 "),
         ('{"version": 2, "name": "a", "rows": [\n', "is cut"),
+        (tag_row(1, r'"\ud800"'), "line 2 .* is damaged"),
+        (tag_row("1" + "0" * 400, '"ci"'), "line 2 .* is damaged"),
+        (tag_row("1e999", '"ci"'), "line 2 .* is damaged"),
     ],
 )
 async def test_backup_with_damaged_or_old_rows_restores_nothing(
@@ -496,6 +504,30 @@ async def test_tar_file_with_links_and_one_that_is_none_restore_nothing(tmp_path
         report = await restore(kit, path)
         assert "the backup does not have sha256:" in report.problems[0]
         path.write_bytes(b"x" * 5000)
+        with pytest.raises(StorageUnavailable, match="neither a directory nor a plain tar file"):
+            await restore(kit, path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [
+        (tarfile.XHDTYPE, 2 * 1024 * 1024),
+        (tarfile.XGLTYPE, 1 << 40),
+        (tarfile.GNUTYPE_LONGNAME, 1 << 40),
+        (tarfile.REGTYPE, -512),
+        (tarfile.REGTYPE, 1 << 80),
+    ],
+)
+async def test_tar_file_with_a_header_of_impossible_size_is_an_error_of_one_line(
+    tmp_path: Path, kind: bytes, size: int
+) -> None:
+    path, entry = tmp_path / "odd.tar", tarfile.TarInfo("odd")
+    entry.type, entry.size = kind, size
+    with path.open("wb") as file:
+        file.write(tarfile.TarInfo("oci-layout").tobuf())
+        file.write(entry.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(1024 + 4 * 1024 * 1024)
+    async with hosted_kit(tmp_path / "data") as kit:
         with pytest.raises(StorageUnavailable, match="neither a directory nor a plain tar file"):
             await restore(kit, path)
 
