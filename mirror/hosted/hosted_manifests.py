@@ -34,7 +34,7 @@ from mirror.store.content_hold import ContentHold
 from mirror.store.store import Store
 from mirror.threads import parse_in_thread_if_large, run_in_thread
 
-_SMALL_BYTES: Final = 64 * 1024
+_UNLIMITED_READ_BYTES: Final = 64 * 1024
 """Bytes of a manifest that may be read at the same time as any number of others."""
 
 
@@ -171,7 +171,7 @@ class HostedManifests:
 
     async def read(self, row: ManifestRow) -> bytes:
         """Return the bytes of a manifest. Raises ``ManifestUnknown`` if they are lost."""
-        async with self._large_reads if row.size > _SMALL_BYTES else nullcontext():
+        async with self._large_reads if row.size > _UNLIMITED_READ_BYTES else nullcontext():
             body = await self._store.blobs.read_hosted(row.digest, MANIFEST_LIMIT)
         if body is None:
             raise ManifestUnknown("the content of this manifest is lost: push it again")

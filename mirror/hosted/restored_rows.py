@@ -44,6 +44,18 @@ def has_manifest(connection: Connection, repository: str, digest: Digest) -> boo
     return name_rows.manifest_by_digest(connection, repository, digest) is not None
 
 
+def known_blobs(connection: Connection, repository: str, blobs: Iterable[Digest]) -> set[Digest]:
+    """Return those blobs that a repository has.
+
+    Args:
+        connection: The names that are there.
+        repository: The repository.
+        blobs: Blobs, each once.
+    """
+    wanted = set(blobs)
+    return wanted - {*_without_known(connection, "blobs", "digest", repository, wanted)}
+
+
 def bytes_to_add(
     connection: Connection,
     repository: str,

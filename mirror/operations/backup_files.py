@@ -46,7 +46,7 @@ _CANNOT_CLONE: Final = frozenset(
 _CANNOT_LINK: Final = frozenset({errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP})
 _MAX_INDEX_BYTES: Final = 512 * 1024 * 1024
 """Bytes of an ``index.json`` that is read: more than a million names."""
-_MAX_HEADER_BYTES: Final = 1024 * 1024
+_MAX_TAR_HEADER_BYTES: Final = 1024 * 1024
 """Bytes of the header of a file in a tar file. Those of usual programs have a few hundred."""
 _DOCUMENTS: Final = frozenset({INDEX, METADATA, USERS, _LAYOUT})
 _BLOB: Final = re.compile(rf"blobs/({'|'.join(ALGORITHMS)})/([0-9a-f]+)", re.ASCII)
@@ -369,7 +369,7 @@ class _HeaderReader(io.FileIO):
 
     def read(self, size: int | None = -1, /) -> bytes:
         """Return at most ``size`` bytes. Raises ``tarfile.ReadError`` for a larger header."""
-        if size is None or not 0 <= size <= _MAX_HEADER_BYTES:
+        if size is None or not 0 <= size <= _MAX_TAR_HEADER_BYTES:
             raise tarfile.ReadError("a header is too large")
         return super().read(size)
 

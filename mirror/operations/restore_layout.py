@@ -20,7 +20,6 @@ from typing import Any, Final, TypeVar
 
 from mirror.hosted import restored_rows
 from mirror.hosted.change_rows import record_change
-from mirror.hosted.name_rows import blob_size
 from mirror.hosted.pushed_manifest import PushedManifest, read_pushed_manifest
 from mirror.hosted.staged_names import opened_names
 from mirror.oci.errors import InvalidRequest, ManifestRefused, StorageUnavailable
@@ -84,11 +83,8 @@ class LayoutRestore:
                     (one.reference, one.digest) for one in names if isinstance(one.reference, Tag)
                 ]
                 copied = {digest: size for digest, size in blobs.items() if size is not None}
-                self._known |= {
-                    (repository, digest)
-                    for digest in blobs
-                    if blob_size(connection, repository, digest) is not None
-                }
+                known = restored_rows.known_blobs(connection, repository, blobs)
+                self._known |= {(repository, digest) for digest in known}
                 yield PlannedRepository(repository, copied, manifests, tags)
 
     def _plan_manifest(

@@ -85,7 +85,9 @@ class PullService:
         """
         return isinstance(self._decide(repository, reference), admission.Allow)
 
-    def _decide(self, repository: Repository, reference: Reference | None) -> admission.Admission:
+    def _decide(
+        self, repository: Repository, reference: Reference | None = None
+    ) -> admission.Admission:
         restrictions = self.restrictions
         if repository.upstream == self._hosted_name:
             return admission.admit(repository, None, restrictions, reference)
@@ -93,11 +95,6 @@ class PullService:
         return admission.admit_with_nested(
             repository, content.upstreams, content.registry_names, restrictions, reference
         )
-
-    def _admit(
-        self, repository: Repository, pull: RequestRecord, reference: Reference | None = None
-    ) -> None:
-        _apply(self._decide(repository, reference), pull)
 
     def _admit_digest(self, digest: Digest, pull: RequestRecord) -> None:
         """Raise ``Denied`` if the manifest of a tag is blocked."""
@@ -136,7 +133,7 @@ class PullService:
         it. What the upstream does not have, or cannot be asked for, is served if it was pushed for
         an image of this repository (see :mod:`mirror.pull.attached`).
         """
-        self._admit(repository, pull, reference)
+        _apply(self._decide(repository, reference), pull)
         if isinstance(reference, Tag):
             frozen = self.restrictions.frozen.get((repository, reference))
             if frozen is not None:
@@ -246,7 +243,7 @@ class PullService:
             BlobUnknown: The repository does not have the blob, or has a manifest of that digest.
             Draining: The process shuts down, so no fetch is started.
         """
-        self._admit(repository, pull, digest)
+        _apply(self._decide(repository, digest), pull)
         if self._hosted is not None and repository.upstream == self._hosted_name:
             return await self._hosted.blob(repository, digest, pull, is_head=is_head)
         try:
@@ -345,7 +342,7 @@ class PullService:
             NameUnknown: The upstream says 404, or no tag is cached and the pull policy is
                 ``Never``.
         """
-        self._admit(repository, pull)
+        _apply(self._decide(repository), pull)
         if self._hosted is not None and repository.upstream == self._hosted_name:
             return await self._hosted.tags(repository, count, last, pull)
         return await self._lists.tags(repository, count, last, pull)
@@ -375,7 +372,7 @@ class PullService:
         Raises:
             ManifestInvalid: The upstream sent no list of referrers.
         """
-        self._admit(repository, pull)
+        _apply(self._decide(repository), pull)
         if self._hosted is not None and repository.upstream == self._hosted_name:
             return await self._hosted.referrers(repository, digest, artifact_type, last, pull)
         failure = None

@@ -417,7 +417,7 @@ class Handler:
             headers["Link"] = build_next(path, query)
         page = json.dumps({"repositories": result.names}).encode()
         sender = Sender(request, pull, self._emit)
-        return await sender.send_pieces(headers, len(page), cut_pieces(page))
+        return await sender.send_pieces(headers, len(page), cut_pieces(page), page)
 
     def _path_of_next(self, path: str, count: int | None, request: web.BaseRequest) -> str:
         """Return the path of the next page of the list at ``path``, for its ``Link``.
@@ -448,7 +448,8 @@ class Handler:
             last = result.text.rpartition("\n")[2]
             headers["Link"] = build_next(path, {"n": parsed.count, "last": last, "ns": parsed.ns})
         length, pieces = tag_list.encode(name, result.text)
-        return await Sender(request, pull, self._emit).send_pieces(headers, length, pieces)
+        sender = Sender(request, pull, self._emit)
+        return await sender.send_pieces(headers, length, pieces, result.text)
 
     async def _send_referrers(
         self, parsed: paths.ReferrersRequest, request: web.BaseRequest, pull: RequestRecord

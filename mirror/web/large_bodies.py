@@ -17,7 +17,7 @@ from typing import Final
 
 from mirror.web import client_socket
 
-_LIMIT_BYTES: Final = 64 * 1024 * 1024
+_ALL_BODIES_BYTES: Final = 64 * 1024 * 1024
 """Bytes of all bodies of one process: 16 of the largest ones. Clients that read them at the same
 time finish in a second."""
 _MIN_BYTES_PER_S: Final = 16 * 1024
@@ -39,7 +39,7 @@ class _SentBody:
 class LargeBodies:
     """The large bodies in memory that are being sent, the least recently requested one first."""
 
-    def __init__(self, limit: int = _LIMIT_BYTES) -> None:
+    def __init__(self, limit: int = _ALL_BODIES_BYTES) -> None:
         """Create it. ``limit``: bytes of all of them."""
         self._limit = limit
         self._sent: dict[Hashable, _SentBody] = {}
@@ -89,4 +89,4 @@ class LargeBodies:
 
 
 LARGE_BODIES: Final = LargeBodies()
-"""Those of this process, at all listeners."""
+"""The bodies of this process, at all listeners."""

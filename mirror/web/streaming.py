@@ -246,7 +246,11 @@ class Sender:
         return response
 
     async def send_pieces(
-        self, headers: dict[str, str], length: int, pieces: Iterable[bytes | memoryview]
+        self,
+        headers: dict[str, str],
+        length: int,
+        pieces: Iterable[bytes | memoryview],
+        content: object,
     ) -> web.StreamResponse:
         """Send a 200 response that is computed while it is sent.
 
@@ -254,13 +258,14 @@ class Sender:
             headers: All header fields but ``Content-Length``.
             length: Bytes of all ``pieces``.
             pieces: The body. The next piece is taken once the client has room for it.
+            content: The pieces are made of this. Other responses may be, too.
 
         Raises:
             ConnectionError: The client has left.
             TimeoutError: The client has stopped reading. The connection has been aborted.
         """
         response = web.StreamResponse(headers={**headers, "Content-Length": str(length)})
-        async with self._sending(response, LARGE_BODIES.hold(id(pieces), length)):
+        async with self._sending(response, LARGE_BODIES.hold(id(content), length)):
             if self._request.method != "HEAD":
                 for piece in pieces:
                     await response.write(piece)
