@@ -26,6 +26,10 @@ from tests.real.process import find_go_program
 from tests.robustness.table import Case, rewrite_document, row_id
 from tests.slow_callbacks import Watch
 
+# No authority of the host is trusted, here and in the programs that tests start. To load them all,
+# several times, is a sixth of a server's start.
+os.environ["SSL_CERT_FILE"] = os.devnull
+
 # Hypothesis fails a test whose examples are slow. On a busy machine any example may be.
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
