@@ -209,7 +209,6 @@ def test_signal_ends_the_server_with_exit_code_0_and_leaves_no_process(
 @pytest.fixture(scope="module")
 def two_workers() -> Iterator[Mirror]:
     with Mirror(NOWHERE, workers=2) as mirror:
-        wait_until(lambda: len(mirror.workers()) == 2, "two workers", 20)
         yield mirror
 
 
