@@ -10,12 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from mirror.access.identity import ANONYMOUS, AccessRight, Identity
+from mirror.access.identity import ANONYMOUS, Identity
 from mirror.access.key_sets import FetchKeys
 from mirror.access.known_names import KnownNames
 from mirror.access.login_credentials import LoginCredentials
 from mirror.access.logins import ClientLogins, LoginFailed
 from mirror.access.rules import Rules
+from mirror.config.access import AccessAction
 from mirror.config.settings import Settings
 from mirror.observability.events import LogMessage, Observer
 from mirror.oci.errors import Denied, LoginRequired, TooManyRequests
@@ -24,10 +25,10 @@ from mirror.single_flight import SingleFlight
 from mirror.store.layout import Layout
 
 _VERBS: Final = {
-    AccessRight.PULL: "pull from",
-    AccessRight.PUSH: "push to",
-    AccessRight.DELETE: "delete from",
-    AccessRight.ADMIN: "administrate",
+    AccessAction.PULL: "pull from",
+    AccessAction.PUSH: "push to",
+    AccessAction.DELETE: "delete from",
+    AccessAction.ADMIN: "administrate",
 }
 
 
@@ -102,7 +103,7 @@ class AccessControl:
 
     # --- the questions --------------------------------------------------------------------------
 
-    def is_allowed(self, identity: Identity, repository: Repository, action: AccessRight) -> bool:
+    def is_allowed(self, identity: Identity, repository: Repository, action: AccessAction) -> bool:
         """Return whether a client may do something with a repository.
 
         Args:
@@ -111,7 +112,7 @@ class AccessControl:
             action: What the client wants to do.
         """
         if self._rules is None:
-            return action is not AccessRight.ADMIN
+            return action is not AccessAction.ADMIN
         return self._rules.is_allowed(identity, repository, action)
 
     def is_refused(self, identity: Identity, repository: Repository) -> bool:
@@ -126,7 +127,7 @@ class AccessControl:
 
         ``repository``: it need not exist.
         """
-        return self.is_allowed(ANONYMOUS, repository, AccessRight.PULL)
+        return self.is_allowed(ANONYMOUS, repository, AccessAction.PULL)
 
     async def identify(self, authorization: str | None, client: str) -> Identity:
         """Return the client that sends an ``Authorization`` header field, or none.
@@ -150,7 +151,7 @@ class AccessControl:
         self,
         authorization: str | None,
         client: str,
-        action: AccessRight | None,
+        action: AccessAction | None,
         repository: Repository | None,
         *,
         is_ping: bool = False,
@@ -211,7 +212,7 @@ class AccessControl:
                 identity = await self.identify(authorization, client)
             except LoginRequired as error:
                 raise Denied(error.message) from None
-        if self.is_allowed(identity, repository, AccessRight.PULL):
+        if self.is_allowed(identity, repository, AccessAction.PULL):
             return identity
         if identity.is_anonymous:
             raise Denied(
@@ -219,7 +220,7 @@ class AccessControl:
                 " pull from the push listener, or configure the client to send them"
                 " (oci-mirror clients --credentials-file)"
             )
-        raise _deny(identity, AccessRight.PULL)
+        raise _deny(identity, AccessAction.PULL)
 
     async def may_list(
         self, authorization: str | None, client: str
@@ -231,7 +232,7 @@ class AccessControl:
         identity = await self._find_user(authorization, client)
 
         def is_visible(repository: Repository) -> bool:
-            return self.is_allowed(identity, repository, AccessRight.PULL)
+            return self.is_allowed(identity, repository, AccessAction.PULL)
 
         return identity, is_visible
 
@@ -249,7 +250,7 @@ class AccessControl:
         return LoginRequired(message, f'Basic realm="{self._realm}"')
 
 
-def _deny(identity: Identity, action: AccessRight) -> Denied:
+def _deny(identity: Identity, action: AccessAction) -> Denied:
     """Return the error for a user who may not do something. It names the user, for the log."""
     error = Denied(f"the user {identity.user} may not {_VERBS[action]} this repository")
     error.user = identity.user

@@ -18,7 +18,8 @@ from aiohttp import web
 
 from mirror.access.access_control import AccessControl
 from mirror.access.failure_limit import counted_address
-from mirror.access.identity import AccessRight, Identity
+from mirror.access.identity import Identity
+from mirror.config.access import AccessAction
 from mirror.hosted.hosted_service import HostedService
 from mirror.hosted.manifest_memory import ManifestShare
 from mirror.hosted.upload_feed import UploadFeed
@@ -97,19 +98,19 @@ class HostedHandler:
         self,
         request: web.BaseRequest,
         pull: RequestRecord,
-        right: AccessRight | None = None,
+        action: AccessAction | None = None,
         repository: Repository | None = None,
         *,
         is_ping: bool = False,
     ) -> Identity:
         """Return the client. Raises ``LoginRequired`` or ``Denied``."""
-        pulled = repository if right is AccessRight.PULL else None
+        pulled = repository if action is AccessAction.PULL else None
         if self._access.is_enforced and not (pulled and self._access.is_public(pulled)):
             pull.is_private = True
         authorization = request.headers.get("Authorization")
         try:
             identity = await self._access.check_at_push_listener(
-                authorization, pull.client, right, repository, is_ping=is_ping
+                authorization, pull.client, action, repository, is_ping=is_ping
             )
         except Denied as error:
             pull.user = error.user
@@ -170,9 +171,9 @@ class HostedHandler:
                 | paths.ReferrersRequest()
             ):
                 repository = parsed.repository
-                identity = await self._ask(request, pull, AccessRight.PULL, repository)
+                identity = await self._ask(request, pull, AccessAction.PULL, repository)
                 # Others keep nothing from a collection: they push nothing that may name it.
-                may_push = self._access.is_allowed(identity, repository, AccessRight.PUSH)
+                may_push = self._access.is_allowed(identity, repository, AccessAction.PUSH)
                 if request.method == "HEAD" and may_push:
                     await self._mark_found(parsed)
         return parsed
@@ -206,11 +207,11 @@ class HostedHandler:
         self,
         request: web.BaseRequest,
         pull: RequestRecord,
-        right: AccessRight,
+        action: AccessAction,
         repository: Repository,
     ) -> bool:
         try:
-            await self._ask(request, pull, right, repository)
+            await self._ask(request, pull, action, repository)
         except (Denied, LoginRequired):
             return False
         return True
@@ -229,9 +230,9 @@ class HostedHandler:
         pull.kind = Kind.MANIFEST if is_manifest else Kind.BLOB
         pull.upstream, pull.repository = self.name, parsed.repository.path
         is_deletion = request.method == "DELETE" and not isinstance(parsed, UploadRequest)
-        right = AccessRight.DELETE if is_deletion else AccessRight.PUSH
-        user = (await self._ask(request, pull, right, parsed.repository)).user
-        if right is AccessRight.PUSH:
+        action = AccessAction.DELETE if is_deletion else AccessAction.PUSH
+        user = (await self._ask(request, pull, action, parsed.repository)).user
+        if action is AccessAction.PUSH:
             self._refuse_prefix(parsed.repository)
         actor = Actor(user=user, client=pull.client)
         pull.outcome = Outcome.DELETED if is_deletion else Outcome.PUSHED
@@ -308,7 +309,7 @@ class HostedHandler:
             return False
         try:
             source = Repository.parse(self.name, parsed.source)
-            await self._ask(request, pull, AccessRight.PULL, source)
+            await self._ask(request, pull, AccessAction.PULL, source)
         except (NameInvalid, Denied, LoginRequired):
             return False
         return await self._service.blobs.mount(source.path, parsed.repository.path, digest, actor)
@@ -411,7 +412,7 @@ class HostedHandler:
         try:
             await delete()
         except TagImmutable:
-            if not await self._is_allowed(request, pull, AccessRight.ADMIN, repository):
+            if not await self._is_allowed(request, pull, AccessAction.ADMIN, repository):
                 raise
             await delete(may_change_immutable=True)
 

@@ -78,7 +78,8 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     # A response is sent from the extents of a reader. ``pull`` would only pass these types on.
     "web": {
         *("web", "access.access_control", "access.failure_limit", "access.identity", "pull"),
-        *("config.values", "hosted", "observability.logs", "store.reader", *SHARED),
+        *("config.access", "config.values", "hosted", "observability.logs", "store.reader"),
+        *SHARED,
     },
     # The names of earlier users are a file in the data directory.
     "access": {
