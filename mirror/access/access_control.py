@@ -115,12 +115,13 @@ class AccessControl:
             return action is not AccessAction.ADMIN
         return self._rules.is_allowed(identity, repository, action)
 
-    def is_refused(self, identity: Identity, repository: Repository) -> bool:
-        """Return whether the first rule that fits refuses a client to pull from a repository.
+    def is_pull_refused(self, identity: Identity, repository: Repository) -> bool:
+        """Return whether a rule forbids a client to pull. False if no rule fits.
 
-        False also if no rule fits. For what is served under another name, whose rules permit it.
+        For content that is served under an upstream's name: the rules of the upstream's repository
+        permit it, and those of the hosted repository can only forbid it.
         """
-        return self._rules is not None and self._rules.is_refused(identity, repository)
+        return self._rules is not None and self._rules.is_pull_refused(identity, repository)
 
     def is_public(self, repository: Repository) -> bool:
         """Return whether everybody may pull from a repository, so that shared caches may store it.

@@ -105,7 +105,7 @@ class Rules:
         """
         return self._is_allowed_cached(identity, repository, action)
 
-    def is_refused(self, identity: Identity, repository: Repository) -> bool:
+    def is_pull_refused(self, identity: Identity, repository: Repository) -> bool:
         """Return whether the first rule that fits refuses to pull. False also if no rule fits."""
         decision = self._decide_alone(identity, repository, AccessAction.PULL)
         return decision.rule is not None and not decision.is_allowed

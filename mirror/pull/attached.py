@@ -135,7 +135,7 @@ class AttachedPulls:
         """Return the hosted repository for an upstream's, unless a rule or a block refuses it."""
         name = f"{repository.upstream}/{repository.path}"
         attached = Repository(self._hosted.name, name)
-        is_refused = pull.is_refused is not None and pull.is_refused(attached)
+        is_refused = pull.is_pull_refused is not None and pull.is_pull_refused(attached)
         is_blocked = restrictions.reason_for(attached, reference) is not None
         return None if is_refused or is_blocked else attached
 

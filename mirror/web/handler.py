@@ -59,7 +59,7 @@ from mirror.web.error_responses import NoResponse, build_error_response
 from mirror.web.health import Health
 from mirror.web.hosted_handler import HostedHandler
 from mirror.web.probe_image import PROBE_REPOSITORY, ProbeImage
-from mirror.web.pull_access import check_pull, find_visible
+from mirror.web.pull_access import check_request, find_visible
 from mirror.web.response_headers import IMMUTABLE, common_headers
 from mirror.web.stored_responses import StoredResponses, make_request_id
 from mirror.web.streaming import Body, Sender, SingleWriteResponse, applicable_range
@@ -269,7 +269,7 @@ class Handler:
         else:
             parsed = self._parse(request.method, path, query, self._named_by_host(request))
             if self._access.is_enforced:
-                await check_pull(self._access, parsed, request, pull)
+                await check_request(self._access, parsed, request, pull)
         pull.kind = Kind.PING  # Requests for a repository overwrite it.
         if (
             isinstance(parsed, paths.RepositoryRequest)

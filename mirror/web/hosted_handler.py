@@ -42,7 +42,13 @@ from mirror.oci.links import build_next
 from mirror.oci.reference import Digest, Repository
 from mirror.web import hosted_paths, paths
 from mirror.web.browser_guard import is_same_site, may_be_private_host
-from mirror.web.hosted_paths import BlobDeletion, ManifestChange, StartUpload, UploadRequest
+from mirror.web.hosted_paths import (
+    BlobDeletion,
+    ManifestChange,
+    PushRequest,
+    StartUpload,
+    UploadRequest,
+)
 from mirror.web.pull_access import find_visible
 from mirror.web.response_headers import common_headers
 
@@ -127,9 +133,10 @@ class HostedHandler:
         """
         self._refuse_web_page(request)
         path, _, query = pull.path.partition("?")
-        if hosted_paths.is_change(request.method, path):
-            return await self._change(request, pull, path, query)
-        return await self._allow_read(request, pull, path, query)
+        parsed = hosted_paths.parse_push(request.method, path, query, self.name)
+        if parsed is None:
+            return await self._allow_read(request, pull, path, query)
+        return await self._serve_push(request, pull, parsed)
 
     def _refuse_web_page(self, request: web.BaseRequest) -> None:
         """Refuse what a page of another site makes a browser send. Raises ``Denied``.
@@ -216,12 +223,11 @@ class HostedHandler:
             return False
         return True
 
-    # --- changes --------------------------------------------------------------------------------
+    # --- pushes ---------------------------------------------------------------------------------
 
-    async def _change(
-        self, request: web.BaseRequest, pull: RequestRecord, path: str, query: str
+    async def _serve_push(
+        self, request: web.BaseRequest, pull: RequestRecord, parsed: PushRequest
     ) -> web.StreamResponse:
-        parsed = hosted_paths.parse_change(request.method, path, query, self.name)
         codings = request.headers.getall("Content-Encoding", ())
         if any(coding.strip().lower() not in ("", "identity") for coding in codings):
             # Its digest and its lengths would be those of other bytes than are kept.

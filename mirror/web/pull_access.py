@@ -1,7 +1,7 @@
-"""What the mirror's own listener asks before it serves a request: may the client read this?
+"""Decide for a request what its client may pull, or see in lists.
 
 Lives here: the question for each kind of request. Must not know: rules, how users are known, how a
-request is served.
+request is served. The push listener decides about single requests in ``hosted_handler.py``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mirror.web import paths
 from mirror.web.probe_image import PROBE_REPOSITORY
 
 
-async def check_pull(
+async def check_request(
     access: AccessControl, parsed: paths.Request, request: web.BaseRequest, pull: RequestRecord
 ) -> None:
     """Raise ``Denied`` if the client may not pull from the repository of a request.
@@ -50,7 +50,7 @@ async def check_pull(
         pull.user = error.user
         raise
     pull.user = identity.user
-    pull.is_refused = partial(access.is_refused, identity)
+    pull.is_pull_refused = partial(access.is_pull_refused, identity)
 
 
 async def find_visible(
