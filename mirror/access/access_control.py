@@ -131,7 +131,7 @@ class AccessControl:
         return self.is_allowed(ANONYMOUS, repository, AccessAction.PULL)
 
     async def identify(self, authorization: str | None, client: str) -> Identity:
-        """Return the client that sends an ``Authorization`` header field, or none.
+        """Return the identity of the client that sends an ``Authorization`` header field, or none.
 
         Args:
             authorization: The field, as sent. None without one.
@@ -157,7 +157,7 @@ class AccessControl:
         *,
         is_ping: bool = False,
     ) -> Identity:
-        """Return the client of a request to the push listener, which may do what it asks.
+        """Return the identity of a client at the push listener, which may do what it asks.
 
         Args:
             authorization: The header field, as sent. None without one.
@@ -189,7 +189,7 @@ class AccessControl:
     async def check_pull(
         self, authorization: str | None, client: str, repository: Repository
     ) -> Identity:
-        """Return the client of a request to the mirror's listener, which may pull.
+        """Return the identity of a client at the mirror's listener, which may pull.
 
         Credentials are honoured, and never asked for: a user is decided as that user, as at
         the push listener. What everybody may do, a client with wrong ones may do, too: clients also
@@ -226,7 +226,7 @@ class AccessControl:
     async def may_list(
         self, authorization: str | None, client: str
     ) -> tuple[Identity, Callable[[Repository], bool]]:
-        """Return the client, and a function that says which repositories a list may name to it.
+        """Return the identity, and a function that says which repositories a list may name to it.
 
         With wrong credentials, it is those that everybody may pull from.
         """
@@ -238,7 +238,7 @@ class AccessControl:
         return identity, is_visible
 
     async def _find_user(self, authorization: str | None, client: str) -> Identity:
-        """Return the client of a request that needs no login. With wrong credentials, or none, and
+        """Return the identity of a client that needs no login. With wrong credentials, or none, and
         after too many failures, it is anonymous."""
         if authorization is None or self._rules is None:
             return ANONYMOUS
@@ -253,6 +253,9 @@ class AccessControl:
 
 def _deny(identity: Identity, action: AccessAction) -> Denied:
     """Return the error for a user who may not do something. It names the user, for the log."""
-    error = Denied(f"the user {identity.user} may not {_VERBS[action]} this repository")
+    error = Denied(
+        f"the user {identity.user} may not {_VERBS[action]} this repository: ask the operator for a"
+        " rule in access.rules"
+    )
     error.user = identity.user
     return error

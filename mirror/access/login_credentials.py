@@ -57,7 +57,7 @@ class _IssuerKeys:
 
     @property
     def has_current_keys(self) -> bool:
-        """Whether a key that is not among the keys is none of the issuer's."""
+        """Whether all keys of the issuer are known: a token with another key is invalid then."""
         source = self.source
         return source.is_current if isinstance(source, FetchedKeySet) else bool(source.content)
 

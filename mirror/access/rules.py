@@ -148,9 +148,10 @@ class Rules:
         return AccessDecision(is_allowed=may_pull)
 
     def is_login_needed(self) -> bool:
-        """Return whether a client that has not logged in may not do all with hosted repositories.
+        """Return whether anonymous clients lack a right to hosted repositories.
 
-        Only the first rule that is for everybody counts: rules after it may permit less.
+        Then ``/v2/`` asks for credentials. Only the first rule that is for everybody counts: rules
+        after it may permit less.
         """
         everything = {AccessAction.PULL, AccessAction.PUSH, AccessAction.DELETE}
         for rule in self._rules:

@@ -44,7 +44,7 @@ CircleCI, Bitbucket and Fly.io have the organisation already."""
 
 
 class AccessAction(StrEnum):
-    """What a client may do with a repository."""
+    """An action on a repository, as rules name it."""
 
     __hash__ = str.__hash__
 
@@ -173,7 +173,7 @@ class AccessRule(Section):
     """
     Patterns of whole names, such as registry.example/team/**. * stands for any characters within
     one component, ** for any number of components, and at the end for at least
-    one: a/** has not a itself.
+    one: a/** does not match a itself.
     """
     who: Annotated[tuple[Annotated[str, AfterValidator(_check_member)], ...], Field(min_length=1)]
     """

@@ -145,7 +145,7 @@ class HostedHandler:
         """
         host = request.headers.get("Host", "")
         if not is_same_site(request.headers, host, is_navigation=False):
-            raise Denied("a web page of another site has caused this request")
+            raise Denied("a page of another site has caused this request: use a registry client")
         if not self._is_sole or self._access.is_enforced or not host or self._is_known_host(host):
             return
         raise Denied(
