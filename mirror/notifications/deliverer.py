@@ -201,7 +201,10 @@ class Deliverer:
                         outcome = SendOutcome(DeliveryResult.GONE, why="")
                     else:
                         outcome = await sender.send(notification, self._now())
-                    if not await self._record_outcome(name, notification, outcome, failures):
+                    await self._record_outcome(name, notification, outcome, failures)
+                    if outcome.result is DeliveryResult.GONE or self._now() < self._resume_at.get(
+                        name, 0.0
+                    ):
                         return
                     if outcome.result is DeliveryResult.ACCEPTED:
                         failures = 0
@@ -210,8 +213,8 @@ class Deliverer:
 
     async def _record_outcome(
         self, name: str, notification: Notification, outcome: SendOutcome, failures: int
-    ) -> bool:
-        """Record the outcome of a request. Returns whether the next one may be sent now.
+    ) -> None:
+        """Record the outcome of a request. After a failure, the target is left alone for a while.
 
         ``failures``: those of the target in a row before it.
         """
@@ -224,17 +227,17 @@ class Deliverer:
                     self._emit(LogMessage("info", message, (("target", name),)))
                 self._resume_at.pop(name, None)
                 await self._remove_accepted(name)
-                return True
+                return
             case DeliveryResult.GONE:
                 await self._stop(name, outcome)
-                return False
+                return
             case DeliveryResult.REFUSED if notification.refusals + 1 >= _MAX_REFUSALS:
                 self._emit(NotificationSent(name, "failed"))
                 await self._in_transaction(
                     partial(queue.remove_notifications, notifications=[notification])
                 )
                 report_dropped(self._emit, name, "refused", 1)
-                return True
+                return
         self._emit(NotificationSent(name, "failed"))
         if not failures:
             fields = (("target", name), ("why", outcome.why))
@@ -245,7 +248,6 @@ class Deliverer:
             partial(self._note_failure, name, notification, outcome.result)
         )
         report_dropped(self._emit, name, "expired", expired)
-        return False
 
     async def _remove_accepted(self, name: str) -> None:
         """Remove what a target has accepted. After a failure, nothing is sent until it succeeds."""
