@@ -60,7 +60,7 @@ from mirror.web.health import Health
 from mirror.web.hosted_handler import HostedHandler
 from mirror.web.probe_image import PROBE_REPOSITORY, ProbeImage
 from mirror.web.pull_access import check_request, find_visible
-from mirror.web.response_headers import IMMUTABLE, common_headers
+from mirror.web.response_headers import CONTENT_CACHE_CONTROL, common_headers
 from mirror.web.stored_responses import StoredResponses, make_request_id
 from mirror.web.streaming import Body, Sender, SingleWriteResponse, applicable_range
 
@@ -352,7 +352,7 @@ class Handler:
         )
         extra = common_headers(pull)
         if isinstance(parsed.reference, Digest):
-            extra["Cache-Control"] = IMMUTABLE[pull.is_private]
+            extra["Cache-Control"] = CONTENT_CACHE_CONTROL[pull.is_private]
         else:
             extra["Vary"] = ", ".join(filter(None, ("Accept", extra.get("Vary"))))
         return await Sender(request, pull, self._emit).send(body, extra)
@@ -380,7 +380,7 @@ class Handler:
                 is_fresh=result.is_fresh,
             )
             extra = common_headers(pull)
-            extra["Cache-Control"] = IMMUTABLE[pull.is_private]
+            extra["Cache-Control"] = CONTENT_CACHE_CONTROL[pull.is_private]
             if pull.is_unverified:
                 extra["Cache-Control"] = "no-store"
                 extra["Warning"] = ", ".join(filter(None, (extra.get("Warning"), _UNVERIFIED)))

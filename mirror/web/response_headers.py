@@ -14,7 +14,7 @@ from mirror.web.errors import SAFE_HEADERS
 
 _MAX_WARNING_CHARS: Final = 1024
 """Characters of the ``Warning`` header field: clients limit the size of a response's header."""
-IMMUTABLE: Final = {
+CONTENT_CACHE_CONTROL: Final = {
     is_private: f"{'private' if is_private else 'public'}, max-age=31536000, immutable"
     for is_private in (False, True)
 }
