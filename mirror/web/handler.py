@@ -109,7 +109,7 @@ class Handler:
                 hosted,
                 access,
                 self._forwarded_prefix,
-                is_sole=is_push_listener,
+                is_push_listener=is_push_listener,
             )
         self._access = access
         self._is_push_listener = is_push_listener

@@ -20,7 +20,7 @@ from mirror.web.probe_image import PROBE_REPOSITORY
 
 
 async def check_request(
-    access: AccessControl, parsed: paths.Request, request: web.BaseRequest, pull: RequestRecord
+    access: AccessControl, parsed: paths.Request, request: web.BaseRequest, record: RequestRecord
 ) -> None:
     """Raise ``Denied`` if the client may not pull from the repository of a request.
 
@@ -31,7 +31,7 @@ async def check_request(
         access: The rules in force.
         parsed: The request.
         request: The same, as it was sent.
-        pull: Its record. Gets the repository, the user, and whether the response is private.
+        record: Its record. Gets the repository, the user, and whether the response is private.
 
     Raises:
         Denied: The client may not.
@@ -41,32 +41,32 @@ async def check_request(
         return
     if parsed.repository.path == PROBE_REPOSITORY:
         return
-    pull.upstream, pull.repository = parsed.repository.upstream, parsed.repository.path
-    pull.is_private = not access.is_public(parsed.repository)
+    record.upstream, record.repository = parsed.repository.upstream, parsed.repository.path
+    record.is_private = not access.is_public(parsed.repository)
     authorization = request.headers.get("Authorization")
     try:
-        identity = await access.check_pull(authorization, pull.client, parsed.repository)
+        identity = await access.check_pull(authorization, record.client, parsed.repository)
     except Denied as error:
-        pull.user = error.user
+        record.user = error.user
         raise
-    pull.user = identity.user
-    pull.is_pull_refused = partial(access.is_pull_refused, identity)
+    record.user = identity.user
+    record.is_pull_refused = partial(access.is_pull_refused, identity)
 
 
 async def find_visible(
-    access: AccessControl, request: web.BaseRequest, pull: RequestRecord
+    access: AccessControl, request: web.BaseRequest, record: RequestRecord
 ) -> Callable[[Repository], bool] | None:
     """Return a function that says which repositories a list may name. None: all.
 
     Args:
         access: The rules in force.
         request: The request for a list.
-        pull: Its record. Gets the user, and whether the response is private.
+        record: Its record. Gets the user, and whether the response is private.
     """
     if not access.is_enforced:
         return None
-    pull.is_private = True
+    record.is_private = True
     authorization = request.headers.get("Authorization")
-    identity, is_visible = await access.may_list(authorization, pull.client)
-    pull.user = identity.user
+    identity, is_visible = await access.may_list(authorization, record.client)
+    record.user = identity.user
     return is_visible
