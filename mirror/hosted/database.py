@@ -27,7 +27,7 @@ from pathlib import Path
 from sqlite3 import Connection
 from typing import Any, Final, Generic, TypeAlias, TypeVar
 
-from mirror.hosted.name_tables import create_schema, has_schema
+from mirror.hosted.name_tables import create_schema, has_schema, upgrade_schema
 from mirror.hosted.spare_space import SpareSpace, empty_log, is_without_space
 from mirror.oci.errors import MirrorError, NamesDamaged, StorageUnavailable
 from mirror.store.content_hold import ContentHold
@@ -327,6 +327,7 @@ def _prepare(connection: Connection, path: Path) -> None:
         if layout.hosted_names == path and layout.hosted_marker.exists():
             raise lost_names(layout)  # A restore of lost names was killed at its end.
         create_schema(connection)
+    upgrade_schema(connection)
     connection.execute("COMMIT")
     check_pages(connection, path)
 
@@ -366,6 +367,7 @@ def change_with_staged(path: Path, staged: Path, change: Callable[[Connection], 
             connection.execute("BEGIN IMMEDIATE")
             if not has_schema(connection, path):
                 create_schema(connection)
+            upgrade_schema(connection)
             result = change(connection)
             connection.execute("COMMIT")  # Without it, the end of the connection undoes all.
             _sync_directory(path.parent)
