@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 import re
 import secrets
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from typing import Final
 
 from mirror.config.settings import Admin
 from mirror.oci.errors import ConfigError
+from mirror.store.file_stamp import file_stamp
 
 MIN_TOKEN_CHARS: Final = 16
 """Characters of a token at least: one that is shorter can be guessed."""
@@ -50,7 +50,7 @@ class Tokens:
     def __init__(self, admin: Admin) -> None:
         """Read the files. Raises ``ConfigError`` if one has no token, or cannot be used."""
         self._admin = admin
-        self._stamp = self._find_stamp()
+        self._stamp = self._find_stamps()
         self._roles, without = self._read()
         self._failure = ""
         if without:
@@ -65,7 +65,7 @@ class Tokens:
 
         Raises ``ConfigError`` in both cases, once for the same reason.
         """
-        stamp = self._find_stamp()
+        stamp = self._find_stamps()
         if stamp == self._stamp:
             return
         try:
@@ -100,16 +100,8 @@ class Tokens:
         )
         return [(key, path, role) for key, path, role in files if path is not None]
 
-    def _find_stamp(self) -> tuple[int, ...]:
-        """Return times and inodes of the files. A file that is not there counts as time 0."""
-        stamp = []
-        for _, path, _ in self._files():
-            try:
-                status = os.stat(path)
-                stamp += [status.st_mtime_ns, status.st_ino, status.st_size]
-            except OSError:
-                stamp += [0, 0, 0]
-        return tuple(stamp)
+    def _find_stamps(self) -> list[tuple[int, ...]]:
+        return [file_stamp(path) for _, path, _ in self._files()]
 
     def _read(self) -> tuple[list[tuple[bytes, CallerRole]], list[str]]:
         """Return the digests of all tokens, and why files have none.

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Final, Literal, Self, TypeAlias
+from enum import StrEnum
+from typing import Annotated, Final, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -41,7 +42,17 @@ _PUBLIC_ISSUERS: Final = {
 """Issuers that give everybody a token -> a claim that says whose it is. The names of those of
 CircleCI, Bitbucket and Fly.io have the organisation already."""
 
-RuleAction: TypeAlias = Literal["pull", "push", "delete", "admin"]
+
+class AccessAction(StrEnum):
+    """An action on a repository, as rules name it."""
+
+    __hash__ = str.__hash__
+
+    PULL = "pull"
+    PUSH = "push"
+    DELETE = "delete"
+    ADMIN = "admin"
+    """All others, and what only administrators may do."""
 
 
 def check_name(text: str) -> str:
@@ -162,14 +173,14 @@ class AccessRule(Section):
     """
     Patterns of whole names, such as registry.example/team/**. * stands for any characters within
     one component, ** for any number of components, and at the end for at least
-    one: a/** has not a itself.
+    one: a/** does not match a itself.
     """
     who: Annotated[tuple[Annotated[str, AfterValidator(_check_member)], ...], Field(min_length=1)]
     """
     Names of users, groups as group:NAME, anonymous for everybody, or authenticated for everybody
     who has logged in.
     """
-    may: tuple[RuleAction, ...]
+    may: tuple[AccessAction, ...]
     """
     pull, push, delete, or admin for all of them. Clients that push also need pull. An empty list
     refuses everything.

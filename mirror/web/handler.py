@@ -59,8 +59,8 @@ from mirror.web.error_responses import NoResponse, build_error_response
 from mirror.web.health import Health
 from mirror.web.hosted_handler import HostedHandler
 from mirror.web.probe_image import PROBE_REPOSITORY, ProbeImage
-from mirror.web.pull_access import check_pull, find_visible
-from mirror.web.response_headers import IMMUTABLE, common_headers
+from mirror.web.pull_access import check_request, find_visible
+from mirror.web.response_headers import CONTENT_CACHE_CONTROL, common_headers
 from mirror.web.stored_responses import StoredResponses, make_request_id
 from mirror.web.streaming import Body, Sender, SingleWriteResponse, applicable_range
 
@@ -109,7 +109,7 @@ class Handler:
                 hosted,
                 access,
                 self._forwarded_prefix,
-                is_sole=is_push_listener,
+                is_push_listener=is_push_listener,
             )
         self._access = access
         self._is_push_listener = is_push_listener
@@ -269,7 +269,7 @@ class Handler:
         else:
             parsed = self._parse(request.method, path, query, self._named_by_host(request))
             if self._access.is_enforced:
-                await check_pull(self._access, parsed, request, pull)
+                await check_request(self._access, parsed, request, pull)
         pull.kind = Kind.PING  # Requests for a repository overwrite it.
         if (
             isinstance(parsed, paths.RepositoryRequest)
@@ -352,7 +352,7 @@ class Handler:
         )
         extra = common_headers(pull)
         if isinstance(parsed.reference, Digest):
-            extra["Cache-Control"] = IMMUTABLE[pull.is_private]
+            extra["Cache-Control"] = CONTENT_CACHE_CONTROL[pull.is_private]
         else:
             extra["Vary"] = ", ".join(filter(None, ("Accept", extra.get("Vary"))))
         return await Sender(request, pull, self._emit).send(body, extra)
@@ -380,7 +380,7 @@ class Handler:
                 is_fresh=result.is_fresh,
             )
             extra = common_headers(pull)
-            extra["Cache-Control"] = IMMUTABLE[pull.is_private]
+            extra["Cache-Control"] = CONTENT_CACHE_CONTROL[pull.is_private]
             if pull.is_unverified:
                 extra["Cache-Control"] = "no-store"
                 extra["Warning"] = ", ".join(filter(None, (extra.get("Warning"), _UNVERIFIED)))

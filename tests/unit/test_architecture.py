@@ -78,7 +78,8 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     # A response is sent from the extents of a reader. ``pull`` would only pass these types on.
     "web": {
         *("web", "access.access_control", "access.failure_limit", "access.identity", "pull"),
-        *("config.values", "hosted", "observability.logs", "store.reader", *SHARED),
+        *("config.access", "config.values", "hosted", "observability.logs"),
+        *("store.file_stamp", "store.reader", *SHARED),
     },
     # The names of earlier users are a file in the data directory.
     "access": {
@@ -103,7 +104,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     # Where the data directory is, and which contents it has. And a file that may be replaced.
     "history": {"history", *QUEUED_WRITES, *SHARED},
     "notifications": {
-        *("access.rules", "notifications", "store.disk", "upstream.outbound"),
+        *("access.rules", "notifications", "store.disk", "store.file_stamp", "upstream.outbound"),
         *("observability.notification_events", "upstream.registries"),
         *("upstream.transport", *QUEUED_WRITES, *SHARED),
     },

@@ -15,11 +15,12 @@ import pytest
 from mirror.access import logins as module
 from mirror.access.access_control import AccessControl
 from mirror.access.failure_limit import MAX_LOGIN_FAILURES, RECOVERY_S
-from mirror.access.identity import AccessRight, Identity
+from mirror.access.identity import Identity
 from mirror.access.key_sets import KEYS_RETRY_S
 from mirror.access.known_names import KnownNames
 from mirror.access.login_credentials import LoginCredentials
 from mirror.access.logins import RESULT_TTL_S, ClientLogins, LoginFailed
+from mirror.config.access import AccessAction
 from mirror.config.load import load
 from mirror.oci.errors import ConfigError, LoginRequired, TooManyRequests, UpstreamUnavailable
 from mirror.oci.reference import Repository
@@ -390,7 +391,7 @@ async def test_documented_example_starts_and_its_rules_name_users_of_the_issuer(
                 assert may_push is None
             else:
                 assert identity.user == user
-                assert access.is_allowed(identity, repository, AccessRight.PUSH) is may_push
+                assert access.is_allowed(identity, repository, AccessAction.PUSH) is may_push
         await until((tmp_path / "data" / "access" / "names").exists)
         access.close()
 
