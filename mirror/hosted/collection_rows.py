@@ -9,6 +9,11 @@ list it as a manifest. A manifest stays until told, also without a tag. It is *o
 has removed its last tag, or a deletion has removed the index or the subject that it belonged to. An
 orphaned manifest is needed again if a tag, an index or its subject is pushed.
 
+The grace time counts from the moment from which nothing needs a row, or from its last use after
+that: of a manifest from when it was orphaned, of a blob from the deletion of the last manifest that
+listed it (:func:`delete_manifest` records a use). What only an orphan lists has waited with it, and
+goes in the same collection.
+
 A tag such as ``sha256-<hex>.sig`` names the subject of its manifest
 (:func:`mirror.oci.descriptor.parse_referrers_tag`). Such a manifest stays as one with a subject
 does: the tag keeps it until it is orphaned, and goes with it. It stays if the tag is immutable.
@@ -24,7 +29,7 @@ from typing import Final, TypeAlias
 
 from mirror.hosted import name_rows
 from mirror.hosted.content_row import ContentRow
-from mirror.hosted.name_rows import IS_TAG_OF_SUBJECT, USE_STEP_S
+from mirror.hosted.name_rows import IS_TAG_OF_SUBJECT, USE_STEP_S, ManifestRow
 from mirror.oci.descriptor import referrers_tag
 from mirror.oci.headers import OCTET_STREAM
 from mirror.oci.reference import Digest
@@ -68,7 +73,7 @@ class Cutoff:
 
 
 def repositories_with_uses(connection: Connection, since: float) -> set[str]:
-    """Return the repositories of which clients have pushed, mounted or asked for a blob.
+    """Return the repositories of which clients have pushed, mounted, asked for or released a blob.
 
     ``since``: seconds since the epoch.
     """
@@ -129,6 +134,33 @@ def mark_orphan(connection: Connection, repository: str, digest: Digest, at: flo
         {"repository": repository, "digest": str(digest), "at": at},
     )
     return orphaned.rowcount > 0
+
+
+def delete_manifest(
+    connection: Connection, repository: str, digest: Digest, at: float
+) -> ManifestRow | None:
+    """Delete a manifest as told, with its tags. The grace time of all that it needed begins.
+
+    A collection does not call this: the parts of an orphan have waited with it.
+
+    Args:
+        connection: The database.
+        repository: The repository.
+        digest: The manifest.
+        at: Seconds since the epoch.
+
+    Returns:
+        What was deleted. None if the repository does not have it.
+    """
+    orphan_dependents(connection, repository, digest, at)
+    # Also of blobs that another manifest lists: that one may have been an orphan for long.
+    connection.execute(
+        "UPDATE blobs SET used_at = :at WHERE repository = :repository AND used_at < :since"
+        " AND digest IN (SELECT digest FROM parts WHERE repository = :repository"
+        " AND manifest = :digest AND is_manifest = 0)",
+        {"repository": repository, "digest": str(digest), "at": at, "since": at - USE_STEP_S},
+    )
+    return name_rows.delete_manifest(connection, repository, digest)
 
 
 # --- collection -----------------------------------------------------------------------------------

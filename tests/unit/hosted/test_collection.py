@@ -140,6 +140,68 @@ async def test_deleted_index_takes_what_only_it_has_listed(tmp_path: Path) -> No
         assert await digests(kit) == gone
 
 
+OLD = NOW - 30 * GRACE
+
+
+async def release(kit: HostedKit, how: str) -> set[Digest]:
+    """Push images a month ago, and let one lose its last name now. Returns what it alone had."""
+    kit.clock[0] = OLD
+    image, manifests = manifest_of(b"layer", b"base"), kit.service.manifests
+    subject = await kit.push_image(b"layer", b"base", tag=None if how == "untagged" else "v1")
+    gone = {subject, Digest.of(b"layer")}
+    await kit.push_image(b"base", tag="other")
+    if how == "index":
+        target = await put(kit, index_of(image), "index", OCI_INDEX)
+        await manifests.delete("app", Tag("v1"), ANYBODY)
+    elif how in ("referrer", "signature"):
+        more = {"subject": descriptor(image, OCI_MANIFEST)} if how == "referrer" else {}
+        tag = None if how == "referrer" else referrers_tag(subject) + ".sig"
+        gone |= {await kit.push_image(b"sig", tag=tag, **more), Digest.of(b"sig")}
+    kit.clock[0] = NOW
+    if how in ("retention", "untagged"):
+        find = retention_rows.untagged_images if how == "untagged" else retention_rows.tagged_images
+        rows = [row for row in await kit.database.read(find) if row.digest == subject]
+        remove = partial(retention_rows.remove_unchanged, rows=rows, now=NOW)
+        assert len(await kit.database.write(remove)) == 1
+        return gone
+    await manifests.delete("app", target if how == "index" else subject, ANYBODY)
+    return gone if how == "index" else gone - {subject}
+
+
+@pytest.mark.parametrize(
+    "how", ["manifest", "index", "referrer", "signature", "retention", "untagged"]
+)
+async def test_content_of_an_old_image_goes_a_grace_time_after_its_last_name_and_not_before(
+    tmp_path: Path, how: str
+) -> None:
+    """All of it in one collection: no part waits for a grace time of its own."""
+    async with hosted_kit(tmp_path) as kit:
+        gone = await release(kit, how)
+        assert await digests(kit, NOW + GRACE) == set()
+        assert await planned(kit) == gone
+        assert await digests(kit) == gone
+
+
+async def test_short_grace_counts_from_the_deletion_too(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        gone = await release(kit, "manifest")
+        assert await run(kit, NOW + 600, 600) == []
+        assert {row.digest for row in await run(kit, NOW + 1201, 600)} == gone
+
+
+async def test_blob_of_two_images_stays_for_the_grace_after_the_later_deletion(
+    tmp_path: Path,
+) -> None:
+    """Also if the first one that goes was an orphan for long: its collection is no deletion."""
+    async with hosted_kit(tmp_path) as kit:
+        await release(kit, "retention")
+        kit.clock[0] = LATER - 1
+        (other,) = {row.digest for row in await kit.database.read(retention_rows.tagged_images)}
+        await kit.service.manifests.delete("app", other, ANYBODY)
+        assert Digest.of(b"base") not in await digests(kit)
+        assert Digest.of(b"base") in await digests(kit, LATER + GRACE + USE_STEP_S)
+
+
 async def push_as_both(kit: HostedKit, data: bytes) -> bytes:
     """Push an image without a tag, and the bytes of its manifest as a blob, too."""
     await kit.push_image(data, tag=None)
