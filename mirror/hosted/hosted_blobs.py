@@ -78,10 +78,10 @@ class HostedBlobs:
         return bool(await self._changes.commit(change, "mount", actor))
 
     async def size(self, repository: str, digest: Digest) -> int:
-        """Return the bytes of a blob. Raises ``BlobUnknown``, also if its content is lost.
+        """Return the size in bytes of a blob whose file is there. Raises ``BlobUnknown``.
 
-        Then a client pushes it again, which repairs it. Raises ``StorageUnavailable`` if the disk
-        does not answer.
+        If the content is lost, a client pushes it again, which repairs it. Raises
+        ``StorageUnavailable`` if the disk does not answer.
         """
         find = partial(name_rows.blob_size, repository=repository, digest=digest)
         size = await self._database.read(find)

@@ -54,7 +54,7 @@ class HostedUsage:
 
 
 def blob_size(connection: Connection, repository: str, digest: Digest) -> int | None:
-    """Return the bytes of a blob of a repository. None if the repository does not have it."""
+    """Return the size of a blob in bytes. None if the repository does not have it."""
     row = connection.execute(
         "SELECT size FROM blobs WHERE repository = ? AND digest = ?", (repository, str(digest))
     ).fetchone()
@@ -75,7 +75,7 @@ def add_blob(
 def mount_blob(
     connection: Connection, source: str, repository: str, digest: Digest, now: float
 ) -> int | None:
-    """Give a repository a blob of another one. Returns its bytes; None if there is none."""
+    """Give a repository a blob of another one. Returns its size in bytes. None: there is none."""
     size = blob_size(connection, source, digest)
     if size is not None:
         add_blob(connection, repository, digest, size, now)
@@ -109,7 +109,7 @@ def is_needed_blob(connection: Connection, repository: str, digest: Digest, sinc
 
 
 def delete_blob(connection: Connection, repository: str, digest: Digest) -> int | None:
-    """Delete a blob of a repository. Returns its bytes; None if the repository does not have it."""
+    """Delete a blob. Returns its size in bytes. None if the repository does not have it."""
     size = blob_size(connection, repository, digest)
     connection.execute(
         "DELETE FROM blobs WHERE repository = ? AND digest = ?", (repository, str(digest))

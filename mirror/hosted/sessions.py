@@ -1,7 +1,7 @@
 """Uploads: begin one, feed it, ask how far it has come, finish it, cancel it.
 
-Lives here: which requests may feed an upload, in which order, and the end of abandoned uploads.
-Must not know: HTTP, who may push.
+Lives here: which requests may feed an upload, and in which order. Must not know: HTTP, who may
+push, how long an upload stays (``idle_uploads.py`` has a table of that).
 
 Theory of operation: an upload has a row (owner, reserved bytes) and a file (its length is the
 progress). Both outlive their process. A request that feeds an upload holds the lock of the file.
@@ -57,7 +57,7 @@ from mirror.threads import run_in_thread
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
 
-_ABANDONED_S: Final = 3600.0
+_BEFORE_CACHE_S: Final = 3600.0
 """Seconds (one hour) without a byte after which an upload ends before cached content is evicted."""
 _SILENT_S: Final = 5.0
 """Seconds without a byte after which a newer request of the user takes an upload over."""
@@ -73,7 +73,7 @@ _MEMORY_BYTES: Final = 8 * 1024 * 1024
 More would not make a push faster: the disk takes batches of this size well."""
 _MAX_KNOWN: Final = 1000
 """Uploads that are remembered between two requests. The bytes of others are hashed once more."""
-_GONE: Final = "there is no such upload: it was finished, cancelled or abandoned"
+_GONE: Final = "there is no such upload: it was finished or cancelled, or it ended to make room. Start it again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,7 +297,7 @@ class UploadSessions:
     async def make_room_on_disk(self, repository: str, owner: str, need: int) -> None:
         """Free ``need`` bytes of the disk, if that is possible. Never raises.
 
-        Abandoned uploads go first, then cached content, then younger uploads that nobody feeds.
+        Uploads that nobody has fed for an hour go first, then cached content, then younger ones.
 
         Args:
             repository: The repository that they are for.
@@ -314,7 +314,7 @@ class UploadSessions:
                 await self._database.write(end, is_durable=False, is_removal=True)
 
         await self._store.space.disk_room.make_room(
-            need, partial(end_uploads, _ABANDONED_S), partial(end_uploads, 0.0)
+            need, partial(end_uploads, _BEFORE_CACHE_S), partial(end_uploads, 0.0)
         )
 
     async def _reserve(
@@ -358,7 +358,7 @@ class UploadSessions:
         return row
 
     async def position(self, upload_id: str, repository: str, user: str) -> int:
-        """Return the bytes that an upload has.
+        """Return the size of an upload in bytes.
 
         Args:
             upload_id: Its id, as the client has sent it.
@@ -460,7 +460,7 @@ class UploadSessions:
         await self._database.write(end, is_durable=False, is_removal=True)
 
     async def end(self, upload_id: str, *, is_durable: bool = True) -> int:
-        """End an upload of any user. Returns its bytes. A request that feeds it fails.
+        """End an upload of any user. Returns its size in bytes. A request that feeds it fails.
 
         Args:
             upload_id: Its id.
