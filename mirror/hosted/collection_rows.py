@@ -39,14 +39,15 @@ IsProtected: TypeAlias = Callable[[Connection, ContentRow], bool]
 
 
 @dataclass(frozen=True, slots=True)
-class NeedlessRow(ContentRow):
+class GarbageRow(ContentRow):
     """A blob or a manifest of a repository that nothing needs."""
 
     is_manifest: bool
 
 
 MAX_PUSH_S: Final = 86400.0
-"""Seconds (one day) for which the blobs of a push wait at most for the slowest one of them."""
+"""Seconds (one day) that a push may take from its first layer to its manifest. For so long after the
+grace time its layers stay while others are sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +167,7 @@ def delete_manifest(
 # --- collection -----------------------------------------------------------------------------------
 
 
-def needless_manifests(connection: Connection, cutoff: Cutoff, count: int) -> list[NeedlessRow]:
+def find_garbage_manifests(connection: Connection, cutoff: Cutoff, count: int) -> list[GarbageRow]:
     """Return at most ``count`` orphaned manifests that nothing has used since ``cutoff``."""
     rows = connection.execute(
         "SELECT repository, digest, media_type, size FROM orphans WHERE orphaned_at < :cutoff"
@@ -174,14 +175,17 @@ def needless_manifests(connection: Connection, cutoff: Cutoff, count: int) -> li
         {"cutoff": cutoff.at, "count": count},
     )
     return [
-        NeedlessRow(row[0], Digest.parse(row[1]), row[2], row[3], is_manifest=True) for row in rows
+        GarbageRow(row[0], Digest.parse(row[1]), row[2], row[3], is_manifest=True) for row in rows
     ]
 
 
-def needless_blobs(
-    connection: Connection, cutoff: Cutoff, count: int, after: NeedlessRow | None
-) -> list[NeedlessRow]:
-    """Return at most ``count`` blobs after ``after`` that no manifest of their repository names."""
+def find_garbage_blobs(
+    connection: Connection, cutoff: Cutoff, count: int, after: GarbageRow | None
+) -> list[GarbageRow]:
+    """Return at most ``count`` blobs that no manifest of their repository lists, in order.
+
+    None of them was used since the cutoff. They begin after the blob ``after``.
+    """
     rows = connection.execute(
         "SELECT repository, digest, size FROM unnamed_blobs"
         " WHERE (repository, digest) > (:repository, :digest) AND used_at < CASE"
@@ -197,15 +201,17 @@ def needless_blobs(
         },
     )
     return [
-        NeedlessRow(row[0], Digest.parse(row[1]), OCTET_STREAM, row[2], is_manifest=False)
+        GarbageRow(row[0], Digest.parse(row[1]), OCTET_STREAM, row[2], is_manifest=False)
         for row in rows
     ]
 
 
-def delete_needless(
-    connection: Connection, rows: Sequence[NeedlessRow], cutoff: Cutoff, is_protected: IsProtected
-) -> list[NeedlessRow]:
-    """Delete rows that are still needless. Returns them. Protected manifests are no orphans then.
+def delete_garbage(
+    connection: Connection, rows: Sequence[GarbageRow], cutoff: Cutoff, is_protected: IsProtected
+) -> list[GarbageRow]:
+    """Delete rows that are still garbage. Returns them.
+
+    Protected manifests are unmarked as orphans: otherwise each collection would find them again.
 
     It is decided here, in the transaction that deletes them. A manifest that is pushed at the same
     time has either committed the rows of its parts, or is refused since a part is gone.
@@ -235,7 +241,6 @@ def delete_needless(
                 deleted.append(row)
             continue
         if is_protected(connection, row):
-            # Otherwise each collection would find it again.
             connection.execute(
                 "UPDATE manifests SET orphaned_at = 0"
                 " WHERE repository = :repository AND digest = :digest",

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from mirror.hosted import collection, collection_rows, retention_rows, upload_files
-from mirror.hosted.collection import collect, find_needless
-from mirror.hosted.collection_rows import MAX_PUSH_S, NeedlessRow
+from mirror.hosted.collection import collect, plan_collection
+from mirror.hosted.collection_rows import MAX_PUSH_S, GarbageRow
 from mirror.hosted.name_rows import USE_STEP_S
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST, referrers_tag
 from mirror.oci.errors import ManifestUnknown, TagImmutable
@@ -31,7 +31,7 @@ GRACE = 86400.0
 LATER = NOW + GRACE + USE_STEP_S + 1
 
 
-async def run(kit: HostedKit, now: float = LATER, grace: float = GRACE) -> list[NeedlessRow]:
+async def run(kit: HostedKit, now: float = LATER, grace: float = GRACE) -> list[GarbageRow]:
     return await collect(kit.database, kit.store.layout, now, grace, change_of, kit.is_protected)
 
 
@@ -40,7 +40,7 @@ async def digests(kit: HostedKit, now: float = LATER) -> set[Digest]:
 
 
 async def planned(kit: HostedKit) -> set[Digest]:
-    found = await find_needless(kit.database, kit.store.layout, LATER, GRACE, kit.is_protected)
+    found = await plan_collection(kit.database, kit.store.layout, LATER, GRACE, kit.is_protected)
     return {row.digest for row in found}
 
 
@@ -93,11 +93,12 @@ async def test_uploads_without_end_keep_no_blob_for_longer_than_a_day(tmp_path: 
         latest = NOW + 600 + USE_STEP_S + MAX_PUSH_S
         assert await run(kit, latest, 600) == []
         assert (
-            await find_needless(kit.database, kit.store.layout, latest, 600, kit.is_protected) == []
+            await plan_collection(kit.database, kit.store.layout, latest, 600, kit.is_protected)
+            == []
         )
         assert (
             len(
-                await find_needless(
+                await plan_collection(
                     kit.database, kit.store.layout, latest + 1, 600, kit.is_protected
                 )
             )
@@ -314,7 +315,8 @@ async def test_immutable_tag_of_a_subject_stays_with_all_its_parts(tmp_path: Pat
         await digests(kit)  # The subject goes.
         late = LATER + 10 * GRACE
         assert (
-            await find_needless(kit.database, kit.store.layout, late, GRACE, kit.is_protected) == []
+            await plan_collection(kit.database, kit.store.layout, late, GRACE, kit.is_protected)
+            == []
         )
         assert await digests(kit, late) == set()
         assert (await kit.service.manifests.find("app", tag)).digest == index
