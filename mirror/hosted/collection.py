@@ -139,11 +139,8 @@ async def collect(
         previous = rows
         await delete(rows)
     last: GarbageRow | None = None
-    while rows := await database.read(
-        partial(
-            collection_rows.find_garbage_blobs, cutoff=cutoff, count=_ROWS_PER_WRITE, after=last
-        )
-    ):
+    find_blobs = partial(collection_rows.find_garbage_blobs, cutoff=cutoff, count=_ROWS_PER_WRITE)
+    while rows := await database.read(partial(find_blobs, after=last)):
         last = rows[-1]
         await delete(rows)
     return collected

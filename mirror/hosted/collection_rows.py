@@ -46,8 +46,8 @@ class GarbageRow(ContentRow):
 
 
 MAX_PUSH_S: Final = 86400.0
-"""Seconds (one day) that a push may take from its first layer to its manifest. For so long after the
-grace time its layers stay while others are sent."""
+"""Seconds (one day) for which the layers of a push stay after the grace time while clients push to
+the repository: its manifest comes last."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,18 +92,10 @@ async def test_uploads_without_end_keep_no_blob_for_longer_than_a_day(tmp_path: 
         os.utime(upload_files.path_of(kit.store.layout, upload_id), (NOW * 2, NOW * 2))
         latest = NOW + 600 + USE_STEP_S + MAX_PUSH_S
         assert await run(kit, latest, 600) == []
-        assert (
-            await plan_collection(kit.database, kit.store.layout, latest, 600, kit.is_protected)
-            == []
-        )
-        assert (
-            len(
-                await plan_collection(
-                    kit.database, kit.store.layout, latest + 1, 600, kit.is_protected
-                )
-            )
-            == 1
-        )
+        layout = kit.store.layout
+        assert await plan_collection(kit.database, layout, latest, 600, kit.is_protected) == []
+        found = await plan_collection(kit.database, layout, latest + 1, 600, kit.is_protected)
+        assert len(found) == 1
         assert len(await run(kit, latest + 1, 600)) == 1
 
 
@@ -314,10 +306,8 @@ async def test_immutable_tag_of_a_subject_stays_with_all_its_parts(tmp_path: Pat
             await kit.database.write(remove)
         await digests(kit)  # The subject goes.
         late = LATER + 10 * GRACE
-        assert (
-            await plan_collection(kit.database, kit.store.layout, late, GRACE, kit.is_protected)
-            == []
-        )
+        layout = kit.store.layout
+        assert await plan_collection(kit.database, layout, late, GRACE, kit.is_protected) == []
         assert await digests(kit, late) == set()
         assert (await kit.service.manifests.find("app", tag)).digest == index
         assert (await kit.service.manifests.find("app", child)).digest == child
