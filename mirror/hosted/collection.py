@@ -130,7 +130,9 @@ async def collect(
         return deleted
 
     async def delete(rows: list[GarbageRow]) -> None:
-        collected.extend(await database.write(partial(delete_recorded, rows=rows), is_removal=True))
+        collected.extend(
+            await database.write(partial(delete_recorded, rows=rows), may_use_spare_space=True)
+        )
 
     # An index first, then the manifests that only it has listed: again until none is found.
     find = partial(collection_rows.find_garbage_manifests, cutoff=cutoff, count=_ROWS_PER_WRITE)

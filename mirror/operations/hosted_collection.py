@@ -155,7 +155,7 @@ async def _remove_files(
         raise StorageUnavailable(f"nothing more was removed: {error}") from None
     done = [one for one in released if one not in removal.kept]
     forget = partial(collection_rows.forget_released, digests=done)
-    await database.write(forget, is_removal=True)
+    await database.write(forget, may_use_spare_space=True)
     if len(removal.sizes) < len(done):
         # The rest is cache now, and counts in its quota. Evicts only what is above that.
         eviction = store.evictor.start(0)

@@ -313,7 +313,7 @@ def make_old(data: Path) -> None:
 
     async def write() -> None:
         database = await Database.open(data / "hosted/names.db")
-        await database.write(change, is_removal=True)  # The disk may be full.
+        await database.write(change, may_use_spare_space=True)  # The disk may be full.
         await database.close()
 
     asyncio.run(write())
