@@ -14,7 +14,7 @@ from mirror.config.settings import Hosted
 from mirror.hosted import name_rows, upload_rows
 from mirror.hosted.change_feed import ChangeFeed
 from mirror.hosted.content_row import ContentRow
-from mirror.hosted.database import Database
+from mirror.hosted.database import MARK_TIMEOUT_S, Database
 from mirror.hosted.immutable_tags import ImmutableTagRules
 from mirror.hosted.sessions import UploadSessions
 from mirror.hosted.upload_files import disk_errors
@@ -78,10 +78,10 @@ class HostedBlobs:
         return bool(await self._changes.commit(change, "mount", actor))
 
     async def size(self, repository: str, digest: Digest) -> int:
-        """Return the bytes of a blob. Raises ``BlobUnknown``, also if its content is lost.
+        """Return the size in bytes of a blob whose file is there. Raises ``BlobUnknown``.
 
-        Then a client pushes it again, which repairs it. Raises ``StorageUnavailable`` if the disk
-        does not answer.
+        If the content is lost, a client pushes it again, which repairs it. Raises
+        ``StorageUnavailable`` if the disk does not answer.
         """
         find = partial(name_rows.blob_size, repository=repository, digest=digest)
         size = await self._database.read(find)
@@ -119,7 +119,7 @@ class HostedBlobs:
         if not await self._database.read(is_due):
             return
         mark = partial(name_rows.mark_blob_used, repository=repository, digest=digest, now=now)
-        if (await self._database.write_soon(mark)).done():
+        if await self._database.write_within(mark, MARK_TIMEOUT_S):
             return
         # A collection of another process may have the lock before us.
         oldest = self._now() - self._settings.grace / 2

@@ -1,16 +1,24 @@
 """Uploads that nobody feeds give way when the quota, the disk or their number is at its limit.
 
-Lives here: which of them end, in which order, and how that races with nothing. Must not know: the
-event loop, HTTP, why there must be room.
+Lives here: which of them end, in which order, and the lock that keeps a request from feeding one
+meanwhile. Must not know: the event loop, HTTP, why there must be room.
 
 Theory of operation: clients whose connection breaks begin a new upload, and leave the bytes of the
 broken one, for which nobody will ask again. A request that feeds an upload has the lock of its
 file. So an upload whose lock is free is fed by nobody, in no process, and what it has reserved
 beyond its length is of a process that has died. An upload ends in the transaction of the change
 that needs its room: its file is locked, its row is deleted, the change is made, and the file is
-removed before it is unlocked. If the change is refused anyway, nothing has ended. A client may be
-between two of its requests. So an upload gives way to its own user and repository after a
-moment, and to others after a minute.
+removed before it is unlocked. If the change is refused anyway, nothing has ended.
+
+A client may be between two of its requests. So an upload that nobody feeds stays for some time:
+
+=========  =======================================================================================
+0.2 s      then it gives way to its own user and repository (:data:`OWN_IDLE_S`)
+5 s        one without a byte keeps what it has reserved (:data:`_STARTING_S`)
+60 s       then it gives way to others (:data:`OTHERS_IDLE_S`)
+1 hour     then it ends before the cache is evicted (``sessions.py``), or if it never had a byte
+1 day      then it ends in any case (``abandoned_uploads.py``)
+=========  =======================================================================================
 """
 
 from __future__ import annotations
@@ -37,8 +45,8 @@ idle one goes first: so one between two requests goes only if no broken attempt 
 OTHERS_IDLE_S: Final = 60.0
 """Seconds after which an upload gives way to others."""
 _STARTING_S: Final = 5.0
-"""Seconds for which an upload without a byte keeps what it has reserved: a request that has all of
-its bytes locks it in a moment."""
+"""Seconds for which an upload without a byte keeps what it has reserved. A ``POST`` with the whole
+blob creates the upload first, and locks it a moment later."""
 _MAX_GIVING_WAY: Final = 256
 """Uploads that end in one transaction. Each needs a descriptor."""
 

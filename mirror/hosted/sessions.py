@@ -1,7 +1,7 @@
 """Uploads: begin one, feed it, ask how far it has come, finish it, cancel it.
 
-Lives here: which requests may feed an upload, in which order, and the end of abandoned uploads.
-Must not know: HTTP, who may push.
+Lives here: which requests may feed an upload, and in which order. Must not know: HTTP, who may
+push, how long an upload stays (``idle_uploads.py`` has a table of that).
 
 Theory of operation: an upload has a row (owner, reserved bytes) and a file (its length is the
 progress). Both outlive their process. A request that feeds an upload holds the lock of the file.
@@ -57,7 +57,7 @@ from mirror.threads import run_in_thread
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
 
-_ABANDONED_S: Final = 3600.0
+_BEFORE_CACHE_S: Final = 3600.0
 """Seconds (one hour) without a byte after which an upload ends before cached content is evicted."""
 _SILENT_S: Final = 5.0
 """Seconds without a byte after which a newer request of the user takes an upload over."""
@@ -73,7 +73,10 @@ _MEMORY_BYTES: Final = 8 * 1024 * 1024
 More would not make a push faster: the disk takes batches of this size well."""
 _MAX_KNOWN: Final = 1000
 """Uploads that are remembered between two requests. The bytes of others are hashed once more."""
-_GONE: Final = "there is no such upload: it was finished, cancelled or abandoned"
+_GONE: Final = (
+    "there is no such upload: it was finished or cancelled, or it ended to make room. Start the"
+    " upload again"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +156,7 @@ class UploadSessions:
                 idle.with_room(record, repository, row.owner)
             # Here, and not in a thread of its own: a push of small blobs waits for each thread. A
             # file whose row is not committed is removed like any other without a row.
-            with disk_errors():
+            with disk_errors("the upload cannot be stored"):
                 upload_files.create(self._layout, upload_id)
 
         await self.make_room_on_disk(repository, row.owner, _UPLOAD_ROW_BYTES)
@@ -212,10 +215,12 @@ class UploadSessions:
         def before_unlock(length: int) -> asyncio.Future[Any] | None:
             if writer.has_disk_failed:  # Clients begin again, and need its space for that.
                 feed.has_ended = True
-                return self._database.write_later(partial(self._end, upload_id), is_removal=True)
+                return self._database.enqueue_write(
+                    partial(self._end, upload_id), may_use_spare_space=True
+                )
             if feed.reserved <= length:
                 return None
-            return self._database.write_later(
+            return self._database.enqueue_write(
                 partial(upload_rows.release_reservation, upload_id=upload_id, length=length)
             )
 
@@ -245,7 +250,7 @@ class UploadSessions:
 
     async def _run(self, work: Callable[[*Args], T], *args: *Args) -> T:
         """Return ``work(*args)``, called in a thread. A disk that refuses is StorageUnavailable."""
-        with disk_errors():
+        with disk_errors("the upload cannot be read"):
             return await self._loop.run_in_executor(self._opening, partial(work, *args))
 
     async def _lock(self, upload_id: str) -> tuple[int | None, int]:
@@ -297,7 +302,7 @@ class UploadSessions:
     async def make_room_on_disk(self, repository: str, owner: str, need: int) -> None:
         """Free ``need`` bytes of the disk, if that is possible. Never raises.
 
-        Abandoned uploads go first, then cached content, then younger uploads that nobody feeds.
+        Uploads that nobody has fed for an hour go first, then cached content, then younger ones.
 
         Args:
             repository: The repository that they are for.
@@ -311,10 +316,10 @@ class UploadSessions:
                     idle.end_for_bytes(missing, min_idle, repository, owner)
 
             with suppress(MirrorError):
-                await self._database.write(end, is_durable=False, is_removal=True)
+                await self._database.write(end, is_durable=False, may_use_spare_space=True)
 
         await self._store.space.disk_room.make_room(
-            need, partial(end_uploads, _ABANDONED_S), partial(end_uploads, 0.0)
+            need, partial(end_uploads, _BEFORE_CACHE_S), partial(end_uploads, 0.0)
         )
 
     async def _reserve(
@@ -358,7 +363,7 @@ class UploadSessions:
         return row
 
     async def position(self, upload_id: str, repository: str, user: str) -> int:
-        """Return the bytes that an upload has.
+        """Return the size of an upload in bytes.
 
         Args:
             upload_id: Its id, as the client has sent it.
@@ -402,7 +407,7 @@ class UploadSessions:
         with ContentHold(self._layout) as hold:
             publish = partial(self._publish, upload_id, writer, digest, hold)
             try:
-                with disk_errors():
+                with disk_errors("the upload cannot be stored"):
                     is_new = await writer.run_last(self._publishing, publish)
                 self._store.on_pushed(digest, size, is_new=is_new)
                 change = self.with_room(record, repository, feed.row.owner)
@@ -457,10 +462,10 @@ class UploadSessions:
     async def forget(self, upload_id: str) -> None:
         """Drop an upload that only this request knows. Its feed is closed, or about to be."""
         end = partial(self._end, upload_id)
-        await self._database.write(end, is_durable=False, is_removal=True)
+        await self._database.write(end, is_durable=False, may_use_spare_space=True)
 
     async def end(self, upload_id: str, *, is_durable: bool = True) -> int:
-        """End an upload of any user. Returns its bytes. A request that feeds it fails.
+        """End an upload of any user. Returns its size in bytes. A request that feeds it fails.
 
         Args:
             upload_id: Its id.
@@ -472,7 +477,7 @@ class UploadSessions:
             raise UploadUnknown(_GONE)
         size = await self._run(upload_files.upload_length, self._layout, upload_id)
         end = partial(self._end, upload_id)
-        if not await self._database.write(end, is_durable=is_durable, is_removal=True):
+        if not await self._database.write(end, is_durable=is_durable, may_use_spare_space=True):
             raise UploadUnknown(_GONE)
         self._known.pop(upload_id, None)
         if upload_id in self._writers:

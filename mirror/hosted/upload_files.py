@@ -269,8 +269,8 @@ def drop(path: Path) -> None:
 
 
 @contextmanager
-def disk_errors(what: str = "the upload cannot be stored") -> Iterator[None]:
-    """Turn the errors of the disk into ``StorageUnavailable``."""
+def disk_errors(what: str) -> Iterator[None]:
+    """Turn errors of the disk into ``StorageUnavailable``. ``what``: what cannot be done now."""
     try:
         yield
     except OSError as error:
