@@ -83,7 +83,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     },
     # The names of earlier users are a file in the data directory.
     "access": {
-        *("access", "config.access", "config.section", "store.layout"),
+        *("access", "config.access", "config.section", "store.file_stamp", "store.layout"),
         *("store.private_directory", "store.spare_file", *SHARED),
     },
     # The start line prints the quota as the configuration does.

@@ -163,6 +163,7 @@ async def test_each_user_may_do_what_the_first_fitting_rule_says(tmp_path: Path)
             ):
                 denied = await both.ask(method, path, reader, b"x")
                 assert (denied.status, denied.code) == (403, "DENIED"), path
+                assert b"ask the operator for a rule in access.rules" in denied.body
         assert (await both.ask("GET", manifest)).status == 401
         assert (await both.ask("GET", "/v2/public/app/tags/list")).status == 404
         assert (await both.ask("DELETE", f"/v2/team/app/manifests/{digest}", CI)).status == 202
