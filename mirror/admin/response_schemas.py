@@ -129,6 +129,7 @@ RESPONSE_SCHEMAS: Final[dict[str, ResponseSchema]] = {
                     bytes=A_COUNT,
                     uploads=A_COUNT,
                     reserved=A_COUNT,
+                    metadata=A_COUNT,
                     quota=A_COUNT,
                 ),
                 {"type": "null"},

@@ -23,9 +23,9 @@ from mirror.oci.text import size_text
 
 if TYPE_CHECKING:
     from mirror.config.settings import Hosted, Storage
-    from mirror.inventory.hosted_names import QuotaUsage
     from mirror.inventory.leftovers import OtherFile
     from mirror.inventory.model import Inventory
+    from mirror.observability.hosted_events import HostedUsage
     from mirror.store.layout import Layout
 
 _NEXT: Final = 20
@@ -171,12 +171,12 @@ def _quota_text(size: int, storage: Storage) -> str:
     )
 
 
-def _hosted_text(hosted: QuotaUsage, settings: Hosted | None) -> str:
+def _hosted_text(hosted: HostedUsage, settings: Hosted | None) -> str:
     text = f"hosted: {size_text(hosted.bytes)}"
     if settings is not None:
-        used = hosted.bytes + hosted.reserved
-        share = f"{used / settings.max_size:.0%}" if settings.max_size else "-"
-        text += f" and {size_text(hosted.reserved)} reserved by {hosted.uploads} uploads, of "
+        share = f"{hosted.total / settings.max_size:.0%}" if settings.max_size else "-"
+        text += f", {size_text(hosted.metadata)} of metadata, and {size_text(hosted.reserved)}"
+        text += f" reserved by {hosted.uploads} uploads, of "
         text += f"{size_text(settings.max_size)} ({share})"
     return f"{text}; it is never evicted"
 

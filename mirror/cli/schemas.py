@@ -145,6 +145,7 @@ _HOSTED_USAGE: Final = _row(
     repositories=_NUMBER_OF,
     uploads=_NUMBER_OF,
     reserved=_NUMBER_OF,
+    metadata=_NUMBER_OF,
     quota=_NUMBER_OF,
 )
 

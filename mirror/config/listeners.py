@@ -83,11 +83,11 @@ class Hosted(Section):
     """
     max_size: Size = 100 * 2**30
     """
-    Most bytes of all hosted content, and of uploads. It is apart from storage.max_size, and is
-    never evicted: pushes are refused when it is used up.
+    Most bytes of all hosted content, of its metadata, and of uploads. It is apart from
+    storage.max_size, and is never evicted: pushes are refused when it is used up.
     """
     max_repository_size: Size | None = None
-    """Most bytes of the content of one repository. Default: only max_size counts."""
+    """Most bytes of the content and metadata of one repository. Default: only max_size counts."""
     sparse_indexes: bool = False
     """
     Accept an index although manifests that it lists were not pushed to its repository.

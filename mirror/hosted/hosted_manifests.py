@@ -16,7 +16,7 @@ from mirror.config.settings import Hosted
 from mirror.hosted import collection_rows, name_rows, upload_files, upload_rows
 from mirror.hosted.change_feed import ChangeFeed
 from mirror.hosted.content_row import ContentRow, PushedRow
-from mirror.hosted.database import MARK_TIMEOUT_S, Database
+from mirror.hosted.database import Database
 from mirror.hosted.immutable_tags import ImmutableTagRules
 from mirror.hosted.manifest_memory import ManifestMemory
 from mirror.hosted.name_rows import USE_STEP_S, ManifestRow
@@ -181,7 +181,7 @@ class HostedManifests:
             reference=reference,
             now=self._now(),
         )
-        await self._database.write_within(mark, MARK_TIMEOUT_S)
+        await self._database.write_mark(mark)
 
     def mark_pulled(self, repository: str, row: ManifestRow) -> None:
         """Record the pull of a manifest soon. No client waits for it."""

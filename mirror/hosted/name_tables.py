@@ -13,8 +13,16 @@ from typing import Final
 
 from mirror.oci.errors import NamesDamaged
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 """``user_version`` of a database that this version writes."""
+ROW_BYTES: Final = 2048
+"""Bytes of the quota that each tag, blob and manifest of a repository takes beside its content.
+
+Its row and its entries in indexes take 0.3 to 0.6 KiB, and 2 KiB with the longest names, in pages
+that are half full."""
+MANIFEST_FACTOR: Final = 8
+"""Bytes of the quota for each byte of a manifest: its annotations, and the rows of its parts. These
+take 4, and 9 with the longest names."""
 
 _SCHEMA: Final = """
 CREATE TABLE manifests (
@@ -47,14 +55,15 @@ CREATE TABLE contents (
 CREATE TABLE released (digest TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE repositories (
     name TEXT PRIMARY KEY, bytes INTEGER NOT NULL, contents INTEGER NOT NULL,
-    manifests INTEGER NOT NULL) WITHOUT ROWID;
+    manifests INTEGER NOT NULL, metadata INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE changes (
     id TEXT PRIMARY KEY, action TEXT NOT NULL, repository TEXT NOT NULL, digest TEXT NOT NULL,
     tag TEXT NOT NULL, media_type TEXT NOT NULL, size INTEGER NOT NULL, user TEXT NOT NULL,
     client TEXT NOT NULL, at REAL NOT NULL, taken_at REAL NOT NULL);
 CREATE TABLE totals (
-    one INTEGER PRIMARY KEY CHECK (one = 1), bytes INTEGER NOT NULL, contents INTEGER NOT NULL);
-INSERT INTO totals VALUES (1, 0, 0);
+    one INTEGER PRIMARY KEY CHECK (one = 1), bytes INTEGER NOT NULL, contents INTEGER NOT NULL,
+    metadata INTEGER NOT NULL);
+INSERT INTO totals VALUES (1, 0, 0, 0);
 
 CREATE VIEW unnamed_blobs AS SELECT * FROM blobs b WHERE NOT EXISTS
     (SELECT 1 FROM parts p WHERE p.repository = b.repository AND p.digest = b.digest
@@ -75,7 +84,9 @@ CREATE VIEW orphans AS SELECT * FROM manifests m WHERE m.orphaned_at > 0 AND NOT
         AND p.is_manifest = 1)
     AND NOT EXISTS
     (SELECT 1 FROM manifests s WHERE s.repository = m.repository AND s.digest = m.subject);
-
+"""
+"""All but the triggers."""
+_TRIGGERS: Final = f"""
 CREATE TRIGGER contents_added AFTER INSERT ON contents BEGIN
     UPDATE totals SET bytes = bytes + new.size, contents = contents + 1;
     DELETE FROM released WHERE digest = new.digest; END;
@@ -85,49 +96,86 @@ CREATE TRIGGER contents_removed AFTER DELETE ON contents BEGIN
 CREATE TRIGGER blobs_added AFTER INSERT ON blobs BEGIN
     INSERT INTO contents VALUES (new.digest, new.size, 1)
         ON CONFLICT (digest) DO UPDATE SET names = names + 1;
-    INSERT INTO repositories VALUES (new.repository, new.size, 1, 0)
-        ON CONFLICT (name) DO UPDATE SET bytes = bytes + new.size, contents = contents + 1; END;
+    INSERT INTO repositories VALUES (new.repository, new.size, 1, 0, {ROW_BYTES})
+        ON CONFLICT (name) DO UPDATE SET bytes = bytes + new.size, contents = contents + 1,
+            metadata = metadata + excluded.metadata; END;
 CREATE TRIGGER blobs_removed AFTER DELETE ON blobs BEGIN
     UPDATE contents SET names = names - 1 WHERE digest = old.digest;
     DELETE FROM contents WHERE digest = old.digest AND names = 0;
-    UPDATE repositories SET bytes = bytes - old.size, contents = contents - 1
-        WHERE name = old.repository;
+    UPDATE repositories SET bytes = bytes - old.size, contents = contents - 1,
+        metadata = metadata - {ROW_BYTES} WHERE name = old.repository;
     DELETE FROM repositories WHERE name = old.repository AND contents = 0; END;
 CREATE TRIGGER manifests_added AFTER INSERT ON manifests BEGIN
     INSERT INTO contents VALUES (new.digest, new.size, 1)
         ON CONFLICT (digest) DO UPDATE SET names = names + 1;
-    INSERT INTO repositories VALUES (new.repository, new.size, 1, 1)
+    INSERT INTO repositories
+        VALUES (new.repository, new.size, 1, 1, {ROW_BYTES} + {MANIFEST_FACTOR} * new.size)
         ON CONFLICT (name) DO UPDATE SET bytes = bytes + new.size, contents = contents + 1,
-            manifests = manifests + 1; END;
+            manifests = manifests + 1, metadata = metadata + excluded.metadata; END;
 CREATE TRIGGER manifests_removed AFTER DELETE ON manifests BEGIN
     DELETE FROM parts WHERE repository = old.repository AND manifest = old.digest;
     DELETE FROM tags WHERE repository = old.repository AND digest = old.digest;
     UPDATE contents SET names = names - 1 WHERE digest = old.digest;
     DELETE FROM contents WHERE digest = old.digest AND names = 0;
     UPDATE repositories SET bytes = bytes - old.size, contents = contents - 1,
-        manifests = manifests - 1 WHERE name = old.repository;
+        manifests = manifests - 1, metadata = metadata - {ROW_BYTES} - {MANIFEST_FACTOR} * old.size
+        WHERE name = old.repository;
     DELETE FROM repositories WHERE name = old.repository AND contents = 0; END;
-"""
+CREATE TRIGGER tags_added AFTER INSERT ON tags BEGIN
+    UPDATE repositories SET metadata = metadata + {ROW_BYTES} WHERE name = new.repository; END;
+CREATE TRIGGER tags_removed AFTER DELETE ON tags BEGIN
+    UPDATE repositories SET metadata = metadata - {ROW_BYTES} WHERE name = old.repository; END;
+CREATE TRIGGER repositories_added AFTER INSERT ON repositories BEGIN
+    UPDATE totals SET metadata = metadata + new.metadata; END;
+CREATE TRIGGER repositories_changed AFTER UPDATE OF metadata ON repositories BEGIN
+    UPDATE totals SET metadata = metadata + new.metadata - old.metadata; END;
+"""  # noqa: S608 - our own numbers
+_COUNT_METADATA: Final = f"""
+ALTER TABLE repositories ADD COLUMN metadata INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE totals ADD COLUMN metadata INTEGER NOT NULL DEFAULT 0;
+UPDATE repositories SET metadata =
+    {ROW_BYTES} * (contents + (SELECT count(*) FROM tags WHERE repository = name))
+    + {MANIFEST_FACTOR} * (SELECT coalesce(sum(size), 0) FROM manifests WHERE repository = name);
+UPDATE totals SET metadata = (SELECT coalesce(sum(metadata), 0) FROM repositories);
+"""  # noqa: S608 - our own numbers
+"""From version 1 to 2. It takes 0.1 s with 100,000 manifests and as many tags."""
 
 
 def has_schema(connection: Connection, path: Path) -> bool:
-    """Return whether a database has our tables. False if it has none yet.
+    """Return whether a database has our tables, maybe of an earlier version. False: none yet.
 
-    Raises ``NamesDamaged`` if they are of another version.
+    Raises ``NamesDamaged`` if they are of a later version, or of another program.
     """
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     if version == 0 and not connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
         return False
-    if version != SCHEMA_VERSION:
+    if not 1 <= version <= SCHEMA_VERSION:
         raise NamesDamaged(wrong_version(path, version))
     return True
 
 
 def create_schema(connection: Connection) -> None:
     """Create our tables, in the transaction that runs."""
-    for statement in _statements(_SCHEMA):
-        connection.execute(statement)
-    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    _run(connection, _SCHEMA + _TRIGGERS)
+
+
+def upgrade_schema(connection: Connection) -> None:
+    """Make tables of an earlier version those of this one, in the transaction that runs."""
+    if connection.execute("PRAGMA user_version").fetchone()[0] < SCHEMA_VERSION:
+        triggers = connection.execute("SELECT name FROM sqlite_schema WHERE type = 'trigger'")
+        for (name,) in triggers.fetchall():
+            connection.execute(f"DROP TRIGGER {name}")
+        _run(connection, _COUNT_METADATA + _TRIGGERS)
+
+
+def metadata_bytes(rows: int, manifest_bytes: int) -> int:
+    """Return the bytes of the quota that rows take, as the triggers count them.
+
+    Args:
+        rows: Tags, blobs and manifests of repositories.
+        manifest_bytes: Bytes of these manifests.
+    """
+    return ROW_BYTES * rows + MANIFEST_FACTOR * manifest_bytes
 
 
 def wrong_version(path: Path, version: int) -> str:
@@ -138,12 +186,12 @@ def wrong_version(path: Path, version: int) -> str:
     )
 
 
-def _statements(script: str) -> list[str]:
-    """Split a script. ``executescript`` would commit before it, outside of our transaction."""
-    found, part = [], ""
+def _run(connection: Connection, script: str) -> None:
+    """Run a script. ``executescript`` would commit before it, outside of our transaction."""
+    statement = ""
     for line in script.splitlines(keepends=True):
-        part += line
-        if sqlite3.complete_statement(part):
-            found.append(part)
-            part = ""
-    return found
+        statement += line
+        if sqlite3.complete_statement(statement):
+            connection.execute(statement)
+            statement = ""
+    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")

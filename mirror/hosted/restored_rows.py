@@ -6,13 +6,17 @@ comes from.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from sqlite3 import Connection
+from typing import TypeVar
 
 from mirror.hosted import name_rows
+from mirror.hosted.name_tables import metadata_bytes
 from mirror.hosted.pushed_manifest import PushedManifest
 from mirror.hosted.snapshot import SavedManifest
 from mirror.oci.reference import Digest, Tag
+
+K = TypeVar("K", Digest, Tag)
 
 
 def may_set_tag(connection: Connection, repository: str, tag: Tag, digest: Digest) -> bool:
@@ -44,29 +48,34 @@ def bytes_to_add(
     repository: str,
     blobs: Mapping[Digest, int],
     manifests: Mapping[Digest, int],
-) -> int:
-    """Return by how many bytes a repository grows if it gets content.
+    tags: Iterable[Tag],
+) -> tuple[int, int]:
+    """Return by how many bytes of content, and of metadata, a repository grows.
 
     Args:
         connection: The names that are there.
         repository: The repository.
         blobs: Blob -> its bytes.
         manifests: Manifest -> its bytes.
+        tags: Tags, each once.
     """
-    return sum(
-        size
-        for table, contents in (("blobs", blobs), ("manifests", manifests))
-        for digest, size in _without_known(connection, table, repository, contents)
+    new_blobs = _without_known(connection, "blobs", "digest", repository, blobs)
+    new_manifests = _without_known(connection, "manifests", "digest", repository, manifests)
+    new_tags = _without_known(connection, "tags", "tag", repository, tags)
+    manifest_bytes = sum(manifests[one] for one in new_manifests)
+    return (
+        manifest_bytes + sum(blobs[one] for one in new_blobs),
+        metadata_bytes(len(new_blobs) + len(new_manifests) + len(new_tags), manifest_bytes),
     )
 
 
 def _without_known(
-    connection: Connection, table: str, repository: str, contents: Mapping[Digest, int]
-) -> Iterator[tuple[Digest, int]]:
-    query = f"SELECT 1 FROM {table} WHERE repository = ? AND digest = ?"  # noqa: S608 - our own names
-    for digest, size in contents.items():
-        if connection.execute(query, (repository, str(digest))).fetchone() is None:
-            yield digest, size
+    connection: Connection, table: str, column: str, repository: str, names: Iterable[K]
+) -> list[K]:
+    query = f"SELECT 1 FROM {table} WHERE repository = ? AND {column} = ?"  # noqa: S608 - our own names
+    return [
+        one for one in names if connection.execute(query, (repository, str(one))).fetchone() is None
+    ]
 
 
 def is_hosted(connection: Connection, digest: Digest) -> bool:

@@ -73,10 +73,7 @@ _MEMORY_BYTES: Final = 8 * 1024 * 1024
 More would not make a push faster: the disk takes batches of this size well."""
 _MAX_KNOWN: Final = 1000
 """Uploads that are remembered between two requests. The bytes of others are hashed once more."""
-_GONE: Final = (
-    "there is no such upload: it was finished or cancelled, or it ended to make room. Start the"
-    " upload again"
-)
+_GONE: Final = "there is no such upload: it was finished or has ended. Start the upload again"
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from sqlite3 import Connection
 from typing import Final
 
 from mirror.hosted.content_row import ContentRow
-from mirror.hosted.name_tables import SCHEMA_VERSION, wrong_version
+from mirror.hosted.name_tables import has_schema, wrong_version
 from mirror.oci.errors import NamesDamaged, StorageUnavailable
 from mirror.oci.reference import Digest, Tag
 from mirror.store import disk
@@ -158,9 +158,8 @@ def _copy(layout: Layout) -> None:
     draft = _draft_of(layout)
     draft.unlink(missing_ok=True)
     with closing(connect(layout.hosted_names, "ro")) as connection:
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version != SCHEMA_VERSION:
-            raise NamesDamaged(wrong_version(layout.hosted_names, version))
+        if not has_schema(connection, layout.hosted_names):
+            raise NamesDamaged(wrong_version(layout.hosted_names, 0))
         connection.execute("VACUUM INTO ?", (str(draft),))
     draft.rename(layout.snapshot)
 

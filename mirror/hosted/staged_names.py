@@ -23,7 +23,7 @@ from typing import Final
 from mirror.config.settings import Hosted
 from mirror.hosted import upload_rows
 from mirror.hosted.database import Database, change_with_staged, check_pages, translate
-from mirror.hosted.name_tables import create_schema, has_schema
+from mirror.hosted.name_tables import create_schema, has_schema, upgrade_schema
 from mirror.oci.errors import StorageUnavailable
 from mirror.store import disk
 from mirror.store.layout import Layout
@@ -165,7 +165,9 @@ def _merge(connection: Connection, hosted: Hosted, *, may_replace: bool) -> list
 
 @contextmanager
 def opened_names(layout: Layout) -> Iterator[Connection]:
-    """Read the names that are there. Without any, the database is empty. Blocks.
+    """Read the names that are there, as this version has them. Without any, the database is empty.
+
+    Blocks.
 
     Raises:
         NamesDamaged: They cannot be used.
@@ -174,10 +176,13 @@ def opened_names(layout: Layout) -> Iterator[Connection]:
     path = layout.hosted_names
     try:
         with closing(
-            connect(path, "ro") if path.exists() else sqlite3.connect(":memory:")
+            connect(path, "rw") if path.exists() else sqlite3.connect(":memory:")
         ) as names:
             if has_schema(names, path):
                 check_pages(names, path)
+                names.execute("BEGIN IMMEDIATE")
+                upgrade_schema(names)
+                names.execute("COMMIT")
                 yield names
                 return
         with closing(sqlite3.connect(":memory:")) as names:

@@ -1,7 +1,7 @@
 """The rows of running uploads, and the bytes that they have reserved of the quota.
 
-Lives here: the quota, over all processes: content that is hosted, plus what uploads have reserved.
-Must not know: threads, files.
+Lives here: the quota, over all processes: content that is hosted, its metadata, and what uploads
+have reserved. Must not know: threads, files.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Final
 
 from mirror.config.settings import Hosted
 from mirror.config.values import format_size
+from mirror.hosted.name_tables import ROW_BYTES
 from mirror.oci.errors import QuotaExceeded, TooManyRequests
 from mirror.oci.text import size_text
 
@@ -41,6 +42,34 @@ class UploadRow:
     """Seconds since the epoch."""
     owner: str
     """The user, or the address of an anonymous one. Each has a limit of uploads."""
+
+
+@dataclass(frozen=True, slots=True)
+class UsedBytes:
+    """The bytes of a quota that are used."""
+
+    content: int
+    metadata: int
+    """See :data:`mirror.hosted.name_tables.ROW_BYTES`."""
+    reserved: int
+    """Bytes that uploads may reach."""
+
+    @property
+    def stored(self) -> int:
+        """Bytes of content, with its metadata."""
+        return self.content + self.metadata
+
+    @property
+    def total(self) -> int:
+        """All that counts in the quota."""
+        return self.stored + self.reserved
+
+    def __str__(self) -> str:
+        """Return it in words."""
+        return (
+            f"{size_text(self.stored)} are used ({size_text(self.metadata)} of them by metadata),"
+            f" and {size_text(self.reserved)} reserved by uploads"
+        )
 
 
 def begin_upload(
@@ -113,11 +142,11 @@ def release_reservation(connection: Connection, upload_id: str, length: int) -> 
 def check_quota(
     connection: Connection, repository: str, hosted: Hosted, announced: int = 0
 ) -> None:
-    """Check that all hosted content, and what uploads have reserved, is within the quota.
+    """Check that what uploads have reserved fits into the quota, beside all that is hosted.
 
     Args:
         connection: The database.
-        repository: The repository that has grown.
+        repository: The repository of an upload.
         hosted: The quota, of all repositories and of each.
         announced: Bytes that an upload will have. They must fit beside the content, and are
             reserved as they come: an upload that never ends keeps others out of no more.
@@ -125,15 +154,17 @@ def check_quota(
     Raises :class:`QuotaExceeded`.
     """
     for key, used, quota in _quotas(connection, repository, hosted):
-        if used[0] + max(used[1], announced) > quota:
-            raise _exceeded(key, used, quota, announced)
+        # At its end, the row of a blob comes to its bytes.
+        needed = used.stored + max(used.reserved, announced) + ROW_BYTES
+        if needed > quota:
+            raise _exceeded(key, used, quota, needed)
 
 
 @contextmanager
 def within_quota(connection: Connection, repository: str, hosted: Hosted) -> Iterator[None]:
     """Check that the block adds no byte above the quota of a repository, or of all.
 
-    A block that adds nothing passes, so a tag can be put back however full the quota is.
+    A block that adds no row and no content passes, so a tag can move however full the quota is.
 
     Args:
         connection: The database.
@@ -142,53 +173,55 @@ def within_quota(connection: Connection, repository: str, hosted: Hosted) -> Ite
 
     Raises :class:`QuotaExceeded`.
     """
-    before = {key: sum(used) for key, used, _ in _quotas(connection, repository, hosted)}
+    before = {key: used.total for key, used, _ in _quotas(connection, repository, hosted)}
     yield
     for key, used, quota in _quotas(connection, repository, hosted):
-        if sum(used) > max(quota, before[key]):
-            raise _exceeded(key, used, quota)
+        if used.total > max(quota, before[key]):
+            raise _exceeded(key, used, quota, used.total)
 
 
 def _quotas(
     connection: Connection, repository: str, hosted: Hosted
-) -> Iterator[tuple[str, tuple[int, int], int]]:
-    """Iterate the quotas: key, bytes of content and bytes reserved by uploads, bytes at most."""
+) -> Iterator[tuple[str, UsedBytes, int]]:
+    """Iterate the quotas: key, bytes that are used, bytes at most."""
     yield _OF_ALL_KEY, used_bytes(connection), hosted.max_size
     if hosted.max_repository_size is not None:
         used = used_bytes_of_repository(connection, repository)
         yield _OF_ONE_KEY, used, hosted.max_repository_size
 
 
-def _exceeded(key: str, used: tuple[int, int], quota: int, announced: int = 0) -> QuotaExceeded:
-    """Return the error for a quota. ``used``: bytes of content, and bytes reserved by uploads."""
-    remedy = f"Delete images and run oci-mirror gc, end uploads (ls --uploads), or raise {key}"
-    usage = f"{size_text(used[0])} are used, and {size_text(used[1])} reserved by uploads"
+def _exceeded(key: str, used: UsedBytes, quota: int, needed: int) -> QuotaExceeded:
+    """Return the error for a quota. ``needed``: bytes that it would have to have."""
+    remedy = (
+        f"Delete images and tags, run oci-mirror gc, end uploads (ls --uploads), or raise {key}"
+    )
     if key == _OF_ALL_KEY:  # Who may push here may not know how much others have.
         error = QuotaExceeded(f"{key} ({format_size(quota)}) has no room for this push. {remedy}")
-        error.for_operator = usage
+        error.for_operator = str(used)
         return error
-    missing = used[0] + max(used[1], announced) - quota
     return QuotaExceeded(
-        f"{size_text(missing)} more than {key} ({format_size(quota)}) are needed: {usage}. {remedy}"
+        f"{size_text(needed - quota)} more than {key} ({format_size(quota)}) are needed: {used}."
+        f" {remedy}"
     )
 
 
-def used_bytes(connection: Connection) -> tuple[int, int]:
-    """Return the bytes of all hosted content, and those that uploads have reserved."""
+def used_bytes(connection: Connection) -> UsedBytes:
+    """Return what all hosted repositories, and the uploads to them, use of the quota."""
     used = connection.execute(
-        "SELECT (SELECT bytes FROM totals), (SELECT total(reserved) FROM uploads)"
+        "SELECT bytes, metadata, (SELECT total(reserved) FROM uploads) FROM totals"
     ).fetchone()
-    return int(used[0]), int(used[1])
+    return UsedBytes(*map(int, used))
 
 
-def used_bytes_of_repository(connection: Connection, repository: str) -> tuple[int, int]:
-    """Return the bytes of the content of a repository, and those that uploads have reserved."""
+def used_bytes_of_repository(connection: Connection, repository: str) -> UsedBytes:
+    """Return what a repository, and the uploads to it, use of its quota."""
     used = connection.execute(
-        "SELECT (SELECT total(bytes) FROM repositories WHERE name = ?),"
-        " (SELECT total(reserved) FROM uploads WHERE repository = ?)",
+        "SELECT total(bytes), total(metadata),"
+        " (SELECT total(reserved) FROM uploads WHERE repository = ?)"
+        " FROM repositories WHERE name = ?",
         (repository, repository),
     ).fetchone()
-    return int(used[0]), int(used[1])
+    return UsedBytes(*map(int, used))
 
 
 def find_upload(connection: Connection, upload_id: str) -> UploadRow | None:

@@ -15,6 +15,10 @@ _GAUGES: Final = {
     "repositories": ("hosted_repositories", "Hosted repositories."),
     "contents": ("hosted_contents", "Contents of hosted repositories."),
     "bytes": ("hosted_bytes", "Bytes of the contents of hosted repositories."),
+    "metadata": (
+        "hosted_metadata_bytes",
+        "Bytes of hosted.max_size that metadata takes: tags, and the rows of content.",
+    ),
     "quota": (
         "hosted_quota_bytes",
         "The quota of hosted repositories in bytes: hosted.max_size.",

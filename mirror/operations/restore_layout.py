@@ -63,30 +63,39 @@ class LayoutRestore:
     def plan(self) -> Iterator[PlannedRepository]:
         """Return what the restore brings. Blocks. Raises ``StorageUnavailable``."""
         self._names = self._read_names()
+        by_repository: dict[str, list[RestoredName]] = {}
         for name in self._names:
-            contents: dict[Digest, int] = {}
-            with suppress(InvalidRequest, ManifestRefused):  # It is not restored, or in part.
-                self._plan_manifest(name.digest, name.media_type, contents, 0)
-            tag = name.reference
-            tags = [(tag, name.digest)] if isinstance(tag, Tag) else []
-            yield PlannedRepository(name.repository, contents, {}, tags)
+            by_repository.setdefault(name.repository, []).append(name)
+        for repository, names in by_repository.items():
+            blobs: dict[Digest, int] = {}
+            manifests: dict[Digest, int] = {}
+            for name in names:
+                with suppress(InvalidRequest, ManifestRefused):  # It is not restored, or in part.
+                    self._plan_manifest(name.digest, name.media_type, blobs, manifests, 0)
+            tags = [(one.reference, one.digest) for one in names if isinstance(one.reference, Tag)]
+            yield PlannedRepository(repository, blobs, manifests, tags)
 
     def _plan_manifest(
-        self, digest: Digest, media_type: str, contents: dict[Digest, int], depth: int
+        self,
+        digest: Digest,
+        media_type: str,
+        blobs: dict[Digest, int],
+        manifests: dict[Digest, int],
+        depth: int,
     ) -> None:
         body = self._content.read_manifest(digest)
         manifest = read_pushed_manifest(body, media_type, digest)
-        if digest in contents or depth > _MAX_NESTING:
+        if digest in manifests or depth > _MAX_NESTING:
             return
-        contents[digest] = len(body)
+        manifests[digest] = len(body)
         types = _types_of(body)
         for child in manifest.children:
             if self._content.size_of_copy(child) is not None:
-                self._plan_manifest(child, types.get(str(child), ""), contents, depth + 1)
+                self._plan_manifest(child, types.get(str(child), ""), blobs, manifests, depth + 1)
         for blob in manifest.blobs:
             size = self._content.size_of_copy(blob)
             if size is not None:
-                contents[blob] = size
+                blobs[blob] = size
 
     async def stage(self) -> RestoreReport:
         """Copy the content, and record all images. Call it after :meth:`plan`."""

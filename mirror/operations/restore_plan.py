@@ -14,7 +14,7 @@ from mirror.config.settings import Hosted
 from mirror.config.values import format_size
 from mirror.hosted import restored_rows
 from mirror.hosted.staged_names import opened_names
-from mirror.hosted.upload_rows import used_bytes, used_bytes_of_repository
+from mirror.hosted.upload_rows import UsedBytes, used_bytes, used_bytes_of_repository
 from mirror.oci.errors import QuotaExceeded, StorageUnavailable
 from mirror.oci.reference import Digest, Tag
 from mirror.oci.text import size_text
@@ -49,7 +49,7 @@ async def check_plan(
     Args:
         store: The open data directory.
         hosted: The quota.
-        plan: What the restore brings. A repository may come more than once. Read in a thread.
+        plan: What the restore brings, each repository once. Read in a thread.
         may_replace: Whether tags that name another manifest are replaced.
 
     Raises:
@@ -87,8 +87,11 @@ def _check(
                 for tag, digest in one.tags
                 if not restored_rows.may_set_tag(names, one.repository, tag, digest)
             )
-            grown = restored_rows.bytes_to_add(names, one.repository, one.blobs, one.manifests)
-            growth[one.repository] = growth.get(one.repository, 0) + grown
+            content, metadata = restored_rows.bytes_to_add(
+                names, one.repository, one.blobs, one.manifests, {tag for tag, _ in one.tags}
+            )
+            growth[one.repository] = content + metadata
+            added += metadata
             for digest, size in (*one.blobs.items(), *one.manifests.items()):
                 key = bytes.fromhex(digest.hex)
                 if key in seen:
@@ -118,13 +121,11 @@ def _check_moved_tags(tags: Sequence[str]) -> None:
         )
 
 
-def _check_quota(key: str, where: str, limit: int, added: int, used: tuple[int, int]) -> None:
-    """Check a quota. ``used``: bytes of content, and those that uploads have reserved."""
-    missing = added + sum(used) - limit
+def _check_quota(key: str, where: str, limit: int, added: int, used: UsedBytes) -> None:
+    missing = added + used.total - limit
     if added and missing > 0:
         raise QuotaExceeded(
             f"{size_text(missing)} more than {key} ({format_size(limit)}) are needed{where}:"
-            f" {size_text(added)} of the backup are not here, {size_text(used[0])} are used, and"
-            f" {size_text(used[1])} reserved by uploads. Nothing was restored: raise {key}, or"
-            " delete images and run oci-mirror gc"
+            f" {size_text(added)} of the backup are not here, {used}. Nothing was restored: raise"
+            f" {key}, or delete images and run oci-mirror gc"
         )

@@ -124,6 +124,7 @@ function drawHosted(hosted, uploads) {
     el("h3", {}, "Hosted"),
     el("p", { class: "muted" },
       `${bytes(hosted.bytes)} of ${bytes(hosted.quota)} in ${plural(hosted.contents, "content")}, never evicted`
+      + (hosted.metadata ? ` · ${bytes(hosted.metadata)} of metadata` : "")
       + (hosted.reserved ? ` · ${bytes(hosted.reserved)} reserved by uploads` : "")),
     items.length ? el("ul", { class: "going" }, items) : el("p", { class: "empty" }, "No upload is in progress."),
     uploads.length > MAX_UPLOADS && el("p", { class: "muted" }, `And ${plural(uploads.length - MAX_UPLOADS, "more upload")}`),

@@ -15,7 +15,8 @@ from typing import Final
 from mirror.cli.doctor.findings import Checked, Finding
 from mirror.cli.doctor.machine_checks import damage_of
 from mirror.config.settings import Settings
-from mirror.inventory.hosted_names import QuotaUsage, read_hosted_usage
+from mirror.inventory.hosted_names import read_hosted_usage
+from mirror.observability.hosted_events import HostedUsage
 from mirror.oci.errors import MirrorError
 from mirror.oci.text import size_text
 from mirror.store.hosted_marker import (
@@ -63,7 +64,7 @@ def check_hosted(
         )
 
 
-def _check_room(subject: Checked, settings: Settings, usage: QuotaUsage) -> Finding:
+def _check_room(subject: Checked, settings: Settings, usage: HostedUsage) -> Finding:
     if settings.hosted is None:
         if not usage.contents:
             return subject.ok("nothing is hosted")
@@ -71,9 +72,10 @@ def _check_room(subject: Checked, settings: Settings, usage: QuotaUsage) -> Find
             f"{size_text(usage.bytes)} of hosted content stay, and nobody can pull them",
             "configure the section hosted again; then delete with oci-mirror rm what is not needed",
         )
-    quota, used = settings.hosted.max_size, usage.bytes + usage.reserved
+    quota, used = settings.hosted.max_size, usage.total
     text = (
         f"{usage.repositories} repositories, {size_text(usage.bytes)} of {size_text(quota)}, "
+        f"{size_text(usage.metadata)} of metadata, "
         f"{size_text(usage.reserved)} in {usage.uploads} uploads in progress"
     )
     if used >= quota * _NEARLY_FULL_SHARE:

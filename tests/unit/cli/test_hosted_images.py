@@ -224,7 +224,9 @@ def test_hosted_images_are_not_listed_without_the_section_and_keep_their_content
 
 def test_du_counts_hosted_content_with_its_own_quota(site: Site) -> None:
     line = next(line for line in site.lines("du") if line.startswith("hosted"))
-    assert line.startswith("hosted: 2.8KiB and 0B reserved by 0 uploads, of 976.6KiB (")
+    assert line.startswith(
+        "hosted: 2.8KiB, 14.4KiB of metadata, and 0B reserved by 0 uploads, of 976.6KiB (2%)"
+    )
     assert line.endswith("; it is never evicted")
     total = next(row["bytes"] for row in site.rows("du") if row["kind"] == "hosted")
     assert total == sum(map(len, (*LAYERS, HOSTED_CONFIG, manifest_of(*LAYERS))))

@@ -141,7 +141,7 @@ async def test_push_that_is_begun_again_takes_the_room_of_its_broken_attempts(
 async def test_uploads_give_way_to_their_own_push_first_and_only_as_many_as_needed(
     tmp_path: Path,
 ) -> None:
-    async with hosted_kit(tmp_path, max_size="2MB") as kit:
+    async with hosted_kit(tmp_path, max_size=str(2_010_000)) as kit:
         young = await leave(kit, idle=0.1, user="ci")
         own = [await leave(kit, idle=idle, user="ci") for idle in (30, 50)]
         neighbour = await leave(kit, idle=70, user="ann")
@@ -191,7 +191,7 @@ async def test_upload_that_a_request_feeds_never_gives_way(tmp_path: Path) -> No
 
 
 async def test_manifest_and_mount_take_the_room_of_uploads(tmp_path: Path) -> None:
-    body = manifest_of(b"layer", annotations={"a": "x" * 100_000})
+    body = manifest_of(b"layer", annotations={"a": "x" * 10_000})
     async with hosted_kit(tmp_path, max_size="400kB", max_repository_size="350kB") as kit:
         await kit.push_image(b"layer")
         await leave(kit, idle=90)

@@ -13,6 +13,7 @@ import pytest
 
 from mirror.hosted import sessions, upload_files, upload_rows
 from mirror.hosted.abandoned_uploads import UPLOAD_TTL_S
+from mirror.hosted.name_tables import ROW_BYTES
 from mirror.oci.errors import (
     BlobUnknown,
     QuotaExceeded,
@@ -103,7 +104,9 @@ async def test_quota_counts_content_and_what_uploads_have_reserved(tmp_path: Pat
             match=r"^hosted.max_size .1MB. has no room for this push. Delete images [^0-9]*$",
         ) as refused:
             await uploads.begin("other", "", 200_000)
-        assert refused.value.for_operator == "0B are used, and 1.0MiB reserved by uploads"
+        assert refused.value.for_operator == (
+            "0B are used (0B of them by metadata), and 1.0MiB reserved by uploads"
+        )
         await feed_some(kit, upload_id, DATA)
         await finish(kit, upload_id)
         assert await reserved(kit) == {}
@@ -118,7 +121,7 @@ async def test_upload_that_announces_all_of_the_quota_keeps_out_only_what_it_has
     tmp_path: Path, request_kind: str
 ) -> None:
     async with hosted_kit(tmp_path, max_size="100MiB") as kit:
-        uploads, size = kit.service.uploads, 100 * 2**20
+        uploads, size = kit.service.uploads, 100 * 2**20 - ROW_BYTES
         upload_id = await uploads.begin("app", "", size if request_kind == "post" else None)
         feed = await uploads.open(upload_id, "app", "", size=size)
         await feed.write(DATA)
@@ -136,7 +139,7 @@ async def test_upload_that_announces_more_than_the_quota_has_left_is_refused_at_
 ) -> None:
     async with hosted_kit(tmp_path, **{key: "100MiB"}) as kit:
         await kit.push_blob(DATA)
-        uploads, size = kit.service.uploads, 100 * 2**20 - len(DATA)
+        uploads, size = kit.service.uploads, 100 * 2**20 - len(DATA) - 2 * ROW_BYTES
         with pytest.raises(QuotaExceeded):
             await uploads.begin("app", "", size + 1)
         await uploads.begin("app", "", size)
@@ -169,7 +172,7 @@ async def test_large_upload_reserves_in_few_steps_and_never_more_than_it_announc
 
 
 async def test_stream_of_unknown_length_ends_at_the_quota(tmp_path: Path) -> None:
-    async with hosted_kit(tmp_path, max_size="500kB") as kit:
+    async with hosted_kit(tmp_path, max_size=str(500_000 + ROW_BYTES)) as kit:
         upload_id = await kit.service.uploads.begin("app", "", None)
         feed = await kit.service.uploads.open(upload_id, "app", "")
         for start in range(0, 500_000, 100_000):
@@ -230,7 +233,7 @@ async def test_broken_request_gives_back_what_it_has_reserved_and_not_received(
     async with hosted_kit(tmp_path, max_size="1MB") as kit:
         uploads = kit.service.uploads
         upload_id = await uploads.begin("app", "", None)
-        feed = await uploads.open(upload_id, "app", "", size=1_000_000)
+        feed = await uploads.open(upload_id, "app", "", size=1_000_000 - ROW_BYTES)
         with pytest.raises(QuotaExceeded):
             await kit.push_blob(b"other")
         await feed.write(DATA[:1000])

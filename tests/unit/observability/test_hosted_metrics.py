@@ -24,13 +24,15 @@ def test_changes_and_usage_of_hosted_repositories_are_counted() -> None:
     assert 'oci_mirror_hosted_changes_total{action="delete"} 0.0' in observer.render()[0].decode()
     observer.observe(CHANGE)
     observer.observe(
-        HostedMeasured(repositories=1, contents=2, bytes=3, quota=4, uploads=5, reserved=6)
+        HostedMeasured(
+            repositories=1, contents=2, bytes=3, quota=4, uploads=5, reserved=6, metadata=7
+        )
     )
     lines = observer.render()[0].decode().splitlines()
     for line in (
         *('oci_mirror_hosted_changes_total{action="push"} 1.0', "oci_mirror_hosted_bytes 3.0"),
         *("oci_mirror_hosted_repositories 1.0", "oci_mirror_hosted_contents 2.0"),
         *("oci_mirror_hosted_quota_bytes 4.0", "oci_mirror_uploads 5.0"),
-        "oci_mirror_upload_reserved_bytes 6.0",
+        *("oci_mirror_upload_reserved_bytes 6.0", "oci_mirror_hosted_metadata_bytes 7.0"),
     ):
         assert line in lines

@@ -22,6 +22,7 @@ from mirror.store.eviction import StoredBlob
 from mirror.store.hosted_contents import HostedContents
 from mirror.store.removal import KeptBecause
 from tests.unit.hosted.kit import ANYBODY, NOW, HostedKit, hosted_kit, manifest_of
+from tests.unit.hosted.test_quota import as_version_1
 from tests.unit.operations.test_backup import backup, index_with, restore, state_of, write_layout
 
 LAYERS = [b"one" * 1000, b"two" * 1000, b"three" * 1000]
@@ -209,12 +210,55 @@ async def test_quota_is_checked_before_anything_is_copied(
         assert copied(kit) == []
 
 
-async def test_content_that_is_here_needs_no_quota_again(tmp_path: Path, source: Path) -> None:
-    async with hosted_kit(tmp_path / "new", max_size="12KiB") as kit:
+@pytest.mark.parametrize("key", ["max_size", "max_repository_size"])
+@pytest.mark.parametrize("is_layout", [False, True])
+async def test_quota_of_a_restore_is_what_a_push_needs(
+    tmp_path: Path, key: str, is_layout: bool
+) -> None:
+    body = manifest_of(LAYERS[0])
+    async with hosted_kit(tmp_path / "from") as kit:
+        for tag in ("v1", "v2", "v3"):
+            await kit.push_image(LAYERS[0], repository="org/app", tag=tag)
+        usage = await kit.usage()
+        backup(kit, tmp_path / "backup")
+    path = tmp_path / "backup"
+    if is_layout:
+        index = index_with("ghcr.io/org/app:v1", body)
+        index["manifests"] += [
+            index_with(f"ghcr.io/org/app:{tag}", body)["manifests"][0] for tag in ("v2", "v3")
+        ]
+        path = write_layout(tmp_path / "layout", index, body, b"{}", LAYERS[0])
+    needed = usage.bytes + usage.metadata
+    async with hosted_kit(tmp_path / "new", **{key: str(needed - 1)}) as kit:
+        with pytest.raises(QuotaExceeded, match="are needed"):
+            await restore(kit, path)
+        assert copied(kit) == []
+    async with hosted_kit(tmp_path / "new", **{key: str(needed)}) as kit:
+        assert (await restore(kit, path)).problems == []
+        found = await kit.usage()
+        assert (found.bytes, found.metadata) == (usage.bytes, usage.metadata)
+    async with hosted_kit(tmp_path / "new", **{key: "1KiB"}) as kit:
+        assert (await restore(kit, path)).problems == [], "all of it is here"
+
+
+async def test_restore_upgrades_the_names_of_version_1(tmp_path: Path, source: Path) -> None:
+    async with hosted_kit(tmp_path / "new") as kit:
+        await kit.push_image(LAYERS[0], repository="team/app", tag="v0")
+        as_version_1(kit.store.layout.hosted_names)
         await restore(kit, source)
-        used = (await kit.usage()).bytes
+        found = await kit.usage()
+    async with hosted_kit(tmp_path / "other") as kit:
+        await restore(kit, source)
+        assert await kit.usage() == found
+
+
+async def test_content_that_is_here_needs_no_quota_again(tmp_path: Path, source: Path) -> None:
+    async with hosted_kit(tmp_path / "new", max_size="64KiB") as kit:
+        await restore(kit, source)
+        usage = await kit.usage()
+        used = usage.bytes + usage.metadata
         with pytest.raises(QuotaExceeded):
-            await kit.push_blob(b"x" * 12_000)
+            await kit.push_blob(b"x" * 30_000)
     async with hosted_kit(tmp_path / "new", max_size=str(used)) as kit:
         assert (await restore(kit, source)).problems == []
 

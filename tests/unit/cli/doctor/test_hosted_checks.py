@@ -27,7 +27,9 @@ async def test_hosted_repositories_are_counted_and_measured(tmp_path: Path) -> N
         await kit.push_image(LAYER)
     (finding,) = check(tmp_path, max_size=100_000)
     assert finding.status is Status.OK
-    assert finding.message.startswith("1 repositories, 5.3KiB of 97.7KiB, 0B in 0 uploads")
+    assert finding.message.startswith(
+        "1 repositories, 5.3KiB of 97.7KiB, 11.2KiB of metadata, 0B in 0 uploads"
+    )
 
 
 async def test_quota_that_is_nearly_used_up_or_larger_than_the_disk_is_a_warning(
@@ -35,7 +37,7 @@ async def test_quota_that_is_nearly_used_up_or_larger_than_the_disk_is_a_warning
 ) -> None:
     async with hosted_kit(tmp_path) as kit:
         await kit.push_image(LAYER)
-    (finding,) = check(tmp_path, max_size=6000)
+    (finding,) = check(tmp_path, max_size=17_000)
     assert finding.status is Status.WARNING
     assert "raise hosted.max_size" in finding.remedy
     (finding,) = check(tmp_path, max_size="1000PiB")
