@@ -101,7 +101,7 @@ async def test_quota_counts_content_and_what_uploads_have_reserved(tmp_path: Pat
         os.utime(upload_files.path_of(kit.store.layout, upload_id), (NOW, NOW))
         with pytest.raises(
             QuotaExceeded,
-            match=r"^hosted.max_size .1MB. has no room for this push. Delete images [^0-9]*$",
+            match=r"^hosted.max_size .1MB. has no room for this push. Delete tags [^0-9]* 10m[^0-9]*$",
         ) as refused:
             await uploads.begin("other", "", 200_000)
         assert refused.value.for_operator == (
