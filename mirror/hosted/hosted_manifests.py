@@ -128,7 +128,7 @@ class HostedManifests:
                 repository, digest, manifest.media_type, manifest.size, manifest.image_size
             )
 
-        change = self._uploads.with_room(record, repository, actor.user)
+        change = self._uploads.giving_way(record, repository, actor.user)
         await self._uploads.make_room_on_disk(repository, actor.user, len(body))
         with ContentHold(self._store.layout) as hold:
             await self._publish_body(digest, body, hold)
