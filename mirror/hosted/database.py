@@ -44,7 +44,7 @@ _WRITER_TIMEOUT_S: Final = 5.0
 """Seconds to wait for a write of another process. One commit takes milliseconds.
 
 A write may wait twice: for the commit before it, and for its own."""
-MARK_TIMEOUT_S: Final = 1.0
+_MARK_TIMEOUT_S: Final = 1.0
 """Seconds that a client waits for the record of its use. One commit takes milliseconds."""
 _MAX_BATCH: Final = 256
 """Writes of one commit. Each waits for all of them, which takes about 20 ms."""
@@ -161,14 +161,14 @@ class Database:
         self._writing.submit(self._commit_waiting)
         return write.future
 
-    async def write_within(self, change: Callable[[Connection], object], seconds: float) -> bool:
-        """Make a change as :meth:`enqueue_write`, and wait for its commit, but not for longer.
+    async def write_mark(self, change: Callable[[Connection], object]) -> bool:
+        """Record a use. Waits for its commit, but only for a moment (:data:`_MARK_TIMEOUT_S`).
 
         Returns whether it is committed. False: another process holds the lock, and the change is
         the next write of ours. Raises what :meth:`write` raises.
         """
         future = self.enqueue_write(change)
-        await asyncio.wait({future}, timeout=seconds)
+        await asyncio.wait({future}, timeout=_MARK_TIMEOUT_S)
         if future.done():
             future.result()
         return future.done()

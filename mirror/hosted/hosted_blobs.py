@@ -14,7 +14,7 @@ from mirror.config.settings import Hosted
 from mirror.hosted import name_rows, upload_rows
 from mirror.hosted.change_feed import ChangeFeed
 from mirror.hosted.content_row import ContentRow
-from mirror.hosted.database import MARK_TIMEOUT_S, Database
+from mirror.hosted.database import Database
 from mirror.hosted.immutable_tags import ImmutableTagRules
 from mirror.hosted.sessions import UploadSessions
 from mirror.hosted.upload_files import disk_errors
@@ -74,7 +74,7 @@ class HostedBlobs:
                 size = name_rows.mount_blob(connection, source, repository, digest, self._now())
             return None if size is None else ContentRow(repository, digest, OCTET_STREAM, size)
 
-        change = self._uploads.with_room(mount, repository, actor.user)
+        change = self._uploads.giving_way(mount, repository, actor.user)
         return bool(await self._changes.commit(change, "mount", actor))
 
     async def size(self, repository: str, digest: Digest) -> int:
@@ -119,7 +119,7 @@ class HostedBlobs:
         if not await self._database.read(is_due):
             return
         mark = partial(name_rows.mark_blob_used, repository=repository, digest=digest, now=now)
-        if await self._database.write_within(mark, MARK_TIMEOUT_S):
+        if await self._database.write_mark(mark):
             return
         # A collection of another process may have the lock before us.
         oldest = self._now() - self._settings.grace / 2

@@ -16,7 +16,7 @@ from mirror.config.settings import Hosted
 from mirror.hosted import collection_rows, name_rows, upload_files, upload_rows
 from mirror.hosted.change_feed import ChangeFeed
 from mirror.hosted.content_row import ContentRow, PushedRow
-from mirror.hosted.database import MARK_TIMEOUT_S, Database
+from mirror.hosted.database import Database
 from mirror.hosted.immutable_tags import ImmutableTagRules
 from mirror.hosted.manifest_memory import ManifestMemory
 from mirror.hosted.name_rows import USE_STEP_S, ManifestRow
@@ -128,7 +128,7 @@ class HostedManifests:
                 repository, digest, manifest.media_type, manifest.size, manifest.image_size
             )
 
-        change = self._uploads.with_room(record, repository, actor.user)
+        change = self._uploads.giving_way(record, repository, actor.user)
         await self._uploads.make_room_on_disk(repository, actor.user, len(body))
         with ContentHold(self._store.layout) as hold:
             await self._publish_body(digest, body, hold)
@@ -181,7 +181,7 @@ class HostedManifests:
             reference=reference,
             now=self._now(),
         )
-        await self._database.write_within(mark, MARK_TIMEOUT_S)
+        await self._database.write_mark(mark)
 
     def mark_pulled(self, repository: str, row: ManifestRow) -> None:
         """Record the pull of a manifest soon. No client waits for it."""

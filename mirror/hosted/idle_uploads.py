@@ -52,8 +52,8 @@ _MAX_GIVING_WAY: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
-class IdleUpload:
-    """An upload that a request may feed, or not: that is known once its file is locked."""
+class UploadState:
+    """An upload as it was found. Whether a request feeds it is known once its file is locked."""
 
     row: UploadRow
     length: int
@@ -106,7 +106,7 @@ class IdleUploads:
 
     # --- the quota ------------------------------------------------------------------------------
 
-    def with_room(self, change: Callable[[Connection], T], repository: str, owner: str) -> T:
+    def run_within_quota(self, change: Callable[[Connection], T], repository: str, owner: str) -> T:
         """Return ``change(connection)``. If the quota refuses it, uploads give way to it.
 
         Args:
@@ -164,7 +164,7 @@ class IdleUploads:
         return result
 
     def _may_fit_without(
-        self, change: Callable[[Connection], object], candidates: list[IdleUpload]
+        self, change: Callable[[Connection], object], candidates: list[UploadState]
     ) -> bool:
         """Return whether a change fits without these uploads. Changes nothing."""
         self._connection.execute("SAVEPOINT question")
@@ -181,7 +181,7 @@ class IdleUploads:
 
     # --- their number ---------------------------------------------------------------------------
 
-    def make_slot(self, row: UploadRow) -> None:
+    def end_one_for(self, row: UploadRow) -> None:
         """Let uploads give way to a new one, if there are too many.
 
         An owner with too many loses one. If all owners have too many together, the one with the
@@ -219,7 +219,7 @@ class IdleUploads:
 
     # --- one upload -----------------------------------------------------------------------------
 
-    def _find(self) -> list[IdleUpload]:
+    def _find(self) -> list[UploadState]:
         """Return the uploads that have a file. Without one, an upload is about to become a blob."""
         found = []
         for row in upload_rows.all_uploads(self._connection):
@@ -228,12 +228,12 @@ class IdleUploads:
                 found.append(self._measure(row, status))
         return found
 
-    def _measure(self, row: UploadRow, status: os.stat_result) -> IdleUpload:
+    def _measure(self, row: UploadRow, status: os.stat_result) -> UploadState:
         idle = self._now - status.st_mtime
         is_known = row.boot == self._boot and idle >= 0
-        return IdleUpload(row, status.st_size, idle if is_known else math.inf)
+        return UploadState(row, status.st_size, idle if is_known else math.inf)
 
-    def _end(self, upload: IdleUpload, repository: str = "", owner: str | None = None) -> bool:
+    def _end(self, upload: UploadState, repository: str = "", owner: str | None = None) -> bool:
         """End an upload, unless a request feeds it, or has done so meanwhile.
 
         ``owner``: None if the time since its last byte does not matter.
@@ -252,14 +252,14 @@ class IdleUploads:
         return upload_rows.end_upload(self._connection, row.id)
 
 
-def _in_order(uploads: list[IdleUpload], repository: str, owner: str) -> list[IdleUpload]:
+def _in_order(uploads: list[UploadState], repository: str, owner: str) -> list[UploadState]:
     """Return the uploads that may give way to a push, in the order in which they do.
 
     First those of the same owner and repository, then others of the repository, then all others;
     of each, the longest idle first.
     """
 
-    def rank(upload: IdleUpload) -> tuple[bool, bool, float, str]:
+    def rank(upload: UploadState) -> tuple[bool, bool, float, str]:
         row = upload.row
         is_same_repository = row.repository == repository
         is_own = is_same_repository and row.owner == owner

@@ -20,9 +20,8 @@ from mirror.observability.hosted_events import HostedUsage
 from mirror.oci.descriptor import referrers_tag
 from mirror.oci.errors import PartsUnknown
 from mirror.oci.reference import Digest, Reference, Tag
+from mirror.store.sqlite_connection import DIGESTS_PER_QUERY
 
-_STEP: Final = 500
-"""Digests of one query: SQLite takes at most 32,766 parameters, and more than these save little."""
 _MAX_SHOWN: Final = 20
 """Missing parts that an error names: it is one line."""
 USE_STEP_S: Final = 600.0
@@ -181,8 +180,8 @@ def _missing(
 ) -> list[str]:
     wanted = list(dict.fromkeys(map(str, digests)))
     missing: list[str] = []
-    for start in range(0, len(wanted), _STEP):
-        step = wanted[start : start + _STEP]
+    for start in range(0, len(wanted), DIGESTS_PER_QUERY):
+        step = wanted[start : start + DIGESTS_PER_QUERY]
         marks = ",".join("?" * len(step))
         rows = connection.execute(
             f"SELECT digest FROM {table} WHERE repository = ? AND digest IN ({marks})",  # noqa: S608 - our own table names

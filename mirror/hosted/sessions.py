@@ -71,16 +71,13 @@ _MEMORY_BYTES: Final = 8 * 1024 * 1024
 """Bytes of all uploads of a process that wait for the disk. Each may hold 256 KiB anyway.
 
 More would not make a push faster: the disk takes batches of this size well."""
-_MAX_KNOWN: Final = 1000
+_MAX_LEFT: Final = 1000
 """Uploads that are remembered between two requests. The bytes of others are hashed once more."""
-_GONE: Final = (
-    "there is no such upload: it was finished or cancelled, or it ended to make room. Start the"
-    " upload again"
-)
+_GONE: Final = "there is no such upload: it was finished or has ended. Start the upload again"
 
 
 @dataclass(frozen=True, slots=True)
-class _KnownUpload:
+class _LeftUpload:
     """An upload as this process has left it."""
 
     row: UploadRow
@@ -110,7 +107,7 @@ class UploadSessions:
         self._boot = boot_id()
         self._loop = asyncio.get_running_loop()
         self._memory = MemoryBudget(_MEMORY_BYTES)
-        self._known: LRUCache[str, _KnownUpload] = LRUCache(_MAX_KNOWN)
+        self._left: LRUCache[str, _LeftUpload] = LRUCache(_MAX_LEFT)
         self._writers: dict[str, UploadWriter] = {}
         """The uploads that a request of this process feeds, or has fed a moment ago."""
         # Each kind of blocking work has its own pool, so that none waits for another.
@@ -152,8 +149,8 @@ class UploadSessions:
                 upload_rows.begin_upload, row=row, hosted=self._hosted, announced=size or 0
             )
             with IdleUploads(connection, self._layout, self._now()) as idle:
-                idle.make_slot(row)
-                idle.with_room(record, repository, row.owner)
+                idle.end_one_for(row)
+                idle.run_within_quota(record, repository, row.owner)
             # Here, and not in a thread of its own: a push of small blobs waits for each thread. A
             # file whose row is not committed is removed like any other without a row.
             with disk_errors("the upload cannot be stored"):
@@ -161,7 +158,7 @@ class UploadSessions:
 
         await self.make_room_on_disk(repository, row.owner, _UPLOAD_ROW_BYTES)
         await self._database.write(begin, is_durable=False)
-        self._known[upload_id] = _KnownUpload(row, RunningHash(algorithm))
+        self._left[upload_id] = _LeftUpload(row, RunningHash(algorithm))
         return upload_id
 
     async def open(
@@ -192,7 +189,7 @@ class UploadSessions:
             raise UploadUnknown(_GONE)
         await self._wait_for_closing(upload_id)
         fd, position = await self._lock(upload_id)
-        known = self._known.get(upload_id)
+        known = self._left.get(upload_id)
         try:
             # Under the lock: the request before this one has given back what it had reserved.
             row = await self._find(upload_id, repository, user, position)
@@ -206,7 +203,7 @@ class UploadSessions:
         if known is None or known.row is not row:
             # Nobody has fed it meanwhile, so others may have taken what it had reserved.
             row = replace(row, reserved=min(row.reserved, position))
-        self._known.pop(upload_id, None)
+        self._left.pop(upload_id, None)
         if known is None or known.running_hash.position > position:
             running_hash = RunningHash("sha256")
         else:
@@ -216,7 +213,7 @@ class UploadSessions:
             if writer.has_disk_failed:  # Clients begin again, and need its space for that.
                 feed.has_ended = True
                 return self._database.enqueue_write(
-                    partial(self._end, upload_id), may_use_spare_space=True
+                    partial(self._delete_row_and_file, upload_id), may_use_spare_space=True
                 )
             if feed.reserved <= length:
                 return None
@@ -227,7 +224,7 @@ class UploadSessions:
         def on_closed() -> None:
             if not feed.has_ended:
                 left = replace(row, reserved=min(feed.reserved, running_hash.position))
-                self._known[upload_id] = _KnownUpload(left, running_hash)
+                self._left[upload_id] = _LeftUpload(left, running_hash)
             del self._writers[upload_id]
 
         writer = UploadWriter(
@@ -282,7 +279,7 @@ class UploadSessions:
         writer.fail(UploadOutOfOrder("a newer request goes on with this upload", position))
         await writer.closed.wait()
 
-    def with_room(
+    def giving_way(
         self, change: Callable[[Connection], T], repository: str, owner: str
     ) -> Callable[[Connection], T]:
         """Return a change to which uploads that nobody feeds give way, if the quota refuses it.
@@ -295,7 +292,7 @@ class UploadSessions:
 
         def run(connection: Connection) -> T:
             with IdleUploads(connection, self._layout, self._now()) as idle:
-                return idle.with_room(change, repository, owner)
+                return idle.run_within_quota(change, repository, owner)
 
         return run
 
@@ -332,7 +329,7 @@ class UploadSessions:
             hosted=self._hosted,
             announced=announced,
         )
-        change = self.with_room(reserve, repository, owner)
+        change = self.giving_way(reserve, repository, owner)
         if not await self._database.write(change, is_durable=False):
             raise UploadUnknown(_GONE)
 
@@ -348,7 +345,7 @@ class UploadSessions:
         """Return the row of an upload of these. ``position``: its length, if it is locked."""
         if not upload_files.is_upload_id(upload_id):
             raise UploadUnknown(_GONE)
-        known = self._known.get(upload_id)
+        known = self._left.get(upload_id)
         row: UploadRow | None
         if known is not None and known.running_hash.position == position:
             row = known.row  # No other process has fed it since.
@@ -410,12 +407,12 @@ class UploadSessions:
                 with disk_errors("the upload cannot be stored"):
                     is_new = await writer.run_last(self._publishing, publish)
                 self._store.on_pushed(digest, size, is_new=is_new)
-                change = self.with_room(record, repository, feed.row.owner)
+                change = self.giving_way(record, repository, feed.row.owner)
                 await self._database.write(change, hold=hold)
             except (DigestInvalid, QuotaExceeded, StorageUnavailable):
                 # Without its file, the upload has ended anyway. A sweep removes a row that stays.
                 with suppress(StorageUnavailable):
-                    await self.forget(upload_id)
+                    await self.discard(upload_id)
                 raise
         return size
 
@@ -441,7 +438,7 @@ class UploadSessions:
                 raise
             raise UploadUnknown(_GONE) from None  # It was cancelled meanwhile.
         except BaseException:
-            upload_files.drop(path)
+            upload_files.try_remove(path)
             raise
 
     async def cancel(self, upload_id: str, repository: str, user: str) -> None:
@@ -459,9 +456,9 @@ class UploadSessions:
         await self._find(upload_id, repository, user)
         await self.end(upload_id, is_durable=False)
 
-    async def forget(self, upload_id: str) -> None:
-        """Drop an upload that only this request knows. Its feed is closed, or about to be."""
-        end = partial(self._end, upload_id)
+    async def discard(self, upload_id: str) -> None:
+        """Delete an upload that no client knows, or whose file is gone."""
+        end = partial(self._delete_row_and_file, upload_id)
         await self._database.write(end, is_durable=False, may_use_spare_space=True)
 
     async def end(self, upload_id: str, *, is_durable: bool = True) -> int:
@@ -476,20 +473,20 @@ class UploadSessions:
         if not upload_files.is_upload_id(upload_id):
             raise UploadUnknown(_GONE)
         size = await self._run(upload_files.upload_length, self._layout, upload_id)
-        end = partial(self._end, upload_id)
+        end = partial(self._delete_row_and_file, upload_id)
         if not await self._database.write(end, is_durable=is_durable, may_use_spare_space=True):
             raise UploadUnknown(_GONE)
-        self._known.pop(upload_id, None)
+        self._left.pop(upload_id, None)
         if upload_id in self._writers:
             self._writers[upload_id].fail(UploadUnknown(_GONE))
         return size or 0
 
-    def _end(self, upload_id: str, connection: Connection) -> bool:
+    def _delete_row_and_file(self, upload_id: str, connection: Connection) -> bool:
         """Delete the row and the file of an upload, also of one that is fed. False: no such row.
 
         A request of another process that feeds it goes on, and cannot finish it.
         """
-        upload_files.drop(upload_files.path_of(self._layout, upload_id))
+        upload_files.try_remove(upload_files.path_of(self._layout, upload_id))
         return upload_rows.end_upload(connection, upload_id)
 
     async def end_abandoned(self) -> int:

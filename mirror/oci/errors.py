@@ -52,7 +52,7 @@ class MirrorError(Exception):
 
 
 class InvalidRequest(MirrorError):
-    """The request is malformed. ``web`` raises it before it calls ``pull``."""
+    """The request is malformed. Raised by ``web`` before it calls ``pull``, and by ``hosted``."""
 
     code = "UNSUPPORTED"
 

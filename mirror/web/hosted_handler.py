@@ -292,7 +292,7 @@ class HostedHandler:
             await uploads.finish(feed, parsed.digest)
         except BaseException:
             feed.close()
-            await uploads.forget(upload_id)
+            await uploads.discard(upload_id)
             raise
         feed.close()
         return self._reply_created(request, record, parsed.repository, parsed.digest)
