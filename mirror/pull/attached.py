@@ -121,9 +121,10 @@ class AttachedPulls:
             if has_ours and await self._is_served(repository, digest, pull):
                 page = found
         if not page.count:
-            return replace(page, index=body) if is_first else page
+            return replace(page, index=body, digest=None) if is_first else page
         add = partial(add_referrers, is_first_page=is_first)
-        return replace(page, index=await run_in_thread(add, body, page.index))
+        index = await run_in_thread(add, body, page.index)
+        return replace(page, index=index, digest=None)
 
     def _find_permitted(
         self,

@@ -8,9 +8,9 @@ known. Requests that only read are left to ``handler.py``, once they are allowed
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Final, assert_never
 
@@ -37,8 +37,8 @@ from mirror.oci.errors import (
     TooLarge,
     UploadOutOfOrder,
 )
-from mirror.oci.links import build_next
 from mirror.oci.reference import Digest, Repository
+from mirror.pull.service import PullService
 from mirror.web import hosted_paths, paths
 from mirror.web.browser_guard import is_same_site, may_be_private_host
 from mirror.web.hosted_paths import (
@@ -48,7 +48,6 @@ from mirror.web.hosted_paths import (
     StartUpload,
     UploadRequest,
 )
-from mirror.web.pull_access import find_visible
 from mirror.web.response_headers import common_headers
 
 CLIENT_SILENCE_S: Final = 60.0
@@ -65,6 +64,7 @@ class HostedHandler:
     def __init__(
         self,
         service: HostedService,
+        pulls: PullService,
         access: AccessControl,
         find_prefix: FindPrefix,
         *,
@@ -74,6 +74,7 @@ class HostedHandler:
 
         Args:
             service: Does what the client requests. Its settings name the listener.
+            pulls: Knows the operator's blocks.
             access: Says who the client is, and what it may do.
             find_prefix: See :data:`FindPrefix`.
             is_push_listener: True on a listener of its own: each request there is for it.
@@ -82,6 +83,7 @@ class HostedHandler:
         self._prefixes = frozenset(service.settings.names())
         self._hosts = frozenset(host.lower() for host in service.settings.hosts)
         self._service = service
+        self._pulls = pulls
         self._access = access
         self._find_prefix = find_prefix
         self._is_push_listener = is_push_listener
@@ -161,7 +163,7 @@ class HostedHandler:
 
     async def _allow_read(
         self, request: web.BaseRequest, record: RequestRecord, path: str, query: str
-    ) -> web.StreamResponse | paths.Request:
+    ) -> paths.Request:
         names = {self.name: self.name}
         try:
             parsed = paths.parse(
@@ -177,7 +179,7 @@ class HostedHandler:
             case paths.RepositoriesRequest():
                 record.kind = Kind.CATALOG
                 await self._authorize(request, record)
-                return await self._send_repositories(request, record, parsed)
+                return replace(parsed, ns=self.name, is_at_push_listener=True)
             case (
                 paths.ManifestRequest()
                 | paths.BlobRequest()
@@ -202,20 +204,6 @@ class HostedHandler:
                 await self._service.blobs.mark_used(parsed.repository.path, parsed.digest)
             elif isinstance(parsed, paths.ManifestRequest):
                 await self._service.manifests.mark_used(parsed.repository.path, parsed.reference)
-
-    async def _send_repositories(
-        self, request: web.BaseRequest, record: RequestRecord, parsed: paths.RepositoriesRequest
-    ) -> web.StreamResponse:
-        """Send one page of the repositories that the client may pull from."""
-        is_visible = await find_visible(self._access, request, record)
-        count = parsed.count
-        found, has_more = await self._service.lists.repositories(count, parsed.last, is_visible)
-        headers = {}
-        if has_more:
-            link = "_catalog" if count is not None else f"{self._find_prefix(request)}/v2/_catalog"
-            headers["Link"] = build_next(link, {"n": count, "last": found[-1]})
-        body = json.dumps({"repositories": found}).encode()
-        return self._reply(record, 200, {"Content-Type": "application/json", **headers}, body)
 
     # --- pushes ---------------------------------------------------------------------------------
 
@@ -302,8 +290,8 @@ class HostedHandler:
     ) -> bool:
         """Return whether the blob was mounted.
 
-        A client that may not read the source gets the same answer as for a blob that is not there.
-        So does one that names no source: it could find out what others have.
+        A client that may not read the source gets the same answer as for a blob that is not there,
+        also if it is blocked. So does one that names no source: it could learn what others have.
         """
         if parsed.source is None:
             return False
@@ -312,6 +300,8 @@ class HostedHandler:
         except NameInvalid:
             return False
         if not self._access.is_allowed(identity, source, AccessAction.PULL):
+            return False
+        if not self._pulls.is_admitted(source, digest):
             return False
         return await self._service.blobs.mount(source.path, parsed.repository.path, digest, actor)
 

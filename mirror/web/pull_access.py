@@ -12,6 +12,7 @@ from functools import partial
 from aiohttp import web
 
 from mirror.access.access_control import AccessControl
+from mirror.access.identity import ANONYMOUS, Identity
 from mirror.observability.events import RequestRecord
 from mirror.oci.errors import Denied
 from mirror.oci.reference import Repository
@@ -50,7 +51,18 @@ async def check_request(
         record.user = error.user
         raise
     record.user = identity.user
-    record.is_pull_refused = partial(access.is_pull_refused, identity)
+    record.is_pull_refused = partial(_is_pull_refused, access, identity, record)
+
+
+def _is_pull_refused(
+    access: AccessControl, identity: Identity, record: RequestRecord, repository: Repository
+) -> bool:
+    """Return whether a rule refuses a client what another repository adds to a response.
+
+    The response is private if everybody else may get another one, also one without the addition.
+    """
+    record.is_private |= access.is_pull_refused(ANONYMOUS, repository)
+    return access.is_pull_refused(identity, repository)
 
 
 async def find_visible(

@@ -16,7 +16,8 @@ from multidict import CIMultiDict
 
 from mirror.observability.events import HostedChange, Outcome
 from mirror.oci.descriptor import OCI_MANIFEST
-from mirror.oci.reference import Digest
+from mirror.oci.reference import Digest, Repository
+from mirror.pull.admission import Restrictions
 from tests.fakes.registry import FakeRegistry
 from tests.robustness.kit import send_raw, statuses
 from tests.server_kit import Server, running
@@ -460,6 +461,38 @@ def _find_scope(reply: Reply) -> set[str]:
     return {"public", "private", "Authorization"} & set(fields.split(", "))
 
 
+async def test_what_a_rule_adds_to_a_public_image_is_private_for_shared_caches(
+    tmp_path: Path,
+) -> None:
+    rules = (
+        rule(f"{HOST}/docker.io/**", "ci", "push", "pull"),
+        rule(f"{HOST}/docker.io/**", "anonymous"),
+        rule("docker.io/library/app", "anonymous", "pull"),
+    )
+    body = manifest_of(LAYER, subject=descriptor(manifest_of(), OCI_MANIFEST))
+    async with FakeRegistry() as upstream:
+        image = upstream.add_manifest(manifest_of(), "library/app", "v1")
+        async with both_listeners(tmp_path, *rules, endpoints=(upstream.url,)) as both:
+            await push_image(both, "docker.io/library/app")
+            base = "/v2/docker.io/library/app"
+            put = await both.ask("PUT", f"{base}/manifests/{Digest.of(body)}", CI, body)
+            assert put.status == 201
+            for path in (
+                f"{base}/manifests/{Digest.of(body)}",
+                f"{base}/blobs/{Digest.of(LAYER)}",
+                f"{base}/referrers/{image}",
+                f"{base}/manifests/{Digest.of(b'absent')}",
+            ):
+                for method in ("GET", "HEAD"):
+                    for user in (None, CI):
+                        reply = await both.ask(method, path, user, url=both.server.url)
+                        fields = reply.headers
+                        assert fields["Cache-Control"].split(",")[0] == "private", (path, user)
+                        assert fields["Vary"] == "Authorization", (path, user)
+            shared = await both.pull(f"{base}/manifests/{image}", CI)
+            assert shared.headers["Cache-Control"].startswith("public,")
+
+
 async def test_without_the_default_rule_nothing_is_pulled_that_no_rule_fits(tmp_path: Path) -> None:
     async with both_listeners(tmp_path, *RULES, anonymous_pull=False) as both:
         assert (await both.pull("/v2/library/app/manifests/v1")).status == 403
@@ -507,6 +540,43 @@ async def test_mount_takes_only_what_the_client_may_pull(tmp_path: Path) -> None
             for source in ("&from=theirs/b", "&from=nothing", "", "&from=docker.io/library/app")
         ]
         assert [reply.status for reply in replies] == [202] * 4
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        Restrictions(repositories={Repository(HOST, "team/app"): "blocked"}),
+        Restrictions(patterns=((f"{HOST}/team/*", "blocked"),)),
+        Restrictions(digests={Digest.of(LAYER): "blocked", Digest.of(manifest_of(LAYER)): "b"}),
+        Restrictions(unknown_why="the marks cannot be read"),
+    ],
+)
+async def test_block_of_hosted_content_holds_for_each_way_to_read_it(
+    tmp_path: Path, blocks: Restrictions
+) -> None:
+    rules = [rule(f"{HOST}/**", "ci", "pull", "push")]
+    async with both_listeners(tmp_path, *rules, more={"catalog": True}) as both:
+        manifest = await push_image(both)
+        both.server.running_server.handler._service.restrict(blocks)
+        mount = f"/v2/mine/blobs/uploads/?mount={Digest.of(LAYER)}&from=team/app"
+        assert (await both.ask("POST", mount, CI)).status == 202
+        for path in ("manifests/v1", f"manifests/{manifest}", f"blobs/{Digest.of(LAYER)}"):
+            for method in ("GET", "HEAD"):
+                for prefix, url in (("/v2", ""), (f"/v2/{HOST}", both.server.url)):
+                    reply = await both.ask(method, f"{prefix}/team/app/{path}", CI, url=url)
+                    assert reply.status in (403, 503), (method, prefix, path)
+        if blocks.digests:
+            return
+        for path in ("/v2/team/app/tags/list", f"/v2/team/app/referrers/{manifest}"):
+            assert (await both.ask("GET", path, CI)).status in (403, 503), path
+        for reply in (
+            await both.ask("GET", "/v2/_catalog", CI),
+            await both.pull(f"/v2/_catalog?ns={HOST}", CI),
+        ):
+            names = json.loads(reply.body).get("repositories", [])
+            assert (reply.status, names) == ((503, []) if blocks.unknown_why else (200, []))
+        # A push reads nothing: what replaces the image may come before the block is taken back.
+        assert (await both.ask("PUT", "/v2/team/app/manifests/v2", CI, manifest_of())).status == 201
 
 
 async def test_upload_belongs_to_its_user_and_repository(tmp_path: Path) -> None:
