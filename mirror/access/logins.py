@@ -125,14 +125,12 @@ class ClientLogins:
         """
         if _EMPTY.fullmatch(authorization):
             return ANONYMOUS
-        if self._credentials is None:
-            raise LoginFailed("nobody can log in here: leave out the credentials")
         key = hmac.digest(self._key, authorization.encode(errors="replace"), "sha256")
         failures = self._failures if is_needed else self._unneeded_failures
         result = self._find(key)
         is_counted = result is None or is_needed
         if result is None:
-            check = partial(self._check, self._credentials, key, authorization, failures, client)
+            check = partial(self._check, key, authorization, failures, client)
             result = await self._share(key, check)
         if result.identity is None:
             if is_counted:
@@ -169,14 +167,12 @@ class ClientLogins:
             running.set()
 
     async def _check(
-        self,
-        credentials: LoginCredentials,
-        key: bytes,
-        authorization: str,
-        failures: FailureLimit,
-        client: str,
+        self, key: bytes, authorization: str, failures: FailureLimit, client: str
     ) -> _LoginResult:
-        generation = self._generation
+        # Together: a reload may have replaced the credentials while the request waited.
+        credentials, generation = self._credentials, self._generation
+        if credentials is None:
+            raise LoginFailed("nobody can log in here: leave out the credentials")
         user, secret = _parse(authorization)
         result = await self._check_token(credentials, secret)
         if result is None and user is not None and credentials.passwords is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from mirror.access.key_sets import KEYS_RETRY_S
 from mirror.access.known_names import KnownNames
 from mirror.access.login_credentials import LoginCredentials
 from mirror.access.logins import RESULT_TTL_S, ClientLogins, LoginFailed
+from mirror.config.access import AccessSection
 from mirror.config.load import load
 from mirror.oci.errors import ConfigError, LoginRequired, TooManyRequests, UpstreamUnavailable
 from mirror.oci.reference import Repository
@@ -51,6 +52,8 @@ class LoginKit:
     clock: list[float]
     key_sets: list[bytes | Exception]
     """The next responses of the issuer's URL. The last one is repeated."""
+    credentials: Callable[[AccessSection], LoginCredentials]
+    """Returns the credentials of another configuration."""
     reports: list[str] = field(default_factory=list)
     fetches: int = 0
 
@@ -87,16 +90,14 @@ async def kit(root: Path, **issuer: Any) -> AsyncIterator[LoginKit]:
 
     async with SingleFlight() as single_flight:
         logins = ClientLogins(lambda: clock[0])
-        found = LoginKit(logins, root, clock, [key_set(KEY)])
-        credentials = LoginCredentials(
-            access,
-            fetch,
-            single_flight,
-            lambda: clock[0],
-            found.reports.append,
-            KnownNames(root / "access" / "names"),
-        )
-        logins.use(credentials)
+
+        def credentials(access: AccessSection) -> LoginCredentials:
+            names = KnownNames(root / "access" / "names")
+            report = found.reports.append
+            return LoginCredentials(access, fetch, single_flight, lambda: clock[0], report, names)
+
+        found = LoginKit(logins, root, clock, [key_set(KEY)], credentials)
+        logins.use(credentials(access))
         logins.refresh()
         yield found
         logins.close()
@@ -263,6 +264,21 @@ async def test_files_in_the_middle_of_a_write_end_no_login(tmp_path: Path) -> No
             assert await logins.user(f"Bearer {TOKEN}") == "ci"
             assert await logins.user(f"Bearer {KEY.sign()}") == "k8s:job"
         assert logins.reports == []
+
+
+async def test_requests_that_wait_through_a_reload_are_remembered_by_the_new_configuration(
+    tmp_path: Path,
+) -> None:
+    async with kit(tmp_path) as logins:
+        async with asyncio.TaskGroup() as group:
+            asked = [group.create_task(logins.user(basic("ann", "ann's"))) for _ in range(3)]
+            await asyncio.sleep(0)
+            assert logins.logins._waiting
+            (tmp_path / "new").write_text(htpasswd(bob="bob's"))
+            logins.logins.use(logins.credentials(access_section(users=str(tmp_path / "new"))))
+        begun, *waited = [task.result() for task in asked]
+        assert begun == "ann", "its check had begun"
+        assert [*waited, await logins.user(basic("ann", "ann's"))] == [None] * 3
 
 
 @pytest.mark.parametrize("cost", ["00", "03", "15", "99"])
