@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ import pytest
 
 from mirror.access import logins as module
 from mirror.access.access_control import AccessControl
-from mirror.access.failure_limit import MAX_LOGIN_FAILURES, RECOVERY_S
+from mirror.access.failure_limit import MAX_ADDRESS_FAILURES, MAX_LOGIN_FAILURES, RECOVERY_S
 from mirror.access.identity import AccessRight, Identity
 from mirror.access.key_sets import KEYS_RETRY_S
 from mirror.access.known_names import KnownNames
@@ -438,17 +438,68 @@ async def test_tokens_that_wait_for_keys_at_the_same_time_are_limited_too(tmp_pa
         assert max(error.retry_after or 0 for error in refused) <= RECOVERY_S
 
 
-async def test_right_tokens_pass_while_their_address_has_failed_too_often(tmp_path: Path) -> None:
+async def guess(one: LoginKit, names: Sequence[str], count: int) -> list[str | None]:
+    """Try ``count`` wrong passwords. Returns the user of each, None if it is wrong, or "429"."""
+    results: list[str | None] = []
+    for number in range(count):
+        try:
+            results.append(await one.user(basic(names[number % len(names)], f"wrong {number}")))
+        except TooManyRequests:
+            results.append("429")
+    return results
+
+
+async def test_right_tokens_pass_while_their_name_has_failed_too_often(tmp_path: Path) -> None:
     """Nobody guesses a token, and one broken job must not lock out those behind its address."""
     async with kit(tmp_path) as one:
-        for number in range(MAX_LOGIN_FAILURES):
-            assert await one.user(basic("ann", f"wrong {number}")) is None
+        for _ in range(2):
+            await guess(one, ["ann"], MAX_LOGIN_FAILURES)
+            assert await one.user(f"Bearer {TOKEN}") == "ci"
+            assert await one.user(basic("ann", TOKEN)) == "ci"
+            assert await one.user(f"Bearer {KEY.sign(sub='job')}") == "k8s:job"
+
+
+async def test_who_guesses_one_name_locks_out_nobody_else_at_the_address(tmp_path: Path) -> None:
+    async with kit(tmp_path) as one:
+        for _ in range(10):
+            refused = await guess(one, ["ann"], 3 * MAX_LOGIN_FAILURES)
+            assert refused.count("429") >= 2 * MAX_LOGIN_FAILURES
+            one.logins.use(one.logins._credentials)  # Nothing is remembered.
+            assert await one.user(basic("bob", "bob's")) == "bob"
+            one.clock[0] += RECOVERY_S
+
+
+async def test_guess_that_is_right_is_refused_after_too_many_although_it_is_remembered(
+    tmp_path: Path,
+) -> None:
+    async with kit(tmp_path) as one:
+        assert await one.user(basic("ann", "ann's")) == "ann"
+        assert await guess(one, ["ann"], 12) == [None] * 10 + ["429"] * 2
         with pytest.raises(TooManyRequests):
-            await one.user(basic("bob", "bob's"))
-        assert await one.user(f"Bearer {TOKEN}") == "ci"
-        assert await one.user(f"Bearer {KEY.sign(sub='job')}") == "k8s:job"
+            await one.user(basic("ann", "ann's"))
+        assert await one.user(basic("ann", "ann's"), "192.0.2.2") == "ann", "elsewhere"
+        one.clock[0] += RECOVERY_S
+        assert await one.user(basic("ann", "ann's")) == "ann"
+
+
+async def test_who_tries_many_names_is_limited_and_locks_out_no_known_user(tmp_path: Path) -> None:
+    names = [f"name {number}" for number in range(100)]
+    async with kit(tmp_path) as one:
+        assert await one.user(basic("bob", "bob's")) == "bob"
+        assert (await guess(one, names, 100)).count("429") == 100 - MAX_ADDRESS_FAILURES
         with pytest.raises(TooManyRequests):
-            await one.user("Bearer of-nobody-0123456789")
+            await one.user(basic("ann", "ann's"))
+        one.logins.use(one.logins._credentials)
+        assert await one.user(basic("bob", "bob's")) == "bob"
+
+
+async def test_wrong_password_that_is_repeated_counts_once_a_minute(tmp_path: Path) -> None:
+    """Jobs with the old password must not lock out those with the new one."""
+    async with kit(tmp_path) as one:
+        for _ in range(300):
+            assert await one.user(basic("ann", "old")) is None
+            one.clock[0] += 1
+        assert await one.user(basic("ann", "ann's")) == "ann"
 
 
 async def test_requests_with_the_same_password_at_the_same_time_share_one_check(
@@ -476,9 +527,9 @@ async def test_clock_that_was_ahead_locks_nobody_out_and_keeps_no_old_keys(tmp_p
         assert await one.user(f"Bearer {KEY.sign(sub='job', exp=NOW + 9000)}") == "k8s:job"
         one.clock[0] = NOW
         with pytest.raises(TooManyRequests):
-            await one.user(basic("bob", "bob's"))
+            await one.user(basic("ann", "ann's"))
         one.clock[0] = NOW + RECOVERY_S
-        assert await one.user(basic("bob", "bob's")) == "bob"
+        assert await one.user(basic("ann", "ann's")) == "ann"
         rotated = Signer("two")
         one.key_sets[:] = [key_set(rotated)]
         assert await one.user(f"Bearer {rotated.sign(sub='job')}") == "k8s:job"

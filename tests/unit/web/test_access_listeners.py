@@ -545,17 +545,15 @@ async def test_host_name_at_the_mirrors_listener_is_a_push_listener(tmp_path: Pa
 # --- failures -------------------------------------------------------------------------------------
 
 
-async def test_address_that_fails_too_often_gets_429_and_known_clients_go_on(
-    tmp_path: Path,
-) -> None:
+async def test_name_that_fails_too_often_gets_429_and_other_users_go_on(tmp_path: Path) -> None:
     async with both_listeners(tmp_path) as both:
         assert (await both.ask("GET", "/v2/", CI)).status == 200
         wrong = [await both.ask("GET", "/v2/", basic("ci", f"guess {n}")) for n in range(12)]
         assert [reply.status for reply in wrong] == [401] * 10 + [429] * 2
-        assert 1 <= int(wrong[-1].headers["Retry-After"]) <= 12
+        assert 1 <= int(wrong[-1].headers["Retry-After"]) <= 6
         assert wrong[-1].code == "TOOMANYREQUESTS"
-        assert (await both.ask("GET", "/v2/", READER)).status == 429, "even the right password"
-        assert (await both.ask("GET", "/v2/", CI)).status == 200, "it was right a moment ago"
+        assert (await both.ask("GET", "/v2/", CI)).status == 429, "even the right password"
+        assert (await both.ask("GET", "/v2/", READER)).status == 200
         assert (await both.pull("/v2/library/app/manifests/v1", basic("a", "b"))).status == 502
 
 
@@ -569,7 +567,7 @@ async def test_clients_behind_a_trusted_proxy_are_limited_one_by_one(tmp_path: P
             refused = await both.push.ask("GET", "/v2/", None, headers)
         assert refused.status == 429
         for client, status in (("192.0.2.2", 200), ("192.0.2.1", 429)):
-            headers = {"X-Forwarded-For": client, "Authorization": CI if status == 200 else READER}
+            headers = {"X-Forwarded-For": client, "Authorization": CI}
             assert (await both.push.ask("GET", "/v2/", None, headers)).status == status
 
 
