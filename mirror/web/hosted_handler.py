@@ -131,18 +131,22 @@ class HostedHandler:
         return await self._allow_read(request, pull, path, query)
 
     def _refuse_web_page(self, request: web.BaseRequest) -> None:
-        """Refuse what a page of another site makes a browser send. Raises ``Denied``.
-
-        With rules, a ``Host`` may be any name: the server may have names that it does not know of.
-        """
+        """Refuse what a page of another site makes a browser send. Raises ``Denied``."""
         host = request.headers.get("Host", "")
         if not is_same_site(request.headers, host, is_navigation=False):
             raise Denied("a web page of another site has caused this request")
-        if not self._is_sole or self._access.is_enforced or not host or self._is_known_host(host):
-            return
-        raise Denied(
-            f"this server does not know the name {host}: add it to hosted.hosts, or use localhost"
-        )
+        if not self._access.is_enforced:
+            self._refuse_unknown_host(request)
+
+    def _refuse_unknown_host(self, request: web.BaseRequest) -> None:
+        """Refuse a request without a login to a name that a web page may have (DNS rebinding).
+
+        Raises ``Denied``. Such a page has no credentials, so all names are good for users.
+        """
+        host = request.headers.get("Host", "")
+        if self._is_sole and host and not self._is_known_host(host):
+            remedy = "log in" if self._access.is_enforced else "use localhost"
+            raise Denied(f"the name {host} is not in hosted.hosts: add it, or {remedy}")
 
     async def _allow_read(
         self, request: web.BaseRequest, pull: RequestRecord, path: str, query: str
@@ -231,6 +235,8 @@ class HostedHandler:
         is_deletion = request.method == "DELETE" and not isinstance(parsed, UploadRequest)
         right = AccessRight.DELETE if is_deletion else AccessRight.PUSH
         user = (await self._ask(request, pull, right, parsed.repository)).user
+        if not user:
+            self._refuse_unknown_host(request)
         if right is AccessRight.PUSH:
             self._refuse_prefix(parsed.repository)
         actor = Actor(user=user, client=pull.client)
