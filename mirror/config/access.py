@@ -21,6 +21,11 @@ from mirror.config.section import FilePath, NonEmptyText, Section, key_error
 
 LOCAL: Final = "local:"
 """Begins the name of a user of this machine, who has run a command. Nobody logs in with such."""
+RETENTION: Final = "retention"
+"""The user of the changes that the rules of retention make in a server."""
+COLLECTION: Final = "collection"
+"""The user of the changes that the collection of a server makes."""
+_RESERVED: Final = frozenset({EVERYBODY, LOGGED_IN, RETENTION, COLLECTION})
 MAX_USER_CHARS: Final = 256
 """Characters of the name of a user or a group: the ``sub`` of a CI job has up to 200."""
 _USER_NAME: Final = re.compile(r"[!-9;-~][!-~]*")  # Printable ASCII without spaces.
@@ -48,7 +53,7 @@ def check_name(text: str) -> str:
     """Check the name of a user or a group. Raises ``ValueError``."""
     if not _USER_NAME.fullmatch(text) or len(text) > MAX_USER_CHARS:
         raise ValueError(f"a name has 1 to {MAX_USER_CHARS} printable characters and no space")
-    if text in (EVERYBODY, LOGGED_IN) or text.startswith((GROUP, LOCAL)):
+    if text in _RESERVED or text.startswith((GROUP, LOCAL)):
         raise ValueError(f"{text} has a meaning of its own in rules or logs: use another name")
     return text
 

@@ -41,6 +41,7 @@ def test_tokens_are_read_in_plain_and_as_hashes() -> None:
         ("{name: a, sha256: ABC}", "64 lower-case hex digits"),
         (f"{{token: {TOKEN}}}", "name: "),
         (f"{{name: anonymous, token: {TOKEN}}}", "anonymous has a meaning of its own"),
+        (f"{{name: retention, token: {TOKEN}}}", "retention has a meaning of its own"),
         (f"{{name: a, token: {TOKEN}, expires: soon}}", "expires must be a date"),
         (f"{{name: a, token: {TOKEN}, expire: 2030-01-01}}", "expire"),
         ("text", "must be a mapping"),

@@ -32,6 +32,8 @@ def test_users_are_read_with_any_name_of_bcrypt() -> None:
         (f"a:$2y$00${'.' * 53}", "the cost of the hash is not 4 to 14"),
         (f"a:$2y$05${'a' * 53}", "the hash is not bcrypt"),
         (f"anonymous:{'x'}", "anonymous has a meaning of its own"),
+        (f"retention:{'x'}", "retention has a meaning of its own"),
+        (f"collection:{'x'}", "collection has a meaning of its own"),
         (f"group:a:{'x'}", "the hash is not bcrypt"),
         ("a b:x", "a name has 1 to 256 printable characters and no space"),
         (":x", "a name has 1 to 256"),
