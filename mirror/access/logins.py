@@ -26,7 +26,7 @@ from typing import Final
 
 from cachetools import LRUCache
 
-from mirror.access.access_tokens import hash_token
+from mirror.access.access_tokens import find_token
 from mirror.access.failure_limit import FailureLimit, counted_address
 from mirror.access.identity import ANONYMOUS, Identity
 from mirror.access.issuers import KeysUnavailable, TokenRefused, is_jwt
@@ -216,7 +216,7 @@ class ClientLogins:
         """Check a token or a JWT. Returns None for anything else."""
         now = self._now()
         wrong = _LoginResult(identity=None, ends_at=now + RESULT_TTL_S)
-        token = credentials.tokens.get(hash_token(secret))
+        token = find_token(credentials.tokens, secret)
         if token is not None:
             ends_at = float("inf") if token.expires_at is None else token.expires_at
             if now >= ends_at:

@@ -70,6 +70,11 @@ def test_password_is_right_or_wrong() -> None:
     assert not PasswordCheck({}).is_right("a", "x")
 
 
+@pytest.mark.parametrize("password", ["", "\0", "\0\0"])
+def test_empty_password_is_of_nobody(password: str) -> None:
+    assert not PasswordCheck({"a": bcrypt.hashpw(b"", bcrypt.gensalt(4))}).is_right("a", password)
+
+
 def test_only_72_bytes_of_a_password_count_as_with_htpasswd() -> None:
     long = "x" * 80
     check = PasswordCheck({"a": bcrypt.hashpw(long[:72].encode(), bcrypt.gensalt(4))})
