@@ -7,6 +7,7 @@ the change of configuration. Must not know: HTTP, which listener asks.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -61,7 +62,9 @@ class AccessControl:
         self._rules: Rules | None = None
         self.is_enforced = False
         """Whether there are rules. Without any, everybody may do all that needs no admin."""
-        self._logins = ClientLogins(now)
+        # Of a text of its own, because lines of one text are limited: nobody who sends bad tokens
+        # must suppress what is wrong with a file.
+        self._logins = ClientLogins(now, partial(self._warn, "a token was refused"))
         self._names = KnownNames(Layout(Path(settings.data_dir)).user_names)
         self._realm = ""
         self.prepare(settings)()
@@ -75,7 +78,12 @@ class AccessControl:
         credentials = None
         if access is not None and access.has_login:
             credentials = LoginCredentials(
-                access, self._fetch, self._single_flight, self._now, self._report, self._names
+                access,
+                self._fetch,
+                self._single_flight,
+                self._now,
+                partial(self._warn, "credentials cannot be used"),
+                self._names,
             )
         hosted_name = None if hosted is None else hosted.name
         rules = None if access is None else Rules(access, hosted_name, settings.registry_names())
@@ -89,8 +97,8 @@ class AccessControl:
 
         return use
 
-    def _report(self, why: str) -> None:
-        self._emit(LogMessage("warning", "credentials cannot be used", (("why", why),)))
+    def _warn(self, what: str, why: str) -> None:
+        self._emit(LogMessage("warning", what, (("why", why),)))
 
     def refresh(self) -> None:
         """Read the files of credentials that have changed. Blocks for them; they are small."""

@@ -89,7 +89,7 @@ class LoginCredentials:
         """
         self._single_flight = single_flight
         self._now = now
-        self.report = report
+        self._report = report
         self._reported: dict[str, str] = {}
         """Key set, or file of names -> the failure that was reported last."""
         self._names = names
@@ -133,7 +133,7 @@ class LoginCredentials:
         changed = [file for file in self._files() if file.has_changed()]
         for file in changed:
             for problem in file.read():
-                self.report(problem)
+                self._report(problem)
         if changed:
             self._local_names = self._find_local_names()
         now = self._now()
@@ -199,7 +199,7 @@ class LoginCredentials:
     def _report_once(self, source: str, failure: str) -> None:
         """Report the failure of a source, unless it is that of the last time. Empty: none."""
         if failure and failure != self._reported.get(source):
-            self.report(failure)
+            self._report(failure)
         self._reported[source] = failure
 
 

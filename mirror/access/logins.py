@@ -83,8 +83,14 @@ class _Attempt:
 class ClientLogins:
     """Checks the credentials of clients, for one process."""
 
-    def __init__(self, now: Callable[[], float]) -> None:
-        """Start without credentials. ``now`` returns the seconds since the epoch."""
+    def __init__(self, now: Callable[[], float], report: Callable[[str], None]) -> None:
+        """Start without credentials.
+
+        Args:
+            now: Returns the seconds since the epoch.
+            report: Receives the reason if a token is refused, in one line. Anybody can cause that.
+        """
+        self._report = report
         self._credentials: LoginCredentials | None = None
         self._now = now
         self._key = secrets.token_bytes(32)
@@ -228,11 +234,11 @@ class ClientLogins:
         try:
             valid = await credentials.check_jwt(secret)
         except KeysUnavailable as error:
-            credentials.report(f"access.issuers: a token was refused: {error}")
+            self._report(f"access.issuers: {error}")
             # The token may be right, so this is no failure of the client.
             raise LoginFailed(f"{error}: try again later") from None
         except TokenRefused as error:
-            credentials.report(f"access.issuers: a token was refused: {error}")
+            self._report(f"access.issuers: {error}")
             return replace(wrong, ends_at=now)  # Not remembered: its key may be fetched meanwhile.
         ends_at = min(now + RESULT_TTL_S, valid.expires_at)
         return _LoginResult(valid.identity, ends_at, is_token=True)

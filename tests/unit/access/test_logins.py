@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -22,6 +24,9 @@ from mirror.access.login_credentials import LoginCredentials
 from mirror.access.logins import RESULT_TTL_S, ClientLogins, LoginFailed
 from mirror.config.access import AccessSection
 from mirror.config.load import load
+from mirror.config.settings import Log, Settings, Upstream
+from mirror.observability.library_logs import configure_logging
+from mirror.observability.logs import LogObserver
 from mirror.oci.errors import ConfigError, LoginRequired, TooManyRequests, UpstreamUnavailable
 from mirror.oci.reference import Repository
 from mirror.single_flight import SingleFlight
@@ -89,7 +94,7 @@ async def kit(root: Path, **issuer: Any) -> AsyncIterator[LoginKit]:
         return body
 
     async with SingleFlight() as single_flight:
-        logins = ClientLogins(lambda: clock[0])
+        logins = ClientLogins(lambda: clock[0], lambda why: found.reports.append(why))
 
         def credentials(access: AccessSection) -> LoginCredentials:
             names = KnownNames(root / "access" / "names")
@@ -409,6 +414,34 @@ async def test_documented_example_starts_and_its_rules_name_users_of_the_issuer(
                 assert access.is_allowed(identity, repository, AccessRight.PUSH) is may_push
         await until((tmp_path / "data" / "access" / "names").exists)
         access.close()
+
+
+async def test_bad_tokens_do_not_suppress_the_line_about_a_broken_file(tmp_path: Path) -> None:
+    users, jwks = tmp_path / "htpasswd", tmp_path / "jwks.json"
+    users.write_text(htpasswd(ann="ann's"))
+    jwks.write_bytes(key_set(KEY))
+    issuer = {"issuer": ISSUER, "jwks": str(jwks), "audience": AUDIENCE, "user_prefix": "k8s:"}
+    access = access_section(users=str(users), issuers=[issuer])
+    upstreams = {"docker.io": Upstream(endpoints=("https://r.example",))}
+    settings = Settings(data_dir=str(tmp_path), upstreams=upstreams, access=access)
+    stream = io.StringIO()
+    observer = LogObserver(configure_logging(Log(format="json"), stream))
+
+    async def fetch(url: str, ca: str | None) -> bytes:
+        raise AssertionError
+
+    async with SingleFlight() as single_flight:
+        control = AccessControl(settings, fetch, single_flight, observer.observe, lambda: NOW)
+        for number in range(8):
+            with pytest.raises(LoginRequired):
+                await control.identify(f"Bearer eyJ{number}.e30.e30", "192.0.2.1")
+        users.write_text("ann\n")
+        control.refresh()
+        control.close()
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [line["message"] for line in lines].count("a token was refused") == 5
+    assert lines[-1]["message"] == "credentials cannot be used"
+    assert "line 1: needs NAME:HASH" in lines[-1]["why"]
 
 
 async def test_token_is_no_failure_of_its_client_while_the_keys_cannot_be_fetched(
