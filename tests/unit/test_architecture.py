@@ -116,7 +116,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     # Its listener cuts off clients, and refuses requests of web pages, as that of ``web`` does.
     "admin": {
         *("admin", "composition", "config.values", "history", "inventory", "operations", "pull"),
-        *("store", "web.browser_guard", "web.client_socket", *SHARED),
+        *("store", "web.browser_guard", "web.client_connection", "web.client_socket", *SHARED),
     },
     "housekeeping": {
         *("access", "composition", "operations", "pull.marks_watch", "web.listening", *SHARED),
