@@ -18,6 +18,7 @@ from mirror.observability.events import HostedChange, Outcome
 from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.reference import Digest
 from tests.fakes.registry import FakeRegistry
+from tests.robustness.kit import send_raw, statuses
 from tests.server_kit import Server, running
 from tests.unit.access.kit import access_section, basic, htpasswd, rule
 from tests.unit.hosted.kit import CONFIG, CONFIG_DIGEST, PushClient, Reply, descriptor, manifest_of
@@ -540,6 +541,20 @@ async def test_host_name_at_the_mirrors_listener_is_a_push_listener(tmp_path: Pa
         for ns in ("docker.io", HOST):
             path = f"/v2/secret/x/tags/list?ns={ns}"
             assert (await client.ask("GET", path, None, at_push_listener)).status in (401, 404)
+
+
+async def test_authority_of_a_url_counts_in_place_of_host(tmp_path: Path) -> None:
+    async with both_listeners(tmp_path, hosted={"hosts": ["registry.example"]}) as both:
+        for authority, host, expected in (
+            ("registry.example", "other", 202),
+            ("other", "registry.example", 405),
+        ):
+            response = await send_raw(
+                both.server,
+                f"POST http://{authority}/v2/team/app/blobs/uploads/ HTTP/1.1\r\nHost: {host}\r\n"
+                f"Authorization: {CI}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode(),
+            )
+            assert statuses(response) == [expected]
 
 
 # --- failures -------------------------------------------------------------------------------------
