@@ -113,9 +113,11 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         *("access.known_names", "config.values", "history", "hosted", "inventory", "pull"),
         *("store", *SHARED),
     },
-    # Its listener cuts off clients, and refuses requests of web pages, as that of ``web`` does.
+    # Its listener cuts off clients, and refuses requests of web pages, as that of ``web`` does. Its
+    # tokens are in files that count as those of ``access`` do.
     "admin": {
-        *("admin", "composition", "config.values", "history", "inventory", "operations", "pull"),
+        *("access.watched_file", "admin", "composition", "config.values", "history", "inventory"),
+        *("operations", "pull"),
         *("store", "web.browser_guard", "web.client_connection", "web.client_socket", *SHARED),
     },
     "housekeeping": {
