@@ -34,10 +34,10 @@ that it may have."""
 _RETENTION_CHECK_S: Final = 60.0
 """Seconds between two looks whether the retention rules are to run."""
 CERTIFICATE_INTERVAL_S: Final = 5.0
-"""Seconds between two looks at the files of a certificate."""
+"""Seconds between two looks at the files of certificates."""
 CREDENTIALS_INTERVAL_S: Final = 1.0
-"""Seconds between two looks at the files of users, tokens and keys, also of the admin API. A change
-counts at the second look, or at the third one if it is followed by others."""
+"""Seconds between two looks at the files of users, tokens and keys. A change counts at the second
+one: then, a user who is removed can do nothing more."""
 _CHANGES_INTERVAL_S: Final = 1.0
 """Seconds between two looks for changes that commands have made. It is also the time that observers
 have to write one down, before its record goes."""

@@ -44,7 +44,13 @@ class FailureLimit:
         """Names that have logged in, each with its address."""
 
     def seconds_to_wait(self, client: str, user: str, now: float) -> float:
-        """Return the seconds until a client may try a name again. 0: at once."""
+        """Return the seconds until a client may try a name again. 0: at once.
+
+        Args:
+            client: Address of the client.
+            user: The name that it has sent. Empty: a bearer token.
+            now: Time in seconds.
+        """
         name = _counted_name(client, user)
         wait = self._names.seconds_to_wait(name, now)
         if name in self._known:

@@ -66,7 +66,7 @@ class _LoginResult:
 
 
 @dataclass(frozen=True, slots=True)
-class _Attempt:
+class _LoginAttempt:
     """Credentials that a client has sent."""
 
     key: bytes
@@ -152,12 +152,12 @@ class ClientLogins:
         user, secret = _parse(authorization)
         key = hmac.digest(self._key, authorization.encode(errors="replace"), "sha256")
         failures = self._failures if is_needed else self._unneeded_failures
-        result = await self._share(_Attempt(key, user, secret, client, failures))
+        result = await self._share(_LoginAttempt(key, user, secret, client, failures))
         if result.identity is None:
             raise LoginFailed("the user name or the password is wrong")
         return result.identity
 
-    def _find(self, attempt: _Attempt) -> _LoginResult | None:
+    def _find(self, attempt: _LoginAttempt) -> _LoginResult | None:
         """Return the result that is remembered, or None.
 
         Raises ``TooManyRequests``, also for the right password: otherwise, a guess that is the
@@ -170,7 +170,7 @@ class ClientLogins:
             self._refuse_if_limited(attempt)
         return result
 
-    def _refuse_if_limited(self, attempt: _Attempt) -> None:
+    def _refuse_if_limited(self, attempt: _LoginAttempt) -> None:
         user = attempt.user or ""
         wait = attempt.failures.seconds_to_wait(attempt.client, user, self._now())
         if wait > 0:
@@ -178,7 +178,7 @@ class ClientLogins:
                 "too many failed logins from this address: try again later", retry_after=wait
             )
 
-    async def _share(self, attempt: _Attempt) -> _LoginResult:
+    async def _share(self, attempt: _LoginAttempt) -> _LoginResult:
         """Check credentials. Requests with the same ones share the result."""
         while (result := self._find(attempt)) is None:
             running = self._running.get(attempt.key)
@@ -193,7 +193,7 @@ class ClientLogins:
                 running.set()
         return result
 
-    async def _check(self, attempt: _Attempt) -> _LoginResult:
+    async def _check(self, attempt: _LoginAttempt) -> _LoginResult:
         # Together: a reload may have replaced the credentials while the request waited.
         credentials, generation = self._credentials, self._generation
         if credentials is None:
@@ -243,7 +243,7 @@ class ClientLogins:
         ends_at = min(now + RESULT_TTL_S, valid.expires_at)
         return _LoginResult(valid.identity, ends_at, is_token=True)
 
-    async def _is_password_right(self, check: Callable[[], bool], attempt: _Attempt) -> bool:
+    async def _is_password_right(self, check: Callable[[], bool], attempt: _LoginAttempt) -> bool:
         """Return the result of ``check``, called in a thread when it is its turn."""
         network = counted_address(attempt.client)
         if self._waiting[network] >= _MAX_CLIENT_WAITING or self._waiting.total() >= _MAX_WAITING:

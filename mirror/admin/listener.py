@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from aiohttp import web
 
@@ -64,15 +64,14 @@ class AdminServer(web.Server):
 
     def __call__(self) -> web.RequestHandler:
         """Return a new connection. The event loop calls this."""
-        return ClientConnection(
-            self,
-            loop=asyncio.get_running_loop(),
-            access_log=None,
-            keepalive_timeout=KEEPALIVE_TIMEOUT_S,
-            max_line_size=_MAX_HEADER_LINE_BYTES,
-            max_field_size=_MAX_HEADER_LINE_BYTES,
-            logger=logging.getLogger("aiohttp.server"),
-        )
+        options: dict[str, Any] = {
+            "access_log": None,
+            "keepalive_timeout": KEEPALIVE_TIMEOUT_S,
+            "max_line_size": _MAX_HEADER_LINE_BYTES,
+            "max_field_size": _MAX_HEADER_LINE_BYTES,
+            "logger": logging.getLogger("aiohttp.server"),
+        }
+        return ClientConnection(self, loop=asyncio.get_running_loop(), **options)
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         transport = self._waiting.pop(request.protocol, None)

@@ -22,11 +22,11 @@ from mirror.config.section import FilePath, NonEmptyText, Section, key_error
 
 LOCAL: Final = "local:"
 """Begins the name of a user of this machine, who has run a command. Nobody logs in with such."""
-RETENTION: Final = "retention"
+RETENTION_USER: Final = "retention"
 """The user of the changes that the rules of retention make in a server."""
-COLLECTION: Final = "collection"
+COLLECTION_USER: Final = "collection"
 """The user of the changes that the collection of a server makes."""
-_RESERVED: Final = frozenset({EVERYBODY, LOGGED_IN, RETENTION, COLLECTION})
+_RESERVED: Final = frozenset({EVERYBODY, LOGGED_IN, RETENTION_USER, COLLECTION_USER})
 MAX_USER_CHARS: Final = 256
 """Characters of the name of a user or a group: the ``sub`` of a CI job has up to 200."""
 _USER_NAME: Final = re.compile(r"[!-9;-~][!-~]*")  # Printable ASCII without spaces.

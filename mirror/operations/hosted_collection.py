@@ -32,7 +32,7 @@ from mirror.store.removal import KeptBecause, Removal
 from mirror.store.store import Store
 from mirror.threads import run_in_thread
 
-COLLECTION: Final = Actor(user=access.COLLECTION)
+COLLECTION: Final = Actor(user=access.COLLECTION_USER)
 _MAX_RELEASED: Final = 100_000
 """Files of one run. The next one removes the rest."""
 

@@ -31,7 +31,7 @@ from mirror.store.hosted_marker import has_hosted_names
 from mirror.store.layout import Layout
 from mirror.store.marks import Marks
 
-RETENTION: Final = Actor(user=access.RETENTION)
+RETENTION: Final = Actor(user=access.RETENTION_USER)
 _IMAGES_PER_WRITE: Final = 100
 """Images of one transaction, in which no push can commit: about 15 ms."""
 _KEPT_AS_IMMUTABLE: Final = Keeper("immutable", "delete it as an admin")

@@ -9,7 +9,7 @@ from typing import Final
 
 from aiohttp import web
 
-_MALFORMED: Final = "the request is not valid HTTP/1.1, or a part of its header is too large"
+_NOT_HTTP: Final = "the request is not valid HTTP/1.1, or a part of its header is too large"
 
 
 class ClientConnection(web.RequestHandler):
@@ -25,4 +25,4 @@ class ClientConnection(web.RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """Return the response to an error. ``message``: the parser's, with bytes of the request."""
-        return super().handle_error(request, status, exc, message and _MALFORMED)
+        return super().handle_error(request, status, exc, message and _NOT_HTTP)
