@@ -52,7 +52,7 @@ class MirrorError(Exception):
 
 
 class InvalidRequest(MirrorError):
-    """The request is malformed. ``web`` raises it before it calls ``pull``."""
+    """The request is malformed. Raised by ``web`` before it calls ``pull``, and by ``hosted``."""
 
     code = "UNSUPPORTED"
 
@@ -221,7 +221,7 @@ class BlobUnknown(NotFound):
 
 
 class UploadUnknown(NotFound):
-    """The repository has no such upload: it was finished, cancelled, abandoned, or never begun.
+    """The repository has no such upload: it was finished, cancelled or ended, or never begun.
 
     Raised by ``hosted``. Code ``BLOB_UPLOAD_UNKNOWN``.
     """
@@ -300,7 +300,7 @@ class FailureScope(Enum):
     """No request: the endpoint is not at fault, or got no request."""
     REQUEST = auto()
     """This request only: the endpoint responded, so it works."""
-    SUBJECT = auto()
+    SAME_KIND = auto()
     """Requests of the same kind to the same repository: no response within the time limit, the
     connection broke before the headers, the status was 502, 503 or 504, the body broke, stalled or
     was too slow, or the token service cannot be reached."""
@@ -321,7 +321,7 @@ class UpstreamUnavailable(UpstreamError):
     @property
     def may_depend_on_request(self) -> bool:
         """Whether the same endpoint may answer another kind of request: it can be reached."""
-        return self.scope in (FailureScope.REQUEST, FailureScope.SUBJECT)
+        return self.scope in (FailureScope.REQUEST, FailureScope.SAME_KIND)
 
 
 class AllCircuitsOpen(UpstreamUnavailable):

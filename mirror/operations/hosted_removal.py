@@ -34,8 +34,10 @@ from mirror.store.layout import Layout
 from mirror.store.sqlite_connection import connect_to_read
 from mirror.store.store import Store
 
-_TAG_STAYS: Final = "its manifest stays, under its digest"
-_CONTENT_STAYS: Final = "oci-mirror gc removes what no other image needs"
+_TAG_STAYS: Final = "its manifest stays: remove NAME@DIGEST to free its content"
+_CONTENT_STAYS: Final = (
+    "oci-mirror gc removes what no other image needs after hosted.grace (--grace 10m: sooner)"
+)
 
 
 def plan_removal_by_name(
@@ -161,9 +163,9 @@ async def end_uploads(
                 raise UploadUnknown("nothing is hosted: the configuration has no hosted")
             try:
                 size = await service.uploads.end(upload_id)
-            except UploadUnknown as error:
+            except UploadUnknown:
                 raise UploadUnknown(
-                    f"{upload_id}: {error.message}; `oci-mirror ls --uploads` lists them"
+                    f"{upload_id}: there is no such upload: `oci-mirror ls --uploads` lists them"
                 ) from None
             report.items.append(
                 Item(

@@ -61,8 +61,8 @@ from mirror.web.health import Health
 from mirror.web.hosted_handler import HostedHandler
 from mirror.web.large_bodies import LARGE_BODIES
 from mirror.web.probe_image import PROBE_REPOSITORY, ProbeImage
-from mirror.web.pull_access import check_pull, find_visible
-from mirror.web.response_headers import IMMUTABLE, common_headers
+from mirror.web.pull_access import check_request, find_visible
+from mirror.web.response_headers import CONTENT_CACHE_CONTROL, common_headers
 from mirror.web.stored_responses import StoredResponses, make_request_id
 from mirror.web.streaming import (
     Body,
@@ -118,7 +118,7 @@ class Handler:
                 service,
                 access,
                 self._forwarded_prefix,
-                is_sole=is_push_listener,
+                is_push_listener=is_push_listener,
             )
         self._access = access
         self._is_push_listener = is_push_listener
@@ -278,7 +278,7 @@ class Handler:
         else:
             parsed = self._parse(request.method, path, query, self._named_by_host(request))
             if self._access.is_enforced:
-                await check_pull(self._access, parsed, request, pull)
+                await check_request(self._access, parsed, request, pull)
         pull.kind = Kind.PING  # Requests for a repository overwrite it.
         if (
             isinstance(parsed, paths.RepositoryRequest)
@@ -363,7 +363,7 @@ class Handler:
         )
         extra = common_headers(pull)
         if isinstance(parsed.reference, Digest):
-            extra["Cache-Control"] = IMMUTABLE[pull.is_private]
+            extra["Cache-Control"] = CONTENT_CACHE_CONTROL[pull.is_private]
         else:
             extra["Vary"] = ", ".join(filter(None, ("Accept", extra.get("Vary"))))
         return await Sender(request, pull, self._emit).send(body, extra)
@@ -391,7 +391,7 @@ class Handler:
                 is_fresh=result.is_fresh,
             )
             extra = common_headers(pull)
-            extra["Cache-Control"] = IMMUTABLE[pull.is_private]
+            extra["Cache-Control"] = CONTENT_CACHE_CONTROL[pull.is_private]
             if pull.is_unverified:
                 extra["Cache-Control"] = "no-store"
                 extra["Warning"] = ", ".join(filter(None, (extra.get("Warning"), _UNVERIFIED)))
