@@ -64,7 +64,7 @@ class Tokens:
             raise ConfigError(problems[0], problems[1:])
 
     def refresh(self) -> None:
-        """Read the files that have changed.
+        """Read the files that have changed, and are not being written. Called once a second.
 
         Only the tokens that a file has now are valid. A malformed line is none, and all others
         count; a file that cannot be read has none.
