@@ -91,7 +91,7 @@ async def _pull_twice(recorder: CallRecorder, repository: str) -> tuple[set[Call
     # The comparisons of the marks and of the files of users run by the clock, and would fall into
     # each request.
     vars(mirror.housekeeping)["WATCH_INTERVAL_S"] = 3600.0
-    vars(mirror.housekeeping)["_ACCESS_INTERVAL_S"] = 3600.0
+    vars(mirror.housekeeping)["CREDENTIALS_INTERVAL_S"] = 3600.0
     recorded = []
     data = os.urandom(_BLOB_BYTES)
     async with FakeRegistry() as upstream:
