@@ -79,6 +79,7 @@ async def restore_backup(
             context = RestoreContext(
                 source=source,
                 content=content,
+                layout=store.layout,
                 database=staged.database,
                 registry=hosted.name,
                 actor=actor,

@@ -403,6 +403,30 @@ async def test_layout_of_another_program_is_restored_by_its_full_names(tmp_path:
         assert row.digest == Digest.of(manifest_of())
 
 
+@pytest.mark.parametrize("copy", [None, b"", b"other bytes under its digest"])
+@pytest.mark.parametrize("pushed", ["secret/app", "org/app"])
+async def test_layout_gives_a_repository_no_content_that_only_others_have(
+    tmp_path: Path, pushed: str, copy: bytes | None
+) -> None:
+    layer = b"a private layer, of which others know the digest"
+    image = manifest_of(layer)
+    layout = write_layout(
+        tmp_path / "layout", index_with("ghcr.io/org/app:1", image), image, CONFIG
+    )
+    if copy is not None:
+        (layout / "blobs" / "sha256" / Digest.of(layer).hex).write_bytes(copy)
+    async with hosted_kit(tmp_path / "data") as kit:
+        await kit.push_blob(layer, pushed)
+        report = await restore(kit, layout)
+        if pushed == "org/app":
+            assert (report.images, report.problems) == (1, [])
+            return
+        assert report.images == 0
+        assert str(Digest.of(layer)) in report.problems[0]
+        with pytest.raises(BlobUnknown):
+            await kit.service.blobs.size("org/app", Digest.of(layer))
+
+
 @pytest.mark.parametrize(
     "index",
     [
