@@ -11,8 +11,8 @@ orphaned manifest is needed again if a tag, an index or its subject is pushed.
 
 The grace time counts from the moment from which nothing needs a row, or from its last use after
 that: of a manifest from when it was orphaned, of a blob from the deletion of the last manifest that
-listed it (:func:`delete_and_orphan` records a use). What only an orphan lists has waited with it, and
-goes in the same collection.
+listed it (:func:`delete_and_orphan` records a use). What only an orphan lists has waited with it,
+and goes in the same collection.
 
 A tag such as ``sha256-<hex>.sig`` names the subject of its manifest
 (:func:`mirror.oci.descriptor.parse_referrers_tag`). Such a manifest stays as one with a subject
