@@ -89,7 +89,7 @@ def start_housekeeping(
         )
         start("hosted", _MEASURE_INTERVAL_S, partial(mirror.hosted.measure, emit))
         start("spare-space", _MEASURE_INTERVAL_S, mirror.hosted.database.fill_spare_space)
-        start("changes", _CHANGES_INTERVAL_S, mirror.hosted.changes.tell_others)
+        start("changes", _CHANGES_INTERVAL_S, mirror.hosted.changes.relay)
 
 
 def start_job(

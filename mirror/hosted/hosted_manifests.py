@@ -226,7 +226,7 @@ class HostedManifests:
                 self._immutable_tags.check_deletion(connection, repository, reference)
             if isinstance(reference, Tag):
                 return name_rows.delete_tag(connection, repository, reference)
-            return collection_rows.delete_manifest(connection, repository, reference, self._now())
+            return collection_rows.delete_and_orphan(connection, repository, reference, self._now())
 
         tag = reference if isinstance(reference, Tag) else None
         if not await self._changes.commit(delete, "delete", actor, [tag]):

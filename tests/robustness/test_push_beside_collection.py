@@ -24,7 +24,7 @@ from tests.unit.hosted.kit import (
     ANYBODY,
     CONFIG,
     HostedKit,
-    change_of,
+    deletion_of,
     hosted_kit,
     index_of,
     manifest_of,
@@ -143,7 +143,12 @@ async def push_beside_collections(kit: HostedKit, seed: int, rounds: int) -> Non
         while not done.is_set():
             collected += len(
                 await collect(
-                    kit.database, kit.store.layout, kit.clock[0], 0.0, change_of, kit.is_protected
+                    kit.database,
+                    kit.store.layout,
+                    kit.clock[0],
+                    0.0,
+                    deletion_of,
+                    kit.is_protected,
                 )
             )
             await remove_released(kit)
@@ -188,7 +193,7 @@ async def push_beside_collections(kit: HostedKit, seed: int, rounds: int) -> Non
             assert report.problems == []
             await check_all_is_whole(other)
     kit.clock[0] += 10 * USE_STEP_S
-    await collect(kit.database, kit.store.layout, kit.clock[0], 0.0, change_of, kit.is_protected)
+    await collect(kit.database, kit.store.layout, kit.clock[0], 0.0, deletion_of, kit.is_protected)
     await check_all_is_whole(kit)
 
 

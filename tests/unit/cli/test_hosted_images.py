@@ -297,7 +297,7 @@ def told(site: Site) -> list[HostedChange]:
     changes: list[HostedChange] = []
 
     async def start(kit: HostedKit) -> None:
-        changes.extend(await kit.told_changes())
+        changes.extend(await kit.emitted_changes())
 
     change(site, start)
     return changes

@@ -31,7 +31,7 @@ from tests.unit.hosted.kit import (
     CONFIG,
     NOW,
     HostedKit,
-    change_of,
+    deletion_of,
     descriptor,
     hosted_kit,
     index_of,
@@ -135,7 +135,7 @@ async def test_everything_comes_back_on_an_empty_data_directory(tmp_path: Path, 
         assert restored.contents == report.contents
         assert await state_of(kit) == before
         assert await kit.read_blob(Digest.of(LAYER), "team/app") == LAYER
-        changes = await kit.told_changes()
+        changes = await kit.emitted_changes()
         assert {(one.action, one.user) for one in changes} == {("push", "local:root")}
         again = await restore(kit, target)
         assert (again.contents, again.problems) == (0, [])
@@ -151,7 +151,9 @@ async def test_second_backup_adds_what_is_new_and_removes_what_is_gone(tmp_path:
         await kit.service.manifests.delete(
             "team/app", Digest.of(manifest_of(b"by digest")), actor=ANYBODY
         )
-        await collect(kit.database, kit.store.layout, NOW + 10**6, 0.0, change_of, kit.is_protected)
+        await collect(
+            kit.database, kit.store.layout, NOW + 10**6, 0.0, deletion_of, kit.is_protected
+        )
         await kit.push_image(b"three", repository="team/app", tag="v2")
         report = backup(kit, target)
         assert report.added == 2
@@ -175,7 +177,7 @@ async def test_content_that_is_deleted_while_a_backup_reads_stays_until_its_end(
                 for row in list(snapshot.manifests(repository)):
                     await kit.service.manifests.delete(repository, row.digest, actor=ANYBODY)
             await collect(
-                kit.database, kit.store.layout, NOW + 10**6, 0.0, change_of, kit.is_protected
+                kit.database, kit.store.layout, NOW + 10**6, 0.0, deletion_of, kit.is_protected
             )
             assert (await kit.usage()).contents == 0
             await kit.store.evictor.remove([blob])
