@@ -186,12 +186,16 @@ class HostedManifests:
             raise ManifestUnknown("the repository does not have this manifest")
         return row
 
-    async def find_subjects(self, repository: str, reference: Reference) -> list[Digest]:
+    async def find_subjects(
+        self, repository: str, reference: Reference, may_follow: Callable[[Digest], bool]
+    ) -> list[Digest]:
         """Return the digests that a content of a repository belongs to.
 
         See :func:`mirror.hosted.subject_rows.find_subjects`.
         """
-        find = partial(find_subjects, repository=repository, reference=reference)
+        find = partial(
+            find_subjects, repository=repository, reference=reference, may_follow=may_follow
+        )
         return await self._database.read(find)
 
     async def read(self, row: ManifestRow) -> bytes:
