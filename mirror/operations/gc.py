@@ -59,7 +59,7 @@ class NothingNamed(StorageUnavailable):
     def __init__(self) -> None:
         super().__init__(
             "no image is known, so all cached content would be removed: let a client pull an image"
-            " of an upstream first"
+            " of an upstream first, or run a restore that was killed again"
         )
 
 
