@@ -78,8 +78,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises:
         UsageError: The grace is too short.
-        StorageUnavailable: Hosted content cannot be collected. What the cache has was.
+        StorageUnavailable: Hosted or cached content cannot be collected. The other was.
     """
+    from mirror.operations.cleaning_report import CleaningReport
     from mirror.operations.gc import DEFAULT_GRACE_S, MIN_GRACE_S, find_garbage
 
     grace = DEFAULT_GRACE_S if arguments.grace is None else arguments.grace
@@ -94,12 +95,16 @@ def run(arguments: argparse.Namespace) -> int:
         )
     except StorageUnavailable as error:  # What the cache frees may be what the disk lacks.
         failure = error
+    report = CleaningReport(is_dry_run=arguments.is_dry_run)
     inventory = read_inventory_gently(settings)
-    if arguments.is_dry_run:
-        with giving_way():
-            report = find_garbage(layout_of(settings), inventory, grace)
-    else:
-        report = asyncio.run(_collect(settings, inventory, grace))
+    try:
+        if arguments.is_dry_run:
+            with giving_way():
+                report = find_garbage(layout_of(settings), inventory, grace)
+        else:
+            report = asyncio.run(_collect(settings, inventory, grace))
+    except StorageUnavailable as error:  # What went of hosted content is said first.
+        failure = failure or error
     report.items[:0] = hosted
     if arguments.is_json:
         for item in report.items:

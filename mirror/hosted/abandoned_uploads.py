@@ -6,7 +6,7 @@ uploads that give way to others before (``idle_uploads.py``).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from sqlite3 import Connection
 from typing import Final
 
@@ -84,8 +84,19 @@ class AbandonedUploads:
         # An upload that becomes a blob has no file for a moment: not at two looks.
         ended += without_file & self._without_file
         self._without_file = without_file
-        known = {row.id for row in rows}
-        for upload_id in upload_files.list_ids(layout):
-            if upload_id not in known:
-                upload_files.remove_abandoned(layout, upload_id, now, _ORPHAN_TTL_S, _ORPHAN_TTL_S)
+        remove_files_without_row(layout, rows, now)
         return ended
+
+
+def remove_files_without_row(layout: Layout, rows: Iterable[UploadRow], now: float) -> None:
+    """Remove what pushes and restores that were killed have left. Blocks.
+
+    Args:
+        layout: The data directory.
+        rows: All rows, read just now.
+        now: Seconds since the epoch.
+    """
+    known = {row.id for row in rows}
+    for upload_id in upload_files.list_ids(layout):
+        if upload_id not in known:
+            upload_files.remove_abandoned(layout, upload_id, now, _ORPHAN_TTL_S, _ORPHAN_TTL_S)

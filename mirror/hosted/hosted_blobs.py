@@ -22,7 +22,7 @@ from mirror.observability.hosted_events import Actor
 from mirror.oci.errors import BlobUnknown
 from mirror.oci.headers import OCTET_STREAM
 from mirror.oci.reference import Digest
-from mirror.store.disk import has_whole_or_raise
+from mirror.store.disk import size_of_whole
 from mirror.store.reader import Reader
 from mirror.store.store import Store
 
@@ -64,9 +64,12 @@ class HostedBlobs:
     async def mount(self, source: str, repository: str, digest: Digest, actor: Actor) -> bool:
         """Give a repository a blob of another one. Returns False if that is not possible.
 
-        The caller has checked that the client may read ``source``. Raises ``QuotaExceeded``.
+        The caller has checked that the client may read ``source``. Raises ``QuotaExceeded``,
+        and ``StorageUnavailable`` if the disk does not answer.
         """
-        if not self._store.catalog.has_blob(digest):
+        try:
+            await self.size(source, digest)
+        except BlobUnknown:
             return False
 
         def mount(connection: Connection) -> ContentRow | None:
@@ -80,14 +83,21 @@ class HostedBlobs:
     async def size(self, repository: str, digest: Digest) -> int:
         """Return the size in bytes of a blob whose file is there. Raises ``BlobUnknown``.
 
-        If the content is lost, a client pushes it again, which repairs it. Raises
-        ``StorageUnavailable`` if the disk does not answer.
+        If the content is lost, or its file has another size, a client pushes it again, which
+        repairs it. Raises ``StorageUnavailable`` if the disk does not answer.
         """
+        size = await self.recorded_size(repository, digest)
+        with disk_errors("the blob cannot be read"):
+            if size_of_whole(self._store.layout, digest) != size:
+                raise BlobUnknown(_BLOB_LOST)
+        return size
+
+    async def recorded_size(self, repository: str, digest: Digest) -> int:
+        """Return the bytes of a blob, for :meth:`open`. Raises ``BlobUnknown``."""
         find = partial(name_rows.blob_size, repository=repository, digest=digest)
         size = await self._database.read(find)
-        with disk_errors("the blob cannot be read"):
-            if size is None or not has_whole_or_raise(self._store.layout, digest):
-                raise BlobUnknown("the repository does not have this blob")
+        if size is None:
+            raise BlobUnknown("the repository does not have this blob")
         return size
 
     async def read(self, digest: Digest, limit: int) -> bytes:
@@ -104,9 +114,11 @@ class HostedBlobs:
         cannot read it.
         """
         reader = await self._store.blobs.find_hosted(digest, size)
-        if reader is None:
-            raise BlobUnknown(_BLOB_LOST)
-        return reader
+        if reader is not None and reader.size == size:
+            return reader
+        if reader is not None:
+            reader.close()
+        raise BlobUnknown(_BLOB_LOST)
 
     async def mark_used(self, repository: str, digest: Digest) -> None:
         """Record that a client may be about to push a manifest that names a blob.

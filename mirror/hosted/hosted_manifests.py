@@ -7,7 +7,7 @@ durable. Must not know: HTTP, who may do what.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -31,11 +31,13 @@ from mirror.oci.descriptor import MANIFEST_LIMIT
 from mirror.oci.errors import DigestInvalid, ManifestUnknown
 from mirror.oci.reference import Digest, Reference, Tag
 from mirror.store.content_hold import ContentHold
+from mirror.store.disk import size_of_whole
 from mirror.store.store import Store
 from mirror.threads import parse_in_thread_if_large, run_in_thread
 
 _UNLIMITED_READ_BYTES: Final = 64 * 1024
 """Bytes of a manifest that may be read at the same time as any number of others."""
+_MANIFEST_LOST: Final = "the content of this manifest is lost: push it again"
 
 
 class HostedManifests:
@@ -122,8 +124,13 @@ class HostedManifests:
                 connection, repository, manifest, may_be_sparse=self._settings.sparse_indexes
             )
 
+        def check_and_find_sizes(connection: Connection) -> dict[Digest, int]:
+            check(connection)
+            parts = (*manifest.required_blobs, *manifest.children)
+            return name_rows.content_sizes(connection, parts)
+
         # Before anything is written. It is checked again in the transaction.
-        await self._database.read(check)
+        await self._check_parts(await self._database.read(check_and_find_sizes))
 
         def record(connection: Connection) -> PushedRow:
             check(connection)
@@ -141,6 +148,24 @@ class HostedManifests:
             await self._publish_body(digest, body, hold)
             await self._changes.commit(change, "push", actor, all_tags or [None], hold)
         return manifest
+
+    async def _check_parts(self, sizes: Mapping[Digest, int]) -> None:
+        """Check the files of the parts of a manifest, which have these sizes (bytes).
+
+        A client that was told of a part before its file was damaged does not push it again. Raises
+        ``PartsUnknown``, ``StorageUnavailable``.
+        """
+        layout, run = self._store.layout, asyncio.get_running_loop().run_in_executor
+
+        def find_lost() -> list[str]:
+            return [str(one) for one in sizes if size_of_whole(layout, one) != sizes[one]]
+
+        with disk_errors("the parts of the manifest cannot be read"):
+            lost = await run(self._publishing, find_lost)
+        if lost:
+            raise name_rows.parts_unknown(
+                f"the content of {len(lost)} of the parts of this manifest is lost", lost
+            )
 
     async def _publish_body(self, digest: Digest, body: bytes, hold: ContentHold) -> None:
         """Make bytes durable as content, which ``hold`` keeps from removal. Raises as a push."""
@@ -161,12 +186,16 @@ class HostedManifests:
             raise ManifestUnknown("the repository does not have this manifest")
         return row
 
-    async def find_subjects(self, repository: str, reference: Reference) -> list[Digest]:
+    async def find_subjects(
+        self, repository: str, reference: Reference, may_follow: Callable[[Digest], bool]
+    ) -> list[Digest]:
         """Return the digests that a content of a repository belongs to.
 
         See :func:`mirror.hosted.subject_rows.find_subjects`.
         """
-        find = partial(find_subjects, repository=repository, reference=reference)
+        find = partial(
+            find_subjects, repository=repository, reference=reference, may_follow=may_follow
+        )
         return await self._database.read(find)
 
     async def read(self, row: ManifestRow) -> bytes:
@@ -174,8 +203,17 @@ class HostedManifests:
         async with self._large_reads if row.size > _UNLIMITED_READ_BYTES else nullcontext():
             body = await self._store.blobs.read_hosted(row.digest, MANIFEST_LIMIT)
         if body is None:
-            raise ManifestUnknown("the content of this manifest is lost: push it again")
+            raise ManifestUnknown(_MANIFEST_LOST)
         return body
+
+    def check_file(self, row: ManifestRow) -> None:
+        """Raise ``ManifestUnknown`` if the file of a manifest is lost, or has another size.
+
+        Then a client pushes it again. Raises ``StorageUnavailable`` if the disk does not answer.
+        """
+        with disk_errors("the manifest cannot be read"):
+            if size_of_whole(self._store.layout, row.digest) != row.size:
+                raise ManifestUnknown(_MANIFEST_LOST)
 
     async def mark_used(self, repository: str, reference: Reference) -> None:
         """Record that a client may be about to push an index of a manifest, or a tag of it.

@@ -167,12 +167,23 @@ def check_parts(
     if not may_be_sparse:
         missing += _missing(connection, "manifests", repository, manifest.children)
     if missing:
-        shown = ", ".join(missing[:_MAX_SHOWN])
-        raise PartsUnknown(
-            f"the repository does not have {len(missing)} of the parts of this manifest:"
-            " push them first",
-            detail=shown,
+        raise parts_unknown(
+            f"the repository does not have {len(missing)} of the parts of this manifest", missing
         )
+
+
+def parts_unknown(why: str, parts: Sequence[str]) -> PartsUnknown:
+    """Return the refusal of a manifest because of some of its parts, which the detail names."""
+    return PartsUnknown(f"{why}: push them first", detail=", ".join(parts[:_MAX_SHOWN]))
+
+
+def content_sizes(connection: Connection, digests: Iterable[Digest]) -> dict[Digest, int]:
+    """Return the bytes of those of ``digests`` that any repository has."""
+    rows = connection.execute(
+        "SELECT c.digest, c.size FROM json_each(?) n CROSS JOIN contents c ON c.digest = n.value",
+        (json.dumps([str(digest) for digest in digests]),),
+    )
+    return {Digest.parse(row[0]): row[1] for row in rows}
 
 
 def _missing(

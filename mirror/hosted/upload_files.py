@@ -26,10 +26,10 @@ from mirror.oci.reference import Digest
 from mirror.store.content_hold import ContentHold
 from mirror.store.disk import (
     Layout,
-    has_whole_or_raise,
     is_at,
     open_locked,
     open_whole,
+    size_of_whole,
     sync_directory,
     try_lock,
 )
@@ -194,7 +194,7 @@ def publish_upload(
     fcntl.flock(fd, fcntl.LOCK_SH)
     with hold:
         hold.acquire([digest])
-        is_new = not has_whole_or_raise(layout, digest)
+        is_new = size_of_whole(layout, digest) is None
         path.rename(layout.blob(digest))
         sync_directory(hold.directory_of(digest))
     return is_new

@@ -58,8 +58,8 @@ class NothingNamed(StorageUnavailable):
 
     def __init__(self) -> None:
         super().__init__(
-            "no image is known, so all content would be removed: let a client pull an image first, "
-            "or delete the data directory while no server runs"
+            "no image is known, so all cached content would be removed: let a client pull an image"
+            " of an upstream first, or run a restore that was killed again"
         )
 
 
@@ -149,9 +149,12 @@ def _old_orphans(
     orphans = inventory.orphans
     found = [content for content in inventory.contents.values() if str(content.digest) in orphans]
     # Hosted content is named elsewhere.
-    found = list(HostedContents(layout).without(found))
+    hosted = HostedContents(layout)
+    found = list(hosted.without(found))
     if found and not inventory.images:
-        raise NothingNamed
+        digests = [content.digest for content in found]
+        if len(hosted.find_released(digests)) < len(digests):
+            raise NothingNamed
     old = [blob for blob in found if inventory.now - blob.used > grace]
     young = [blob.size for blob in found if inventory.now - blob.used <= grace]
     unclear = _unclear_content(layout, inventory) if old else set()

@@ -5,19 +5,20 @@ Lives here: the sums, and the refusals. Must not know: how a backup is read, wha
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from mirror.config.settings import Hosted
 from mirror.config.values import format_size
-from mirror.hosted import restored_rows
+from mirror.hosted import restored_rows, upload_rows
+from mirror.hosted.abandoned_uploads import remove_files_without_row
 from mirror.hosted.staged_names import opened_names
 from mirror.hosted.upload_rows import UsedBytes, used_bytes, used_bytes_of_repository
 from mirror.oci.errors import QuotaExceeded, StorageUnavailable
 from mirror.oci.reference import Digest, Tag
 from mirror.oci.text import size_text
+from mirror.store.disk import size_of_whole
 from mirror.store.layout import Layout
 from mirror.store.space import free_bytes
 from mirror.store.store import Store
@@ -57,7 +58,7 @@ async def check_plan(
         QuotaExceeded: The quota has too little left.
         NamesDamaged: The names cannot be used.
     """
-    needed = await run_in_thread(_check, store.layout, hosted, plan, may_replace)
+    needed = await run_in_thread(_check, store.layout, hosted, plan, may_replace, store.now())
     if needed <= await run_in_thread(free_bytes, store.layout.root):
         return
     await store.space.measure()
@@ -72,15 +73,20 @@ async def check_plan(
 
 
 def _check(
-    layout: Layout, hosted: Hosted, plan: Iterable[PlannedRepository], may_replace: bool
+    layout: Layout,
+    hosted: Hosted,
+    plan: Iterable[PlannedRepository],
+    may_replace: bool,
+    now: float,
 ) -> int:
     """Check tags and quota. Returns the bytes that are needed on the disk. Blocks."""
-    root = os.fspath(layout.root)
     moved: list[str] = []
     seen: set[bytes] = set()
     growth: dict[str, int] = {}
     added = needed = 0
     with opened_names(layout) as names:
+        # No server may run, and a restore that was killed may have filled the disk with them.
+        remove_files_without_row(layout, upload_rows.all_uploads(names), now)
         for one in plan:
             moved += (
                 f"{one.repository}:{tag}"
@@ -98,8 +104,7 @@ def _check(
                     continue
                 seen.add(key)
                 added += 0 if restored_rows.is_hosted(names, digest) else size
-                is_here = os.path.lexists(f"{root}/blobs/{digest.algorithm}/{digest.hex}")
-                needed += _ROW_BYTES + (0 if is_here else size)
+                needed += _ROW_BYTES + (0 if size_of_whole(layout, digest) == size else size)
         if not may_replace:
             _check_moved_tags(moved)
         _check_quota("hosted.max_size", "", hosted.max_size, added, used_bytes(names))

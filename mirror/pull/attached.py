@@ -11,6 +11,7 @@ no push replaces an image of the upstream.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -77,10 +78,9 @@ class AttachedPulls:
         if attached is None:
             return None
         with suppress(StorageUnavailable):
-            subjects = await self._hosted.service.manifests.find_subjects(attached.path, reference)
-            for subject in subjects:
-                if await self._is_served(repository, subject, pull):
-                    return attached
+            subjects = await self._find_subjects(attached, reference, restrictions)
+            if await self._is_any_served(repository, subjects, pull):
+                return attached
         return None
 
     async def referrers(
@@ -118,8 +118,11 @@ class AttachedPulls:
                 attached.path, digest, artifact_type, last or "", MANIFEST_LIMIT - taken
             )
             has_ours = found.count > 0 or found.next_last is not None
-            if has_ours and await self._is_served(repository, digest, pull):
-                page = found
+            if has_ours:
+                # What was pushed here for an image of the upstream is served there, too.
+                subjects = await self._find_subjects(attached, digest, restrictions)
+                if await self._is_any_served(repository, [*subjects, digest], pull):
+                    page = found
         if not page.count:
             return replace(page, index=body, digest=None) if is_first else page
         add = partial(add_referrers, is_first_page=is_first)
@@ -139,6 +142,30 @@ class AttachedPulls:
         is_refused = pull.is_pull_refused is not None and pull.is_pull_refused(attached)
         is_blocked = restrictions.reason_for(attached, reference) is not None
         return None if is_refused or is_blocked else attached
+
+    async def _find_subjects(
+        self, attached: Repository, reference: Reference, restrictions: Restrictions
+    ) -> list[Digest]:
+        """Return what a content of a hosted repository belongs to.
+
+        What the operator blocks is not served, so nothing belongs to an image by it.
+        """
+
+        def may_follow(digest: Digest) -> bool:
+            return restrictions.reason_for(attached, digest) is None
+
+        if isinstance(reference, Digest) and not may_follow(reference):
+            return []
+        manifests = self._hosted.service.manifests
+        return await manifests.find_subjects(attached.path, reference, may_follow)
+
+    async def _is_any_served(
+        self, repository: Repository, digests: Iterable[Digest], pull: RequestRecord
+    ) -> bool:
+        for digest in digests:
+            if await self._is_served(repository, digest, pull):
+                return True
+        return False
 
     async def _is_served(self, repository: Repository, digest: Digest, pull: RequestRecord) -> bool:
         """Return whether a repository of an upstream has a manifest, as far as can be known."""

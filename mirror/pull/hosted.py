@@ -40,7 +40,11 @@ class HostedPulls:
             is_head: True for a ``HEAD``: the result has no body.
         """
         row = await self.service.manifests.find(repository.path, reference)
-        body = None if is_head else await self.service.manifests.read(row)
+        if is_head:
+            body = None
+            self.service.manifests.check_file(row)
+        else:
+            body = await self.service.manifests.read(row)
         self.service.manifests.mark_pulled(repository.path, row)
         pull.outcome = Outcome.HIT
         return ManifestResult(row.digest, row.media_type, size=row.size, body=body)
@@ -56,14 +60,17 @@ class HostedPulls:
             pull: Record of the client's request.
             is_head: True for a ``HEAD``: the result has no content.
         """
-        size = await self.service.blobs.size(repository.path, digest)
-        pull.outcome = Outcome.HIT
+        blobs = self.service.blobs
         if is_head:
+            size = await blobs.size(repository.path, digest)
+            pull.outcome = Outcome.HIT
             return BlobResult(digest, size=size, content=None)
+        size = await blobs.recorded_size(repository.path, digest)
+        pull.outcome = Outcome.HIT
         if size <= _MAX_IN_MEMORY_BYTES:
-            body = await self.service.blobs.read(digest, _MAX_IN_MEMORY_BYTES)
+            body = await blobs.read(digest, _MAX_IN_MEMORY_BYTES)
             return BlobResult(digest, size=len(body), content=body)
-        reader = await self.service.blobs.open(digest, size)
+        reader = await blobs.open(digest, size)
         return BlobResult(digest, size=reader.size, content=reader)
 
     async def tags(

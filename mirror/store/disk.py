@@ -90,22 +90,24 @@ def has_whole(layout: Layout, digest: Digest) -> bool:
     Blocks. False also if the disk does not answer.
     """
     try:
-        return has_whole_or_raise(layout, digest)
+        return size_of_whole(layout, digest) is not None
     except OSError:
         return False
 
 
-def has_whole_or_raise(layout: Layout, digest: Digest) -> bool:
-    """Return whether there is whole content, as :func:`has_whole`.
+def size_of_whole(layout: Layout, digest: Digest) -> int | None:
+    """Return the bytes of the file of whole content (see :func:`has_whole`). None: there is none.
 
-    Raises ``OSError`` if the disk does not answer.
+    Blocks. Another size than that of the content says that it is damaged. Raises ``OSError`` if the
+    disk does not answer.
     """
     try:
-        return stat.S_ISREG(layout.blob(digest).lstat().st_mode)
+        status = layout.blob(digest).lstat()
     except OSError as error:
         if error.errno in _ABSENT:
-            return False
+            return None
         raise
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def open_whole(layout: Layout, digest: Digest) -> tuple[int, os.stat_result] | None:

@@ -67,6 +67,16 @@ class HostedContents:
             found.update(_find_in(self.layout.snapshot, query, list(wanted)))
         return {wanted[text] for text in found}
 
+    def find_released(self, digests: Sequence[Digest]) -> set[Digest]:
+        """Return those of ``digests`` that a hosted repository had, and none has now.
+
+        Raises ``StorageUnavailable``.
+        """
+        if not digests or not has_hosted_names(self.layout):
+            return set()
+        rows = self._query("SELECT digest FROM released", [])
+        return {Digest.parse(row[0]) for row in rows}.intersection(digests)
+
     def may_have(self, digest: Digest) -> bool:
         """Return whether a hosted repository has content, or may have it. Never raises."""
         try:

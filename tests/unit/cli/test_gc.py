@@ -14,7 +14,7 @@ from mirror.oci.reference import Digest
 from tests.unit.cli.cleaning_kit import LAYERS, URL, content, damage, fill, rows
 from tests.unit.cli.kit import Run, make_run
 from tests.unit.hosted.kit import hosted_kit, manifest_of
-from tests.unit.store.kit import fill_up, small_disk
+from tests.unit.store.kit import fill_up, keep, small_disk
 
 
 @pytest.fixture
@@ -158,6 +158,23 @@ def test_cached_content_goes_and_gc_fails_if_hosted_content_cannot_be_collected(
     assert content(data, b"alone").exists()
     assert run(URL, "gc", more=HOSTED).code == 0
     assert not content(data, b"alone").exists()
+
+
+def test_gc_says_what_went_of_hosted_content_if_cached_content_cannot_be_collected(
+    run: Run, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+
+    async def push() -> None:
+        async with hosted_kit(data, clock=[time.time() - 40 * 86400]) as kit:
+            await kit.push_blob(b"alone")
+            await keep(kit.store, b"orphan")
+
+    asyncio.run(push())
+    failed = run(URL, "gc", more=HOSTED)
+    assert (failed.code, "5B freed" in failed.out) == (1, True), failed
+    assert "no image is known" in failed.err.splitlines()[-1]
+    assert (content(data, b"alone").exists(), content(data, b"orphan").exists()) == (False, True)
 
 
 @pytest.mark.parametrize("kind", ["content", "hosted"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import sqlite3
 from pathlib import Path
@@ -145,6 +146,52 @@ async def test_wrong_digest_of_a_manifest_stores_nothing(tmp_path: Path) -> None
                 "app", Digest.of(b"other"), (), body, OCI_MANIFEST, actor=ANYBODY
             )
         assert not kit.store.catalog.has_blob(Digest.of(body))
+
+
+@pytest.mark.parametrize("left", [None, 0, 10])
+async def test_content_that_was_cut_short_is_not_told_mounted_or_listed_until_it_is_pushed_again(
+    tmp_path: Path, left: int | None
+) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        image = await kit.push_image(LAYER)
+        blobs, manifests = kit.service.blobs, kit.service.manifests
+        row = await manifests.find("app", image)
+        for digest in (DIGEST, image):
+            path = kit.store.layout.blob(digest)
+            if left is None:
+                path.unlink()
+            else:
+                os.truncate(path, left)
+        with pytest.raises(BlobUnknown):
+            await blobs.size("app", DIGEST)
+        assert not await blobs.mount("app", "two", DIGEST, actor=ANYBODY)
+        with pytest.raises(ManifestUnknown):
+            manifests.check_file(row)
+        for body, media_type, part in (
+            (manifest_of(LAYER, annotations={"a": "b"}), OCI_MANIFEST, DIGEST),
+            (index_of(manifest_of(LAYER)), OCI_INDEX, image),
+        ):
+            with pytest.raises(PartsUnknown, match="content of 1 of the parts") as caught:
+                await manifests.put("app", Tag("v2"), (), body, media_type, ANYBODY)
+            assert caught.value.detail == str(part)
+        with pytest.raises(BlobUnknown):
+            await kit.read_blob(DIGEST)
+        assert await kit.push_image(LAYER) == image
+        manifests.check_file(row)
+        assert await kit.read_blob(DIGEST) == LAYER
+        assert await blobs.mount("app", "two", DIGEST, actor=ANYBODY)
+
+
+async def test_blob_that_was_cut_short_after_a_verification_is_not_served(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        large = random_bytes(3 << 20, 5)
+        digest = await kit.push_blob(large)
+        path = kit.store.layout.blob(digest)
+        used = path.stat().st_mtime_ns
+        os.truncate(path, 2 << 20)
+        os.utime(path, ns=(used, used))  # As after a crash of the file system.
+        with pytest.raises(BlobUnknown, match="push it again"):
+            await kit.service.blobs.open(digest, len(large))
 
 
 async def test_lost_and_damaged_content_is_unknown_until_it_is_pushed_again(

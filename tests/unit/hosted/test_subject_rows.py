@@ -6,6 +6,7 @@ import json
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import pairwise
 
 import pytest
 
@@ -61,6 +62,19 @@ def test_content_belongs_to_the_subjects_and_tags_of_what_is_above_it(
     # A cycle cannot be pushed. If it were there, the search would end.
     names.execute("INSERT INTO parts VALUES (?, ?, ?, 1)", (APP, str(layer), str(top)))
     assert find_subjects(names, APP, layer) == [CONFIG, IMAGE]
+
+
+def test_search_goes_on_from_subjects_that_may_be_followed(names: sqlite3.Connection) -> None:
+    chain = [IMAGE, *(digest(number) for number in range(6))]
+    for subject, manifest in pairwise(chain):
+        add(names, manifest, CONFIG, subject=str(subject))
+    assert find_subjects(names, APP, chain[1]) == [IMAGE]
+    # That which the repository does not have is the first one. It is too far from the last one.
+    assert find_subjects(names, APP, chain[4]) == [IMAGE, *chain[3:0:-1]]
+    assert find_subjects(names, APP, chain[5]) == chain[4:0:-1]
+    assert find_subjects(names, APP, chain[4], lambda one: one != chain[2]) == chain[3:1:-1]
+    names.execute("UPDATE manifests SET subject = ? WHERE digest = ?", (*map(str, chain[3:1:-1]),))
+    assert IMAGE not in find_subjects(names, APP, chain[3]), "a cycle ends"
 
 
 def test_search_reads_few_rows_of_100_000_manifests(names: sqlite3.Connection) -> None:

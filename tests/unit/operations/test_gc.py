@@ -182,6 +182,19 @@ async def test_hosted_content_is_no_garbage_until_no_repository_has_it(tmp_path:
         assert str(digest) not in on_disk(tmp_path)
 
 
+async def test_content_of_the_last_hosted_image_goes_but_not_what_was_never_hosted(
+    tmp_path: Path,
+) -> None:
+    async with hosted_kit(tmp_path, clock=[NOW]) as kit:
+        digest = await kit.push_blob(OTHER_LAYER)
+        await kit.service.blobs.delete("app", digest, actor=ANYBODY)
+        found = find_garbage(Layout(tmp_path), inventory_of(tmp_path, LATER), DEFAULT_GRACE_S)
+        assert [item.digest for item in found.items] == [str(digest)]
+        await keep(kit.store, LAYER)  # Its names may be lost.
+        with pytest.raises(NothingNamed):
+            find_garbage(Layout(tmp_path), inventory_of(tmp_path, LATER), DEFAULT_GRACE_S)
+
+
 async def test_damaged_hosted_content_stays_until_it_is_pushed_again(tmp_path: Path) -> None:
     async with hosted_kit(tmp_path, clock=[NOW]) as kit:
         await pull(kit.store, image(LAYER), "v1", [CONFIG, LAYER])

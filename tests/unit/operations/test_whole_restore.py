@@ -136,6 +136,21 @@ async def test_rows_of_a_restore_that_was_killed_count_for_nothing(tmp_path: Pat
         assert HostedContents(layout).usage() == (0, 0)
 
 
+async def test_bytes_that_a_killed_restore_has_left_are_removed_by_the_next_one(
+    tmp_path: Path, source: Path
+) -> None:
+    async with hosted_kit(tmp_path / "new") as kit:
+        upload = await kit.service.uploads.begin("app", "", None)
+        uploads = kit.store.layout.uploads
+        for name, age in (("a" * 32, 61.0), ("b" * 32, 1.0)):
+            (uploads / name).write_bytes(b"left")
+            os.utime(uploads / name, (NOW - age, NOW - age))
+        os.utime(uploads / upload, (NOW - 61, NOW - 61))
+        await restore(kit, source)
+        # A client, or another program, may write to a young one.
+        assert {path.name for path in uploads.iterdir()} == {upload, "b" * 32}
+
+
 async def test_tag_that_is_pushed_during_a_restore_keeps_its_manifest(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -262,6 +263,38 @@ async def test_what_belongs_to_no_image_of_the_upstream_is_neither_served_nor_li
         await kit.attach(b"sbom")
         assert await is_served(kit, Digest.of(b"sbom"), is_blob=True)
         assert not await is_served(kit, referrer)
+
+
+async def test_what_belongs_to_a_referrer_is_served_and_listed_with_it(tmp_path: Path) -> None:
+    async with both(tmp_path) as kit:
+        sbom = await kit.attach(b"sbom")
+        chain = [kit.image, sbom]
+        for layer in (b"attestation", b"signature"):
+            subject = {"mediaType": OCI_MANIFEST, "digest": str(chain[-1]), "size": 1}
+            chain.append(
+                await kit.hosted.push_image(layer, repository=ATTACHED, tag=None, subject=subject)
+            )
+        tag = Tag(f"sha256-{chain[2].hex}.sig")
+        await kit.hosted.push_image(b"cosign", repository=ATTACHED, tag=str(tag))
+
+        async def check(*, is_here: bool) -> None:
+            for digest, referrer in pairwise(chain[1:]):
+                page = await kit.service.referrers(IMAGE, digest, None, a_pull())
+                listed = [entry["digest"] for entry in parse_referrers(page.index)]
+                assert listed == ([str(referrer)] if is_here else [])
+                assert await is_served(kit, referrer) == is_here
+            assert await is_served(kit, tag) == is_here
+            for layer in (b"signature", b"cosign"):
+                assert await is_served(kit, Digest.of(layer), is_blob=True) == is_here
+
+        await check(is_here=True)
+        # What is blocked is no link of a chain.
+        kit.service.restrict(Restrictions(digests={sbom: "no"}))
+        await check(is_here=False)
+        kit.service.restrict(Restrictions())
+        await check(is_here=True)
+        await kit.hosted.service.manifests.delete(ATTACHED, sbom, actor=ANYBODY)
+        await check(is_here=False)
 
 
 async def test_block_or_rule_of_the_hosted_repository_holds_in_that_of_the_upstream(
