@@ -216,7 +216,7 @@ class UploadSessions:
             if feed.reserved <= length:
                 return None
             return self._database.write_later(
-                partial(upload_rows.release_reservation, upload_id=upload_id, length=length)
+                partial(upload_rows.set_reservation, upload_id=upload_id, reserved=length)
             )
 
         def on_closed() -> None:
@@ -294,7 +294,9 @@ class UploadSessions:
 
         return run
 
-    async def make_room_on_disk(self, repository: str, owner: str, need: int) -> None:
+    async def make_room_on_disk(
+        self, repository: str, owner: str, need: int, ahead: int = 0
+    ) -> None:
         """Free ``need`` bytes of the disk, if that is possible. Never raises.
 
         Abandoned uploads go first, then cached content, then younger uploads that nobody feeds.
@@ -302,7 +304,8 @@ class UploadSessions:
         Args:
             repository: The repository that they are for.
             owner: Whose uploads give way first.
-            need: Bytes.
+            need: Bytes. Only for these does an upload end.
+            ahead: Bytes that will be needed soon.
         """
 
         async def end_uploads(min_idle: float, missing: int) -> None:
@@ -314,22 +317,25 @@ class UploadSessions:
                 await self._database.write(end, is_durable=False, is_removal=True)
 
         await self._store.space.disk_room.make_room(
-            need, partial(end_uploads, _ABANDONED_S), partial(end_uploads, 0.0)
+            need, ahead, partial(end_uploads, _ABANDONED_S), partial(end_uploads, 0.0)
         )
 
     async def _reserve(
-        self, repository: str, owner: str, upload_id: str, size: int, announced: int
-    ) -> None:
+        self, repository: str, owner: str, upload_id: str, least: int, most: int, announced: int
+    ) -> int:
         reserve = partial(
             upload_rows.reserve,
             upload_id=upload_id,
-            reserved=size,
+            least=least,
+            most=most,
             hosted=self._hosted,
             announced=announced,
         )
         change = self.with_room(reserve, repository, owner)
-        if not await self._database.write(change, is_durable=False):
+        reserved = await self._database.write(change, is_durable=False)
+        if reserved is None:
             raise UploadUnknown(_GONE)
+        return reserved
 
     async def _wait_for_closing(self, upload_id: str) -> None:
         """Wait until a request that was cut off has written its last bytes."""

@@ -215,6 +215,64 @@ async def test_small_upload_takes_the_room_of_others_when_it_is_finished(tmp_pat
         assert await rows(kit) == {}
 
 
+# --- bytes that are reserved ahead ----------------------------------------------------------------
+
+
+async def write_all(feed: UploadFeed, data: bytes) -> None:
+    """Feed an upload in chunks, as a request without a length does."""
+    for start in range(0, len(data), 65_536):
+        await feed.write(data[start : start + 65_536])
+
+
+async def begin_unannounced(kit: HostedKit, user: str = "") -> UploadFeed:
+    uploads = kit.service.uploads
+    return await uploads.open(await uploads.begin("app", user, None), "app", user)
+
+
+@pytest.mark.parametrize(("user", "idle"), [("ci", 5), ("other", 90)])
+async def test_upload_stays_while_the_bytes_of_another_one_fit_beside_it(
+    tmp_path: Path, user: str, idle: float
+) -> None:
+    first, second = random_bytes(9 * 2**19, 1), random_bytes(3 * 2**20, 2)
+    async with hosted_kit(tmp_path, max_size="8MiB") as kit:
+        left = await leave(kit, first, user=user, idle=idle)
+        feed = await begin_unannounced(kit, "ci")
+        await write_all(feed, second)
+        await finish(kit, feed, b"")
+        feed.close()
+        await finish(kit, await kit.service.uploads.open(left, "app", user), b"")
+
+
+async def test_two_uploads_without_a_length_fill_the_quota_together(tmp_path: Path) -> None:
+    """What one has reserved ahead is no reason to refuse the other one."""
+    async with hosted_kit(tmp_path, max_size="8MiB") as kit:
+        first, second = [await begin_unannounced(kit) for _ in range(2)]
+        await write_all(first, random_bytes(5 * 2**19, 1))
+        await first.flush()
+        await write_all(second, random_bytes(4 * 2**20, 2))
+        assert sum((await rows(kit)).values()) < 8 * 2**20
+        for feed in (first, second):
+            await finish(kit, feed, b"x")
+            feed.close()
+
+
+async def test_uploads_whose_reservation_was_taken_back_never_exceed_the_quota_as_blobs(
+    tmp_path: Path,
+) -> None:
+    async with hosted_kit(tmp_path, max_size="8MiB") as kit:
+        first, second = [await begin_unannounced(kit) for _ in range(2)]
+        await write_all(first, random_bytes(5 * 2**19, 1))
+        await first.flush()
+        await write_all(second, random_bytes(17 * 2**18, 2))
+        await write_all(first, bytes(27 * 2**16))
+        with pytest.raises(QuotaExceeded):
+            await finish(kit, first, b"")
+        first.close()
+        await finish(kit, second, b"")
+        second.close()
+        assert (await kit.usage()).bytes < 8 * 2**20
+
+
 async def test_upload_of_another_boot_gives_way_at_once(tmp_path: Path) -> None:
     async with hosted_kit(tmp_path, max_size="500kB") as kit:
         upload_id = await leave(kit, idle=0)
@@ -350,6 +408,26 @@ async def test_uploads_give_way_to_a_push_on_a_full_disk(
         await make_room("app", "ci", 3_000_000)
         assert set(await rows(kit)) == {young}
         assert old not in await rows(kit)
+
+
+async def test_upload_stays_while_the_bytes_of_another_one_fit_beside_it_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        left = await leave(kit, random_bytes(3 * 2**20, 1), idle=9000)
+        await kit.store.measure()
+        small_disk(kit, monkeypatch, 13 * 2**19)
+        feed = await begin_unannounced(kit)
+        for part in range(12):
+            await write_all(feed, random_bytes(2**18, part))
+            await feed.flush()
+        assert left in await rows(kit)
+        kit.store.space.disk_room._promised = 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(space, "free_bytes", lambda _: 65_535)
+            await feed.write(bytes(65_536))
+        assert left not in await rows(kit)
+        feed.close()
 
 
 # --- clocks ---------------------------------------------------------------------------------------
