@@ -210,7 +210,8 @@ class UploadSessions:
             running_hash = known.running_hash
 
         def before_unlock(length: int) -> asyncio.Future[Any] | None:
-            if writer.has_disk_failed:  # Clients begin again, and need its space for that.
+            # Clients begin again, and need its space for that. So may others.
+            if writer.has_disk_failed or feed.is_refused:
                 feed.has_ended = True
                 return self._database.write_later(partial(self._end, upload_id), is_removal=True)
             if feed.reserved <= length:

@@ -10,6 +10,7 @@ from typing import Final
 
 from mirror.hosted.upload_rows import UploadRow
 from mirror.hosted.upload_writer import UploadWriter
+from mirror.oci.errors import QuotaExceeded
 
 _MAX_STEP_BYTES: Final = 64 * 1024 * 1024
 """Most bytes that are reserved ahead. Each step is one small transaction."""
@@ -45,6 +46,8 @@ class UploadFeed:
         """Bytes that the upload may reach."""
         self.has_ended = False
         """Whether the upload ends with this request, as a blob or without one."""
+        self.is_refused = False
+        """Whether the quota has refused bytes."""
         self._reserve = reserve
         self._make_room = make_room
         self._announced = 0
@@ -63,7 +66,11 @@ class UploadFeed:
 
     async def _reserve_up_to(self, least: int, most: int) -> None:
         if least > max(self.reserved, _UNRESERVED_BYTES):
-            self.reserved = await self._reserve(self.row.id, least, most, self._announced)
+            try:
+                self.reserved = await self._reserve(self.row.id, least, most, self._announced)
+            except QuotaExceeded:
+                self.is_refused = True
+                raise
 
     async def write(self, chunk: bytes) -> None:
         """Append bytes. Raises ``QuotaExceeded``, ``StorageUnavailable``, ``UploadUnknown``."""
