@@ -31,6 +31,13 @@ class Actor:
     """Empty: anonymous."""
     client: str = ""
     """Address of the client. Empty: the server itself."""
+    network: str = ""
+    """The client's address as it is counted: of IPv6 its network."""
+
+    @property
+    def owner(self) -> str:
+        """Whose limit of uploads counts, and whose uploads give way first."""
+        return self.user or self.network
 
 
 @dataclass(frozen=True, slots=True)

@@ -233,7 +233,7 @@ class HostedHandler:
         user = (await self._ask(request, pull, right, parsed.repository)).user
         if right is AccessRight.PUSH:
             self._refuse_prefix(parsed.repository)
-        actor = Actor(user=user, client=pull.client)
+        actor = Actor(user=user, client=pull.client, network=counted_address(pull.client))
         pull.outcome = Outcome.DELETED if is_deletion else Outcome.PUSHED
         match parsed:
             case StartUpload():
@@ -275,8 +275,7 @@ class HostedHandler:
             return self._reply_created(request, pull, parsed.repository, parsed.mount)
         uploads = self._service.uploads
         size = request.content_length if parsed.digest is not None else None
-        owner = user or counted_address(actor.client)
-        upload_id = await uploads.begin(repository, user, size, parsed.algorithm, owner=owner)
+        upload_id = await uploads.begin(repository, user, size, parsed.algorithm, owner=actor.owner)
         if parsed.digest is None:
             return self._reply_progress(request, pull, parsed.repository, upload_id, 0)
         # One request has the whole blob.
