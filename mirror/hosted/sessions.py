@@ -38,6 +38,7 @@ from mirror.hosted.idle_uploads import IdleUploads
 from mirror.hosted.upload_feed import MIN_STEP_BYTES, UploadFeed
 from mirror.hosted.upload_files import disk_errors
 from mirror.hosted.upload_rows import UploadRow
+from mirror.hosted.upload_takeover import UploadTakeover
 from mirror.hosted.upload_writer import RunningHash, UploadWriter
 from mirror.oci.errors import (
     DigestInvalid,
@@ -52,15 +53,13 @@ from mirror.store.content_hold import ContentHold
 from mirror.store.disk import boot_id
 from mirror.store.ingest_writer import MemoryBudget
 from mirror.store.store import Store
-from mirror.threads import run_in_thread
+from mirror.threads import open_in_thread, run_in_thread
 
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
 
 _ABANDONED_S: Final = 3600.0
 """Seconds (one hour) without a byte after which an upload ends before cached content is evicted."""
-_SILENT_S: Final = 5.0
-"""Seconds without a byte after which a newer request of the user takes an upload over."""
 _UPLOAD_LOCK_TRIES: Final = 5
 """Tries to lock an upload: whoever looks at it has the lock for a millisecond."""
 _UPLOAD_LOCK_INTERVAL_S: Final = 0.01
@@ -82,6 +81,11 @@ class _KnownUpload:
 
     row: UploadRow
     running_hash: RunningHash
+
+
+def _close_opened(opened: tuple[int | None, int] | None) -> None:
+    if opened is not None and opened[0] is not None:
+        os.close(opened[0])
 
 
 class UploadSessions:
@@ -114,6 +118,7 @@ class UploadSessions:
         self._opening = ThreadPoolExecutor(4, "upload-open")
         self._writing = ThreadPoolExecutor(4, "upload")
         self._publishing = ThreadPoolExecutor(8, "publish-upload")
+        self._takeover = UploadTakeover(store.layout, self._writers, self._opening, now)
 
     async def begin(
         self,
@@ -198,7 +203,7 @@ class UploadSessions:
                 os.close(fd)
             raise
         if fd is None:
-            await self._take_over(upload_id, position)
+            await self._takeover.take_over(upload_id, position)
             return await self.open(upload_id, repository, user, start=start, size=size)
         if known is None or known.row is not row:
             # Nobody has fed it meanwhile, so others may have taken what it had reserved.
@@ -230,6 +235,7 @@ class UploadSessions:
             *(fd, position, running_hash, self._writing, self._memory, before_unlock, on_closed)
         )
         self._writers[upload_id] = writer
+        self._takeover.start()
         reserve = partial(self._reserve, repository, row.owner)
         make_room = partial(self.make_room_on_disk, repository, row.owner)
         feed = UploadFeed(row, writer, reserve, make_room)
@@ -255,7 +261,9 @@ class UploadSessions:
         The descriptor is None if another request has the lock. Raises ``UploadUnknown``.
         """
         for _ in range(_UPLOAD_LOCK_TRIES):
-            opened = await self._run(upload_files.open_to_feed, self._layout, upload_id)
+            open_to_feed = partial(upload_files.open_to_feed, self._layout, upload_id)
+            with disk_errors():
+                opened = await open_in_thread(self._opening, open_to_feed, _close_opened)
             if opened is None:
                 raise UploadUnknown(_GONE)
             fd, position = opened
@@ -264,19 +272,6 @@ class UploadSessions:
             # Whoever looks whether a request feeds it has the lock for a moment.
             await asyncio.sleep(_UPLOAD_LOCK_INTERVAL_S)
         return None, position
-
-    async def _take_over(self, upload_id: str, position: int) -> None:
-        """Let the user's new request go on with an upload that an older, silent one feeds.
-
-        Raises ``UploadOutOfOrder`` if that is at another process, or not silent.
-        """
-        writer = self._writers.get(upload_id)
-        if writer is None:
-            raise UploadOutOfOrder("a request at another process feeds this upload", position)
-        if writer.silent_s() < _SILENT_S:
-            raise UploadOutOfOrder("another request sends bytes of this upload", position)
-        writer.fail(UploadOutOfOrder("a newer request goes on with this upload", position))
-        await writer.closed.wait()
 
     def with_room(
         self, change: Callable[[Connection], T], repository: str, owner: str
@@ -500,5 +495,6 @@ class UploadSessions:
 
     async def close(self) -> None:
         """End the threads. Running requests must have ended."""
+        self._takeover.close()
         for pool in (self._opening, self._writing, self._publishing):
             await run_in_thread(pool.shutdown)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mirror.hosted import upload_files, upload_rows
+from mirror.hosted import upload_files, upload_rows, upload_takeover
 from mirror.hosted.abandoned_uploads import UPLOAD_TTL_S
 from mirror.hosted.upload_feed import UploadFeed
 from mirror.oci.descriptor import OCI_MANIFEST
@@ -22,6 +24,7 @@ from mirror.oci.errors import (
 )
 from mirror.oci.reference import Digest, Tag
 from mirror.store import space
+from mirror.threads import run_in_thread
 from tests.unit.hosted.kit import ANYBODY, NOW, HostedKit, hosted_kit, manifest_of
 from tests.unit.store.kit import random_bytes
 
@@ -491,6 +494,88 @@ async def test_newer_request_goes_on_with_an_upload_once_the_older_one_is_silent
         await newer.write(b"def")
         assert await uploads.finish(newer, Digest.of(b"abcdef")) == 6
         newer.close()
+
+
+async def test_newer_request_takes_an_upload_over_from_a_silent_one_of_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server has several processes, and a client that comes back meets any of them."""
+    monkeypatch.setattr(upload_takeover, "_LOOK_INTERVAL_S", 0.01)
+    monkeypatch.setattr(upload_takeover, "_TRY_INTERVAL_S", 0.01)
+    async with hosted_kit(tmp_path) as one, hosted_kit(tmp_path) as two:
+        older = await begin_fed(one, 1000, b"abc")
+        await older.flush()
+        uploads, upload_id = two.service.uploads, older.row.id
+        for idle in (4, 6):  # The other process knows better how long its client is silent.
+            set_idle(two, upload_id, idle)
+            with pytest.raises(UploadOutOfOrder, match="another request sends bytes"):
+                await uploads.open(upload_id, "app", "", start=3)
+        with pytest.raises(UploadUnknown):
+            await uploads.open(upload_id, "app", "stranger")
+        older.writer.last_byte_at -= 5
+        newer = await uploads.open(upload_id, "app", "", start=3)
+        with pytest.raises(UploadOutOfOrder, match="a newer request goes on"):
+            await older.write(b"x")
+        older.close()
+        await newer.write(b"def")
+        assert await uploads.finish(newer, Digest.of(b"abcdef")) == 6
+        newer.close()
+
+
+async def test_request_that_waits_no_more_lets_the_older_one_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upload_takeover, "_LOOK_INTERVAL_S", 0.01)
+    monkeypatch.setattr(upload_takeover, "_TRY_INTERVAL_S", 0.001)
+    async with hosted_kit(tmp_path) as one, hosted_kit(tmp_path) as two:
+        older = await begin_fed(one, 1000, b"abc")
+        await older.flush()
+        set_idle(two, older.row.id, 6)
+        with pytest.raises(UploadOutOfOrder):
+            await two.service.uploads.open(older.row.id, "app", "")
+        older.writer.last_byte_at -= 5
+        one.service.uploads._takeover._look()
+        await older.write(b"def")
+        older.close()
+
+
+async def test_request_that_is_cancelled_while_it_opens_an_upload_leaves_it_unlocked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        upload_id = await leave(kit, idle=0)
+        begun, may_go_on, open_to_feed = threading.Event(), threading.Event(), []
+        open_to_feed.append(upload_files.open_to_feed)
+
+        def open_late(*args: Any) -> Any:
+            opened = open_to_feed[0](*args)
+            begun.set()
+            may_go_on.wait(10)
+            return opened
+
+        with monkeypatch.context() as patch:
+            patch.setattr(upload_files, "open_to_feed", open_late)
+            task = asyncio.get_running_loop().create_task(
+                kit.service.uploads.open(upload_id, "app", "")
+            )
+            await run_in_thread(begun.wait, 10)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        may_go_on.set()
+        (await kit.service.uploads.open(upload_id, "app", "")).close()
+
+
+async def test_upload_that_another_process_has_cancelled_is_unknown_to_the_request_that_feeds_it(
+    tmp_path: Path,
+) -> None:
+    async with hosted_kit(tmp_path) as one, hosted_kit(tmp_path) as two:
+        feed = await begin_fed(one, 1000, b"abc")
+        await two.service.uploads.cancel(feed.row.id, "app", "")
+        await feed.write(b"def")
+        with pytest.raises(UploadUnknown):
+            await feed.flush()
+        feed.close()
 
 
 async def test_request_that_publishes_its_upload_is_not_silent(tmp_path: Path) -> None:

@@ -73,6 +73,7 @@ async def test_two_processes_do_not_feed_one_upload_at_once(tmp_path: Path) -> N
         feed = await one.service.uploads.open(upload_id, "app", "")
         await feed.write(DATA[:1000])
         await feed.flush()
+        os.utime(upload_files.path_of(one.store.layout, upload_id), (NOW, NOW))
         with pytest.raises(UploadOutOfOrder) as caught:
             await two.service.uploads.open(upload_id, "app", "")
         assert caught.value.offset == 1000
