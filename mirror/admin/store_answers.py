@@ -24,13 +24,14 @@ from mirror.history.stored_pull import PeriodCount, StoredPull
 from mirror.history.sums import Saving, build_savings, build_total
 from mirror.history.user_uses import count_users, read_user_uses
 from mirror.inventory import usage
-from mirror.inventory.hosted_names import QuotaUsage, read_hosted_usage, read_uploads
+from mirror.inventory.hosted_names import read_hosted_usage, read_uploads
 from mirror.inventory.json_rows import image_row
 from mirror.inventory.leftovers import find_other_files
 from mirror.inventory.model import Image, Inventory
 from mirror.inventory.read import read_inventory
 from mirror.inventory.tree import image_tree, node_row
 from mirror.observability.events import Outcome
+from mirror.observability.hosted_events import HostedUsage
 from mirror.oci.errors import InvalidRequest, NotFound
 from mirror.oci.image_name import ImageName
 from mirror.oci.reference import Digest, Tag
@@ -172,7 +173,7 @@ class StoreAnswers:
             "read": time_text(inventory.now),
         }
 
-    def _hosted_row(self, hosted: QuotaUsage) -> JsonObject | None:
+    def _hosted_row(self, hosted: HostedUsage) -> JsonObject | None:
         section = self._settings.hosted
         return None if section is None else {**asdict(hosted), "quota": section.max_size}
 

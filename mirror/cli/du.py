@@ -23,9 +23,9 @@ from mirror.oci.text import size_text
 
 if TYPE_CHECKING:
     from mirror.config.settings import Hosted, Storage
-    from mirror.inventory.hosted_names import QuotaUsage
     from mirror.inventory.leftovers import OtherFile
     from mirror.inventory.model import Inventory
+    from mirror.observability.hosted_events import HostedUsage
     from mirror.store.layout import Layout
 
 _NEXT: Final = 20
@@ -171,7 +171,7 @@ def _quota_text(size: int, storage: Storage) -> str:
     )
 
 
-def _hosted_text(hosted: QuotaUsage, settings: Hosted | None) -> str:
+def _hosted_text(hosted: HostedUsage, settings: Hosted | None) -> str:
     text = f"hosted: {size_text(hosted.bytes)}"
     if settings is not None:
         share = f"{hosted.total / settings.max_size:.0%}" if settings.max_size else "-"

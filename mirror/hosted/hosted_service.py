@@ -7,6 +7,7 @@ Lives here: which part needs which other one. Must not know: what an operation d
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 
 from mirror.config.settings import Hosted
 from mirror.hosted import name_rows
@@ -61,14 +62,4 @@ class HostedService:
     async def measure(self, emit: Observer) -> None:
         """Emit :class:`HostedMeasured`. The server calls this now and then."""
         usage = await self.database.read(name_rows.usage)
-        emit(
-            HostedMeasured(
-                repositories=usage.repositories,
-                contents=usage.contents,
-                bytes=usage.bytes,
-                quota=self.settings.max_size,
-                uploads=usage.uploads,
-                reserved=usage.reserved,
-                metadata=usage.metadata,
-            )
-        )
+        emit(HostedMeasured(**asdict(usage), quota=self.settings.max_size))

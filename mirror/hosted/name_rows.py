@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from mirror.hosted.content_row import ContentRow
 from mirror.hosted.pushed_manifest import PushedManifest
+from mirror.observability.hosted_events import HostedUsage
 from mirror.oci.descriptor import referrers_tag
 from mirror.oci.errors import PartsUnknown
 from mirror.oci.reference import Digest, Reference, Tag
@@ -34,22 +35,6 @@ class ManifestRow(ContentRow):
 
     pulled_at: float = 0.0
     """Last recorded pull, in seconds since the epoch. Zero: none."""
-
-
-@dataclass(frozen=True, slots=True)
-class HostedUsage:
-    """The space that all hosted repositories, and the uploads to them, take up."""
-
-    bytes: int
-    contents: int
-    """Number of contents. One that several repositories have counts once."""
-    repositories: int
-    uploads: int
-    """Number of uploads in progress."""
-    reserved: int
-    """Bytes that these have reserved."""
-    metadata: int
-    """Bytes of the quota that rows take (:data:`mirror.hosted.name_tables.ROW_BYTES`)."""
 
 
 # --- blobs ----------------------------------------------------------------------------------------
@@ -392,7 +377,7 @@ def repositories_page(connection: Connection, count: int, last: str) -> list[str
 def usage(connection: Connection) -> HostedUsage:
     """Return what all hosted repositories, and the uploads to them, take up."""
     row = connection.execute(
-        "SELECT bytes, contents, (SELECT count(*) FROM repositories),"
+        "SELECT contents, bytes, (SELECT count(*) FROM repositories),"
         " (SELECT count(*) FROM uploads), (SELECT coalesce(sum(reserved), 0) FROM uploads),"
         " metadata FROM totals"
     ).fetchone()

@@ -24,7 +24,7 @@ MANIFEST_FACTOR: Final = 8
 """Bytes of the quota for each byte of a manifest: its annotations, and the rows of its parts. These
 take 4, and 9 with the longest names."""
 
-_TABLES: Final = """
+_SCHEMA: Final = """
 CREATE TABLE manifests (
     repository TEXT NOT NULL, digest TEXT NOT NULL, media_type TEXT NOT NULL,
     artifact_type TEXT NOT NULL, subject TEXT NOT NULL, size INTEGER NOT NULL,
@@ -85,6 +85,7 @@ CREATE VIEW orphans AS SELECT * FROM manifests m WHERE m.orphaned_at > 0 AND NOT
     AND NOT EXISTS
     (SELECT 1 FROM manifests s WHERE s.repository = m.repository AND s.digest = m.subject);
 """
+"""All but the triggers."""
 _TRIGGERS: Final = f"""
 CREATE TRIGGER contents_added AFTER INSERT ON contents BEGIN
     UPDATE totals SET bytes = bytes + new.size, contents = contents + 1;
@@ -155,7 +156,7 @@ def has_schema(connection: Connection, path: Path) -> bool:
 
 def create_schema(connection: Connection) -> None:
     """Create our tables, in the transaction that runs."""
-    _run(connection, _TABLES + _TRIGGERS)
+    _run(connection, _SCHEMA + _TRIGGERS)
 
 
 def upgrade_schema(connection: Connection) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Final, TypeAlias
 
 from mirror.inventory.model import DigestText
 from mirror.inventory.name import Name
+from mirror.observability.hosted_events import HostedUsage
 from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Repository, Tag
 from mirror.oci.text import time_text
@@ -147,35 +148,14 @@ class HostedUpload:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class QuotaUsage:
-    """The use of the quota of hosted repositories. All sizes are bytes."""
-
-    contents: int
-    """Number of contents. One that several repositories have counts once."""
-    bytes: int
-    repositories: int
-    uploads: int
-    """Number of uploads in progress."""
-    reserved: int
-    """Bytes that uploads have reserved."""
-    metadata: int
-    """Bytes that tags, and the rows of content, take."""
-
-    @property
-    def total(self) -> int:
-        """Bytes of content, of metadata, and those that are reserved."""
-        return self.bytes + self.metadata + self.reserved
-
-
-def read_hosted_usage(layout: Layout) -> QuotaUsage:
+def read_hosted_usage(layout: Layout) -> HostedUsage:
     """Return what hosted repositories take up. Raises ``StorageUnavailable``."""
     with _reading(layout) as query:
         for (version,) in query("PRAGMA user_version"):
             # Version 1 has no such sum: the server adds it when it starts.
             for row in query(_USAGE.format(metadata="metadata" if version > 1 else "0")):
-                return QuotaUsage(*row)
-    return QuotaUsage(contents=0, bytes=0, repositories=0, uploads=0, reserved=0, metadata=0)
+                return HostedUsage(*row)
+    return HostedUsage(contents=0, bytes=0, repositories=0, uploads=0, reserved=0, metadata=0)
 
 
 @contextmanager

@@ -41,19 +41,31 @@ class Actor:
 
 
 @dataclass(frozen=True, slots=True)
-class HostedMeasured:
-    """The content of all hosted repositories now, and the uploads in progress. Sizes are bytes."""
+class HostedUsage:
+    """The use of the quota by hosted repositories, and by uploads to them. Sizes are bytes."""
 
-    repositories: int
     contents: int
     """Number of contents. One that several repositories have counts once."""
     bytes: int
-    quota: int
+    repositories: int
     uploads: int
+    """Number of uploads in progress."""
     reserved: int
-    """Bytes that uploads have reserved of the quota."""
+    """Bytes that uploads have reserved."""
     metadata: int
-    """Bytes of the quota that tags, and the rows of content, take."""
+    """Bytes that tags, and the rows of content, take."""
+
+    @property
+    def total(self) -> int:
+        """Bytes of content, of metadata, and those that are reserved."""
+        return self.bytes + self.metadata + self.reserved
+
+
+@dataclass(frozen=True, slots=True)
+class HostedMeasured(HostedUsage):
+    """The use of the quota of hosted repositories now."""
+
+    quota: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -141,6 +141,7 @@ class FakeImages:
                 "bytes": 3_000_000,
                 "uploads": 1,
                 "reserved": 80_000_000,
+                "metadata": 90_000,
                 "quota": 1_000_000_000,
             },
             "read": AT,

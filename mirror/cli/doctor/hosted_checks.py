@@ -15,7 +15,8 @@ from typing import Final
 from mirror.cli.doctor.findings import Checked, Finding
 from mirror.cli.doctor.machine_checks import damage_of
 from mirror.config.settings import Settings
-from mirror.inventory.hosted_names import QuotaUsage, read_hosted_usage
+from mirror.inventory.hosted_names import read_hosted_usage
+from mirror.observability.hosted_events import HostedUsage
 from mirror.oci.errors import MirrorError
 from mirror.oci.text import size_text
 from mirror.store.hosted_marker import (
@@ -63,7 +64,7 @@ def check_hosted(
         )
 
 
-def _check_room(subject: Checked, settings: Settings, usage: QuotaUsage) -> Finding:
+def _check_room(subject: Checked, settings: Settings, usage: HostedUsage) -> Finding:
     if settings.hosted is None:
         if not usage.contents:
             return subject.ok("nothing is hosted")

@@ -20,9 +20,8 @@ from mirror.hosted.collection_rows import IsProtected, NeedlessRow
 from mirror.hosted.database import Database
 from mirror.hosted.hosted_service import HostedService
 from mirror.hosted.immutable_tags import ImmutableTagRules
-from mirror.hosted.name_rows import HostedUsage
 from mirror.observability.events import Event, HostedChange
-from mirror.observability.hosted_events import Actor
+from mirror.observability.hosted_events import Actor, HostedUsage
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
 from mirror.oci.reference import Digest, Tag
 from mirror.store.reader import read_all

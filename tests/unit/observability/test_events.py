@@ -22,7 +22,7 @@ def test_every_event_type_is_frozen_documented_and_part_of_the_union() -> None:
         for _, kind in inspect.getmembers(module, inspect.isclass)
         if kind.__module__ == module.__name__ and dataclasses.is_dataclass(kind)
     }
-    assert defined == {*EVENTS, RequestRecord, hosted_events.Actor}
+    assert defined == {*EVENTS, RequestRecord, hosted_events.Actor, hosted_events.HostedUsage}
     message = events.LogMessage("info", "x")
     with pytest.raises(dataclasses.FrozenInstanceError):
         message.message = "y"  # type: ignore[misc] # the assignment that must fail
