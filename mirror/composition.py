@@ -152,4 +152,5 @@ def _tell_of_restore(emit: Observer, layout: Layout) -> None:
 
 
 def _tell_of_loss(emit: Observer, why: str) -> None:
-    emit(LogMessage("error", "pushes are refused until a restart", (("why", why),)))
+    fields = (("why", why), ("remedy", "put the file back, and start the server again"))
+    emit(LogMessage("error", "pushes are refused until a restart", fields))

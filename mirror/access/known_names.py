@@ -17,6 +17,7 @@ from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import Final
 
+from mirror.access.watched_file import ChangeWatch
 from mirror.config.access import check_name
 from mirror.store.private_directory import make_private_directory
 from mirror.store.spare_file import replace_durably
@@ -34,7 +35,7 @@ class KnownNames:
     def __init__(self, path: Path) -> None:
         """Read nothing yet. ``path``: the file, which need not exist."""
         self._path = path
-        self._stamp: tuple[int, ...] | None = None
+        self._changes = ChangeWatch(str(path))
         self._saved: frozenset[str] = frozenset()
         self._unsaved: frozenset[str] = frozenset()
         """Names of the files of credentials that the file does not have yet."""
@@ -53,10 +54,9 @@ class KnownNames:
 
         Blocks for the file, which is small. Returns whether it has changed.
         """
-        stamp = _find_stamp(self._path)
-        has_changed = stamp != self._stamp
+        has_changed = self._changes.has_changed()
         if has_changed:
-            self._stamp = stamp
+            self._changes.begin_read()
             try:
                 self._saved = read_known_names(self._path)
                 self._failure = ""
@@ -91,6 +91,8 @@ class KnownNames:
             await _CALLS.run(path, lambda: add_known_names(path, names))
         except (OSError, ValueError) as error:
             return f"{path}: {_reason(error)}: after a restart, removed users are not remembered"
+        self._saved |= names
+        self._unsaved -= names
         return ""
 
 
@@ -139,14 +141,6 @@ def known_names_text(names: Iterable[str]) -> str:
 def _size(names: Iterable[str]) -> int:
     """Return the bytes of a file with these names, which are ASCII."""
     return sum(len(name) + 1 for name in names)
-
-
-def _find_stamp(path: Path) -> tuple[int, ...]:
-    try:
-        status = path.stat()
-    except OSError:
-        return ()
-    return status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_size
 
 
 def _reason(error: Exception) -> str:

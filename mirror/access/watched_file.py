@@ -5,6 +5,9 @@ Lives here: when a file is read, and what counts if it cannot be. Must not know:
 The file says at any time all who may log in. So what cannot be read in it does not count: a line
 that is broken, and everything if the file is gone. Otherwise somebody whose line was removed could
 go on, because another line is broken.
+
+``cp`` and some editors write a file in place. So a change counts once two looks have found the same
+file: what was valid before stays so meanwhile, and a user who was removed for 2 s at most.
 """
 
 from __future__ import annotations
@@ -24,6 +27,9 @@ MessagePrefix: TypeAlias = Callable[[KeyPath], str]
 
 _MAX_CREDENTIALS_BYTES: Final = 4 * 1024 * 1024
 """Bytes of a file: 40,000 users."""
+_MAX_UNSETTLED_LOOKS: Final = 3
+"""Looks after which a change counts that is followed by others: a file may be written all the time.
+"""
 
 
 def dotted_prefix(key: KeyPath) -> str:
@@ -39,6 +45,41 @@ class ParsedFile(Generic[T]):
     content: T
     problems: tuple[str, ...] = ()
     """Why the rest cannot. No text of the file: it may be a secret."""
+
+
+class ChangeWatch:
+    """Tells when a file has changed, and is not being written."""
+
+    def __init__(self, path: str) -> None:
+        """Look at nothing yet. ``path``: the file, which need not exist."""
+        self._path = path
+        self._read_stamp: tuple[int, ...] | None = None
+        self._last_stamp: tuple[int, ...] | None = None
+        self._looks = 0
+
+    def has_changed(self) -> bool:
+        """Look at the file. Returns whether it is to be read. Called once a second."""
+        stamp = self._find_stamp()
+        if stamp == self._read_stamp:
+            self._looks = 0
+            return False
+        self._looks += 1
+        is_first = self._read_stamp is None
+        is_settled = stamp == self._last_stamp or self._looks >= _MAX_UNSETTLED_LOOKS
+        self._last_stamp = stamp
+        return is_first or is_settled
+
+    def begin_read(self) -> None:
+        """Note that the file is read now. What changes later is a change."""
+        self._read_stamp, self._looks = self._find_stamp(), 0
+
+    def _find_stamp(self) -> tuple[int, ...]:
+        """Return times, inode and size. A file that is not there has a stamp of its own."""
+        try:
+            status = os.stat(self._path)
+        except OSError:
+            return ()
+        return status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_size
 
 
 class WatchedFile(Generic[T]):
@@ -59,22 +100,22 @@ class WatchedFile(Generic[T]):
         self.path = os.path.abspath(path)
         self._parse = parse
         self._remedy = remedy
-        self._stamp: tuple[int, ...] | None = None
+        self._changes = ChangeWatch(self.path)
         self._empty: T = parse(b"").content
         self.content = self._empty
 
     def has_changed(self) -> bool:
-        """Return whether the file has changed since it was last read."""
-        return self._find_stamp() != self._stamp
+        """Return whether the file is to be read: see :class:`ChangeWatch`."""
+        return self._changes.has_changed()
 
     def read(self, prefix: MessagePrefix = dotted_prefix) -> tuple[str, ...]:
         """Read the file. Blocks. Returns what is wrong with it, one line for each problem.
 
         ``prefix``: begins each line; it is called with the key of the configuration.
         """
-        stamp = self._find_stamp()
+        self._changes.begin_read()
         parsed = self._read()
-        self.content, self._stamp = parsed.content, stamp
+        self.content = parsed.content
         begin = prefix(self._key)
         return tuple(f"{begin}{self.path}: {problem}" for problem in parsed.problems)
 
@@ -101,11 +142,3 @@ class WatchedFile(Generic[T]):
         problems = self.read(prefix)
         if problems:
             raise ConfigError(problems[0], problems[1:])
-
-    def _find_stamp(self) -> tuple[int, ...]:
-        """Return times, inode and size. A file that is not there has a stamp of its own."""
-        try:
-            status = os.stat(self.path)
-        except OSError:
-            return ()
-        return status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_size

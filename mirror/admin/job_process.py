@@ -40,6 +40,7 @@ from mirror.operations.retention import PruneRule
 from mirror.operations.verify import Subset, VerifyReport, repair, verify
 from mirror.store.layout import Layout
 from mirror.store.marks import read_marks
+from mirror.store.quarantine import put_back_moving
 from mirror.store.store import Store
 from mirror.threads import run_in_thread
 
@@ -193,6 +194,7 @@ async def _prune(settings: Settings, given: JsonObject) -> JsonObject:
 
 
 async def _verify(settings: Settings, given: JsonObject) -> JsonObject:
+    await run_in_thread(put_back_moving, _layout(settings))
     inventory = _read(settings)
     images = _find(inventory, [given["image"]]) if "image" in given else None
     subset = Subset.parse(given["subset"]) if "subset" in given else None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from mirror.cli.arguments import Commands, add_config, add_json, load_settings
 from mirror.cli.cleaning import has_failures, read_inventory_gently
-from mirror.cli.data_directory import load_inventory, opened_store
+from mirror.cli.data_directory import find_layout, load_inventory, opened_store
 from mirror.cli.exit_codes import EX_FAILED
 from mirror.cli.listing import print_text
 from mirror.cli.messages import print_warnings
@@ -75,7 +75,10 @@ def _subset(text: str) -> Subset:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command. Raises ``CommandFailed`` if an image is not known."""
+    from mirror.store.quarantine import put_back_moving
+
     settings = load_settings(arguments)
+    put_back_moving(find_layout(settings))
     inventory = read_inventory_gently(settings)
     names = whole_names(arguments.images, settings)
     images = _find(inventory, names) if names else None

@@ -63,7 +63,7 @@ class AbandonedUploads:
 
         has_surplus = await run_in_thread(self._has_surplus, rows)
         if ended or has_surplus:
-            await self._database.write(end, is_durable=False, is_removal=True)
+            await self._database.write(end, is_durable=False, may_use_spare_space=True)
         return len(ended)
 
     def _has_surplus(self, rows: list[UploadRow]) -> bool:

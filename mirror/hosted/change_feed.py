@@ -92,9 +92,9 @@ class ChangeFeed:
                 change_rows.record_change(connection, one, taken_at)
             return changes
 
-        is_removal = action == "delete"
+        may_use_spare_space = action == "delete"
         return await self._database.write(
-            record, is_removal=is_removal, on_committed=self._tell, hold=hold
+            record, may_use_spare_space=may_use_spare_space, on_committed=self._tell, hold=hold
         )
 
     def _tell(self, changes: list[HostedChange]) -> None:
@@ -120,7 +120,9 @@ class ChangeFeed:
                 timeout=RETAKE_S,
                 count=_CHANGES_AT_ONCE,
             )
-            self._tell(await self._database.write(take, is_durable=False, is_removal=True))
+            # On a full disk, too: deletions add changes, which go only once they were told.
+            changes = await self._database.write(take, is_durable=False, may_use_spare_space=True)
+            self._tell(changes)
 
     async def close(self) -> None:
         """Forget what was told. Running requests must have ended."""
@@ -130,4 +132,4 @@ class ChangeFeed:
     async def _forget(self, changes: list[HostedChange]) -> None:
         if changes:
             forget = partial(change_rows.forget_changes, changes=tuple(changes))
-            await self._database.write(forget, is_durable=False, is_removal=True)
+            await self._database.write(forget, is_durable=False, may_use_spare_space=True)

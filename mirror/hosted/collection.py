@@ -1,7 +1,7 @@
 """Collection: remove what nothing in a hosted repository needs, after a grace time.
 
 Lives here: the order of the steps, and how long each one keeps others from writing. Must not know:
-which rows are needless (``collection_rows.py``), when a collection is due.
+which rows are garbage (``collection_rows.py``), when a collection is due.
 
 Theory of operation: there is no mark phase. ``parts`` says at any time which manifests refer to a
 content, and a row is deleted in the same transaction that finds that none does. A push checks the
@@ -25,7 +25,7 @@ from typing import Final
 
 from mirror.hosted import collection_rows, upload_files, upload_rows
 from mirror.hosted.change_rows import record_change
-from mirror.hosted.collection_rows import Cutoff, IsProtected, NeedlessRow
+from mirror.hosted.collection_rows import Cutoff, GarbageRow, IsProtected
 from mirror.hosted.database import Database
 from mirror.hosted.upload_rows import UploadRow
 from mirror.observability.hosted_events import HostedChange
@@ -35,13 +35,13 @@ from mirror.threads import run_in_thread
 _ROWS_PER_WRITE: Final = 100
 """Rows of one transaction, in which no push can commit: about 15 ms."""
 
-ChangeOf = Callable[[NeedlessRow], HostedChange]
+ChangeOf = Callable[[GarbageRow], HostedChange]
 """Returns what is recorded of the deletion of a row, in the same transaction."""
 
 
-async def find_needless(
+async def plan_collection(
     database: Database, layout: Layout, now: float, grace: float, is_protected: IsProtected
-) -> list[NeedlessRow]:
+) -> list[GarbageRow]:
     """Return the rows that a collection would remove now. No push waits for it.
 
     Args:
@@ -85,16 +85,19 @@ def _fed_since(layout: Layout, uploads: list[UploadRow], since: float) -> list[U
 
 def _collect_in_copy(
     connection: Connection, cutoff: Cutoff, is_protected: IsProtected
-) -> list[NeedlessRow]:
-    """Collect in a copy of the database, which SQLite keeps in a temporary file. Blocks."""
+) -> list[GarbageRow]:
+    """Collect in a copy of the database, which SQLite keeps in a temporary file. Blocks.
+
+    Which manifests become orphans is known only once the index that lists them is deleted.
+    """
     everything = 2**62
-    found: list[NeedlessRow] = []
+    found: list[GarbageRow] = []
     with closing(sqlite3.connect("", isolation_level=None)) as copy:
         connection.backup(copy)
         copy.execute("BEGIN")
-        while rows := collection_rows.needless_manifests(copy, cutoff, everything):
-            found += collection_rows.delete_needless(copy, rows, cutoff, is_protected)
-        return found + collection_rows.needless_blobs(copy, cutoff, everything, None)
+        while rows := collection_rows.find_garbage_manifests(copy, cutoff, everything):
+            found += collection_rows.delete_garbage(copy, rows, cutoff, is_protected)
+        return found + collection_rows.find_garbage_blobs(copy, cutoff, everything, None)
 
 
 async def collect(
@@ -104,7 +107,7 @@ async def collect(
     grace: float,
     change_of: ChangeOf,
     is_protected: IsProtected,
-) -> list[NeedlessRow]:
+) -> list[GarbageRow]:
     """Remove what nothing needs. Returns it.
 
     A collection that is cancelled or killed has removed some of it, each wholly.
@@ -118,27 +121,28 @@ async def collect(
         is_protected: Tells which manifests stay anyway.
     """
     cutoff = await _find_cutoff(database, layout, now, grace)
-    collected: list[NeedlessRow] = []
+    collected: list[GarbageRow] = []
 
-    def delete_recorded(connection: Connection, rows: list[NeedlessRow]) -> list[NeedlessRow]:
-        deleted = collection_rows.delete_needless(connection, rows, cutoff, is_protected)
+    def delete_recorded(connection: Connection, rows: list[GarbageRow]) -> list[GarbageRow]:
+        deleted = collection_rows.delete_garbage(connection, rows, cutoff, is_protected)
         for row in deleted:
             record_change(connection, change_of(row))
         return deleted
 
-    async def delete(rows: list[NeedlessRow]) -> None:
-        collected.extend(await database.write(partial(delete_recorded, rows=rows), is_removal=True))
+    async def delete(rows: list[GarbageRow]) -> None:
+        collected.extend(
+            await database.write(partial(delete_recorded, rows=rows), may_use_spare_space=True)
+        )
 
     # An index first, then the manifests that only it has listed: again until none is found.
-    find = partial(collection_rows.needless_manifests, cutoff=cutoff, count=_ROWS_PER_WRITE)
-    previous: list[NeedlessRow] = []
+    find = partial(collection_rows.find_garbage_manifests, cutoff=cutoff, count=_ROWS_PER_WRITE)
+    previous: list[GarbageRow] = []  # A row that is found and never deleted must not loop forever.
     while (rows := await database.read(find)) and rows != previous:
         previous = rows
         await delete(rows)
-    last: NeedlessRow | None = None
-    while rows := await database.read(
-        partial(collection_rows.needless_blobs, cutoff=cutoff, count=_ROWS_PER_WRITE, after=last)
-    ):
+    last: GarbageRow | None = None
+    find_blobs = partial(collection_rows.find_garbage_blobs, cutoff=cutoff, count=_ROWS_PER_WRITE)
+    while rows := await database.read(partial(find_blobs, after=last)):
         last = rows[-1]
         await delete(rows)
     return collected

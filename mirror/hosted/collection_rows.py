@@ -9,6 +9,11 @@ list it as a manifest. A manifest stays until told, also without a tag. It is *o
 has removed its last tag, or a deletion has removed the index or the subject that it belonged to. An
 orphaned manifest is needed again if a tag, an index or its subject is pushed.
 
+The grace time counts from the moment from which nothing needs a row, or from its last use after
+that: of a manifest from when it was orphaned, of a blob from the deletion of the last manifest that
+listed it (:func:`delete_manifest` records a use). What only an orphan lists has waited with it, and
+goes in the same collection.
+
 A tag such as ``sha256-<hex>.sig`` names the subject of its manifest
 (:func:`mirror.oci.descriptor.parse_referrers_tag`). Such a manifest stays as one with a subject
 does: the tag keeps it until it is orphaned, and goes with it. It stays if the tag is immutable.
@@ -24,7 +29,7 @@ from typing import Final, TypeAlias
 
 from mirror.hosted import name_rows
 from mirror.hosted.content_row import ContentRow
-from mirror.hosted.name_rows import IS_TAG_OF_SUBJECT, USE_STEP_S
+from mirror.hosted.name_rows import IS_TAG_OF_SUBJECT, USE_STEP_S, ManifestRow
 from mirror.oci.descriptor import referrers_tag
 from mirror.oci.headers import OCTET_STREAM
 from mirror.oci.reference import Digest
@@ -34,14 +39,15 @@ IsProtected: TypeAlias = Callable[[Connection, ContentRow], bool]
 
 
 @dataclass(frozen=True, slots=True)
-class NeedlessRow(ContentRow):
+class GarbageRow(ContentRow):
     """A blob or a manifest of a repository that nothing needs."""
 
     is_manifest: bool
 
 
 MAX_PUSH_S: Final = 86400.0
-"""Seconds (one day) for which the blobs of a push wait at most for the slowest one of them."""
+"""Seconds (one day) for which the layers of a push stay after the grace time while clients push to
+the repository: its manifest comes last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +74,7 @@ class Cutoff:
 
 
 def repositories_with_uses(connection: Connection, since: float) -> set[str]:
-    """Return the repositories of which clients have pushed, mounted or asked for a blob.
+    """Return the repositories of which clients have pushed, mounted, asked for or released a blob.
 
     ``since``: seconds since the epoch.
     """
@@ -131,10 +137,37 @@ def mark_orphan(connection: Connection, repository: str, digest: Digest, at: flo
     return orphaned.rowcount > 0
 
 
+def delete_manifest(
+    connection: Connection, repository: str, digest: Digest, at: float
+) -> ManifestRow | None:
+    """Delete a manifest as told, with its tags. The grace time of all that it needed begins.
+
+    A collection does not call this: the parts of an orphan have waited with it.
+
+    Args:
+        connection: The database.
+        repository: The repository.
+        digest: The manifest.
+        at: Seconds since the epoch.
+
+    Returns:
+        What was deleted. None if the repository does not have it.
+    """
+    orphan_dependents(connection, repository, digest, at)
+    # Also of blobs that another manifest lists: that one may have been an orphan for long.
+    connection.execute(
+        "UPDATE blobs SET used_at = :at WHERE repository = :repository AND used_at < :since"
+        " AND digest IN (SELECT digest FROM parts WHERE repository = :repository"
+        " AND manifest = :digest AND is_manifest = 0)",
+        {"repository": repository, "digest": str(digest), "at": at, "since": at - USE_STEP_S},
+    )
+    return name_rows.delete_manifest(connection, repository, digest)
+
+
 # --- collection -----------------------------------------------------------------------------------
 
 
-def needless_manifests(connection: Connection, cutoff: Cutoff, count: int) -> list[NeedlessRow]:
+def find_garbage_manifests(connection: Connection, cutoff: Cutoff, count: int) -> list[GarbageRow]:
     """Return at most ``count`` orphaned manifests that nothing has used since ``cutoff``."""
     rows = connection.execute(
         "SELECT repository, digest, media_type, size FROM orphans WHERE orphaned_at < :cutoff"
@@ -142,14 +175,17 @@ def needless_manifests(connection: Connection, cutoff: Cutoff, count: int) -> li
         {"cutoff": cutoff.at, "count": count},
     )
     return [
-        NeedlessRow(row[0], Digest.parse(row[1]), row[2], row[3], is_manifest=True) for row in rows
+        GarbageRow(row[0], Digest.parse(row[1]), row[2], row[3], is_manifest=True) for row in rows
     ]
 
 
-def needless_blobs(
-    connection: Connection, cutoff: Cutoff, count: int, after: NeedlessRow | None
-) -> list[NeedlessRow]:
-    """Return at most ``count`` blobs after ``after`` that no manifest of their repository names."""
+def find_garbage_blobs(
+    connection: Connection, cutoff: Cutoff, count: int, after: GarbageRow | None
+) -> list[GarbageRow]:
+    """Return at most ``count`` blobs that no manifest of their repository lists, in order.
+
+    None of them was used since the cutoff. They begin after the blob ``after``.
+    """
     rows = connection.execute(
         "SELECT repository, digest, size FROM unnamed_blobs"
         " WHERE (repository, digest) > (:repository, :digest) AND used_at < CASE"
@@ -165,15 +201,17 @@ def needless_blobs(
         },
     )
     return [
-        NeedlessRow(row[0], Digest.parse(row[1]), OCTET_STREAM, row[2], is_manifest=False)
+        GarbageRow(row[0], Digest.parse(row[1]), OCTET_STREAM, row[2], is_manifest=False)
         for row in rows
     ]
 
 
-def delete_needless(
-    connection: Connection, rows: Sequence[NeedlessRow], cutoff: Cutoff, is_protected: IsProtected
-) -> list[NeedlessRow]:
-    """Delete rows that are still needless. Returns them. Protected manifests are no orphans then.
+def delete_garbage(
+    connection: Connection, rows: Sequence[GarbageRow], cutoff: Cutoff, is_protected: IsProtected
+) -> list[GarbageRow]:
+    """Delete rows that are still garbage. Returns them.
+
+    Protected manifests are unmarked as orphans: otherwise each collection would find them again.
 
     It is decided here, in the transaction that deletes them. A manifest that is pushed at the same
     time has either committed the rows of its parts, or is refused since a part is gone.
@@ -203,7 +241,6 @@ def delete_needless(
                 deleted.append(row)
             continue
         if is_protected(connection, row):
-            # Otherwise each collection would find it again.
             connection.execute(
                 "UPDATE manifests SET orphaned_at = 0"
                 " WHERE repository = :repository AND digest = :digest",

@@ -44,7 +44,7 @@ _WRITER_TIMEOUT_S: Final = 5.0
 """Seconds to wait for a write of another process. One commit takes milliseconds.
 
 A write may wait twice: for the commit before it, and for its own."""
-_SOON_S: Final = 1.0
+_MARK_TIMEOUT_S: Final = 1.0
 """Seconds that a client waits for the record of its use. One commit takes milliseconds."""
 _MAX_BATCH: Final = 256
 """Writes of one commit. Each waits for all of them, which takes about 20 ms."""
@@ -61,7 +61,7 @@ class _Write(Generic[T]):
     future: asyncio.Future[T]
     result: T | None = None
     error: Exception | None = None
-    is_removal: bool = False
+    may_use_spare_space: bool = False
     on_committed: Callable[[T], None] | None = None
 
 
@@ -85,7 +85,7 @@ class Database:
         self._loop = asyncio.get_running_loop()
         self._connection = connection
         self._spare_space = SpareSpace(path)
-        self._is_full = True
+        self._is_durable = True
         """Whether the writing connection waits for the disk at each commit."""
         self._writing = ThreadPoolExecutor(1, "names")
         self._reading = ThreadPoolExecutor(_READERS, "names-read")
@@ -110,7 +110,7 @@ class Database:
         change: Callable[[Connection], T],
         *,
         is_durable: bool = True,
-        is_removal: bool = False,
+        may_use_spare_space: bool = False,
         on_committed: Callable[[T], None] | None = None,
         hold: ContentHold | None = None,
     ) -> T:
@@ -120,10 +120,10 @@ class Database:
 
         Args:
             change: Runs in a savepoint of its own. Its exception undoes it, and no other write. On
-                a full disk, a removal is undone, and called again.
+                a full disk, it may be undone, and called again.
             is_durable: Return after the commit is on the disk. False: a crash of the machine may
                 undo it.
-            is_removal: It frees space in the end, so it may use the spare space of a full disk.
+            may_use_spare_space: Also on a full disk. For writes that free space, or lead to one.
             on_committed: Called with the result after the commit, also if the caller was cancelled.
             hold: Kept until the commit, or its failure, also if the caller was cancelled.
 
@@ -136,34 +136,42 @@ class Database:
         future = self._loop.create_future()
         if hold is not None:
             hold.keep_until(future)
-        write = _Write(change, is_durable, future, is_removal=is_removal, on_committed=on_committed)
+        write = _Write(
+            change,
+            is_durable,
+            future,
+            may_use_spare_space=may_use_spare_space,
+            on_committed=on_committed,
+        )
         self._waiting.append(write)
         self._writing.submit(self._commit_waiting)
         await asyncio.wait({write.future})
         result: T = write.future.result()
         return result
 
-    def write_later(
-        self, change: Callable[[Connection], T], *, is_removal: bool = False
+    def enqueue_write(
+        self, change: Callable[[Connection], T], *, may_use_spare_space: bool = False
     ) -> asyncio.Future[T]:
         """Make a change soon, without waiting. Not durable. The future need not be waited for."""
         future = self._loop.create_future()
-        write = _Write(change, is_durable=False, future=future, is_removal=is_removal)
+        write = _Write(
+            change, is_durable=False, future=future, may_use_spare_space=may_use_spare_space
+        )
         self._waiting.append(write)
         self._writing.submit(self._commit_waiting)
         return write.future
 
-    async def write_soon(self, change: Callable[[Connection], T]) -> asyncio.Future[T]:
-        """Make a change as :meth:`write_later`, and wait for it, but only for a moment.
+    async def write_mark(self, change: Callable[[Connection], object]) -> bool:
+        """Record a use. Waits for its commit, but only for a moment (:data:`_MARK_TIMEOUT_S`).
 
-        Returns its future. If it is not done after :data:`_SOON_S`, another process holds the lock,
-        and the change is the next write of ours. Raises what :meth:`write` raises.
+        Returns whether it is committed. False: another process holds the lock, and the change is
+        the next write of ours. Raises what :meth:`write` raises.
         """
-        future = self.write_later(change)
-        await asyncio.wait({future}, timeout=_SOON_S)
+        future = self.enqueue_write(change)
+        await asyncio.wait({future}, timeout=_MARK_TIMEOUT_S)
         if future.done():
             future.result()
-        return future
+        return future.done()
 
     async def fill_spare_space(self) -> None:
         """Keep space for removals, if the disk has some. The server calls this now and then."""
@@ -199,14 +207,16 @@ class Database:
             self._commit(batch)
         except (sqlite3.Error, StorageUnavailable) as error:
             failure = translate(error, self._path)
-            is_full = is_without_space(error)
+            is_disk_full = is_without_space(error)
             for write in batch:
-                write.error = self._remove(write) if write.is_removal and is_full else failure
+                write.error = (
+                    self._retry(write) if write.may_use_spare_space and is_disk_full else failure
+                )
         with suppress(RuntimeError):  # The event loop has ended, so nobody waits.
             self._loop.call_soon_threadsafe(_set_results, batch)
 
-    def _remove(self, write: _Write[Any]) -> Exception | None:
-        """Commit a removal alone, with spare space if the disk is full. Returns its exception."""
+    def _retry(self, write: _Write[Any]) -> Exception | None:
+        """Commit a write alone, with spare space if the disk is full. Returns its exception."""
         empty = partial(empty_log, self._connection)
         try:
             self._spare_space.run(partial(self._commit, [write]), empty)
@@ -226,10 +236,10 @@ class Database:
     def _try_commit(self, batch: list[_Write[Any]]) -> None:
         connection = self._connection
         self._check_file()
-        is_full = any(write.is_durable for write in batch)
-        if is_full is not self._is_full:
-            connection.execute(f"PRAGMA synchronous = {'FULL' if is_full else 'NORMAL'}")
-            self._is_full = is_full
+        is_durable = any(write.is_durable for write in batch)
+        if is_durable is not self._is_durable:
+            connection.execute(f"PRAGMA synchronous = {'FULL' if is_durable else 'NORMAL'}")
+            self._is_durable = is_durable
         connection.execute("BEGIN IMMEDIATE")
         for write in batch:
             write.error = None

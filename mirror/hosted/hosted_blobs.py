@@ -74,14 +74,14 @@ class HostedBlobs:
                 size = name_rows.mount_blob(connection, source, repository, digest, self._now())
             return None if size is None else ContentRow(repository, digest, OCTET_STREAM, size)
 
-        change = self._uploads.with_room(mount, repository, actor.owner)
+        change = self._uploads.giving_way(mount, repository, actor.owner)
         return bool(await self._changes.commit(change, "mount", actor))
 
     async def size(self, repository: str, digest: Digest) -> int:
-        """Return the bytes of a blob. Raises ``BlobUnknown``, also if its content is lost.
+        """Return the size in bytes of a blob whose file is there. Raises ``BlobUnknown``.
 
-        Then a client pushes it again, which repairs it. Raises ``StorageUnavailable`` if the disk
-        does not answer.
+        If the content is lost, a client pushes it again, which repairs it. Raises
+        ``StorageUnavailable`` if the disk does not answer.
         """
         find = partial(name_rows.blob_size, repository=repository, digest=digest)
         size = await self._database.read(find)
@@ -119,7 +119,7 @@ class HostedBlobs:
         if not await self._database.read(is_due):
             return
         mark = partial(name_rows.mark_blob_used, repository=repository, digest=digest, now=now)
-        if (await self._database.write_soon(mark)).done():
+        if await self._database.write_mark(mark):
             return
         # A collection of another process may have the lock before us.
         oldest = self._now() - self._settings.grace / 2

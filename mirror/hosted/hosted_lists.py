@@ -58,7 +58,7 @@ class HostedLists:
             return name_rows.tags_page(connection, repository, limit + 1, last or "")
 
         found = await self._database.read(find)
-        return found[:limit], len(found) > limit > 0
+        return found[:limit], limit > 0 and len(found) > limit
 
     async def repositories(
         self,

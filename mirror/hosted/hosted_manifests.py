@@ -128,7 +128,7 @@ class HostedManifests:
                 repository, digest, manifest.media_type, manifest.size, manifest.image_size
             )
 
-        change = self._uploads.with_room(record, repository, actor.owner)
+        change = self._uploads.giving_way(record, repository, actor.owner)
         await self._uploads.make_room_on_disk(repository, actor.owner, len(body))
         with ContentHold(self._store.layout) as hold:
             await self._publish_body(digest, body, hold)
@@ -139,7 +139,7 @@ class HostedManifests:
         """Make bytes durable as content, which ``hold`` keeps from removal. Raises as a push."""
         layout, run = self._store.layout, asyncio.get_running_loop().run_in_executor
         publish = partial(upload_files.publish_body, layout, digest, body, self._now(), hold)
-        with disk_errors():
+        with disk_errors("the manifest cannot be stored"):
             is_new = await run(self._publishing, publish)
         self._store.on_pushed(digest, len(body), is_new=is_new)
 
@@ -170,14 +170,18 @@ class HostedManifests:
         return body
 
     async def mark_used(self, repository: str, reference: Reference) -> None:
-        """Record that a client may be about to push an index of a manifest, or a tag of it."""
+        """Record that a client may be about to push an index of a manifest, or a tag of it.
+
+        Not being committed in time is no error, as it is for a blob: a collection removes only
+        orphans, and an index of one that is gone is refused.
+        """
         mark = partial(
             name_rows.mark_manifest_used,
             repository=repository,
             reference=reference,
             now=self._now(),
         )
-        await self._database.write_soon(mark)
+        await self._database.write_mark(mark)
 
     def mark_pulled(self, repository: str, row: ManifestRow) -> None:
         """Record the pull of a manifest soon. No client waits for it."""
@@ -186,7 +190,7 @@ class HostedManifests:
             mark = partial(
                 name_rows.mark_manifest_used, repository=repository, reference=row.digest, now=now
             )
-            self._database.write_later(mark)
+            self._database.enqueue_write(mark)
 
     async def delete(
         self,
@@ -214,8 +218,7 @@ class HostedManifests:
                 self._immutable_tags.check_deletion(connection, repository, reference)
             if isinstance(reference, Tag):
                 return name_rows.delete_tag(connection, repository, reference)
-            collection_rows.orphan_dependents(connection, repository, reference, self._now())
-            return name_rows.delete_manifest(connection, repository, reference)
+            return collection_rows.delete_manifest(connection, repository, reference, self._now())
 
         tag = reference if isinstance(reference, Tag) else None
         if not await self._changes.commit(delete, "delete", actor, [tag]):

@@ -1,16 +1,24 @@
 """Uploads that nobody feeds give way when the quota, the disk or their number is at its limit.
 
-Lives here: which of them end, in which order, and how that races with nothing. Must not know: the
-event loop, HTTP, why there must be room.
+Lives here: which of them end, in which order, and the lock that keeps a request from feeding one
+meanwhile. Must not know: the event loop, HTTP, why there must be room.
 
 Theory of operation: clients whose connection breaks begin a new upload, and leave the bytes of the
 broken one, for which nobody will ask again. A request that feeds an upload has the lock of its
 file. So an upload whose lock is free is fed by nobody, in no process, and what it has reserved
 beyond its length is of a process that has died. An upload ends in the transaction of the change
 that needs its room: its file is locked, its row is deleted, the change is made, and the file is
-removed before it is unlocked. If the change is refused anyway, nothing has ended. A client may be
-between two of its requests. So an upload gives way to its own user and repository after a
-moment, and to others after a minute.
+removed before it is unlocked. If the change is refused anyway, nothing has ended.
+
+A client may be between two of its requests. So an upload that nobody feeds stays for some time:
+
+=========  =======================================================================================
+0.2 s      then it gives way to its own user and repository (:data:`OWN_IDLE_S`)
+5 s        one without a byte keeps what it has reserved (:data:`_STARTING_S`)
+60 s       then it gives way to others (:data:`OTHERS_IDLE_S`)
+1 hour     then it ends before the cache is evicted (``sessions.py``), or if it never had a byte
+1 day      then it ends in any case (``abandoned_uploads.py``)
+=========  =======================================================================================
 """
 
 from __future__ import annotations
@@ -38,15 +46,15 @@ idle one goes first: so one between two requests goes only if no broken attempt 
 OTHERS_IDLE_S: Final = 60.0
 """Seconds after which an upload gives way to others."""
 _STARTING_S: Final = 5.0
-"""Seconds for which an upload without a byte keeps what it has reserved: a request that has all of
-its bytes locks it in a moment."""
+"""Seconds for which an upload without a byte keeps what it has reserved. A ``POST`` with the whole
+blob creates the upload first, and locks it a moment later."""
 _MAX_GIVING_WAY: Final = 256
 """Uploads that end in one transaction. Each needs a descriptor."""
 
 
 @dataclass(frozen=True, slots=True)
-class IdleUpload:
-    """An upload that a request may feed, or not: that is known once its file is locked."""
+class UploadState:
+    """An upload as it was found. Whether a request feeds it is known once its file is locked."""
 
     row: UploadRow
     length: int
@@ -99,7 +107,7 @@ class IdleUploads:
 
     # --- the quota ------------------------------------------------------------------------------
 
-    def with_room(self, change: Callable[[Connection], T], repository: str, owner: str) -> T:
+    def run_within_quota(self, change: Callable[[Connection], T], repository: str, owner: str) -> T:
         """Return ``change(connection)``. If the quota refuses it, uploads give way to it.
 
         Args:
@@ -175,7 +183,7 @@ class IdleUploads:
         return result
 
     def _may_fit_without(
-        self, change: Callable[[Connection], object], candidates: list[IdleUpload]
+        self, change: Callable[[Connection], object], candidates: list[UploadState]
     ) -> bool:
         """Return whether a change fits without these uploads. Changes nothing."""
         self._connection.execute("SAVEPOINT question")
@@ -192,7 +200,7 @@ class IdleUploads:
 
     # --- their number ---------------------------------------------------------------------------
 
-    def make_slot(self, row: UploadRow) -> None:
+    def end_one_for(self, row: UploadRow) -> None:
         """Let uploads give way to a new one, if there are too many.
 
         An owner with too many loses one. If all owners have too many together, the one with the
@@ -230,7 +238,7 @@ class IdleUploads:
 
     # --- one upload -----------------------------------------------------------------------------
 
-    def _find(self) -> list[IdleUpload]:
+    def _find(self) -> list[UploadState]:
         """Return the uploads that have a file. Without one, an upload is about to become a blob."""
         found = []
         for row in upload_rows.all_uploads(self._connection):
@@ -239,12 +247,12 @@ class IdleUploads:
                 found.append(self._measure(row, status))
         return found
 
-    def _measure(self, row: UploadRow, status: os.stat_result) -> IdleUpload:
+    def _measure(self, row: UploadRow, status: os.stat_result) -> UploadState:
         idle = self._now - status.st_mtime
         is_known = row.boot == self._boot and idle >= 0
-        return IdleUpload(row, status.st_size, idle if is_known else math.inf)
+        return UploadState(row, status.st_size, idle if is_known else math.inf)
 
-    def _end(self, upload: IdleUpload, repository: str = "", owner: str | None = None) -> bool:
+    def _end(self, upload: UploadState, repository: str = "", owner: str | None = None) -> bool:
         """End an upload, unless a request feeds it, or has done so meanwhile.
 
         ``owner``: None if the time since its last byte does not matter.
@@ -263,14 +271,14 @@ class IdleUploads:
         return upload_rows.end_upload(self._connection, row.id)
 
 
-def _in_order(uploads: list[IdleUpload], repository: str, owner: str) -> list[IdleUpload]:
+def _in_order(uploads: list[UploadState], repository: str, owner: str) -> list[UploadState]:
     """Return the uploads that may give way to a push, in the order in which they do.
 
     First those of the same owner and repository, then others of the repository, then all others;
     of each, the longest idle first.
     """
 
-    def rank(upload: IdleUpload) -> tuple[bool, bool, float, str]:
+    def rank(upload: UploadState) -> tuple[bool, bool, float, str]:
         row = upload.row
         is_same_repository = row.repository == repository
         is_own = is_same_repository and row.owner == owner

@@ -20,9 +20,8 @@ from mirror.observability.hosted_events import HostedUsage
 from mirror.oci.descriptor import referrers_tag
 from mirror.oci.errors import PartsUnknown
 from mirror.oci.reference import Digest, Reference, Tag
+from mirror.store.sqlite_connection import DIGESTS_PER_QUERY
 
-_STEP: Final = 500
-"""Digests of one query: SQLite takes at most 32,766 parameters, and more than these save little."""
 _MAX_SHOWN: Final = 20
 """Missing parts that an error names: it is one line."""
 USE_STEP_S: Final = 600.0
@@ -41,7 +40,7 @@ class ManifestRow(ContentRow):
 
 
 def blob_size(connection: Connection, repository: str, digest: Digest) -> int | None:
-    """Return the bytes of a blob of a repository. None if the repository does not have it."""
+    """Return the size of a blob in bytes. None if the repository does not have it."""
     row = connection.execute(
         "SELECT size FROM blobs WHERE repository = ? AND digest = ?", (repository, str(digest))
     ).fetchone()
@@ -62,7 +61,7 @@ def add_blob(
 def mount_blob(
     connection: Connection, source: str, repository: str, digest: Digest, now: float
 ) -> int | None:
-    """Give a repository a blob of another one. Returns its bytes; None if there is none."""
+    """Give a repository a blob of another one. Returns its size in bytes. None: there is none."""
     size = blob_size(connection, source, digest)
     if size is not None:
         add_blob(connection, repository, digest, size, now)
@@ -96,7 +95,7 @@ def is_needed_blob(connection: Connection, repository: str, digest: Digest, sinc
 
 
 def delete_blob(connection: Connection, repository: str, digest: Digest) -> int | None:
-    """Delete a blob of a repository. Returns its bytes; None if the repository does not have it."""
+    """Delete a blob. Returns its size in bytes. None if the repository does not have it."""
     size = blob_size(connection, repository, digest)
     connection.execute(
         "DELETE FROM blobs WHERE repository = ? AND digest = ?", (repository, str(digest))
@@ -181,8 +180,8 @@ def _missing(
 ) -> list[str]:
     wanted = list(dict.fromkeys(map(str, digests)))
     missing: list[str] = []
-    for start in range(0, len(wanted), _STEP):
-        step = wanted[start : start + _STEP]
+    for start in range(0, len(wanted), DIGESTS_PER_QUERY):
+        step = wanted[start : start + DIGESTS_PER_QUERY]
         marks = ",".join("?" * len(step))
         rows = connection.execute(
             f"SELECT digest FROM {table} WHERE repository = ? AND digest IN ({marks})",  # noqa: S608 - our own table names
@@ -219,7 +218,7 @@ def add_manifest(
         (
             *(repository, digest, manifest.media_type, manifest.artifact_type),
             *("" if manifest.subject is None else str(manifest.subject), manifest.size),
-            *(_dump(manifest.annotations), now, user),
+            *(dump_annotations(manifest.annotations), now, user),
         ),
     )
     if not added.rowcount:
@@ -254,10 +253,32 @@ def add_manifest(
         " AND orphaned_at > 0",
         {"repository": repository, "subject_tag": referrers_tag(manifest.digest)},
     )
-    connection.executemany(
+    for tag in tags:
+        set_tag(connection, repository, tag, manifest.digest, now, user)
+
+
+def set_tag(
+    connection: Connection, repository: str, tag: Tag, digest: Digest, pushed_at: float, user: str
+) -> None:
+    """Let a tag name a manifest that the repository has. It is no orphan any more.
+
+    Args:
+        connection: The database.
+        repository: The repository.
+        tag: The tag.
+        digest: The manifest.
+        pushed_at: When the tag was pushed, in seconds since the epoch.
+        user: Who has pushed it. Empty: anonymous.
+    """
+    connection.execute(
         "INSERT INTO tags VALUES (?, ?, ?, ?, ?) ON CONFLICT (repository, tag) DO UPDATE SET"
         " digest = excluded.digest, pushed_at = excluded.pushed_at, pushed_by = excluded.pushed_by",
-        [(repository, str(tag), digest, now, user) for tag in tags],
+        (repository, str(tag), str(digest), pushed_at, user),
+    )
+    connection.execute(
+        "UPDATE manifests SET orphaned_at = 0"
+        " WHERE repository = ? AND digest = ? AND orphaned_at > 0",
+        (repository, str(digest)),
     )
 
 
@@ -273,7 +294,8 @@ def add_parts(connection: Connection, repository: str, manifest: PushedManifest)
     )
 
 
-def _dump(annotations: dict[str, str]) -> str:
+def dump_annotations(annotations: dict[str, str]) -> str:
+    """Return annotations as ``manifests`` has them, and a list of referrers shows them."""
     # Not escaped: an entry of a list of referrers has no more bytes than its manifest.
     return json.dumps(annotations, separators=(",", ":"), ensure_ascii=False)
 

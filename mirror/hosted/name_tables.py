@@ -25,6 +25,7 @@ MANIFEST_FACTOR: Final = 8
 take 4, and 9 with the longest names."""
 
 _SCHEMA: Final = """
+-- orphaned_at: from when nothing needs the manifest, as far as is known (collection_rows.py).
 CREATE TABLE manifests (
     repository TEXT NOT NULL, digest TEXT NOT NULL, media_type TEXT NOT NULL,
     artifact_type TEXT NOT NULL, subject TEXT NOT NULL, size INTEGER NOT NULL,
@@ -44,38 +45,49 @@ CREATE TABLE tags (
     pushed_at REAL NOT NULL, pushed_by TEXT NOT NULL,
     PRIMARY KEY (repository, tag)) WITHOUT ROWID;
 CREATE INDEX tags_by_digest ON tags (repository, digest);
+-- used_at: last push, mount or HEAD, or deletion of a manifest that listed it.
 CREATE TABLE blobs (
     repository TEXT NOT NULL, digest TEXT NOT NULL, size INTEGER NOT NULL, used_at REAL NOT NULL,
     PRIMARY KEY (repository, digest)) WITHOUT ROWID;
+-- boot: id of the boot of the machine; owner: whose limit the upload counts for.
 CREATE TABLE uploads (
     id TEXT PRIMARY KEY, repository TEXT NOT NULL, user TEXT NOT NULL, reserved INTEGER NOT NULL,
     boot TEXT NOT NULL, started_at REAL NOT NULL, owner TEXT NOT NULL) WITHOUT ROWID;
+-- Each digest once; names: rows of blobs and manifests that have it.
 CREATE TABLE contents (
     digest TEXT PRIMARY KEY, size INTEGER NOT NULL, names INTEGER NOT NULL) WITHOUT ROWID;
+-- Digests that had rows, and whose files are not collected yet.
 CREATE TABLE released (digest TEXT PRIMARY KEY) WITHOUT ROWID;
+-- Sums over the rows of a repository, for its quota and for lists.
 CREATE TABLE repositories (
     name TEXT PRIMARY KEY, bytes INTEGER NOT NULL, contents INTEGER NOT NULL,
     manifests INTEGER NOT NULL, metadata INTEGER NOT NULL) WITHOUT ROWID;
+-- Outbox of events (change_rows.py); taken_at: when a process has taken one, to tell of it.
 CREATE TABLE changes (
     id TEXT PRIMARY KEY, action TEXT NOT NULL, repository TEXT NOT NULL, digest TEXT NOT NULL,
     tag TEXT NOT NULL, media_type TEXT NOT NULL, size INTEGER NOT NULL, user TEXT NOT NULL,
     client TEXT NOT NULL, at REAL NOT NULL, taken_at REAL NOT NULL);
+-- Sums over all repositories, in one row.
 CREATE TABLE totals (
     one INTEGER PRIMARY KEY CHECK (one = 1), bytes INTEGER NOT NULL, contents INTEGER NOT NULL,
     metadata INTEGER NOT NULL);
 INSERT INTO totals VALUES (1, 0, 0, 0);
 
+-- Blobs that no manifest of their repository lists.
 CREATE VIEW unnamed_blobs AS SELECT * FROM blobs b WHERE NOT EXISTS
     (SELECT 1 FROM parts p WHERE p.repository = b.repository AND p.digest = b.digest
         AND p.is_manifest = 0);
+-- Manifests that no tag and no index names.
 CREATE VIEW unnamed_manifests AS SELECT * FROM manifests m WHERE NOT EXISTS
     (SELECT 1 FROM tags t WHERE t.repository = m.repository AND t.digest = m.digest)
     AND NOT EXISTS
     (SELECT 1 FROM parts p WHERE p.repository = m.repository AND p.digest = m.digest
         AND p.is_manifest = 1);
+-- Manifests to collect: orphaned, and needed by no index, no subject and no tag. The tag of a
+-- subject counts only while the subject is here.
 CREATE VIEW orphans AS SELECT * FROM manifests m WHERE m.orphaned_at > 0 AND NOT EXISTS
     (SELECT 1 FROM tags t WHERE t.repository = m.repository AND t.digest = m.digest
-        AND (t.tag NOT GLOB 'sha[25][51][62]-[0-9a-f]*' OR EXISTS
+        AND (NOT (t.tag GLOB 'sha256-[0-9a-f]*' OR t.tag GLOB 'sha512-[0-9a-f]*') OR EXISTS
             (SELECT 1 FROM manifests s WHERE s.repository = m.repository
             AND s.digest >= substr(t.tag, 1, 6) || ':' || substr(t.tag, 8, 64)
             AND s.digest < substr(t.tag, 1, 6) || ':' || substr(t.tag, 8, 64) || 'g')))
@@ -182,7 +194,7 @@ def wrong_version(path: Path, version: int) -> str:
     """Return what to do about a database that another version of this program has written."""
     return (
         f"{path}: its version is {version}, and this program reads {SCHEMA_VERSION}: use the"
-        " program that has written it"
+        " version of oci-mirror that wrote it, or restore a backup into an empty data directory"
     )
 
 

@@ -6,7 +6,6 @@ comes from.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from sqlite3 import Connection
 from typing import TypeVar
@@ -85,21 +84,6 @@ def is_hosted(connection: Connection, digest: Digest) -> bool:
     return connection.execute(query, (str(digest),)).fetchone() is not None
 
 
-def restore_blob(
-    connection: Connection, repository: str, digest: Digest, size: int, now: float
-) -> None:
-    """Record that a repository has a blob.
-
-    Args:
-        connection: The database.
-        repository: The repository.
-        digest: The blob. Its content is durable, or it was lost when the row was saved.
-        size: Its bytes.
-        now: Seconds since the epoch.
-    """
-    name_rows.add_blob(connection, repository, digest, size, now)
-
-
 def restore_manifest(
     connection: Connection,
     repository: str,
@@ -137,38 +121,8 @@ def restore_saved_manifest(
         (
             *(row.repository, str(row.digest), manifest.media_type, manifest.artifact_type),
             *("" if manifest.subject is None else str(manifest.subject), manifest.size),
-            json.dumps(manifest.annotations, separators=(",", ":")),
+            name_rows.dump_annotations(manifest.annotations),
             *(row.pushed_at, row.pushed_by, row.pulled_at, row.orphaned_at),
         ),
     )
     name_rows.add_parts(connection, row.repository, manifest)
-
-
-def set_tag(
-    connection: Connection,
-    repository: str,
-    tag: Tag,
-    digest: Digest,
-    pushed_at: float,
-    pushed_by: str,
-) -> None:
-    """Let a tag name a manifest that the repository has.
-
-    Args:
-        connection: The database.
-        repository: The repository.
-        tag: The tag.
-        digest: The manifest.
-        pushed_at: When the tag was pushed, in seconds since the epoch.
-        pushed_by: Who has pushed it.
-    """
-    connection.execute(
-        "INSERT INTO tags VALUES (?, ?, ?, ?, ?) ON CONFLICT (repository, tag) DO UPDATE SET"
-        " digest = excluded.digest, pushed_at = excluded.pushed_at, pushed_by = excluded.pushed_by",
-        (repository, str(tag), str(digest), pushed_at, pushed_by),
-    )
-    connection.execute(
-        "UPDATE manifests SET orphaned_at = 0"
-        " WHERE repository = ? AND digest = ? AND orphaned_at > 0",
-        (repository, str(digest)),
-    )

@@ -1,7 +1,7 @@
 """Uploads: begin one, feed it, ask how far it has come, finish it, cancel it.
 
-Lives here: which requests may feed an upload, in which order, and the end of abandoned uploads.
-Must not know: HTTP, who may push.
+Lives here: which requests may feed an upload, and in which order. Must not know: HTTP, who may
+push, how long an upload stays (``idle_uploads.py`` has a table of that).
 
 Theory of operation: an upload has a row (owner, reserved bytes) and a file (its length is the
 progress). Both outlive their process. A request that feeds an upload holds the lock of the file.
@@ -58,7 +58,7 @@ from mirror.threads import open_in_thread, run_in_thread
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
 
-_ABANDONED_S: Final = 3600.0
+_BEFORE_CACHE_S: Final = 3600.0
 """Seconds (one hour) without a byte after which an upload ends before cached content is evicted."""
 _UPLOAD_LOCK_TRIES: Final = 5
 """Tries to lock an upload: whoever looks at it has the lock for a millisecond."""
@@ -70,13 +70,13 @@ _MEMORY_BYTES: Final = 8 * 1024 * 1024
 """Bytes of all uploads of a process that wait for the disk. Each may hold 256 KiB anyway.
 
 More would not make a push faster: the disk takes batches of this size well."""
-_MAX_KNOWN: Final = 1000
+_MAX_LEFT: Final = 1000
 """Uploads that are remembered between two requests. The bytes of others are hashed once more."""
-_GONE: Final = "there is no such upload: it was finished, cancelled or abandoned"
+_GONE: Final = "there is no such upload: it was finished or has ended. Start the upload again"
 
 
 @dataclass(frozen=True, slots=True)
-class _KnownUpload:
+class _LeftUpload:
     """An upload as this process has left it."""
 
     row: UploadRow
@@ -111,7 +111,7 @@ class UploadSessions:
         self._boot = boot_id()
         self._loop = asyncio.get_running_loop()
         self._memory = MemoryBudget(_MEMORY_BYTES)
-        self._known: LRUCache[str, _KnownUpload] = LRUCache(_MAX_KNOWN)
+        self._left: LRUCache[str, _LeftUpload] = LRUCache(_MAX_LEFT)
         self._writers: dict[str, UploadWriter] = {}
         """The uploads that a request of this process feeds, or has fed a moment ago."""
         # Each kind of blocking work has its own pool, so that none waits for another.
@@ -154,16 +154,16 @@ class UploadSessions:
                 upload_rows.begin_upload, row=row, hosted=self._hosted, announced=size or 0
             )
             with IdleUploads(connection, self._layout, self._now()) as idle:
-                idle.make_slot(row)
-                idle.with_room(record, repository, row.owner)
+                idle.end_one_for(row)
+                idle.run_within_quota(record, repository, row.owner)
             # Here, and not in a thread of its own: a push of small blobs waits for each thread. A
             # file whose row is not committed is removed like any other without a row.
-            with disk_errors():
+            with disk_errors("the upload cannot be stored"):
                 upload_files.create(self._layout, upload_id)
 
         await self.make_room_on_disk(repository, row.owner, _UPLOAD_ROW_BYTES)
         await self._database.write(begin, is_durable=False)
-        self._known[upload_id] = _KnownUpload(row, RunningHash(algorithm))
+        self._left[upload_id] = _LeftUpload(row, RunningHash(algorithm))
         return upload_id
 
     async def open(
@@ -194,7 +194,7 @@ class UploadSessions:
             raise UploadUnknown(_GONE)
         await self._wait_for_closing(upload_id)
         fd, position = await self._lock(upload_id)
-        known = self._known.get(upload_id)
+        known = self._left.get(upload_id)
         try:
             # Under the lock: the request before this one has given back what it had reserved.
             row = await self._find(upload_id, repository, user, position)
@@ -208,7 +208,7 @@ class UploadSessions:
         if known is None or known.row is not row:
             # Nobody has fed it meanwhile, so others may have taken what it had reserved.
             row = replace(row, reserved=min(row.reserved, position))
-        self._known.pop(upload_id, None)
+        self._left.pop(upload_id, None)
         if known is None or known.running_hash.position > position:
             running_hash = RunningHash("sha256")
         else:
@@ -218,17 +218,19 @@ class UploadSessions:
             # Clients begin again, and need its space for that. So may others.
             if writer.has_disk_failed or feed.is_refused:
                 feed.has_ended = True
-                return self._database.write_later(partial(self._end, upload_id), is_removal=True)
+                return self._database.enqueue_write(
+                    partial(self._delete_row_and_file, upload_id), may_use_spare_space=True
+                )
             if feed.reserved <= length:
                 return None
-            return self._database.write_later(
+            return self._database.enqueue_write(
                 partial(upload_rows.set_reservation, upload_id=upload_id, reserved=length)
             )
 
         def on_closed() -> None:
             if not feed.has_ended:
                 left = replace(row, reserved=min(feed.reserved, running_hash.position))
-                self._known[upload_id] = _KnownUpload(left, running_hash)
+                self._left[upload_id] = _LeftUpload(left, running_hash)
             del self._writers[upload_id]
 
         writer = UploadWriter(
@@ -252,7 +254,7 @@ class UploadSessions:
 
     async def _run(self, work: Callable[[*Args], T], *args: *Args) -> T:
         """Return ``work(*args)``, called in a thread. A disk that refuses is StorageUnavailable."""
-        with disk_errors():
+        with disk_errors("the upload cannot be read"):
             return await self._loop.run_in_executor(self._opening, partial(work, *args))
 
     async def _lock(self, upload_id: str) -> tuple[int | None, int]:
@@ -273,7 +275,7 @@ class UploadSessions:
             await asyncio.sleep(_UPLOAD_LOCK_INTERVAL_S)
         return None, position
 
-    def with_room(
+    def giving_way(
         self, change: Callable[[Connection], T], repository: str, owner: str
     ) -> Callable[[Connection], T]:
         """Return a change to which uploads that nobody feeds give way, if the quota refuses it.
@@ -286,7 +288,7 @@ class UploadSessions:
 
         def run(connection: Connection) -> T:
             with IdleUploads(connection, self._layout, self._now()) as idle:
-                return idle.with_room(change, repository, owner)
+                return idle.run_within_quota(change, repository, owner)
 
         return run
 
@@ -295,7 +297,7 @@ class UploadSessions:
     ) -> None:
         """Free ``need`` bytes of the disk, if that is possible. Never raises.
 
-        Abandoned uploads go first, then cached content, then younger uploads that nobody feeds.
+        Uploads that nobody has fed for an hour go first, then cached content, then younger ones.
 
         Args:
             repository: The repository that they are for.
@@ -310,10 +312,10 @@ class UploadSessions:
                     idle.end_for_bytes(missing, min_idle, repository, owner)
 
             with suppress(MirrorError):
-                await self._database.write(end, is_durable=False, is_removal=True)
+                await self._database.write(end, is_durable=False, may_use_spare_space=True)
 
         await self._store.space.disk_room.make_room(
-            need, ahead, partial(end_uploads, _ABANDONED_S), partial(end_uploads, 0.0)
+            need, ahead, partial(end_uploads, _BEFORE_CACHE_S), partial(end_uploads, 0.0)
         )
 
     async def _reserve(
@@ -327,7 +329,7 @@ class UploadSessions:
             hosted=self._hosted,
             announced=announced,
         )
-        change = self.with_room(reserve, repository, owner)
+        change = self.giving_way(reserve, repository, owner)
         reserved = await self._database.write(change, is_durable=False)
         if reserved is None:
             raise UploadUnknown(_GONE)
@@ -345,7 +347,7 @@ class UploadSessions:
         """Return the row of an upload of these. ``position``: its length, if it is locked."""
         if not upload_files.is_upload_id(upload_id):
             raise UploadUnknown(_GONE)
-        known = self._known.get(upload_id)
+        known = self._left.get(upload_id)
         row: UploadRow | None
         if known is not None and known.running_hash.position == position:
             row = known.row  # No other process has fed it since.
@@ -360,7 +362,7 @@ class UploadSessions:
         return row
 
     async def position(self, upload_id: str, repository: str, user: str) -> int:
-        """Return the bytes that an upload has.
+        """Return the size of an upload in bytes.
 
         Args:
             upload_id: Its id, as the client has sent it.
@@ -404,15 +406,15 @@ class UploadSessions:
         with ContentHold(self._layout) as hold:
             publish = partial(self._publish, upload_id, writer, digest, hold)
             try:
-                with disk_errors():
+                with disk_errors("the upload cannot be stored"):
                     is_new = await writer.run_last(self._publishing, publish)
                 self._store.on_pushed(digest, size, is_new=is_new)
-                change = self.with_room(record, repository, feed.row.owner)
+                change = self.giving_way(record, repository, feed.row.owner)
                 await self._database.write(change, hold=hold)
             except (DigestInvalid, QuotaExceeded, StorageUnavailable):
                 # Without its file, the upload has ended anyway. A sweep removes a row that stays.
                 with suppress(StorageUnavailable):
-                    await self.forget(upload_id)
+                    await self.discard(upload_id)
                 raise
         return size
 
@@ -438,7 +440,7 @@ class UploadSessions:
                 raise
             raise UploadUnknown(_GONE) from None  # It was cancelled meanwhile.
         except BaseException:
-            upload_files.drop(path)
+            upload_files.try_remove(path)
             raise
 
     async def cancel(self, upload_id: str, repository: str, user: str) -> None:
@@ -456,13 +458,13 @@ class UploadSessions:
         await self._find(upload_id, repository, user)
         await self.end(upload_id, is_durable=False)
 
-    async def forget(self, upload_id: str) -> None:
-        """Drop an upload that only this request knows. Its feed is closed, or about to be."""
-        end = partial(self._end, upload_id)
-        await self._database.write(end, is_durable=False, is_removal=True)
+    async def discard(self, upload_id: str) -> None:
+        """Delete an upload that no client knows, or whose file is gone."""
+        end = partial(self._delete_row_and_file, upload_id)
+        await self._database.write(end, is_durable=False, may_use_spare_space=True)
 
     async def end(self, upload_id: str, *, is_durable: bool = True) -> int:
-        """End an upload of any user. Returns its bytes. A request that feeds it fails.
+        """End an upload of any user. Returns its size in bytes. A request that feeds it fails.
 
         Args:
             upload_id: Its id.
@@ -473,20 +475,20 @@ class UploadSessions:
         if not upload_files.is_upload_id(upload_id):
             raise UploadUnknown(_GONE)
         size = await self._run(upload_files.upload_length, self._layout, upload_id)
-        end = partial(self._end, upload_id)
-        if not await self._database.write(end, is_durable=is_durable, is_removal=True):
+        end = partial(self._delete_row_and_file, upload_id)
+        if not await self._database.write(end, is_durable=is_durable, may_use_spare_space=True):
             raise UploadUnknown(_GONE)
-        self._known.pop(upload_id, None)
+        self._left.pop(upload_id, None)
         if upload_id in self._writers:
             self._writers[upload_id].fail(UploadUnknown(_GONE))
         return size or 0
 
-    def _end(self, upload_id: str, connection: Connection) -> bool:
+    def _delete_row_and_file(self, upload_id: str, connection: Connection) -> bool:
         """Delete the row and the file of an upload, also of one that is fed. False: no such row.
 
         A request of another process that feeds it goes on, and cannot finish it.
         """
-        upload_files.drop(upload_files.path_of(self._layout, upload_id))
+        upload_files.try_remove(upload_files.path_of(self._layout, upload_id))
         return upload_rows.end_upload(connection, upload_id)
 
     async def end_abandoned(self) -> int:

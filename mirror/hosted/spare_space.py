@@ -59,31 +59,31 @@ class SpareSpace:
         with suppress(OSError), closing(_open(self._path, os.O_CREAT)) as file:
             file.allocate(min(SPARE_BYTES, (file.size + file.free_bytes()) // 2))
 
-    def run(self, write: Callable[[], T], settle: Callable[[], object] = lambda: None) -> T:
+    def run(self, write: Callable[[], T], before_refill: Callable[[], object] = lambda: None) -> T:
         """Return ``write()``. On a full disk, try again with more space, until none is left.
 
         Args:
             write: Writes with SQLite. If it fails, it has changed nothing.
-            settle: Frees what the write needs no longer. Called if it has got space.
+            before_refill: Frees what the write needs no longer. Called if it has got space.
 
         Raises what ``write`` raises.
         """
-        has_given_up = False
+        is_smaller = False
         try:
             while True:
                 try:
                     return write()
                 except sqlite3.Error as error:
-                    if not is_without_space(error) or not self._has_given_up():
+                    if not is_without_space(error) or not self._free_piece():
                         raise
-                    has_given_up = True
+                    is_smaller = True
         finally:
-            if has_given_up:
-                settle()
+            if is_smaller:
+                before_refill()
                 self._take_back()
 
-    def _has_given_up(self) -> bool:
-        """Free a piece. Returns False if there is none."""
+    def _free_piece(self) -> bool:
+        """Free a piece of the file. Returns False if none is left."""
         with suppress(OSError), closing(_open(self._path)) as file:
             if file.size:
                 file.truncate(max(0, file.size - _GIVEN_UP_BYTES))

@@ -310,21 +310,21 @@ def publish_body(
             raise short.cause from short
         return publish_upload(layout, draft, fd, digest, now, hold)
     except BaseException:
-        drop(draft)
+        try_remove(draft)
         raise
     finally:
         os.close(fd)
 
 
-def drop(path: Path) -> None:
-    """Remove a file that could not be published. Never raises: the next sweep removes it."""
+def try_remove(path: Path) -> None:
+    """Remove a file. Never raises: the next sweep removes what is left."""
     with suppress(OSError):
         path.unlink(missing_ok=True)
 
 
 @contextmanager
-def disk_errors(what: str = "the upload cannot be stored") -> Iterator[None]:
-    """Turn the errors of the disk into ``StorageUnavailable``."""
+def disk_errors(what: str) -> Iterator[None]:
+    """Turn errors of the disk into ``StorageUnavailable``. ``what``: what cannot be done now."""
     try:
         yield
     except OSError as error:

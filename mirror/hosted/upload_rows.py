@@ -144,14 +144,14 @@ def set_reservation(connection: Connection, upload_id: str, reserved: int) -> No
 
 
 def check_quota(connection: Connection, repository: str, hosted: Hosted, announced: int = 0) -> int:
-    """Check that what uploads have reserved fits into the quota, beside all that is hosted.
+    """For uploads: check that what they have reserved fits into the quota, beside what is hosted.
 
     Args:
         connection: The database.
         repository: The repository of an upload.
         hosted: The quota, of all repositories and of each.
-        announced: Bytes that an upload will have. They must fit beside the content, and are
-            reserved as they come: an upload that never ends keeps others out of no more.
+        announced: Bytes that an upload will have. They must fit beside the content, but are not
+            reserved at once, so that a slow client does not block others.
 
     Returns the bytes that are left. Raises :class:`QuotaExceeded`.
     """
@@ -167,7 +167,7 @@ def check_quota(connection: Connection, repository: str, hosted: Hosted, announc
 
 @contextmanager
 def within_quota(connection: Connection, repository: str, hosted: Hosted) -> Iterator[None]:
-    """Check that the block adds no byte above the quota of a repository, or of all.
+    """For rows: check that the block adds no byte above the quota of a repository, or of all.
 
     A block that adds no row and no content passes, so a tag can move however full the quota is.
 
@@ -198,7 +198,8 @@ def _quotas(
 def _exceeded(key: str, used: UsedBytes, quota: int, needed: int) -> QuotaExceeded:
     """Return the error for a quota. ``needed``: bytes that it would have to have."""
     remedy = (
-        f"Delete images and tags, run oci-mirror gc, end uploads (ls --uploads), or raise {key}"
+        "Delete tags and images (by digest), run oci-mirror gc --grace 10m, end uploads (ls"
+        f" --uploads), or raise {key}"
     )
     if key == _OF_ALL_KEY:  # Who may push here may not know how much others have.
         error = QuotaExceeded(f"{key} ({format_size(quota)}) has no room for this push. {remedy}")

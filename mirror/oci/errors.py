@@ -52,7 +52,7 @@ class MirrorError(Exception):
 
 
 class InvalidRequest(MirrorError):
-    """The request is malformed. ``web`` raises it before it calls ``pull``."""
+    """The request is malformed. Raised by ``web`` before it calls ``pull``, and by ``hosted``."""
 
     code = "UNSUPPORTED"
 
@@ -221,7 +221,7 @@ class BlobUnknown(NotFound):
 
 
 class UploadUnknown(NotFound):
-    """The repository has no such upload: it was finished, cancelled, abandoned, or never begun.
+    """The repository has no such upload: it was finished, cancelled or ended, or never begun.
 
     Raised by ``hosted``. Code ``BLOB_UPLOAD_UNKNOWN``.
     """

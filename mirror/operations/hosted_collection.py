@@ -1,6 +1,6 @@
 """Collection of hosted content: the rows that nothing needs, and then their files.
 
-Lives here: from rows that are gone to files that may go. Must not know: which rows are needless
+Lives here: from rows that are gone to files that may go. Must not know: which rows are garbage
 (:mod:`mirror.hosted.collection`), how content is unlinked.
 
 A file may be needed by the cache, too: then it stays, and is cache from now on.
@@ -16,8 +16,8 @@ from typing import Final
 from mirror.config.settings import Hosted
 from mirror.hosted import collection_rows
 from mirror.hosted.change_rows import change_of
-from mirror.hosted.collection import collect, find_needless
-from mirror.hosted.collection_rows import NeedlessRow
+from mirror.hosted.collection import collect, plan_collection
+from mirror.hosted.collection_rows import GarbageRow
 from mirror.hosted.database import Database
 from mirror.hosted.immutable_tags import ImmutableTagRules
 from mirror.inventory.model import Inventory
@@ -56,7 +56,7 @@ async def find_hosted_garbage(
     try:
         seconds = hosted.grace if grace is None else grace
         is_protected = ImmutableTagRules(hosted).is_protected
-        found = await find_needless(database, layout, now, seconds, is_protected)
+        found = await plan_collection(database, layout, now, seconds, is_protected)
     finally:
         await database.close()
     return [_item(hosted, row, row.size) for row in found]
@@ -146,16 +146,16 @@ async def _remove_files(
         return Removal()
     inventory = await run_in_thread(read_inventory)
     contents = await run_in_thread(lambda: inventory.contents)
-    needless = [
+    garbage = [
         contents[one] for one in released if str(one) in inventory.orphans and one in contents
     ]
     try:
-        removal = await store.evictor.remove(needless)
+        removal = await store.evictor.remove(garbage)
     except ProtectionUnknown as error:
         raise StorageUnavailable(f"nothing more was removed: {error}") from None
     done = [one for one in released if one not in removal.kept]
     forget = partial(collection_rows.forget_released, digests=done)
-    await database.write(forget, is_removal=True)
+    await database.write(forget, may_use_spare_space=True)
     if len(removal.sizes) < len(done):
         # The rest is cache now, and counts in its quota. Evicts only what is above that.
         eviction = store.evictor.start(0)
@@ -164,13 +164,12 @@ async def _remove_files(
     return removal
 
 
-def _item(hosted: Hosted, row: NeedlessRow, size: int) -> Item:
-    kind = "its image was removed" if row.is_manifest else "no manifest names it"
+def _item(hosted: Hosted, row: GarbageRow, size: int) -> Item:
     return Item(
         action="removed",
         kind="hosted",
         name=f"{hosted.name}/{row.repository}@{row.digest}",
         digest=str(row.digest),
         bytes=size,
-        why=kind,
+        why="its image was removed" if row.is_manifest else "no manifest names it",
     )

@@ -161,9 +161,9 @@ async def end_uploads(
                 raise UploadUnknown("nothing is hosted: the configuration has no hosted")
             try:
                 size = await service.uploads.end(upload_id)
-            except UploadUnknown as error:
+            except UploadUnknown:
                 raise UploadUnknown(
-                    f"{upload_id}: {error.message}; `oci-mirror ls --uploads` lists them"
+                    f"{upload_id}: there is no such upload: `oci-mirror ls --uploads` lists them"
                 ) from None
             report.items.append(
                 Item(

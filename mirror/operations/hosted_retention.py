@@ -130,7 +130,7 @@ async def apply_hosted_retention(
     doomed = iter([pair for pair in decided if pair[0].is_removed])
     while step := list(islice(doomed, _IMAGES_PER_WRITE)):
         rows = [row for _, row in step]
-        removed = set(await database.write(partial(remove, rows=rows), is_removal=True))
+        removed = set(await database.write(partial(remove, rows=rows), may_use_spare_space=True))
         report.items += [_item(decision) for decision, row in step if row in removed]
     return report
 

@@ -17,7 +17,7 @@ from itertools import islice
 from sqlite3 import Connection
 from typing import Any, Final, TypeVar
 
-from mirror.hosted import restored_rows
+from mirror.hosted import name_rows, restored_rows
 from mirror.hosted.change_rows import record_change
 from mirror.hosted.pushed_manifest import PushedManifest, read_pushed_manifest
 from mirror.oci.errors import InvalidRequest, ManifestRefused, StorageUnavailable
@@ -133,7 +133,7 @@ class LayoutRestore:
             if tag is not None:
                 if not restored_rows.may_set_tag(connection, name.repository, tag, name.digest):
                     return False
-                restored_rows.set_tag(
+                name_rows.set_tag(
                     connection, name.repository, tag, name.digest, self._context.now(), ""
                 )
             record_change(connection, change)
@@ -201,7 +201,7 @@ class LayoutRestore:
         self, repository: str, sizes: dict[Digest, int], connection: Connection
     ) -> None:
         for digest, size in sizes.items():
-            restored_rows.restore_blob(connection, repository, digest, size, self._context.now())
+            name_rows.add_blob(connection, repository, digest, size, self._context.now())
 
 
 def _check_all(leased: dict[Digest, LeasedContent | InvalidRequest]) -> dict[Digest, int]:

@@ -127,5 +127,5 @@ def _check_quota(key: str, where: str, limit: int, added: int, used: UsedBytes) 
         raise QuotaExceeded(
             f"{size_text(missing)} more than {key} ({format_size(limit)}) are needed{where}:"
             f" {size_text(added)} of the backup are not here, {used}. Nothing was restored: raise"
-            f" {key}, or delete images and run oci-mirror gc"
+            f" {key}, or delete images and run oci-mirror gc --grace 10m"
         )

@@ -194,7 +194,7 @@ class RestoredContent:
                 raise DigestInvalid(f"{digest}: damaged in the backup")
             is_new = upload_files.publish_upload(layout, draft, fd, digest, now, hold)
         except BaseException as error:
-            upload_files.drop(draft)
+            upload_files.try_remove(draft)
             os.close(fd)
             if isinstance(error, ShortWrite):
                 raise error.cause from error

@@ -162,6 +162,12 @@ def touch_open(fd: int, now: float) -> None:
         return
 
 
+def distrust(path: Path) -> None:
+    """Let a file be hashed before its next use (see :func:`has_our_mtime`). Raises ``OSError``."""
+    status = path.lstat()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns | 1))
+
+
 def touch(layout: Layout, digests: Iterable[Digest], now: float) -> None:
     """Set the last use of whole content, in whole seconds (see :func:`has_our_mtime`).
 

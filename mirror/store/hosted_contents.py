@@ -18,17 +18,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
-from typing import Final, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest
 from mirror.store.disk import is_locked
 from mirror.store.hosted_marker import has_hosted_names
 from mirror.store.layout import Layout
-from mirror.store.sqlite_connection import connect
-
-_STEP: Final = 500
-"""Digests of one query: SQLite takes at most 32,766 parameters, and more than these save little."""
+from mirror.store.sqlite_connection import DIGESTS_PER_QUERY, connect
 
 
 class _HasDigest(Protocol):
@@ -80,7 +77,7 @@ class HostedContents:
     def without(self, contents: Iterable[Listed]) -> Iterator[Listed]:
         """Return ``contents`` without what is hosted. Raises ``StorageUnavailable``."""
         remaining = iter(contents)
-        while step := list(islice(remaining, _STEP)):
+        while step := list(islice(remaining, DIGESTS_PER_QUERY)):
             hosted = self.find([content.digest for content in step])
             yield from (content for content in step if content.digest not in hosted)
 

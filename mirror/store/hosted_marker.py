@@ -20,8 +20,8 @@ from mirror.store.disk import is_locked, sync_directory
 from mirror.store.layout import Layout
 
 LOST_REMEDY: Final = (
-    "stop the server, and mount it, or run oci-mirror restore BACKUP; to lose all hosted names and"
-    " begin anew, remove hosted.created from the data directory"
+    "stop the server, and mount the file system that has hosted/, or run oci-mirror restore BACKUP;"
+    " to lose all hosted names and begin anew, remove hosted.created from the data directory"
 )
 """The remedy for names that are lost."""
 DAMAGED_NAMES_REMEDY: Final = (

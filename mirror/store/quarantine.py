@@ -4,25 +4,32 @@ Lives here: the files of ``quarantine/``. Must not know: how damage is found. Al
 
 Hosted content has no upstream, so its damaged file may be all that is left of it: it stays until
 the content is there again, or no hosted repository has it any more.
+
+A fetch may replace a file just before it is moved. So a file gets a name of its own first, and only
+then its place in ``quarantine/``, or back in ``blobs/``. A start and ``verify`` put back the files
+whose move was killed in between.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Container
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from mirror.oci.errors import DigestInvalid
+from mirror.oci.errors import DigestInvalid, StorageUnavailable
 from mirror.oci.reference import Digest
 from mirror.store import disk
-from mirror.store.content_hold import removing
+from mirror.store.content_hold import ContentHold, removing
 from mirror.store.hosted_contents import HostedContents
 from mirror.store.layout import Layout
 
 MAX_QUARANTINED_FILES: Final = 16
 """Damaged files that are kept, the newest ones: enough to find the cause of the damage."""
+_MOVING: Final = ".moving"
+"""Ends the names of files that are being moved: ``<hex>.<random>.moving``."""
 
 
 def quarantine(layout: Layout, digest: Digest, fd: int, *, may_be_intact: bool = False) -> bool:
@@ -42,6 +49,7 @@ def quarantine(layout: Layout, digest: Digest, fd: int, *, may_be_intact: bool =
         True if this call has moved it. Another process may have been first.
     """
     path, target = layout.blob(digest), layout.quarantine(digest)
+    moving = target.with_name(f"{target.name}.{secrets.token_hex(8)}{_MOVING}")
     with suppress(OSError), removing(layout, digest) as may_remove:
         if not may_remove or not disk.is_at(fd, path):
             return False
@@ -49,16 +57,32 @@ def quarantine(layout: Layout, digest: Digest, fd: int, *, may_be_intact: bool =
             return False
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            path.rename(target)
+            path.rename(moving)
         except OSError:
             path.unlink()
         else:
-            if not disk.is_at(fd, target):  # A fetch has just replaced it: this is new content.
-                target.rename(path)
+            if not disk.is_at(fd, moving):  # A fetch has just replaced it: this is new content.
+                moving.rename(path)
                 return False
+            moving.rename(target)
         trim_quarantine(layout, MAX_QUARANTINED_FILES)
         return True
     return False
+
+
+def put_back_moving(layout: Layout) -> None:
+    """Put back the files whose quarantine was killed: they may be intact. Blocks. Never raises.
+
+    They are hashed before they are served. Content that is there again stays instead.
+    """
+    for path in (layout.root / "quarantine").glob(f"*/*{_MOVING}"):
+        with suppress(OSError, DigestInvalid, StorageUnavailable), ContentHold(layout) as hold:
+            digest = Digest.parse(f"{path.parent.name}:{path.name.partition('.')[0]}")
+            hold.acquire([digest])  # If a process moves it now, it goes on first.
+            disk.distrust(path)
+            with suppress(FileExistsError):
+                os.link(path, layout.blob(digest))
+            path.unlink()
 
 
 def trim_quarantine(layout: Layout, keep: int, staying: Container[Digest] = ()) -> int:
@@ -108,6 +132,8 @@ def quarantined_files(layout: Layout) -> list[tuple[Path, os.stat_result]]:
     """Return all damaged files. The change time of each is that of its quarantine."""
     files = []
     for path in (layout.root / "quarantine").glob("*/*"):
+        if path.name.endswith(_MOVING):
+            continue
         with suppress(OSError):
             files.append((path, path.lstat()))
     return files

@@ -18,7 +18,7 @@ from mirror.oci.errors import DigestInvalid
 from mirror.oci.reference import Digest
 from mirror.store import disk
 from mirror.store.layout import Layout
-from mirror.store.quarantine import MAX_QUARANTINED_FILES, trim_quarantine
+from mirror.store.quarantine import MAX_QUARANTINED_FILES, put_back_moving, trim_quarantine
 
 _INGEST_TTL_S: Final = 86400.0
 """Seconds for which an ingest file waits to be resumed: a node that wants the content retries much
@@ -45,6 +45,7 @@ def recover(layout: Layout, now: float, boot: str) -> str | None:
             path.mkdir(parents=True, exist_ok=True)
         _write_marker(layout.root / "oci-layout")
         remove_leftovers(layout, now, boot)
+        put_back_moving(layout)
         trim_quarantine(layout, MAX_QUARANTINED_FILES)
         for path in directories:
             # The kernel also checks for read-only mounts here, and no file is left.

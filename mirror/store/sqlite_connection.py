@@ -17,6 +17,9 @@ BUSY_TIMEOUT_S: Final = 10.0
 """Seconds to wait for another process: its transactions take some milliseconds. A reader of a
 write-ahead log waits only while another process recovers it after a crash."""
 
+DIGESTS_PER_QUERY: Final = 500
+"""Digests of one query: SQLite takes at most 32,766 parameters, and more than these save little."""
+
 
 def connect(path: Path, mode: SqliteMode, timeout: float = BUSY_TIMEOUT_S) -> sqlite3.Connection:
     """Connect to a database. Each statement is a transaction, unless ``BEGIN`` starts one.

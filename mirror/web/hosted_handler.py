@@ -285,7 +285,7 @@ class HostedHandler:
             await uploads.finish(feed, parsed.digest)
         except BaseException:
             feed.close()
-            await uploads.forget(upload_id)
+            await uploads.discard(upload_id)
             raise
         feed.close()
         return self._reply_created(request, pull, parsed.repository, parsed.digest)
@@ -474,7 +474,7 @@ async def _send_continue(request: web.BaseRequest) -> None:
 async def _read_manifest(request: web.BaseRequest, memory: ManifestShare) -> bytes:
     """Read a whole manifest.
 
-    Raises ``TooLarge``, ``TooManyRequests``, and ``TimeoutError`` for a silent client.
+    Raises ``TooLarge``, ``TooManyRequests``, and ``TimeoutError`` for a client that is too slow.
     """
     too_large = f"a manifest may have at most {MANIFEST_LIMIT} bytes"
     most = MANIFEST_LIMIT if request.content_length is None else request.content_length
@@ -482,7 +482,7 @@ async def _read_manifest(request: web.BaseRequest, memory: ManifestShare) -> byt
         raise TooLarge(too_large)
     await _send_continue(request)
     body = bytearray()
-    async with asyncio.timeout(CLIENT_SILENCE_S):
+    async with memory.receiving(CLIENT_SILENCE_S):
         while chunk := await request.content.readany():
             if len(body) + len(chunk) > MANIFEST_LIMIT:
                 raise TooLarge(too_large)

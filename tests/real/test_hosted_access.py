@@ -167,7 +167,7 @@ def test_containerd_sends_the_header_of_clients_to_the_mirror(
     assert any(line["status"] == 403 for line in pulls)
 
 
-def test_user_who_is_removed_is_refused_within_a_second(hosting: tuple[Mirror, str]) -> None:
+def test_user_who_is_removed_is_refused_within_seconds(hosting: tuple[Mirror, str]) -> None:
     mirror, push_host = hosting
     users = Path(mirror.settings["access"]["users"])
     url = f"http://{push_host}/v2/"

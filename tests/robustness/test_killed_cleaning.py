@@ -40,7 +40,7 @@ FIRST = {
     "rm": ("unlink", 2),
     "prune": ("pwrite64", 3),
     "gc": ("unlink", 1),
-    "verify": ("rename", 1),
+    "verify": ("rename", 2),
 }
 """Command -> a call of it, and its number, at which it is killed also in a short run."""
 

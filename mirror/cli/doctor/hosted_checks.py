@@ -81,7 +81,7 @@ def _check_room(subject: Checked, settings: Settings, usage: HostedUsage) -> Fin
     if used >= quota * _NEARLY_FULL_SHARE:
         return subject.warning(
             f"{text}: pushes are refused when the quota is used up",
-            "raise hosted.max_size, or delete images and run oci-mirror gc; "
+            "raise hosted.max_size, or delete images and run oci-mirror gc --grace 10m; "
             "oci-mirror ls --uploads lists the uploads, and oci-mirror rm --upload ID ends one "
             "(those that nobody feeds end before a push is refused)",
         )

@@ -13,7 +13,7 @@ from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest
 from tests.unit.cli.cleaning_kit import LAYERS, URL, content, damage, fill, rows
 from tests.unit.cli.kit import Run, make_run
-from tests.unit.hosted.kit import hosted_kit
+from tests.unit.hosted.kit import hosted_kit, manifest_of
 from tests.unit.store.kit import fill_up, small_disk
 
 
@@ -126,6 +126,18 @@ def test_hosted_content_stays_for_the_grace_time(run: Run, tmp_path: Path) -> No
     push_old(data)
     assert "\n0B freed\n" in run(URL, "gc", "--grace", "60d", more=HOSTED).out
     assert content(data, b"alone").exists()
+
+
+def test_content_of_an_old_image_that_rm_removed_stays_for_the_grace_time(
+    run: Run, tmp_path: Path
+) -> None:
+    data = fill(tmp_path)
+    push_old(data)
+    image = f"registry.example/app@{Digest.of(manifest_of(b'layer'))}"
+    assert run(URL, "rm", image, more=HOSTED).code == 0
+    assert run(URL, "gc", "--grace", "10m", more=HOSTED).code == 0
+    assert content(data, b"layer").exists()
+    assert not content(data, b"alone").exists()
 
 
 def test_cached_content_goes_and_gc_fails_if_hosted_content_cannot_be_collected(

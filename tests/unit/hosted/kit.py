@@ -16,7 +16,7 @@ from yarl import URL
 
 from mirror.config.settings import Hosted, Storage
 from mirror.hosted import change_rows, name_rows
-from mirror.hosted.collection_rows import IsProtected, NeedlessRow
+from mirror.hosted.collection_rows import GarbageRow, IsProtected
 from mirror.hosted.database import Database
 from mirror.hosted.hosted_service import HostedService
 from mirror.hosted.immutable_tags import ImmutableTagRules
@@ -129,7 +129,7 @@ async def hosted_kit(
         await store.close()
 
 
-def change_of(row: NeedlessRow) -> HostedChange:
+def change_of(row: GarbageRow) -> HostedChange:
     """Return what a collection records of a row."""
     actor = Actor("collection")
     return change_rows.change_of("delete", row, registry="registry.example", actor=actor, at=NOW)

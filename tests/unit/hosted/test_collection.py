@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from mirror.hosted import collection, collection_rows, retention_rows, upload_files
-from mirror.hosted.collection import collect, find_needless
-from mirror.hosted.collection_rows import MAX_PUSH_S, NeedlessRow
+from mirror.hosted.collection import collect, plan_collection
+from mirror.hosted.collection_rows import MAX_PUSH_S, GarbageRow
 from mirror.hosted.name_rows import USE_STEP_S
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST, referrers_tag
 from mirror.oci.errors import ManifestUnknown, TagImmutable
@@ -31,7 +31,7 @@ GRACE = 86400.0
 LATER = NOW + GRACE + USE_STEP_S + 1
 
 
-async def run(kit: HostedKit, now: float = LATER, grace: float = GRACE) -> list[NeedlessRow]:
+async def run(kit: HostedKit, now: float = LATER, grace: float = GRACE) -> list[GarbageRow]:
     return await collect(kit.database, kit.store.layout, now, grace, change_of, kit.is_protected)
 
 
@@ -40,7 +40,7 @@ async def digests(kit: HostedKit, now: float = LATER) -> set[Digest]:
 
 
 async def planned(kit: HostedKit) -> set[Digest]:
-    found = await find_needless(kit.database, kit.store.layout, LATER, GRACE, kit.is_protected)
+    found = await plan_collection(kit.database, kit.store.layout, LATER, GRACE, kit.is_protected)
     return {row.digest for row in found}
 
 
@@ -92,17 +92,10 @@ async def test_uploads_without_end_keep_no_blob_for_longer_than_a_day(tmp_path: 
         os.utime(upload_files.path_of(kit.store.layout, upload_id), (NOW * 2, NOW * 2))
         latest = NOW + 600 + USE_STEP_S + MAX_PUSH_S
         assert await run(kit, latest, 600) == []
-        assert (
-            await find_needless(kit.database, kit.store.layout, latest, 600, kit.is_protected) == []
-        )
-        assert (
-            len(
-                await find_needless(
-                    kit.database, kit.store.layout, latest + 1, 600, kit.is_protected
-                )
-            )
-            == 1
-        )
+        layout = kit.store.layout
+        assert await plan_collection(kit.database, layout, latest, 600, kit.is_protected) == []
+        found = await plan_collection(kit.database, layout, latest + 1, 600, kit.is_protected)
+        assert len(found) == 1
         assert len(await run(kit, latest + 1, 600)) == 1
 
 
@@ -138,6 +131,68 @@ async def test_deleted_index_takes_what_only_it_has_listed(tmp_path: Path) -> No
         gone = {Digest.of(data) for data in (*children[:2], b"one", b"two")}
         assert await planned(kit) == gone
         assert await digests(kit) == gone
+
+
+OLD = NOW - 30 * GRACE
+
+
+async def release(kit: HostedKit, how: str) -> set[Digest]:
+    """Push images a month ago, and let one lose its last name now. Returns what it alone had."""
+    kit.clock[0] = OLD
+    image, manifests = manifest_of(b"layer", b"base"), kit.service.manifests
+    subject = await kit.push_image(b"layer", b"base", tag=None if how == "untagged" else "v1")
+    gone = {subject, Digest.of(b"layer")}
+    await kit.push_image(b"base", tag="other")
+    if how == "index":
+        target = await put(kit, index_of(image), "index", OCI_INDEX)
+        await manifests.delete("app", Tag("v1"), ANYBODY)
+    elif how in ("referrer", "signature"):
+        more = {"subject": descriptor(image, OCI_MANIFEST)} if how == "referrer" else {}
+        tag = None if how == "referrer" else referrers_tag(subject) + ".sig"
+        gone |= {await kit.push_image(b"sig", tag=tag, **more), Digest.of(b"sig")}
+    kit.clock[0] = NOW
+    if how in ("retention", "untagged"):
+        find = retention_rows.untagged_images if how == "untagged" else retention_rows.tagged_images
+        rows = [row for row in await kit.database.read(find) if row.digest == subject]
+        remove = partial(retention_rows.remove_unchanged, rows=rows, now=NOW)
+        assert len(await kit.database.write(remove)) == 1
+        return gone
+    await manifests.delete("app", target if how == "index" else subject, ANYBODY)
+    return gone if how == "index" else gone - {subject}
+
+
+@pytest.mark.parametrize(
+    "how", ["manifest", "index", "referrer", "signature", "retention", "untagged"]
+)
+async def test_content_of_an_old_image_goes_a_grace_time_after_its_last_name_and_not_before(
+    tmp_path: Path, how: str
+) -> None:
+    """All of it in one collection: no part waits for a grace time of its own."""
+    async with hosted_kit(tmp_path) as kit:
+        gone = await release(kit, how)
+        assert await digests(kit, NOW + GRACE) == set()
+        assert await planned(kit) == gone
+        assert await digests(kit) == gone
+
+
+async def test_short_grace_counts_from_the_deletion_too(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        gone = await release(kit, "manifest")
+        assert await run(kit, NOW + 600, 600) == []
+        assert {row.digest for row in await run(kit, NOW + 1201, 600)} == gone
+
+
+async def test_blob_of_two_images_stays_for_the_grace_after_the_later_deletion(
+    tmp_path: Path,
+) -> None:
+    """Also if the first one that goes was an orphan for long: its collection is no deletion."""
+    async with hosted_kit(tmp_path) as kit:
+        await release(kit, "retention")
+        kit.clock[0] = LATER - 1
+        (other,) = {row.digest for row in await kit.database.read(retention_rows.tagged_images)}
+        await kit.service.manifests.delete("app", other, ANYBODY)
+        assert Digest.of(b"base") not in await digests(kit)
+        assert Digest.of(b"base") in await digests(kit, LATER + GRACE + USE_STEP_S)
 
 
 async def push_as_both(kit: HostedKit, data: bytes) -> bytes:
@@ -251,9 +306,8 @@ async def test_immutable_tag_of_a_subject_stays_with_all_its_parts(tmp_path: Pat
             await kit.database.write(remove)
         await digests(kit)  # The subject goes.
         late = LATER + 10 * GRACE
-        assert (
-            await find_needless(kit.database, kit.store.layout, late, GRACE, kit.is_protected) == []
-        )
+        layout = kit.store.layout
+        assert await plan_collection(kit.database, layout, late, GRACE, kit.is_protected) == []
         assert await digests(kit, late) == set()
         assert (await kit.service.manifests.find("app", tag)).digest == index
         assert (await kit.service.manifests.find("app", child)).digest == child

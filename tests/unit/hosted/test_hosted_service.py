@@ -196,7 +196,7 @@ async def test_use_of_a_blob_is_recorded_once_in_a_while(tmp_path: Path) -> None
 async def test_use_is_recorded_later_while_another_process_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "_SOON_S", 0.01)
+    monkeypatch.setattr(database, "_MARK_TIMEOUT_S", 0.01)
     async with hosted_kit(tmp_path) as kit:
         await kit.push_blob(LAYER)
         kit.clock[0] += 10_000

@@ -78,7 +78,7 @@ async def test_tags_of_one_manifest_are_refused_once_their_rows_fill_the_quota(
     async with hosted_kit(tmp_path, **{quota: "200KiB"}) as kit:
         await kit.push_blob(CONFIG)
         assert 90 < await accepted(lambda number: put(kit, Tag(f"t{number}"), body)) < 100
-        with pytest.raises(QuotaExceeded, match="Delete images and tags") as refused:
+        with pytest.raises(QuotaExceeded, match="Delete tags and images") as refused:
             await put(kit, Digest.of(body), body, Tag("t1"), Tag("more"))
         assert refused.value.code == "DENIED"
         await kit.service.manifests.delete("app", Tag("t5"), actor=ANYBODY)

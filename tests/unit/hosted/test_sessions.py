@@ -103,7 +103,7 @@ async def test_quota_counts_content_and_what_uploads_have_reserved(tmp_path: Pat
         os.utime(upload_files.path_of(kit.store.layout, upload_id), (NOW, NOW))
         with pytest.raises(
             QuotaExceeded,
-            match=r"^hosted.max_size .1MB. has no room for this push. Delete images [^0-9]*$",
+            match=r"^hosted.max_size .1MB. has no room for this push. [^0-9]* 10m[^0-9]*$",
         ) as refused:
             await uploads.begin("other", "", 200_000)
         assert refused.value.for_operator == (
@@ -388,7 +388,7 @@ async def test_disk_that_fails_at_the_end_acknowledges_nothing_and_ends_the_uplo
         with monkeypatch.context() as patch:
             patch.setattr(Path if call == "rename" else os, call, fail)
             if call == "pread":
-                kit.service.uploads._known.clear()
+                kit.service.uploads._left.clear()
             with pytest.raises(StorageUnavailable, match="Input/output error"):
                 await finish(kit, upload_id)
         with pytest.raises(BlobUnknown):

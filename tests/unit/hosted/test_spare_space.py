@@ -132,8 +132,8 @@ async def test_removal_gets_space_and_a_push_of_the_same_commit_does_not(
     async with asyncio.timeout(10):
         results = await asyncio.gather(
             names.write(push),
-            names.write(remove, is_removal=True),
-            names.write(remove, is_removal=True),
+            names.write(remove, may_use_spare_space=True),
+            names.write(remove, may_use_spare_space=True),
             names.write(push),
             return_exceptions=True,
         )
@@ -150,7 +150,7 @@ async def test_removal_with_spare_space_leaves_no_log(tmp_path: Path, file: Path
     log = tmp_path / "names.db-wal"
     await names.write(lambda c: c.execute("CREATE TABLE more (x)") and None)
     assert size_of(log) > 0
-    await names.write(fails_above(file, 12 * MIB), is_removal=True)
+    await names.write(fails_above(file, 12 * MIB), may_use_spare_space=True)
     assert size_of(log) == 0
     await names.close()
 
@@ -164,5 +164,5 @@ async def test_removal_that_its_rule_refuses_is_not_tried_again(tmp_path: Path, 
         raise KeyError("immutable")
 
     with pytest.raises(KeyError, match="immutable"):
-        await names.write(remove, is_removal=True)
+        await names.write(remove, may_use_spare_space=True)
     await names.close()

@@ -75,7 +75,7 @@ class Pusher:
     async def _run(self, kind: str, repository: str, one: int, two: int, three: int) -> None:
         service = self.kit.service
         data, body = BLOBS[one % len(BLOBS)], self._body(two)
-        more = {"annotations": {"n": str(two)}} if two % 2 else {}
+        more = {"annotations": {"n": f"é{two}"}} if two % 2 else {}
         if kind == "image":
             await self._push(repository, manifest_of(data, **more), OCI_MANIFEST, three, data)
         elif kind == "untyped":  # Its index may state another type.

@@ -9,6 +9,7 @@ import os
 import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from mirror.oci.errors import DigestMismatch
 from mirror.oci.reference import ALGORITHMS, Digest
 from mirror.store import disk, quarantine
 from mirror.store.disk import IngestState, Layout
+from mirror.store.recovery import recover
 from tests.unit.store.kit import flip, keep, opened, random_bytes
 
 DATA = random_bytes(300_000, 21)
@@ -485,6 +487,59 @@ def test_quarantine_leaves_a_file_that_was_replaced_meanwhile(layout: Layout) ->
     os.close(fd)
     assert layout.blob(digest).read_bytes() == b"content"
     assert not layout.quarantine(digest).exists()
+
+
+class Killed(BaseException):
+    """Ends a process at a certain point."""
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_quarantine_that_is_killed_between_its_renames_keeps_intact_content_in_its_place(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch, renames: int, is_replaced: bool
+) -> None:
+    digest, fd = damaged(layout, "content")
+    done: list[str] = []
+
+    def rename(path: Path, target: Path) -> None:
+        if is_replaced and not done:  # By a fetch, in the last moment.
+            path.unlink()
+            path.write_bytes(b"content")
+            disk.touch(layout, [digest], 1000)
+        if len(done) == renames:
+            raise Killed
+        done.append(path.name)
+        os.rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        with pytest.raises(Killed) if renames < 2 else nullcontext():
+            quarantine.quarantine(layout, digest, fd)
+    os.close(fd)
+    assert recover(layout, 1000, "boot") is None
+    is_moved = renames == 2 and not is_replaced
+    found = layout.quarantine(digest) if is_moved else layout.blob(digest)
+    assert found.read_bytes() == (b"content" if is_replaced else b"not content")
+    files = [path for path in layout.root.glob("*/sha256/*") if path.is_file()]
+    assert files == [found]
+    if renames == 1:
+        assert not disk.has_our_mtime(found.stat()), "it is hashed before it is served"
+
+
+def test_content_that_is_there_again_stays_instead_of_a_file_whose_quarantine_was_killed(
+    layout: Layout,
+) -> None:
+    digest, fd = damaged(layout, "content")
+    os.close(fd)
+    layout.quarantine(digest).parent.mkdir(parents=True)
+    moving = layout.quarantine(digest).with_name(f"{digest.hex}.0123.moving")
+    layout.blob(digest).rename(moving)
+    assert quarantine.trim_quarantine(layout, 0) == 0, "another process may be moving it"
+    assert not quarantine.quarantined_files(layout)
+    layout.blob(digest).write_bytes(b"content")
+    assert recover(layout, 1000, "boot") is None
+    assert layout.blob(digest).read_bytes() == b"content"
+    assert not moving.exists()
 
 
 @pytest.mark.parametrize("calls", [["rename"], ["mkdir"], ["rename", "unlink"]])

@@ -56,8 +56,9 @@ class BothListeners:
         return await self.ask("GET", path, user, url=self.server.url)
 
     def reload_files(self) -> None:
-        """Do what the job does each second."""
-        self.server.running_server.access.refresh()
+        """Do what the job does in the two seconds after a change."""
+        for _ in range(2):
+            self.server.running_server.access.refresh()
 
 
 @asynccontextmanager
@@ -580,6 +581,24 @@ async def test_guesses_at_the_same_time_are_limited_too(tmp_path: Path) -> None:
         statuses = [(await one).status for one in asked]
         assert statuses.count(401) <= 12
         assert set(statuses) == {401, 429}
+
+
+async def test_manifest_of_a_client_that_may_not_push_is_refused_before_its_body_takes_memory(
+    tmp_path: Path,
+) -> None:
+    async with both_listeners(tmp_path) as both:
+        hosted = both.server.running_server.mirror.hosted
+        assert hosted is not None
+        free = hosted.manifests.memory._free
+        _, _, port = both.push.url.rpartition(":")
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(port))
+        writer.write(
+            b"PUT /v2/team/app/manifests/v1 HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n"
+            b"Content-Length: 4000000\r\n\r\n" + b" " * 200_000
+        )
+        assert (await reader.readline()).startswith(b"HTTP/1.1 401 "), "and not 100"
+        assert hosted.manifests.memory._free == free
+        writer.close()
 
 
 # --- changes of files -----------------------------------------------------------------------------

@@ -703,6 +703,29 @@ async def test_large_manifests_that_do_not_end_keep_only_other_large_ones_out(
         assert memory._free == MANIFEST_LIMIT
 
 
+async def test_large_manifest_that_stalls_gives_way_to_another_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest_memory, "_HALF_LIFE_S", 0.05)
+    large = manifest_of(annotations={"x": "x" * 100_000})
+    async with hosting(tmp_path) as (server, client):
+        await client.push(CONFIG)
+        hosted = server.running_server.mirror.hosted
+        assert hosted is not None
+        memory = hosted.manifests.memory = ManifestMemory(MANIFEST_LIMIT)
+        _, _, port = server.push_url.rpartition(":")
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(port))
+        writer.write(
+            f"PUT /v2/team/app/manifests/v0 HTTP/1.1\r\nHost: x\r\nContent-Type: {OCI_MANIFEST}"
+            f"\r\nContent-Length: {MANIFEST_LIMIT}\r\n\r\n".encode()
+            + large
+        )
+        await until(lambda: not memory._free)
+        assert (await client.put_manifest(large, "v1")).status == 201
+        assert (await reader.readline()).startswith(b"HTTP/1.1 429 ")
+        writer.close()
+
+
 async def test_full_quota_tells_the_use_of_others_to_the_log_and_not_to_clients(
     tmp_path: Path,
 ) -> None:
