@@ -26,7 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from sqlite3 import Connection
-from typing import Any, Final, TypeVar, TypeVarTuple
+from typing import Any, Final, TypeVar
 
 from cachetools import LRUCache
 
@@ -56,7 +56,6 @@ from mirror.store.store import Store
 from mirror.threads import open_in_thread, run_in_thread
 
 T = TypeVar("T")
-Args = TypeVarTuple("Args")
 
 _BEFORE_CACHE_S: Final = 3600.0
 """Seconds (one hour) without a byte after which an upload ends before cached content is evicted."""
@@ -81,11 +80,6 @@ class _LeftUpload:
 
     row: UploadRow
     running_hash: RunningHash
-
-
-def _close_opened(opened: tuple[int | None, int] | None) -> None:
-    if opened is not None and opened[0] is not None:
-        os.close(opened[0])
 
 
 class UploadSessions:
@@ -252,10 +246,11 @@ class UploadSessions:
             raise
         return feed
 
-    async def _run(self, work: Callable[[*Args], T], *args: *Args) -> T:
-        """Return ``work(*args)``, called in a thread. A disk that refuses is StorageUnavailable."""
+    async def _find_length(self, upload_id: str) -> int | None:
+        """Return the bytes in the file of an upload. None: no file. Raises StorageUnavailable."""
+        find = partial(upload_files.upload_length, self._layout, upload_id)
         with disk_errors("the upload cannot be read"):
-            return await self._loop.run_in_executor(self._opening, partial(work, *args))
+            return await self._loop.run_in_executor(self._opening, find)
 
     async def _lock(self, upload_id: str) -> tuple[int | None, int]:
         """Open and lock the file of an upload. Returns the descriptor, and its length in bytes.
@@ -264,8 +259,10 @@ class UploadSessions:
         """
         for _ in range(_UPLOAD_LOCK_TRIES):
             open_to_feed = partial(upload_files.open_to_feed, self._layout, upload_id)
-            with disk_errors():
-                opened = await open_in_thread(self._opening, open_to_feed, _close_opened)
+            with disk_errors("the upload cannot be read"):
+                opened = await open_in_thread(
+                    self._opening, open_to_feed, upload_files.close_opened
+                )
             if opened is None:
                 raise UploadUnknown(_GONE)
             fd, position = opened
@@ -375,7 +372,7 @@ class UploadSessions:
         """
         await self._find(upload_id, repository, user)
         await self._wait_for_closing(upload_id)
-        length = await self._run(upload_files.upload_length, self._layout, upload_id)
+        length = await self._find_length(upload_id)
         if length is None:
             raise UploadUnknown(_GONE)
         return length
@@ -474,7 +471,7 @@ class UploadSessions:
         """
         if not upload_files.is_upload_id(upload_id):
             raise UploadUnknown(_GONE)
-        size = await self._run(upload_files.upload_length, self._layout, upload_id)
+        size = await self._find_length(upload_id)
         end = partial(self._delete_row_and_file, upload_id)
         if not await self._database.write(end, is_durable=is_durable, may_use_spare_space=True):
             raise UploadUnknown(_GONE)

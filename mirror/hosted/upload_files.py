@@ -103,6 +103,12 @@ def open_to_feed(layout: Layout, upload_id: str) -> tuple[int | None, int] | Non
     return None
 
 
+def close_opened(opened: tuple[int | None, int] | None) -> None:
+    """Close and unlock what :func:`open_to_feed` has returned."""
+    if opened is not None and opened[0] is not None:
+        os.close(opened[0])
+
+
 def upload_length(layout: Layout, upload_id: str) -> int | None:
     """Return the length of an upload in bytes. None if there is no such file."""
     try:
@@ -132,10 +138,8 @@ def lock_idle(layout: Layout, upload_id: str) -> int | None:
 def is_fed(layout: Layout, upload_id: str) -> bool:
     """Return whether a request feeds an upload. Raises ``OSError``."""
     opened = open_to_feed(layout, upload_id)
-    if opened is None or opened[0] is None:
-        return opened is not None
-    os.close(opened[0])
-    return False
+    close_opened(opened)
+    return opened is not None and opened[0] is None
 
 
 def start_waiting(layout: Layout, upload_id: str, last: float) -> int | None:

@@ -99,7 +99,7 @@ class UploadTakeover:
     async def _take_over_from_other_process(self, upload_id: str, position: int) -> None:
         last = self._now() - _SILENT_S
         wait = partial(upload_files.start_waiting, self._layout, upload_id, last)
-        with disk_errors():
+        with disk_errors("the upload cannot be read"):
             fd = await open_in_thread(self._threads, wait, _close_waiting)
         if fd is None:
             raise UploadOutOfOrder(_FED, position)
@@ -113,7 +113,7 @@ class UploadTakeover:
         raise UploadOutOfOrder(_FED, position)
 
     async def _is_fed(self, upload_id: str) -> bool:
-        with disk_errors():
+        with disk_errors("the upload cannot be read"):
             return await self._loop.run_in_executor(
                 self._threads, upload_files.is_fed, self._layout, upload_id
             )
