@@ -139,7 +139,7 @@ def reserve(
 
 
 def set_reservation(connection: Connection, upload_id: str, reserved: int) -> None:
-    """Let an upload have reserved so many bytes, without a check: those that it has."""
+    """Let an upload have ``reserved`` bytes of the quota, without a check: those that it has."""
     connection.execute("UPDATE uploads SET reserved = ? WHERE id = ?", (reserved, upload_id))
 
 

@@ -36,7 +36,7 @@ class Actor:
 
     @property
     def owner(self) -> str:
-        """Whose limit of uploads counts, and whose uploads give way first."""
+        """The user, or the network of an anonymous one. Each has a limit of uploads."""
         return self.user or self.network
 
 
