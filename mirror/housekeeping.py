@@ -34,10 +34,10 @@ that it may have."""
 _RETENTION_CHECK_S: Final = 60.0
 """Seconds between two looks whether the retention rules are to run."""
 CERTIFICATE_INTERVAL_S: Final = 5.0
-"""Seconds between two looks at the files of certificates and of tokens."""
-_ACCESS_INTERVAL_S: Final = 1.0
-"""Seconds between two looks at the files of users, tokens and keys: a user who is removed can do
-nothing after that."""
+"""Seconds between two looks at the files of certificates."""
+CREDENTIALS_INTERVAL_S: Final = 1.0
+"""Seconds between two looks at the files of users, tokens and keys. A change counts at the second
+one: then, a user who is removed can do nothing more."""
 _CHANGES_INTERVAL_S: Final = 1.0
 """Seconds between two looks for changes that commands have made. It is also the time that observers
 have to write one down, before its record goes."""
@@ -72,7 +72,7 @@ def start_housekeeping(
     start("index", _INDEX_INTERVAL_S, store.keep_up_index)
     start("save", _SAVE_INTERVAL_S, store.save_image_layout)
     start("marks", WATCH_INTERVAL_S, mirror.marks.check)
-    start("access", _ACCESS_INTERVAL_S, access.refresh)
+    start("access", CREDENTIALS_INTERVAL_S, access.refresh)
     start("prefetch", _PREFETCH_CHECK_S, lambda: prefetch.run_if_due(now()))
     start(
         "retention",
@@ -89,7 +89,7 @@ def start_housekeeping(
         )
         start("hosted", _MEASURE_INTERVAL_S, partial(mirror.hosted.measure, emit))
         start("spare-space", _MEASURE_INTERVAL_S, mirror.hosted.database.fill_spare_space)
-        start("changes", _CHANGES_INTERVAL_S, mirror.hosted.changes.tell_others)
+        start("changes", _CHANGES_INTERVAL_S, mirror.hosted.changes.relay)
 
 
 def start_job(

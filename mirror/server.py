@@ -31,7 +31,12 @@ from mirror.config.settings import Hosted, Settings
 from mirror.history.bounds import Bounds
 from mirror.history.recorder import HistoryRecorder
 from mirror.history.user_uses import SAVE_USERS_INTERVAL_S, UserUses
-from mirror.housekeeping import CERTIFICATE_INTERVAL_S, start_housekeeping, start_job
+from mirror.housekeeping import (
+    CERTIFICATE_INTERVAL_S,
+    CREDENTIALS_INTERVAL_S,
+    start_housekeeping,
+    start_job,
+)
 from mirror.notifications.notification_service import POLL_INTERVAL_S, NotificationService
 from mirror.observability.events import (
     BytesSent,
@@ -245,12 +250,12 @@ async def _serve_admin(
     certificate = Certificate(settings.tls) if settings.tls is not None else None
     context = certificate.context if certificate is not None else None
     async with admin.run(mirror, context, emit) as running:
-        jobs = [("admin-certificate", certificate.refresh)] if certificate is not None else []
+        start = partial(start_job, mirror.single_flight, emit=emit)
+        if certificate is not None:
+            start("admin-certificate", CERTIFICATE_INTERVAL_S, certificate.refresh)
         if running is not None:
             emit(LogMessage("info", "serving the admin API", (("listen", settings.listen),)))
-            jobs.append(("admin-tokens", running.tokens.refresh))
-        for name, job in jobs:
-            start_job(mirror.single_flight, name, CERTIFICATE_INTERVAL_S, job, emit)
+            start("admin-tokens", CREDENTIALS_INTERVAL_S, running.tokens.refresh)
         yield
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import signal
 import time
@@ -24,6 +25,10 @@ from tests.extent import Extent
 from tests.real.process import find_go_program
 from tests.robustness.table import Case, rewrite_document, row_id
 from tests.slow_callbacks import Watch
+
+# No authority of the host is trusted, here and in the programs that tests start. To load them all,
+# several times, is a sixth of a server's start.
+os.environ["SSL_CERT_FILE"] = os.devnull
 
 # Hypothesis fails a test whose examples are slow. On a busy machine any example may be.
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -178,6 +183,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return mark.args[0] if mark is not None and mark.args else 0
 
     items.sort(key=seconds, reverse=True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Spare the garbage collector the tests: a million objects that are never garbage."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 # --- row R5 -----------------------------------------------------------------------------------

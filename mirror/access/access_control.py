@@ -7,15 +7,17 @@ the change of configuration. Must not know: HTTP, which listener asks.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Final
 
-from mirror.access.identity import ANONYMOUS, AccessRight, Identity
+from mirror.access.identity import ANONYMOUS, Identity
 from mirror.access.key_sets import FetchKeys
 from mirror.access.known_names import KnownNames
 from mirror.access.login_credentials import LoginCredentials
 from mirror.access.logins import ClientLogins, LoginFailed
 from mirror.access.rules import Rules
+from mirror.config.access import AccessAction
 from mirror.config.settings import Settings
 from mirror.observability.events import LogMessage, Observer
 from mirror.oci.errors import Denied, LoginRequired, TooManyRequests
@@ -24,10 +26,10 @@ from mirror.single_flight import SingleFlight
 from mirror.store.layout import Layout
 
 _VERBS: Final = {
-    AccessRight.PULL: "pull from",
-    AccessRight.PUSH: "push to",
-    AccessRight.DELETE: "delete from",
-    AccessRight.ADMIN: "administrate",
+    AccessAction.PULL: "pull from",
+    AccessAction.PUSH: "push to",
+    AccessAction.DELETE: "delete from",
+    AccessAction.ADMIN: "administrate",
 }
 
 
@@ -61,7 +63,9 @@ class AccessControl:
         self._rules: Rules | None = None
         self.is_enforced = False
         """Whether there are rules. Without any, everybody may do all that needs no admin."""
-        self._logins = ClientLogins(now)
+        # Of a text of its own, because lines of one text are limited: nobody who sends bad tokens
+        # must suppress what is wrong with a file.
+        self._logins = ClientLogins(now, partial(self._warn, "a token was refused"))
         self._names = KnownNames(Layout(Path(settings.data_dir)).user_names)
         self._realm = ""
         self.prepare(settings)()
@@ -75,7 +79,12 @@ class AccessControl:
         credentials = None
         if access is not None and access.has_login:
             credentials = LoginCredentials(
-                access, self._fetch, self._single_flight, self._now, self._report, self._names
+                access,
+                self._fetch,
+                self._single_flight,
+                self._now,
+                partial(self._warn, "credentials cannot be used"),
+                self._names,
             )
         hosted_name = None if hosted is None else hosted.name
         rules = None if access is None else Rules(access, hosted_name, settings.registry_names())
@@ -89,8 +98,8 @@ class AccessControl:
 
         return use
 
-    def _report(self, why: str) -> None:
-        self._emit(LogMessage("warning", "credentials cannot be used", (("why", why),)))
+    def _warn(self, what: str, why: str) -> None:
+        self._emit(LogMessage("warning", what, (("why", why),)))
 
     def refresh(self) -> None:
         """Read the files of credentials that have changed. Blocks for them; they are small."""
@@ -102,7 +111,7 @@ class AccessControl:
 
     # --- the questions --------------------------------------------------------------------------
 
-    def is_allowed(self, identity: Identity, repository: Repository, action: AccessRight) -> bool:
+    def is_allowed(self, identity: Identity, repository: Repository, action: AccessAction) -> bool:
         """Return whether a client may do something with a repository.
 
         Args:
@@ -111,25 +120,26 @@ class AccessControl:
             action: What the client wants to do.
         """
         if self._rules is None:
-            return action is not AccessRight.ADMIN
+            return action is not AccessAction.ADMIN
         return self._rules.is_allowed(identity, repository, action)
 
-    def is_refused(self, identity: Identity, repository: Repository) -> bool:
-        """Return whether the first rule that fits refuses a client to pull from a repository.
+    def is_pull_refused(self, identity: Identity, repository: Repository) -> bool:
+        """Return whether a rule forbids a client to pull. False if no rule fits.
 
-        False also if no rule fits. For what is served under another name, whose rules permit it.
+        For content that is served under an upstream's name: the rules of the upstream's repository
+        permit it, and those of the hosted repository can only forbid it.
         """
-        return self._rules is not None and self._rules.is_refused(identity, repository)
+        return self._rules is not None and self._rules.is_pull_refused(identity, repository)
 
     def is_public(self, repository: Repository) -> bool:
         """Return whether everybody may pull from a repository, so that shared caches may store it.
 
         ``repository``: it need not exist.
         """
-        return self.is_allowed(ANONYMOUS, repository, AccessRight.PULL)
+        return self.is_allowed(ANONYMOUS, repository, AccessAction.PULL)
 
     async def identify(self, authorization: str | None, client: str) -> Identity:
-        """Return the client that sends an ``Authorization`` header field, or none.
+        """Return the identity of the client that sends an ``Authorization`` header field, or none.
 
         Args:
             authorization: The field, as sent. None without one.
@@ -150,12 +160,12 @@ class AccessControl:
         self,
         authorization: str | None,
         client: str,
-        action: AccessRight | None,
+        action: AccessAction | None,
         repository: Repository | None,
         *,
         is_ping: bool = False,
     ) -> Identity:
-        """Return the client of a request to the push listener, which may do what it asks.
+        """Return the identity of a client at the push listener, which may do what it asks.
 
         Args:
             authorization: The header field, as sent. None without one.
@@ -187,7 +197,7 @@ class AccessControl:
     async def check_pull(
         self, authorization: str | None, client: str, repository: Repository
     ) -> Identity:
-        """Return the client of a request to the mirror's listener, which may pull.
+        """Return the identity of a client at the mirror's listener, which may pull.
 
         Credentials are honoured, and never asked for: a user is decided as that user, as at
         the push listener. What everybody may do, a client with wrong ones may do, too: clients also
@@ -211,7 +221,7 @@ class AccessControl:
                 identity = await self.identify(authorization, client)
             except LoginRequired as error:
                 raise Denied(error.message) from None
-        if self.is_allowed(identity, repository, AccessRight.PULL):
+        if self.is_allowed(identity, repository, AccessAction.PULL):
             return identity
         if identity.is_anonymous:
             raise Denied(
@@ -219,24 +229,24 @@ class AccessControl:
                 " pull from the push listener, or configure the client to send them"
                 " (oci-mirror clients --credentials-file)"
             )
-        raise _deny(identity, AccessRight.PULL)
+        raise _deny(identity, AccessAction.PULL)
 
     async def may_list(
         self, authorization: str | None, client: str
     ) -> tuple[Identity, Callable[[Repository], bool]]:
-        """Return the client, and a function that says which repositories a list may name to it.
+        """Return the identity, and a function that says which repositories a list may name to it.
 
         With wrong credentials, it is those that everybody may pull from.
         """
         identity = await self._find_user(authorization, client)
 
         def is_visible(repository: Repository) -> bool:
-            return self.is_allowed(identity, repository, AccessRight.PULL)
+            return self.is_allowed(identity, repository, AccessAction.PULL)
 
         return identity, is_visible
 
     async def _find_user(self, authorization: str | None, client: str) -> Identity:
-        """Return the client of a request that needs no login. With wrong credentials, or none, and
+        """Return the identity of a client that needs no login. With wrong credentials, or none, and
         after too many failures, it is anonymous."""
         if authorization is None or self._rules is None:
             return ANONYMOUS
@@ -249,8 +259,11 @@ class AccessControl:
         return LoginRequired(message, f'Basic realm="{self._realm}"')
 
 
-def _deny(identity: Identity, action: AccessRight) -> Denied:
+def _deny(identity: Identity, action: AccessAction) -> Denied:
     """Return the error for a user who may not do something. It names the user, for the log."""
-    error = Denied(f"the user {identity.user} may not {_VERBS[action]} this repository")
+    error = Denied(
+        f"the user {identity.user} may not {_VERBS[action]} this repository: ask the operator for a"
+        " rule in access.rules"
+    )
     error.user = identity.user
     return error

@@ -26,6 +26,7 @@ MIN_TOKEN_CHARS: Final = 16
 """Characters of a token at least: one that is shorter can be guessed."""
 _TOKEN: Final = re.compile(r"[A-Za-z0-9._~+/=-]+", re.ASCII)  # RFC 6750, section 2.1
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
+_SHA256_OF_NOTHING: Final = hashlib.sha256().hexdigest()
 TOKENS_REMEDY: Final = "make it with a list of tokens: [{name: ci, token: ...}]"
 """How to make a file of tokens."""
 _REMEDY: Final = "make one with `openssl rand -hex 32`"
@@ -61,6 +62,8 @@ class _TokenEntry(BaseModel):
             raise ValueError("needs token or sha256, and not both")
         if self.sha256 is not None and not _SHA256.fullmatch(self.sha256):
             raise ValueError("sha256 must have 64 lower-case hex digits")
+        if self.sha256 == _SHA256_OF_NOTHING:
+            raise ValueError(f"sha256 is that of an empty token: {_REMEDY}")
         if self.token is not None and len(self.token) < MIN_TOKEN_CHARS:
             raise ValueError(f"token is shorter than {MIN_TOKEN_CHARS} characters: {_REMEDY}")
         if self.token is not None and not _TOKEN.fullmatch(self.token):
@@ -81,6 +84,14 @@ class _TokenEntry(BaseModel):
         if len(self.expires) == len("2030-01-31"):
             moment = datetime.combine(moment.date(), time.max)
         return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def find_token(tokens: AccessTokens, secret: str) -> AccessToken | None:
+    """Return the token that a client has sent, or None.
+
+    One that is too short counts for none: its hash may be in the file, which does not tell.
+    """
+    return tokens.get(hash_token(secret)) if len(secret) >= MIN_TOKEN_CHARS else None
 
 
 def hash_token(token: str) -> bytes:

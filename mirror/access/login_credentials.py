@@ -36,11 +36,21 @@ _SAVE_RETRY_S: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class LocalNames:
+class FileNames:
     """The users and groups in the files of users and tokens."""
 
     users: frozenset[str]
     groups: frozenset[str]
+
+    @classmethod
+    def of(cls, passwords: PasswordCheck | None, tokens: AccessTokens) -> FileNames:
+        """Return the names in the content of both files. ``passwords``: None without its file."""
+        identities = [token.identity for token in tokens.values()]
+        users = {identity.user for identity in identities}
+        return cls(
+            users=frozenset(users.union(() if passwords is None else passwords.names)),
+            groups=frozenset(group for identity in identities for group in identity.groups),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +67,7 @@ class _IssuerKeys:
 
     @property
     def has_current_keys(self) -> bool:
-        """Whether a key that is not among the keys is none of the issuer's."""
+        """Whether all keys of the issuer are known: a token with another key is invalid then."""
         source = self.source
         return source.is_current if isinstance(source, FetchedKeySet) else bool(source.content)
 
@@ -89,7 +99,7 @@ class LoginCredentials:
         """
         self._single_flight = single_flight
         self._now = now
-        self.report = report
+        self._report = report
         self._reported: dict[str, str] = {}
         """Key set, or file of names -> the failure that was reported last."""
         self._names = names
@@ -103,7 +113,7 @@ class LoginCredentials:
         """Name of each issuer -> the issuer."""
         for file in self._files():
             file.read_strictly()
-        self._local_names = self._find_local_names()
+        self._file_names = FileNames.of(self.passwords, self.tokens)
 
     @property
     def passwords(self) -> PasswordCheck | None:
@@ -114,10 +124,6 @@ class LoginCredentials:
     def tokens(self) -> AccessTokens:
         """The tokens of the file."""
         return {} if self._tokens is None else self._tokens.content
-
-    def _find_local_names(self) -> frozenset[str]:
-        users = self.passwords.names if self.passwords is not None else ()
-        return frozenset(users) | {token.identity.user for token in self.tokens.values()}
 
     def _files(self) -> Sequence[WatchedFile[Any]]:
         sources = [one.source for one in self.issuers.values()]
@@ -133,14 +139,14 @@ class LoginCredentials:
         changed = [file for file in self._files() if file.has_changed()]
         for file in changed:
             for problem in file.read():
-                self.report(problem)
+                self._report(problem)
         if changed:
-            self._local_names = self._find_local_names()
+            self._file_names = FileNames.of(self.passwords, self.tokens)
         now = self._now()
         for issuer in self.issuers.values():
             if isinstance(issuer.source, FetchedKeySet) and issuer.source.is_due(now):
                 self._fetch(issuer.source)
-        has_changed = self._names.refresh(self._local_names) or bool(changed)
+        has_changed = self._names.refresh(self._file_names.users) or bool(changed)
         if self._names.has_unsaved and now >= self._save_due:
             self._run(("user-names",), self._save_names)
         return has_changed
@@ -199,11 +205,11 @@ class LoginCredentials:
     def _report_once(self, source: str, failure: str) -> None:
         """Report the failure of a source, unless it is that of the last time. Empty: none."""
         if failure and failure != self._reported.get(source):
-            self.report(failure)
+            self._report(failure)
         self._reported[source] = failure
 
 
-def check_files(access: AccessSection, prefix: MessagePrefix = dotted_prefix) -> LocalNames:
+def check_files(access: AccessSection, prefix: MessagePrefix = dotted_prefix) -> FileNames:
     """Read all files of a configuration. Returns the names in them.
 
     Raises ``ConfigError`` for all that is wrong. ``prefix``: begins each line of it.
@@ -216,11 +222,8 @@ def check_files(access: AccessSection, prefix: MessagePrefix = dotted_prefix) ->
     problems = [problem for file in files if file is not None for problem in file.read(prefix)]
     if problems:
         raise ConfigError(problems[0], problems[1:])
-    identities = [] if tokens is None else [token.identity for token in tokens.content.values()]
-    return LocalNames(
-        users=frozenset(() if users is None else users.content.names)
-        | {identity.user for identity in identities},
-        groups=frozenset(group for identity in identities for group in identity.groups),
+    return FileNames.of(
+        None if users is None else users.content, {} if tokens is None else tokens.content
     )
 
 

@@ -5,8 +5,8 @@ Must not know: rules, responses.
 
 A password takes 60 ms and more to check, by design. So results are remembered for a minute, under a
 keyed hash: neither passwords nor their hashes stay in memory. What is remembered ends at once when
-a file changes. Checks run in two threads, in the order in which they came; a client that has failed
-too often by then gets none.
+a file changes. Checks run in two threads, in the order in which they came; a name that has failed
+too often at its address by then gets none.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import hmac
 import re
 import secrets
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +26,7 @@ from typing import Final
 
 from cachetools import LRUCache
 
-from mirror.access.access_tokens import hash_token
+from mirror.access.access_tokens import find_token
 from mirror.access.failure_limit import FailureLimit, counted_address
 from mirror.access.identity import ANONYMOUS, Identity
 from mirror.access.issuers import KeysUnavailable, TokenRefused, is_jwt
@@ -61,13 +61,36 @@ class _LoginResult:
     identity: Identity | None
     """None: the credentials are wrong."""
     ends_at: float
+    is_token: bool = False
+    """Whether it is of a token that is right, which nobody can guess."""
+
+
+@dataclass(frozen=True, slots=True)
+class _LoginAttempt:
+    """Credentials that a client has sent."""
+
+    key: bytes
+    """Keyed hash of the header field."""
+    user: str | None
+    """None: a bearer token."""
+    secret: str
+    client: str
+    """Address of the client."""
+    failures: FailureLimit
+    """Where it counts if it fails."""
 
 
 class ClientLogins:
     """Checks the credentials of clients, for one process."""
 
-    def __init__(self, now: Callable[[], float]) -> None:
-        """Start without credentials. ``now`` returns the seconds since the epoch."""
+    def __init__(self, now: Callable[[], float], report: Callable[[str], None]) -> None:
+        """Start without credentials.
+
+        Args:
+            now: Returns the seconds since the epoch.
+            report: Receives the reason if a token is refused, in one line. Anybody can cause that.
+        """
+        self._report = report
         self._credentials: LoginCredentials | None = None
         self._now = now
         self._key = secrets.token_bytes(32)
@@ -117,118 +140,118 @@ class ClientLogins:
             authorization: The field, as sent.
             client: Address of the client.
             is_needed: False: everybody may do what the client requests. Its failures are counted
-                for such requests only, and only those that took a check.
+                for such requests only.
 
         Raises:
             LoginFailed: The credentials are wrong, malformed, or of another kind.
-            TooManyRequests: The address has failed too often, or too many clients log in.
+            TooManyRequests: The address has failed too often with the name of the user, or with
+                many names, or too many clients log in.
         """
         if _EMPTY.fullmatch(authorization):
             return ANONYMOUS
-        if self._credentials is None:
-            raise LoginFailed("nobody can log in here: leave out the credentials")
+        user, secret = _parse(authorization)
         key = hmac.digest(self._key, authorization.encode(errors="replace"), "sha256")
         failures = self._failures if is_needed else self._unneeded_failures
-        result = self._find(key)
-        is_counted = result is None or is_needed
-        if result is None:
-            check = partial(self._check, self._credentials, key, authorization, failures, client)
-            result = await self._share(key, check)
+        result = await self._share(_LoginAttempt(key, user, secret, client, failures))
         if result.identity is None:
-            if is_counted:
-                self._refuse_if_limited(failures, client)
-                failures.record(client, self._now())
             raise LoginFailed("the user name or the password is wrong")
         return result.identity
 
-    def _find(self, key: bytes) -> _LoginResult | None:
-        result = self._results.get(key)
-        return result if result is not None and self._now() < result.ends_at else None
+    def _find(self, attempt: _LoginAttempt) -> _LoginResult | None:
+        """Return the result that is remembered, or None.
 
-    def _refuse_if_limited(self, failures: FailureLimit, client: str) -> None:
-        wait = failures.seconds_to_wait(client, self._now())
+        Raises ``TooManyRequests``, also for the right password: otherwise, a guess that is the
+        password of a user who has just logged in would be accepted, however many came before it.
+        """
+        result = self._results.get(attempt.key)
+        if result is None or self._now() >= result.ends_at:
+            return None
+        if not result.is_token:
+            self._refuse_if_limited(attempt)
+        return result
+
+    def _refuse_if_limited(self, attempt: _LoginAttempt) -> None:
+        user = attempt.user or ""
+        wait = attempt.failures.seconds_to_wait(attempt.client, user, self._now())
         if wait > 0:
             raise TooManyRequests(
                 "too many failed logins from this address: try again later", retry_after=wait
             )
 
-    async def _share(
-        self, key: bytes, check: Callable[[], Awaitable[_LoginResult]]
-    ) -> _LoginResult:
-        """Check credentials. Requests with the same ones at the same time share the result."""
-        while (running := self._running.get(key)) is not None:
-            await running.wait()
-            result = self._find(key)
-            if result is not None:
-                return result
-        running = self._running[key] = asyncio.Event()
-        try:
-            return await check()
-        finally:
-            del self._running[key]
-            running.set()
+    async def _share(self, attempt: _LoginAttempt) -> _LoginResult:
+        """Check credentials. Requests with the same ones share the result."""
+        while (result := self._find(attempt)) is None:
+            running = self._running.get(attempt.key)
+            if running is not None:
+                await running.wait()
+                continue
+            running = self._running[attempt.key] = asyncio.Event()
+            try:
+                return await self._check(attempt)
+            finally:
+                del self._running[attempt.key]
+                running.set()
+        return result
 
-    async def _check(
-        self,
-        credentials: LoginCredentials,
-        key: bytes,
-        authorization: str,
-        failures: FailureLimit,
-        client: str,
-    ) -> _LoginResult:
-        generation = self._generation
-        user, secret = _parse(authorization)
-        result = await self._check_token(credentials, secret)
+    async def _check(self, attempt: _LoginAttempt) -> _LoginResult:
+        # Together: a reload may have replaced the credentials while the request waited.
+        credentials, generation = self._credentials, self._generation
+        if credentials is None:
+            raise LoginFailed("nobody can log in here: leave out the credentials")
+        user = attempt.user
+        result = await self._check_token(credentials, attempt.secret)
         if result is None and user is not None and credentials.passwords is not None:
             # Not before: a token that is right was not guessed, and costs microseconds.
-            self._refuse_if_limited(failures, client)
-            check = partial(credentials.passwords.is_right, user, secret)
-            is_right = await self._is_password_right(check, key, failures, client)
+            self._refuse_if_limited(attempt)
+            check = partial(credentials.passwords.is_right, user, attempt.secret)
+            is_right = await self._is_password_right(check, attempt)
             result = _LoginResult(Identity(user) if is_right else None, self._now() + RESULT_TTL_S)
+            if is_right:
+                attempt.failures.record_login(attempt.client, user)
         if result is None:
             result = _LoginResult(identity=None, ends_at=self._now() + RESULT_TTL_S)
         if generation == self._generation:
-            self._results[key] = result
+            self._results[attempt.key] = result
+        if result.identity is None:
+            # Wrong ones that are repeated are remembered, and count once: they are no new guess.
+            self._refuse_if_limited(attempt)
+            attempt.failures.record_failure(attempt.client, user or "", self._now())
         return result
 
     async def _check_token(self, credentials: LoginCredentials, secret: str) -> _LoginResult | None:
         """Check a token or a JWT. Returns None for anything else."""
         now = self._now()
         wrong = _LoginResult(identity=None, ends_at=now + RESULT_TTL_S)
-        token = credentials.tokens.get(hash_token(secret))
+        token = find_token(credentials.tokens, secret)
         if token is not None:
             ends_at = float("inf") if token.expires_at is None else token.expires_at
             if now >= ends_at:
                 return wrong
-            return _LoginResult(token.identity, ends_at=min(now + RESULT_TTL_S, ends_at))
+            ends_at = min(now + RESULT_TTL_S, ends_at)
+            return _LoginResult(token.identity, ends_at, is_token=True)
         if not (credentials.issuers and is_jwt(secret)):
             return None
         try:
             valid = await credentials.check_jwt(secret)
         except KeysUnavailable as error:
-            credentials.report(f"access.issuers: a token was refused: {error}")
+            self._report(f"access.issuers: {error}")
             # The token may be right, so this is no failure of the client.
             raise LoginFailed(f"{error}: try again later") from None
         except TokenRefused as error:
-            credentials.report(f"access.issuers: a token was refused: {error}")
+            self._report(f"access.issuers: {error}")
             return replace(wrong, ends_at=now)  # Not remembered: its key may be fetched meanwhile.
-        return _LoginResult(valid.identity, ends_at=min(now + RESULT_TTL_S, valid.expires_at))
+        ends_at = min(now + RESULT_TTL_S, valid.expires_at)
+        return _LoginResult(valid.identity, ends_at, is_token=True)
 
-    async def _is_password_right(
-        self, check: Callable[[], bool], key: bytes, failures: FailureLimit, client: str
-    ) -> bool:
+    async def _is_password_right(self, check: Callable[[], bool], attempt: _LoginAttempt) -> bool:
         """Return the result of ``check``, called in a thread when it is its turn."""
-        network = counted_address(client)
+        network = counted_address(attempt.client)
         if self._waiting[network] >= _MAX_CLIENT_WAITING or self._waiting.total() >= _MAX_WAITING:
             raise TooManyRequests("too many clients log in at the same time: try again")
         self._waiting[network] += 1
         try:
             async with self._turn:
-                # Another request with the same credentials, or failures, may have come first.
-                result = self._find(key)
-                if result is not None:
-                    return result.identity is not None
-                self._refuse_if_limited(failures, client)
+                self._refuse_if_limited(attempt)  # Others may have failed meanwhile.
                 loop = asyncio.get_running_loop()
                 return await loop.run_in_executor(self._threads, check)
         finally:

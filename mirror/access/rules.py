@@ -15,8 +15,15 @@ from functools import lru_cache
 from itertools import islice
 from typing import Final
 
-from mirror.access.identity import ANONYMOUS, AccessRight, Identity
-from mirror.config.access import EVERYBODY, GROUP, LOGGED_IN, AccessRule, AccessSection
+from mirror.access.identity import ANONYMOUS, Identity
+from mirror.config.access import (
+    EVERYBODY,
+    GROUP,
+    LOGGED_IN,
+    AccessAction,
+    AccessRule,
+    AccessSection,
+)
 from mirror.oci.reference import Repository
 
 _MAX_DECISIONS: Final = 16_384
@@ -43,9 +50,7 @@ class _CompiledRule:
         self.is_for_logged_in = LOGGED_IN in who
         self.groups = frozenset(name.removeprefix(GROUP) for name in who if name.startswith(GROUP))
         self.users = frozenset(name for name in who if not name.startswith(GROUP))
-        self.actions = (
-            frozenset(AccessRight) if AccessRight.ADMIN in may else frozenset(map(AccessRight, may))
-        )
+        self.actions = frozenset(AccessAction if AccessAction.ADMIN in may else may)
 
     def is_for(self, identity: Identity) -> bool:
         """Return whether ``who`` has the client."""
@@ -87,7 +92,7 @@ class Rules:
         self._groups_of = _groups_of(access.groups)
         self._is_allowed_cached = lru_cache(_MAX_DECISIONS)(self._is_allowed)
 
-    def is_allowed(self, identity: Identity, repository: Repository, action: AccessRight) -> bool:
+    def is_allowed(self, identity: Identity, repository: Repository, action: AccessAction) -> bool:
         """Return whether a client may do something with a repository: the one decision.
 
         If the path of a mirrored repository begins with a registry, the client needs the right for
@@ -100,16 +105,16 @@ class Rules:
         """
         return self._is_allowed_cached(identity, repository, action)
 
-    def is_refused(self, identity: Identity, repository: Repository) -> bool:
+    def is_pull_refused(self, identity: Identity, repository: Repository) -> bool:
         """Return whether the first rule that fits refuses to pull. False also if no rule fits."""
-        decision = self._decide_alone(identity, repository, AccessRight.PULL)
+        decision = self._decide_alone(identity, repository, AccessAction.PULL)
         return decision.rule is not None and not decision.is_allowed
 
-    def _is_allowed(self, identity: Identity, repository: Repository, action: AccessRight) -> bool:
+    def _is_allowed(self, identity: Identity, repository: Repository, action: AccessAction) -> bool:
         return self.decide(identity, repository, action).is_allowed
 
     def decide(
-        self, identity: Identity, repository: Repository, action: AccessRight
+        self, identity: Identity, repository: Repository, action: AccessAction
     ) -> AccessDecision:
         """Decide as :meth:`is_allowed`, and say by which rule. It is not remembered.
 
@@ -126,7 +131,7 @@ class Rules:
         return decision
 
     def _decide_alone(
-        self, identity: Identity, repository: Repository, action: AccessRight
+        self, identity: Identity, repository: Repository, action: AccessAction
     ) -> AccessDecision:
         """Decide about one name, and not about those that are nested in it."""
         more = self._groups_of.get(identity.user)
@@ -139,15 +144,16 @@ class Rules:
             if rule.is_for(identity) and (rule.is_about(name) or rule.is_about(short)):
                 return AccessDecision(is_allowed=action in rule.actions, rule=number)
         is_mirrored = repository.upstream != self._hosted_name
-        may_pull = is_mirrored and action is AccessRight.PULL and self._may_pull_mirrored
+        may_pull = is_mirrored and action is AccessAction.PULL and self._may_pull_mirrored
         return AccessDecision(is_allowed=may_pull)
 
     def is_login_needed(self) -> bool:
-        """Return whether a client that has not logged in may not do all with hosted repositories.
+        """Return whether anonymous clients lack a right to hosted repositories.
 
-        Only the first rule that is for everybody counts: rules after it may permit less.
+        Then ``/v2/`` asks for credentials. Only the first rule that is for everybody counts: rules
+        after it may permit less.
         """
-        everything = {AccessRight.PULL, AccessRight.PUSH, AccessRight.DELETE}
+        everything = {AccessAction.PULL, AccessAction.PUSH, AccessAction.DELETE}
         for rule in self._rules:
             if rule.is_for(ANONYMOUS):
                 is_for_all = {"**", f"{self._hosted_name}/**"} & rule.repositories

@@ -97,11 +97,15 @@ class PasswordCheck:
         return b"$2b$%02d$%s" % (self._costs[index], b"." * 53)
 
     def is_right(self, user: str, password: str) -> bool:
-        """Return whether this is the password of a user. Blocks for the time of the hash."""
+        """Return whether this is the password of a user. Blocks for the time of the hash.
+
+        An empty one is of nobody: a script has hashed a variable that was not set.
+        """
         hashed = self._users.get(user)
         given = password.encode(errors="replace")[:_MAX_PASSWORD_BYTES]
         try:
             is_same = bcrypt.checkpw(given, hashed or self._hash_of_unknown(user))
         except ValueError:
             return False
-        return is_same and hashed is not None
+        is_empty = not password.strip("\0")  # For bcrypt, these are the same.
+        return is_same and hashed is not None and not is_empty

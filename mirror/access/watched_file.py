@@ -20,6 +20,7 @@ from typing import Final, Generic, TypeAlias, TypeVar
 
 from mirror.config.section import KeyPath
 from mirror.oci.errors import ConfigError
+from mirror.store.file_stamp import file_stamp
 
 T = TypeVar("T")
 MessagePrefix: TypeAlias = Callable[[KeyPath], str]
@@ -59,7 +60,7 @@ class ChangeWatch:
 
     def has_changed(self) -> bool:
         """Look at the file. Returns whether it is to be read. Called once a second."""
-        stamp = self._find_stamp()
+        stamp = file_stamp(self._path)
         if stamp == self._read_stamp:
             self._looks = 0
             return False
@@ -71,15 +72,7 @@ class ChangeWatch:
 
     def begin_read(self) -> None:
         """Note that the file is read now. What changes later is a change."""
-        self._read_stamp, self._looks = self._find_stamp(), 0
-
-    def _find_stamp(self) -> tuple[int, ...]:
-        """Return times, inode and size. A file that is not there has a stamp of its own."""
-        try:
-            status = os.stat(self._path)
-        except OSError:
-            return ()
-        return status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_size
+        self._read_stamp, self._looks = file_stamp(self._path), 0
 
 
 class WatchedFile(Generic[T]):

@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from aiohttp import web
 
@@ -33,6 +33,7 @@ from mirror.admin.worker_channel import WorkerStates
 from mirror.config.settings import Settings
 from mirror.observability.events import Observer
 from mirror.single_flight import SingleFlight
+from mirror.web.client_connection import ClientConnection
 from mirror.web.client_socket import StallWatch, abort_connection
 
 MAX_ADMIN_CONNECTIONS: Final = 128
@@ -55,19 +56,22 @@ class AdminServer(web.Server):
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         """Create the server. ``dispatcher`` answers the requests."""
-        super().__init__(
-            self._answer,
-            handler_cancellation=True,
-            access_log=None,
-            keepalive_timeout=KEEPALIVE_TIMEOUT_S,
-            max_line_size=_MAX_HEADER_LINE_BYTES,
-            max_field_size=_MAX_HEADER_LINE_BYTES,
-            logger=logging.getLogger("aiohttp.server"),
-        )
+        super().__init__(self._answer, handler_cancellation=True)
         self._dispatcher = dispatcher
         self._watches: dict[web.RequestHandler, StallWatch] = {}
         self._waiting: dict[web.RequestHandler, asyncio.Transport] = {}
         """Connections without a whole request header, the one that has waited longest first."""
+
+    def __call__(self) -> web.RequestHandler:
+        """Return a new connection. The event loop calls this."""
+        options: dict[str, Any] = {
+            "access_log": None,
+            "keepalive_timeout": KEEPALIVE_TIMEOUT_S,
+            "max_line_size": _MAX_HEADER_LINE_BYTES,
+            "max_field_size": _MAX_HEADER_LINE_BYTES,
+            "logger": logging.getLogger("aiohttp.server"),
+        }
+        return ClientConnection(self, loop=asyncio.get_running_loop(), **options)
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         transport = self._waiting.pop(request.protocol, None)

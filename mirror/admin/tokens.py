@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 import re
 import secrets
 from collections.abc import Callable
 from enum import StrEnum
-from pathlib import Path
 from typing import Final
 
+from mirror.access.watched_file import ParsedFile, WatchedFile
 from mirror.config.settings import Admin
 from mirror.oci.errors import ConfigError
 
@@ -28,6 +27,7 @@ MIN_TOKEN_CHARS: Final = 16
 """Characters of a token at least: one that is shorter can be guessed."""
 _MAX_TOKEN_FILE_BYTES: Final = 64 * 1024
 """Bytes of a file of tokens. A token is a line of at most some hundred characters."""
+_REMEDY: Final = "make one with `openssl rand -hex 32`"
 TICKET_TTL_S: Final = 30.0
 """Seconds in which a page opens the stream for which it has got a ticket."""
 _MAX_TICKETS: Final = 256
@@ -48,36 +48,37 @@ class Tokens:
     """The tokens in the files of the configuration, as digests."""
 
     def __init__(self, admin: Admin) -> None:
-        """Read the files. Raises ``ConfigError`` if one has no token, or cannot be used."""
+        """Read the files. Raises ``ConfigError`` if one has no token, or a malformed line."""
         self._admin = admin
-        self._stamp = self._find_stamp()
-        self._roles, without = self._read()
-        self._failure = ""
-        if without:
-            raise ConfigError(without[0])
+        files = (
+            ("token_file", admin.token_file, CallerRole.FULL),
+            ("read_only_token_file", admin.read_only_token_file, CallerRole.READ_ONLY),
+        )
+        self._files = [
+            (WatchedFile(("admin", key), path, _parse_tokens, _REMEDY), role)
+            for key, path, role in files
+            if path is not None
+        ]
+        problems = [problem for file, _ in self._files for problem in file.read()]
+        if problems:
+            raise ConfigError(problems[0], problems[1:])
 
     def refresh(self) -> None:
-        """Read the files again if they have changed.
+        """Read the files that have changed, and are not being written. Called once a second.
 
-        A file that is missing, or has no token any more, revokes all of its tokens. If one cannot
-        be used (it cannot be read, or has a malformed line), all tokens in use stay, and the next
-        call tries again.
+        Only the tokens that a file has now are valid. A malformed line is none, and all others
+        count; a file that cannot be read has none.
 
-        Raises ``ConfigError`` in both cases, once for the same reason.
+        Raises ``ConfigError`` once for what is wrong.
         """
-        stamp = self._find_stamp()
-        if stamp == self._stamp:
-            return
-        try:
-            self._roles, without = self._read()
-        except ConfigError as error:
-            if str(error) != self._failure:
-                self._failure = str(error)
-                raise
-            return
-        self._stamp, self._failure = stamp, ""
-        if without:
-            raise ConfigError(f"{without[0]}: all tokens of this file are revoked")
+        problems: list[str] = []
+        for file, _ in self._files:
+            if file.has_changed():
+                found = file.read()
+                revoked = "" if file.content else ": all tokens of this file are revoked"
+                problems += [f"{problem}{revoked}" for problem in found]
+        if problems:
+            raise ConfigError(problems[0], problems[1:])
 
     def role_of(self, authorization: str | None) -> CallerRole | None:
         """Return the role of an ``Authorization`` header field. None: it permits nothing."""
@@ -87,70 +88,32 @@ class Tokens:
         given = _digest(match[1] if match else "")
         role = None
         # No early end: the time must not depend on which token is nearly right.
-        for digest, its_role in self._roles:
-            if hmac.compare_digest(digest, given):
-                role = its_role
+        for file, its_role in self._files:
+            for digest in file.content:
+                if hmac.compare_digest(digest, given) and role is not CallerRole.FULL:
+                    role = its_role
         return role
 
-    def _files(self) -> list[tuple[str, str, CallerRole]]:
-        """Return (key, path, role) of each file."""
-        files = (
-            ("admin.token_file", self._admin.token_file, CallerRole.FULL),
-            ("admin.read_only_token_file", self._admin.read_only_token_file, CallerRole.READ_ONLY),
-        )
-        return [(key, path, role) for key, path, role in files if path is not None]
 
-    def _find_stamp(self) -> tuple[int, ...]:
-        """Return times and inodes of the files. A file that is not there counts as time 0."""
-        stamp = []
-        for _, path, _ in self._files():
-            try:
-                status = os.stat(path)
-                stamp += [status.st_mtime_ns, status.st_ino, status.st_size]
-            except OSError:
-                stamp += [0, 0, 0]
-        return tuple(stamp)
-
-    def _read(self) -> tuple[list[tuple[bytes, CallerRole]], list[str]]:
-        """Return the digests of all tokens, and why files have none.
-
-        The read-only ones come first: a full one wins.
-        """
-        roles: list[tuple[bytes, CallerRole]] = []
-        without: list[str] = []
-        for key, path, role in self._files():
-            tokens = _read_tokens(key, path)
-            roles = [(_digest(token), role) for token in tokens] + roles
-            if not tokens:
-                without.append(f"{key}: {path}: no token: make one with `openssl rand -hex 32`")
-        return roles, without
-
-
-def _read_tokens(key: str, path: str) -> list[str]:
-    """Return the tokens of a file. There are none if it is missing.
-
-    Raises ``ConfigError``; its message has no part of a token.
-    """
-    try:
-        with Path(path).open("rb") as file:
-            raw = file.read(_MAX_TOKEN_FILE_BYTES + 1)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise ConfigError(f"{key}: {path}: {error.strerror}") from None
+def _parse_tokens(raw: bytes) -> ParsedFile[tuple[bytes, ...]]:
+    """Return the digests of the tokens of a file, and what is wrong, without a part of a token."""
     if len(raw) > _MAX_TOKEN_FILE_BYTES:
-        raise ConfigError(f"{key}: {path}: larger than {_MAX_TOKEN_FILE_BYTES} bytes")
-    lines = [line.strip() for line in raw.decode("utf-8-sig", errors="replace").splitlines()]
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line and line[0] != "#"]
-    for number, line in numbered:
-        if len(line) < MIN_TOKEN_CHARS:
-            raise ConfigError(
-                f"{key}: {path}:{number}: shorter than {MIN_TOKEN_CHARS} characters: make one with"
-                " `openssl rand -hex 32`"
-            )
-        if not _TOKEN.fullmatch(line):
-            raise ConfigError(f"{key}: {path}:{number}: only letters, digits and . _ ~ + / = -")
-    return [line for _, line in numbered]
+        return ParsedFile((), (f"larger than {_MAX_TOKEN_FILE_BYTES} bytes",))
+    digests: list[bytes] = []
+    problems: list[str] = []
+    for number, line in enumerate(raw.decode("utf-8-sig", errors="replace").splitlines(), 1):
+        token = line.strip()
+        if not token or token[0] == "#":
+            continue
+        if len(token) < MIN_TOKEN_CHARS:
+            problems.append(f"line {number}: shorter than {MIN_TOKEN_CHARS} characters: {_REMEDY}")
+        elif not _TOKEN.fullmatch(token):
+            problems.append(f"line {number}: only letters, digits and . _ ~ + / = -")
+        else:
+            digests.append(_digest(token))
+    if not digests and not problems:
+        problems.append(f"no token: {_REMEDY}")
+    return ParsedFile(tuple(digests), tuple(problems))
 
 
 def _digest(token: str) -> bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Collection, Iterator
 
-from mirror.access.login_credentials import LocalNames, check_files
+from mirror.access.login_credentials import FileNames, check_files
 from mirror.config.access import EVERYBODY, GROUP, LOGGED_IN, AccessSection, shared_prefixes
 from mirror.config.rule_coverage import RuleScope, find_covering, has_all_repositories
 from mirror.config.settings import KeyPath, Settings
@@ -149,7 +149,7 @@ def _unknown_registries(
         )
 
 
-def _find_problem(member: str, access: AccessSection, names: LocalNames) -> str:
+def _find_problem(member: str, access: AccessSection, names: FileNames) -> str:
     """Return why nobody can be meant by a member of ``who``. Empty if somebody may be."""
     if member in (EVERYBODY, LOGGED_IN) or not access.has_login:
         return ""
@@ -164,12 +164,12 @@ def _find_problem(member: str, access: AccessSection, names: LocalNames) -> str:
     return f"no user has this group: neither access.groups nor access.tokens has it{near}"
 
 
-def _may_log_in(user: str, access: AccessSection, names: LocalNames) -> bool:
+def _may_log_in(user: str, access: AccessSection, names: FileNames) -> bool:
     of_issuers = tuple(one.user_prefix for one in access.issuers)  # Empty: any name.
     return user in names.users or user.startswith(of_issuers)
 
 
-def _near_user(user: str, names: LocalNames) -> str:
+def _near_user(user: str, names: FileNames) -> str:
     near = _near(user, names.users)
     return f"nobody can log in with this name: it is in no file of users or tokens{near}"
 

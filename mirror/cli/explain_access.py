@@ -10,11 +10,11 @@ import argparse
 from collections.abc import Iterator
 from typing import Any, Final
 
-from mirror.access.identity import ANONYMOUS, AccessRight, Identity
+from mirror.access.identity import ANONYMOUS, Identity
 from mirror.access.rules import AccessDecision, Rules
 from mirror.cli.listing import print_rows, print_text
 from mirror.cli.output import UsageError
-from mirror.config.access import EVERYBODY, AccessRule
+from mirror.config.access import EVERYBODY, AccessAction, AccessRule
 from mirror.config.settings import Settings
 from mirror.hosted.immutable_tags import ImmutableTagRules
 from mirror.oci.errors import InvalidRequest
@@ -22,12 +22,12 @@ from mirror.oci.image_name import ImageName
 from mirror.oci.reference import Tag
 
 _VERBS: Final = {
-    AccessRight.PULL: "pull from",
-    AccessRight.PUSH: "push to",
-    AccessRight.DELETE: "delete from",
-    AccessRight.ADMIN: "administrate",
+    AccessAction.PULL: "pull from",
+    AccessAction.PUSH: "push to",
+    AccessAction.DELETE: "delete from",
+    AccessAction.ADMIN: "administrate",
 }
-_HOSTED_ONLY: Final = frozenset({AccessRight.PUSH, AccessRight.DELETE})
+_HOSTED_ONLY: Final = frozenset({AccessAction.PUSH, AccessAction.DELETE})
 """The actions on hosted repositories only."""
 
 
@@ -46,7 +46,7 @@ def explain_access(arguments: argparse.Namespace, settings: Settings) -> int:
         print_rows((), rows, is_json=True)
     for row in () if arguments.is_json else rows:
         may = "may" if row["is_allowed"] else "may not"
-        verb = _VERBS[AccessRight(row["action"])]
+        verb = _VERBS[AccessAction(row["action"])]
         print_text(f"{row['user']} {may} {verb} {row['repository']}: {row['why']}", indent=2)
     return 0 if not arguments.may or rows[0]["is_allowed"] else 1
 
@@ -60,14 +60,14 @@ def _decisions(
     access, hosted = settings.access, settings.hosted
     hosted_name = None if hosted is None else hosted.name
     rules = None if access is None else Rules(access, hosted_name, settings.registry_names())
-    for action in [AccessRight(arguments.may)] if arguments.may else AccessRight:
+    for action in [AccessAction(arguments.may)] if arguments.may else AccessAction:
         if action in _HOSTED_ONLY and (hosted is None or not hosted.has_image(str(name))):
             decision = AccessDecision(is_allowed=False)
             why = "nobody pushes to a mirrored repository, and nobody deletes from it"
         elif rules is None or access is None:
-            decision = AccessDecision(is_allowed=action is not AccessRight.ADMIN)
+            decision = AccessDecision(is_allowed=action is not AccessAction.ADMIN)
             why = "everybody may, since the configuration has no access"
-            if action is AccessRight.ADMIN:
+            if action is AccessAction.ADMIN:
                 why = "the configuration has no access, so it names no admin"
         else:
             decision = rules.decide(identity, name.repository, action)
@@ -89,7 +89,7 @@ def _decisions(
         }
 
 
-def _why(decision: AccessDecision, action: AccessRight, rules: tuple[AccessRule, ...]) -> str:
+def _why(decision: AccessDecision, action: AccessAction, rules: tuple[AccessRule, ...]) -> str:
     if decision.rule is None:
         if decision.is_allowed:
             return "no rule fits, and access.anonymous_pull lets everybody pull mirrored images"

@@ -41,7 +41,7 @@ def json_schema() -> Schema:
     sections = generated.pop("$defs")
     descriptions = _descriptions()
     for name, section in ((Settings.__name__, generated), *sections.items()):
-        for key, text in descriptions[name].items():
+        for key, text in descriptions.get(name, {}).items():  # No keys: an enumeration.
             section["properties"][key]["description"] = text
     title = "Configuration of oci-mirror"
     return {"$schema": DIALECT, "$id": IDENTIFIER, "title": title, **_inline(generated, sections)}

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Final, Literal, Self, TypeAlias
+from enum import StrEnum
+from typing import Annotated, Final, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -21,6 +22,11 @@ from mirror.config.section import FilePath, NonEmptyText, Section, key_error
 
 LOCAL: Final = "local:"
 """Begins the name of a user of this machine, who has run a command. Nobody logs in with such."""
+RETENTION_USER: Final = "retention"
+"""The user of the changes that the rules of retention make in a server."""
+COLLECTION_USER: Final = "collection"
+"""The user of the changes that the collection of a server makes."""
+_RESERVED: Final = frozenset({EVERYBODY, LOGGED_IN, RETENTION_USER, COLLECTION_USER})
 MAX_USER_CHARS: Final = 256
 """Characters of the name of a user or a group: the ``sub`` of a CI job has up to 200."""
 _USER_NAME: Final = re.compile(r"[!-9;-~][!-~]*")  # Printable ASCII without spaces.
@@ -41,14 +47,24 @@ _PUBLIC_ISSUERS: Final = {
 """Issuers that give everybody a token -> a claim that says whose it is. The names of those of
 CircleCI, Bitbucket and Fly.io have the organisation already."""
 
-RuleAction: TypeAlias = Literal["pull", "push", "delete", "admin"]
+
+class AccessAction(StrEnum):
+    """An action on a repository, as rules name it."""
+
+    __hash__ = str.__hash__
+
+    PULL = "pull"
+    PUSH = "push"
+    DELETE = "delete"
+    ADMIN = "admin"
+    """All others, and what only administrators may do."""
 
 
 def check_name(text: str) -> str:
     """Check the name of a user or a group. Raises ``ValueError``."""
     if not _USER_NAME.fullmatch(text) or len(text) > MAX_USER_CHARS:
         raise ValueError(f"a name has 1 to {MAX_USER_CHARS} printable characters and no space")
-    if text in (EVERYBODY, LOGGED_IN) or text.startswith((GROUP, LOCAL)):
+    if text in _RESERVED or text.startswith((GROUP, LOCAL)):
         raise ValueError(f"{text} has a meaning of its own in rules or logs: use another name")
     return text
 
@@ -162,14 +178,14 @@ class AccessRule(Section):
     """
     Patterns of whole names, such as registry.example/team/**. * stands for any characters within
     one component, ** for any number of components, and at the end for at least
-    one: a/** has not a itself.
+    one: a/** does not match a itself.
     """
     who: Annotated[tuple[Annotated[str, AfterValidator(_check_member)], ...], Field(min_length=1)]
     """
     Names of users, groups as group:NAME, anonymous for everybody, or authenticated for everybody
     who has logged in.
     """
-    may: tuple[RuleAction, ...]
+    may: tuple[AccessAction, ...]
     """
     pull, push, delete, or admin for all of them. Clients that push also need pull. An empty list
     refuses everything.

@@ -50,7 +50,7 @@ class EventTarget(Section):
     """
     Patterns of whole names, such as registry.example/team/**. * stands for any characters within
     one component, ** for any number of components, and at the end for at least
-    one: a/** has not a itself.
+    one: a/** does not match a itself.
     """
     allow_plain_http: bool = False
     """

@@ -17,7 +17,7 @@ class ImmutableTags(Section):
     """Tags that name one manifest for good. Written ``PATTERN:TAGS``, or with both keys."""
 
     match: NonEmptyText = "*"
-    """Shell-style pattern of repositories, with or without the name of the registry."""
+    """Shell-style pattern of repositories, with or without the registry. * also matches /."""
     tags: Annotated[str, AfterValidator(check_tags)] = "*"
     """A range of versions such as ">=1.0", or a pattern such as v*. Default: all tags."""
 
@@ -45,7 +45,10 @@ class HostedRetentionRule(RetentionRule):
     referrers are not among the latter: they go with their subject.
     """
     age: Literal["used", "pushed"] = "used"
-    """The time that older_than counts from: the last pull or push, or the push alone."""
+    """
+    The time that older_than counts from: the last use, or the push alone. A use is the push, a
+    pull, or a HEAD by a client that may push.
+    """
 
     @model_validator(mode="after")
     def _check_about(self) -> Self:

@@ -24,15 +24,15 @@ class RetentionRule(Section):
 
     match: NonEmptyText = "*"
     """
-    Shell-style pattern of images and repositories, such as ghcr.io/org/*. The first rule that
-    matches an image decides.
+    Shell-style pattern of images and repositories, such as ghcr.io/org/*. * also matches /.
+    The first rule that matches an image decides.
     """
     older_than: Age | None = None
     """Time since the last use after which an image is removed, with its unit. Default: any."""
     keep_last: Annotated[int, Field(ge=0)] | None = None
     """
     Number of images of each repository that stay: the latest versions if the tags are versions,
-    and the images that were first seen last among all others.
+    and, of all others, the images that were first seen most recently.
     """
     tags: Annotated[str, AfterValidator(check_tags)] | None = None
     """

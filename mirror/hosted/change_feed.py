@@ -1,13 +1,13 @@
-"""Tell the observers of a server of each change of a hosted repository, whoever has made it.
+"""The outbox of changes: observers get each change of a hosted repository at least once.
 
-Lives here: which process tells of a change, and when its record goes. Must not know: what observers
+Lives here: which process emits a change, and when its record goes. Must not know: what observers
 do with it, what a change does.
 
 Theory of operation: each change is recorded in its own transaction (``change_rows.py``). A server
-tells of its own changes right after the commit. Commands, and the process of the upkeep, leave
-theirs untaken: the first server that looks takes them, within a second, or at its next start. A
-record goes once observers had time to write the change down. If a server dies before that, another
-one tells of the change again, under the same id: each is told at least once.
+emits its own changes right after the commit. Commands, and the process of the upkeep, leave theirs
+untaken: the first server that looks takes them, within a second, or at its next start. A record
+goes once observers had time to write the change down. If a server dies before that, another one
+emits the change again, under the same id.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mirror.oci.reference import Tag
 from mirror.store.content_hold import ContentHold
 
 RETAKE_S: Final = 30.0
-"""Seconds after which a change is told again. A server removes its record after two seconds."""
+"""Seconds after which a change is emitted again. A server removes its record after two seconds."""
 _CHANGES_AT_ONCE: Final = 256
 """Changes of one transaction, in which no push can commit: a few milliseconds."""
 
@@ -54,10 +54,10 @@ class ChangeFeed:
         self._registry = registry
         self._now = now
         self._emit = emit
-        self._told: list[HostedChange] = []
-        """Told since the last look."""
-        self._settled: list[HostedChange] = []
-        """Told before that: their records can go."""
+        self._emitted: list[HostedChange] = []
+        """Emitted since the last look."""
+        self._deletable: list[HostedChange] = []
+        """Emitted before that: their records can go."""
 
     async def commit(
         self,
@@ -94,23 +94,25 @@ class ChangeFeed:
 
         may_use_spare_space = action == "delete"
         return await self._database.write(
-            record, may_use_spare_space=may_use_spare_space, on_committed=self._tell, hold=hold
+            record, may_use_spare_space=may_use_spare_space, on_committed=self._emit_all, hold=hold
         )
 
-    def _tell(self, changes: list[HostedChange]) -> None:
-        """Tell of changes that are committed, unless another process does."""
+    def _emit_all(self, changes: list[HostedChange]) -> None:
+        """Emit changes that are committed, unless another process does."""
         if self._emit is not None:
             for change in changes:
                 self._emit(change)
-            self._told += changes
+            self._emitted += changes
 
-    async def tell_others(self) -> None:
-        """Tell of changes of other processes, and forget what was told. Call it once a second.
+    async def relay(self) -> None:
+        """Emit changes of other processes, and delete records that observers have written down.
+
+        Call it once a second.
 
         Raises ``NamesDamaged``, ``StorageUnavailable``.
         """
-        await self._forget(self._settled)
-        self._settled, self._told = self._told, []
+        await self._forget(self._deletable)
+        self._deletable, self._emitted = self._emitted, []
         has_changes = partial(change_rows.has_changes, now=self._now(), timeout=RETAKE_S)
         while await self._database.read(has_changes):
             take = partial(
@@ -122,12 +124,12 @@ class ChangeFeed:
             )
             # On a full disk, too: deletions add changes, which go only once they were told.
             changes = await self._database.write(take, is_durable=False, may_use_spare_space=True)
-            self._tell(changes)
+            self._emit_all(changes)
 
     async def close(self) -> None:
-        """Forget what was told. Running requests must have ended."""
-        await self._forget([*self._settled, *self._told])
-        self._settled, self._told = [], []
+        """Delete the records of what was emitted. Running requests must have ended."""
+        await self._forget([*self._deletable, *self._emitted])
+        self._deletable, self._emitted = [], []
 
     async def _forget(self, changes: list[HostedChange]) -> None:
         if changes:

@@ -1,4 +1,4 @@
-"""Changes of hosted repositories that observers have not been told of yet.
+"""Changes of hosted repositories that are not known yet to be written down by observers.
 
 Lives here: each query and each change, as a function of a connection. Must not know: observers,
 time, threads.

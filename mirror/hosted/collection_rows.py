@@ -11,8 +11,8 @@ orphaned manifest is needed again if a tag, an index or its subject is pushed.
 
 The grace time counts from the moment from which nothing needs a row, or from its last use after
 that: of a manifest from when it was orphaned, of a blob from the deletion of the last manifest that
-listed it (:func:`delete_manifest` records a use). What only an orphan lists has waited with it, and
-goes in the same collection.
+listed it (:func:`delete_and_orphan` records a use). What only an orphan lists has waited with it,
+and goes in the same collection.
 
 A tag such as ``sha256-<hex>.sig`` names the subject of its manifest
 (:func:`mirror.oci.descriptor.parse_referrers_tag`). Such a manifest stays as one with a subject
@@ -137,7 +137,7 @@ def mark_orphan(connection: Connection, repository: str, digest: Digest, at: flo
     return orphaned.rowcount > 0
 
 
-def delete_manifest(
+def delete_and_orphan(
     connection: Connection, repository: str, digest: Digest, at: float
 ) -> ManifestRow | None:
     """Delete a manifest as told, with its tags. The grace time of all that it needed begins.

@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from sqlite3 import Connection
+from typing import Final
 
 from mirror.config.settings import Hosted
 from mirror.hosted import collection_rows, name_rows, upload_files, upload_rows
@@ -31,6 +33,9 @@ from mirror.oci.reference import Digest, Reference, Tag
 from mirror.store.content_hold import ContentHold
 from mirror.store.store import Store
 from mirror.threads import parse_in_thread_if_large, run_in_thread
+
+_SMALL_BYTES: Final = 64 * 1024
+"""Bytes of a manifest that may be read at the same time as any number of others."""
 
 
 class HostedManifests:
@@ -65,6 +70,8 @@ class HostedManifests:
         self._changes = changes
         self._immutable_tags = immutable_tags
         self._now = now
+        self._large_reads = asyncio.Semaphore(2)
+        """So many large manifests are read at the same time, before ``web`` can share them."""
         self._publishing = ThreadPoolExecutor(4, "publish-manifest")
 
     async def close(self) -> None:
@@ -164,7 +171,8 @@ class HostedManifests:
 
     async def read(self, row: ManifestRow) -> bytes:
         """Return the bytes of a manifest. Raises ``ManifestUnknown`` if they are lost."""
-        body = await self._store.blobs.read_hosted(row.digest, MANIFEST_LIMIT)
+        async with self._large_reads if row.size > _SMALL_BYTES else nullcontext():
+            body = await self._store.blobs.read_hosted(row.digest, MANIFEST_LIMIT)
         if body is None:
             raise ManifestUnknown("the content of this manifest is lost: push it again")
         return body
@@ -218,7 +226,7 @@ class HostedManifests:
                 self._immutable_tags.check_deletion(connection, repository, reference)
             if isinstance(reference, Tag):
                 return name_rows.delete_tag(connection, repository, reference)
-            return collection_rows.delete_manifest(connection, repository, reference, self._now())
+            return collection_rows.delete_and_orphan(connection, repository, reference, self._now())
 
         tag = reference if isinstance(reference, Tag) else None
         if not await self._changes.commit(delete, "delete", actor, [tag]):

@@ -62,8 +62,12 @@ def referrers_page(
         total += len(entry) + 1
         last = digest
     rows.close()
+    index = join_referrers(entries)
     return ReferrersPage(
-        join_referrers(entries), count=len(entries), next_last=last if has_more else None
+        index,
+        count=len(entries),
+        next_last=last if has_more else None,
+        digest=Digest.of(index),
     )
 
 

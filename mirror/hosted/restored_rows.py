@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from sqlite3 import Connection
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from mirror.hosted import name_rows
 from mirror.hosted.name_tables import metadata_bytes
@@ -17,6 +17,9 @@ from mirror.hosted.snapshot import SavedManifest
 from mirror.oci.reference import Digest, Tag
 
 K = TypeVar("K", Digest, Tag)
+
+set_tag: Final = name_rows.set_tag
+"""Lets a tag name a manifest that the repository has."""
 
 
 def may_set_tag(connection: Connection, repository: str, tag: Tag, digest: Digest) -> bool:
@@ -82,6 +85,21 @@ def is_hosted(connection: Connection, digest: Digest) -> bool:
     """Return whether any repository has content."""
     query = "SELECT 1 FROM contents WHERE digest = ?"
     return connection.execute(query, (str(digest),)).fetchone() is not None
+
+
+def restore_blobs(
+    connection: Connection, repository: str, blobs: Mapping[Digest, int], now: float
+) -> None:
+    """Record that a repository has blobs.
+
+    Args:
+        connection: The database.
+        repository: The repository.
+        blobs: Blob -> its size in bytes. Its content is durable, or was lost when it was saved.
+        now: Seconds since the epoch.
+    """
+    for digest, size in blobs.items():
+        name_rows.add_blob(connection, repository, digest, size, now)
 
 
 def restore_manifest(

@@ -82,13 +82,12 @@ class SpareSpace:
                 before_refill()
                 self._take_back()
 
-    def _free_piece(self) -> bool:
-        """Free a piece of the file. Returns False if none is left."""
+    def _free_piece(self) -> int:
+        """Free a piece of the file. Returns its size in bytes. Zero: none is left."""
         with suppress(OSError), closing(_open(self._path)) as file:
-            if file.size:
-                file.truncate(max(0, file.size - _GIVEN_UP_BYTES))
-                return True
-        return False
+            file.truncate(max(0, file.size - _GIVEN_UP_BYTES))
+            return min(file.size, _GIVEN_UP_BYTES)
+        return 0
 
     def _take_back(self) -> None:
         with suppress(OSError), closing(_open(self._path)) as file:

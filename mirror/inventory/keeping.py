@@ -34,8 +34,8 @@ _REMEDIES: Final = {
     "frozen": "unfreeze it first: oci-mirror unfreeze",
 }
 HOSTED: Final = "hosted"
-"""The mark of hosted images: no rule for the cache removes them, only ``rm`` and their users do."""
-_HOSTED_KEEPER: Final = Keeper(HOSTED, "it is no cache: oci-mirror rm, or a client, deletes it")
+"""The mark of hosted images: only ``rm``, clients and ``hosted.retention`` remove them."""
+_HOSTED_KEEPER: Final = Keeper(HOSTED, "only oci-mirror rm, clients and hosted.retention delete it")
 LEASED: Final = Keeper("leased", "a node uses it: wait until its lease ends")
 _UNCLEAR: Final = "a marked image may need it, whose manifest is not on the disk"
 

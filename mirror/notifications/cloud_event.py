@@ -22,7 +22,7 @@ EVENT_CONTENT_TYPE: Final = "application/cloudevents+json; charset=utf-8"
 TYPE_PREFIX: Final = "oci-mirror."
 """Prefix of ``type``. The kind of the event follows."""
 _MAX_USER_AGENT_CHARS: Final = 256
-"""Characters of a text that a client has chosen, such as its ``User-Agent``."""
+"""Characters of ``User-Agent`` at most: a client chooses it."""
 
 
 def _new_id() -> str:

@@ -25,7 +25,7 @@ from typing import Final, TypeVar
 from mirror.notifications import queue
 from mirror.notifications.notification_recorder import report_dropped
 from mirror.notifications.queue import QUEUE_FORM, Notification, TargetState
-from mirror.notifications.sender import DeliveryVerdict, SendOutcome, WebhookSender
+from mirror.notifications.sender import DeliveryResult, SendOutcome, WebhookSender
 from mirror.observability.events import (
     LogMessage,
     NotificationQueueMeasured,
@@ -58,7 +58,7 @@ _MAX_CALLS: Final = 64
 
 
 class Deliverer:
-    """Sends notifications while this process has the lock. All methods run on the event loop."""
+    """Sends notifications while this process has the lock. Its public methods run on the loop."""
 
     def __init__(
         self,
@@ -198,27 +198,28 @@ class Deliverer:
                     return
                 for notification in notifications:
                     if name in self._gone:
-                        outcome = SendOutcome(DeliveryVerdict.GONE, why="")
+                        outcome = SendOutcome(DeliveryResult.GONE, why="")
                     else:
                         outcome = await sender.send(notification, self._now())
-                    settled = await self._settle(sender, notification, outcome, failures)
-                    if settled is None:
+                    await self._record_outcome(name, notification, outcome, failures)
+                    if outcome.result is DeliveryResult.GONE or self._now() < self._resume_at.get(
+                        name, 0.0
+                    ):
                         return
-                    failures = settled
+                    if outcome.result is DeliveryResult.ACCEPTED:
+                        failures = 0
         except StorageUnavailable as error:
             self._on_storage_failure(error)
 
-    async def _settle(
-        self, sender: WebhookSender, notification: Notification, outcome: SendOutcome, failures: int
-    ) -> int | None:
-        """Note the outcome of a request. ``failures``: those of the target in a row before it.
+    async def _record_outcome(
+        self, name: str, notification: Notification, outcome: SendOutcome, failures: int
+    ) -> None:
+        """Record the outcome of a request. After a failure, the target is left alone for a while.
 
-        Returns:
-            The failures of the target in a row. None: it has to be left alone for a while.
+        ``failures``: those of the target in a row before it.
         """
-        name = sender.target.name
-        match outcome.verdict:
-            case DeliveryVerdict.ACCEPTED:
+        match outcome.result:
+            case DeliveryResult.ACCEPTED:
                 self._emit(NotificationSent(name, "delivered"))
                 self._accepted.setdefault(name, []).append(notification)
                 if failures:
@@ -226,17 +227,17 @@ class Deliverer:
                     self._emit(LogMessage("info", message, (("target", name),)))
                 self._resume_at.pop(name, None)
                 await self._remove_accepted(name)
-                return 0
-            case DeliveryVerdict.GONE:
+                return
+            case DeliveryResult.GONE:
                 await self._stop(name, outcome)
-                return None
-            case DeliveryVerdict.REFUSED if notification.refusals + 1 >= _MAX_REFUSALS:
+                return
+            case DeliveryResult.REFUSED if notification.refusals + 1 >= _MAX_REFUSALS:
                 self._emit(NotificationSent(name, "failed"))
                 await self._in_transaction(
                     partial(queue.remove_notifications, notifications=[notification])
                 )
                 report_dropped(self._emit, name, "refused", 1)
-                return failures
+                return
         self._emit(NotificationSent(name, "failed"))
         if not failures:
             fields = (("target", name), ("why", outcome.why))
@@ -244,17 +245,16 @@ class Deliverer:
         pause = max(outcome.retry_after, backoff(failures, self._jitter()))
         self._resume_at[name] = self._now() + pause
         expired = await self._in_transaction(
-            partial(self._note_failure, name, notification, outcome.verdict)
+            partial(self._note_failure, name, notification, outcome.result)
         )
         report_dropped(self._emit, name, "expired", expired)
-        return None
 
     async def _remove_accepted(self, name: str) -> None:
         """Remove what a target has accepted. After a failure, nothing is sent until it succeeds."""
         accepted = self._accepted.get(name)
         if accepted:
             await self._in_transaction(
-                partial(queue.accept, target=name, notifications=tuple(accepted))
+                partial(queue.remove_accepted, target=name, notifications=tuple(accepted))
             )
             accepted.clear()
 
@@ -333,11 +333,11 @@ class Deliverer:
         self,
         name: str,
         notification: Notification,
-        verdict: DeliveryVerdict,
+        result: DeliveryResult,
         connection: Connection,
     ) -> int:
         """Note a failed request. Returns the number of notifications that are given up."""
-        if verdict is DeliveryVerdict.REFUSED:
+        if result is DeliveryResult.REFUSED:
             queue.note_refusal(connection, notification.number)
         queue.note_failure(connection, name, self._resume_at[name])
         return queue.remove_older(connection, name, self._now() - _MAX_NOTIFICATION_AGE_S)

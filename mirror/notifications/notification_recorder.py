@@ -60,7 +60,7 @@ class _EventBatch:
 
 
 class NotificationRecorder:
-    """The observer that queues notifications. All methods run on the event loop."""
+    """The observer that queues notifications. All public methods run on the event loop."""
 
     def __init__(
         self,

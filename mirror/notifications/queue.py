@@ -151,7 +151,9 @@ def remove_notifications(connection: Connection, notifications: Iterable[Notific
     )
 
 
-def accept(connection: Connection, target: str, notifications: Iterable[Notification]) -> None:
+def remove_accepted(
+    connection: Connection, target: str, notifications: Iterable[Notification]
+) -> None:
     """Remove notifications that a target has accepted, and end its pause."""
     remove_notifications(connection, notifications)
     connection.execute(

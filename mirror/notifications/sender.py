@@ -30,7 +30,7 @@ _TEMPORARY_STATUSES: Final = frozenset({408, 425, 429})
 """Statuses below 500 after which the same request may be accepted."""
 
 
-class DeliveryVerdict(StrEnum):
+class DeliveryResult(StrEnum):
     """The answer of a target to a notification."""
 
     ACCEPTED = "accepted"
@@ -46,7 +46,7 @@ class DeliveryVerdict(StrEnum):
 class SendOutcome:
     """The outcome of one request."""
 
-    verdict: DeliveryVerdict
+    result: DeliveryResult
     why: str
     """The failure in words. It has no path and no query: a URL of a target may be a secret."""
     retry_after: float = 0.0
@@ -75,9 +75,9 @@ class WebhookSender:
             upstream=target.name,
             section="events",
         )
-        verdict = check_url(target.url, UrlSource.ENDPOINT, self._policy.endpoint, self._policy)
-        if isinstance(verdict, Refused):
-            raise ConfigError(f"events: {target.name}: url: {verdict.why}")
+        result = check_url(target.url, UrlSource.ENDPOINT, self._policy.endpoint, self._policy)
+        if isinstance(result, Refused):
+            raise ConfigError(f"events: {target.name}: url: {result.why}")
         self.secrets = Secrets(f"events: {target.name}: secret_file", target.secret_file)
         self._transport = Transport(
             Upstream(
@@ -117,23 +117,23 @@ class WebhookSender:
                 status = response.http.status
                 retry_after = retry_after_of(response.http) or 0.0
         except TimeoutError:
-            return SendOutcome(
-                DeliveryVerdict.FAILED, f"{origin}: no response within {timeout:g} s"
-            )
+            return SendOutcome(DeliveryResult.FAILED, f"{origin}: no response within {timeout:g} s")
         except MirrorError as error:
-            return SendOutcome(DeliveryVerdict.FAILED, error.message)
-        return SendOutcome(judge(status), f"{origin}: responded with {status}", retry_after)
+            return SendOutcome(DeliveryResult.FAILED, error.message)
+        return SendOutcome(
+            result_of_status(status), f"{origin}: responded with {status}", retry_after
+        )
 
     async def close(self) -> None:
         """Close all connections."""
         await self._transport.close()
 
 
-def judge(status: int) -> DeliveryVerdict:
+def result_of_status(status: int) -> DeliveryResult:
     """Return what a status means ("Delivery success and failure" of Standard Webhooks)."""
     if 200 <= status < 300:
-        return DeliveryVerdict.ACCEPTED
+        return DeliveryResult.ACCEPTED
     if status == 410:
-        return DeliveryVerdict.GONE
+        return DeliveryResult.GONE
     is_temporary = status >= 500 or status in _TEMPORARY_STATUSES
-    return DeliveryVerdict.FAILED if is_temporary else DeliveryVerdict.REFUSED
+    return DeliveryResult.FAILED if is_temporary else DeliveryResult.REFUSED

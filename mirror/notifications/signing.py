@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from mirror.oci.errors import ConfigError
+from mirror.store.file_stamp import file_stamp
 
 _SECRET_PREFIX: Final = "whsec_"  # noqa: S105 - the prefix of each secret, no secret
 """Begins a secret, so that programs that look for secrets in files recognise one."""
@@ -39,7 +40,7 @@ class Secrets:
         """Read the file. Raises ``ConfigError``. ``origin``: begins its messages."""
         self._key = origin
         self._path = os.path.abspath(path)
-        self._stamp = self._find_stamp()
+        self._stamp = file_stamp(self._path)
         self._secrets = self._read()
 
     def refresh(self) -> None:
@@ -47,7 +48,7 @@ class Secrets:
 
         Raises ``ConfigError`` if it cannot be used. The secrets in use stay.
         """
-        stamp = self._find_stamp()
+        stamp = file_stamp(self._path)
         if stamp != self._stamp:
             self._secrets = self._read()
             self._stamp = stamp
@@ -63,13 +64,6 @@ class Secrets:
         signed = b".".join((notification_id.encode(), str(timestamp).encode(), body))
         digests = (hmac.digest(secret, signed, hashlib.sha256) for secret in self._secrets)
         return " ".join(f"v1,{base64.b64encode(digest).decode()}" for digest in digests)
-
-    def _find_stamp(self) -> tuple[int, ...]:
-        try:
-            status = os.stat(self._path)
-        except OSError:
-            return ()
-        return status.st_mtime_ns, status.st_ino, status.st_size
 
     def _read(self) -> tuple[bytes, ...]:
         try:

@@ -117,8 +117,8 @@ class RequestRecord:
     """(name, seconds) of each measured stage. ``token`` is a part of another one."""
     trace: PullTrace | None = None
     """Further measurements. None: the response came from memory."""
-    is_refused: Callable[[Repository], bool] | None = None
-    """Returns whether a rule refuses the client a repository. None: there are no rules for it."""
+    is_pull_refused: Callable[[Repository], bool] | None = None
+    """Returns whether a rule forbids the client to pull from a repository. None: no rules."""
     command: str = ""
     """The command or job of the mirror that asks, such as ``warm``. Empty: a client asks."""
 

@@ -6,6 +6,7 @@ Lives here: the set-up of ``logging``. Must not know: the format of a line.
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Callable
 from typing import Final
@@ -53,8 +54,19 @@ class _LibraryLogHandler(logging.Handler):
         fields: dict[str, object] = {"logger": record.name, **getattr(record, "fields", {})}
         if record.exc_info and record.exc_info[1] is not None:
             error = record.exc_info[1]
-            fields["error"] = error_text(error)
+            fields["error"] = _parser_reason(error) or error_text(error)
         self._writer.write(record.levelno, record.getMessage(), fields)
+
+
+def _parser_reason(error: BaseException) -> str:
+    """Return the reason of aiohttp's parser. Empty: another error.
+
+    The rest of its text has bytes of the request, which may be a part of a password.
+    """
+    if type(error).__module__ != _MALFORMED_HTTP:
+        return ""
+    match = re.match(r"[A-Za-z0-9 ]+", str(getattr(error, "message", "")))
+    return match[0].strip() if match else "malformed"
 
 
 class _RepeatFilter(logging.Filter):

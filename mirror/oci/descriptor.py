@@ -220,6 +220,8 @@ class ReferrersPage:
     next_last: str | None = None
     """The next page begins after this digest, or with the first one if it is empty. None: there is
     no next page."""
+    digest: Digest | None = None
+    """The digest of ``index``. None: it was not computed."""
 
 
 def referrers_tag(digest: Digest) -> str:

@@ -300,7 +300,7 @@ class FailureScope(Enum):
     """No request: the endpoint is not at fault, or got no request."""
     REQUEST = auto()
     """This request only: the endpoint responded, so it works."""
-    SUBJECT = auto()
+    SAME_KIND = auto()
     """Requests of the same kind to the same repository: no response within the time limit, the
     connection broke before the headers, the status was 502, 503 or 504, the body broke, stalled or
     was too slow, or the token service cannot be reached."""
@@ -321,7 +321,7 @@ class UpstreamUnavailable(UpstreamError):
     @property
     def may_depend_on_request(self) -> bool:
         """Whether the same endpoint may answer another kind of request: it can be reached."""
-        return self.scope in (FailureScope.REQUEST, FailureScope.SUBJECT)
+        return self.scope in (FailureScope.REQUEST, FailureScope.SAME_KIND)
 
 
 class AllCircuitsOpen(UpstreamUnavailable):

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
+from mirror.config import access
 from mirror.config.settings import Hosted
 from mirror.hosted import collection_rows
 from mirror.hosted.change_rows import change_of
@@ -31,8 +32,7 @@ from mirror.store.removal import KeptBecause, Removal
 from mirror.store.store import Store
 from mirror.threads import run_in_thread
 
-COLLECTION: Final = Actor(user="collection")
-"""The user of the changes that the collection of a server makes."""
+COLLECTION: Final = Actor(user=access.COLLECTION_USER)
 _MAX_RELEASED: Final = 100_000
 """Files of one run. The next one removes the rest."""
 

@@ -34,8 +34,10 @@ from mirror.store.layout import Layout
 from mirror.store.sqlite_connection import connect_to_read
 from mirror.store.store import Store
 
-_TAG_STAYS: Final = "its manifest stays, under its digest"
-_CONTENT_STAYS: Final = "oci-mirror gc removes what no other image needs"
+_TAG_STAYS: Final = "its manifest stays: remove NAME@DIGEST to free its content"
+_CONTENT_STAYS: Final = (
+    "oci-mirror gc removes what no other image needs after hosted.grace (--grace 10m: sooner)"
+)
 
 
 def plan_removal_by_name(

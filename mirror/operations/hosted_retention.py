@@ -12,6 +12,7 @@ from itertools import islice
 from sqlite3 import Connection
 from typing import Final
 
+from mirror.config import access
 from mirror.config.settings import Hosted
 from mirror.hosted import retention_rows
 from mirror.hosted.change_rows import change_of, record_change
@@ -30,8 +31,7 @@ from mirror.store.hosted_marker import has_hosted_names
 from mirror.store.layout import Layout
 from mirror.store.marks import Marks
 
-RETENTION: Final = Actor(user="retention")
-"""The user of the changes that the rules make in a server."""
+RETENTION: Final = Actor(user=access.RETENTION_USER)
 _IMAGES_PER_WRITE: Final = 100
 """Images of one transaction, in which no push can commit: about 15 ms."""
 _KEPT_AS_IMMUTABLE: Final = Keeper("immutable", "delete it as an admin")

@@ -21,7 +21,7 @@ from typing import Final
 
 from mirror.access.known_names import add_known_names, parse_known_names
 from mirror.config.settings import Hosted
-from mirror.hosted import name_rows, restored_rows
+from mirror.hosted import restored_rows
 from mirror.hosted.change_rows import record_change
 from mirror.hosted.pushed_manifest import PushedManifest, read_pushed_manifest
 from mirror.hosted.snapshot import SavedManifest
@@ -79,6 +79,7 @@ async def restore_backup(
             context = RestoreContext(
                 source=source,
                 content=content,
+                layout=store.layout,
                 database=staged.database,
                 registry=hosted.name,
                 actor=actor,
@@ -222,8 +223,7 @@ class BackupRestore:
 
     async def _record_blobs(self, repository: str, blobs: dict[Digest, int]) -> None:
         def record(connection: Connection) -> None:
-            for digest, size in blobs.items():
-                name_rows.add_blob(connection, repository, digest, size, self._context.now())
+            restored_rows.restore_blobs(connection, repository, blobs, self._context.now())
 
         await self._write(record)
 
@@ -233,7 +233,7 @@ class BackupRestore:
         def restore(connection: Connection, batch: list[BackupTag]) -> None:
             for one in batch:
                 row = restored[one.digest]
-                name_rows.set_tag(
+                restored_rows.set_tag(
                     connection, row.repository, *(one.tag, one.digest, one.pushed_at, one.pushed_by)
                 )
                 record_change(connection, self._change(row, one.tag))

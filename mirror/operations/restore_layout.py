@@ -3,7 +3,8 @@
 Lives here: from the names of ``index.json`` to rows: manifests name what a repository gets. Must
 not know: backups that have rows (``restore.py``).
 
-Each manifest is checked as one that is pushed. An image that is not whole is not restored.
+Each manifest is checked as one that is pushed. An image that is not whole is not restored, also if
+other repositories have what it lacks: whoever has made the layout may not have the right to it.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from itertools import islice
 from sqlite3 import Connection
 from typing import Any, Final, TypeVar
 
-from mirror.hosted import name_rows, restored_rows
+from mirror.hosted import restored_rows
 from mirror.hosted.change_rows import record_change
+from mirror.hosted.name_rows import blob_size
 from mirror.hosted.pushed_manifest import PushedManifest, read_pushed_manifest
+from mirror.hosted.staged_names import opened_names
 from mirror.oci.errors import InvalidRequest, ManifestRefused, StorageUnavailable
 from mirror.oci.headers import media_type_of
 from mirror.oci.image_name import parse_with_reference
@@ -59,6 +62,10 @@ class LayoutRestore:
         self._done: set[tuple[str, Digest]] = set()
         self._report = RestoreReport()
         self._names: list[RestoredName] = []
+        self._known: set[tuple[str, Digest]] = set()
+        """(repository, blob) that the layout names, and that the repository has already."""
+        self._proven: set[Digest] = set()
+        """Blobs that were here, and that the layout has undamaged."""
 
     def plan(self) -> Iterator[PlannedRepository]:
         """Return what the restore brings. Blocks. Raises ``StorageUnavailable``."""
@@ -66,20 +73,29 @@ class LayoutRestore:
         by_repository: dict[str, list[RestoredName]] = {}
         for name in self._names:
             by_repository.setdefault(name.repository, []).append(name)
-        for repository, names in by_repository.items():
-            blobs: dict[Digest, int] = {}
-            manifests: dict[Digest, int] = {}
-            for name in names:
-                with suppress(InvalidRequest, ManifestRefused):  # It is not restored, or in part.
-                    self._plan_manifest(name.digest, name.media_type, blobs, manifests, 0)
-            tags = [(one.reference, one.digest) for one in names if isinstance(one.reference, Tag)]
-            yield PlannedRepository(repository, blobs, manifests, tags)
+        with opened_names(self._context.layout) as connection:
+            for repository, names in by_repository.items():
+                blobs: dict[Digest, int | None] = {}
+                manifests: dict[Digest, int] = {}
+                for name in names:
+                    with suppress(InvalidRequest, ManifestRefused):  # Not restored, or in part.
+                        self._plan_manifest(name.digest, name.media_type, blobs, manifests, 0)
+                tags = [
+                    (one.reference, one.digest) for one in names if isinstance(one.reference, Tag)
+                ]
+                copied = {digest: size for digest, size in blobs.items() if size is not None}
+                self._known |= {
+                    (repository, digest)
+                    for digest in blobs
+                    if blob_size(connection, repository, digest) is not None
+                }
+                yield PlannedRepository(repository, copied, manifests, tags)
 
     def _plan_manifest(
         self,
         digest: Digest,
         media_type: str,
-        blobs: dict[Digest, int],
+        blobs: dict[Digest, int | None],
         manifests: dict[Digest, int],
         depth: int,
     ) -> None:
@@ -93,9 +109,7 @@ class LayoutRestore:
             if self._content.size_of_copy(child) is not None:
                 self._plan_manifest(child, types.get(str(child), ""), blobs, manifests, depth + 1)
         for blob in manifest.blobs:
-            size = self._content.size_of_copy(blob)
-            if size is not None:
-                blobs[blob] = size
+            blobs[blob] = self._content.size_of_copy(blob)
 
     async def stage(self) -> RestoreReport:
         """Copy the content, and record all images. Call it after :meth:`plan`."""
@@ -133,7 +147,7 @@ class LayoutRestore:
             if tag is not None:
                 if not restored_rows.may_set_tag(connection, name.repository, tag, name.digest):
                     return False
-                name_rows.set_tag(
+                restored_rows.set_tag(
                     connection, name.repository, tag, name.digest, self._context.now(), ""
                 )
             record_change(connection, change)
@@ -194,14 +208,25 @@ class LayoutRestore:
             wanted = [one for one in batch if (repository, one) not in self._done]
             async with self._content.leased(wanted) as leased:
                 sizes = _check_all(leased)
+                await run_in_thread(self._check_source, repository, leased)
                 await self._write(partial(self._record_blobs, repository, sizes))
             self._done.update((repository, one) for one in wanted)
+
+    def _check_source(
+        self, repository: str, leased: dict[Digest, LeasedContent | InvalidRequest]
+    ) -> None:
+        """Raise ``InvalidRequest`` for a blob that only other repositories have whole."""
+        for digest, content in leased.items():
+            is_copied = isinstance(content, LeasedContent) and content.is_copied
+            is_known = digest in self._proven or (repository, digest) in self._known
+            if not is_copied and not is_known:
+                self._content.verify_copy(digest)
+                self._proven.add(digest)
 
     def _record_blobs(
         self, repository: str, sizes: dict[Digest, int], connection: Connection
     ) -> None:
-        for digest, size in sizes.items():
-            name_rows.add_blob(connection, repository, digest, size, self._context.now())
+        restored_rows.restore_blobs(connection, repository, sizes, self._context.now())
 
 
 def _check_all(leased: dict[Digest, LeasedContent | InvalidRequest]) -> dict[Digest, int]:

@@ -16,6 +16,7 @@ from mirror.observability.hosted_events import Actor, HostedChange
 from mirror.oci.reference import Digest, Tag
 from mirror.operations.backup_files import BackupSource
 from mirror.operations.restored_content import RestoredContent
+from mirror.store.layout import Layout
 
 
 @dataclass(slots=True)
@@ -49,6 +50,8 @@ class RestoreContext:
     """The backup."""
     content: RestoredContent
     """Its content."""
+    layout: Layout
+    """The paths in the data directory."""
     database: Database
     """The names of the restore. No client sees them yet."""
     registry: str

@@ -110,6 +110,17 @@ class RestoredContent:
         with self._source.opened_blob(digest) as stored:
             return None if stored is None else int(stored.size)
 
+    def verify_copy(self, digest: Digest) -> None:
+        """Hash content of the backup. Blocks. Raises ``InvalidRequest`` without undamaged one."""
+        with self._source.opened_blob(digest) as stored:
+            if stored is None:
+                raise InvalidRequest(f"the backup does not have {digest}")
+            verifier = Verifier(digest)
+            for chunk in _chunks_of(digest, stored):
+                verifier.update(chunk)
+        if not verifier.is_match():
+            raise DigestInvalid(f"{digest}: damaged in the backup")
+
     def read_manifest(self, digest: Digest) -> bytes:
         """Return the bytes of a manifest of the backup. Blocks. Raises ``InvalidRequest``."""
         with self._source.opened_blob(digest) as stored:

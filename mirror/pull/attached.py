@@ -59,7 +59,7 @@ class AttachedPulls:
         pull: RequestRecord,
         restrictions: Restrictions,
     ) -> Repository | None:
-        """Return the hosted repository that has a content for an image of an upstream.
+        """Return the hosted repository to serve ``reference`` from, in place of the upstream's.
 
         Args:
             repository: The repository of the upstream.
@@ -73,7 +73,7 @@ class AttachedPulls:
         """
         if isinstance(reference, Tag) and parse_referrers_tag(reference.name) is None:
             return None
-        attached = self._find_open(repository, reference, pull, restrictions)
+        attached = self._find_permitted(repository, reference, pull, restrictions)
         if attached is None:
             return None
         with suppress(StorageUnavailable):
@@ -110,7 +110,7 @@ class AttachedPulls:
         """
         is_first = last is None
         page = ReferrersPage(referrers_index())
-        attached = self._find_open(repository, None, pull, restrictions)
+        attached = self._find_permitted(repository, None, pull, restrictions)
         if attached is not None:
             taken = len(body) - len(page.index) if is_first else 0
             find = self._hosted.service.lists.referrers
@@ -121,11 +121,12 @@ class AttachedPulls:
             if has_ours and await self._is_served(repository, digest, pull):
                 page = found
         if not page.count:
-            return replace(page, index=body) if is_first else page
+            return replace(page, index=body, digest=None) if is_first else page
         add = partial(add_referrers, is_first_page=is_first)
-        return replace(page, index=await run_in_thread(add, body, page.index))
+        index = await run_in_thread(add, body, page.index)
+        return replace(page, index=index, digest=None)
 
-    def _find_open(
+    def _find_permitted(
         self,
         repository: Repository,
         reference: Reference | None,
@@ -135,7 +136,7 @@ class AttachedPulls:
         """Return the hosted repository for an upstream's, unless a rule or a block refuses it."""
         name = f"{repository.upstream}/{repository.path}"
         attached = Repository(self._hosted.name, name)
-        is_refused = pull.is_refused is not None and pull.is_refused(attached)
+        is_refused = pull.is_pull_refused is not None and pull.is_pull_refused(attached)
         is_blocked = restrictions.reason_for(attached, reference) is not None
         return None if is_refused or is_blocked else attached
 
@@ -148,5 +149,7 @@ class AttachedPulls:
         except (NotFound, Denied, Unauthorized):
             return False
         except (UpstreamError, StorageUnavailable, ContentLost):
+            # Not known. An outage must not hide signatures (docs/hosting.md, "Sign a mirrored
+            # image").
             return True
         return True

@@ -264,7 +264,7 @@ class _Transfer:
             self._error = self._failures.latest or UpstreamTimeout(
                 f"{self._stream.endpoint} sent less than {self._registry.min_rate} bytes/s for"
                 f" {self._registry.idle:g} s (limits.idle, limits.min_rate)",
-                scope=FailureScope.SUBJECT,
+                scope=FailureScope.SAME_KIND,
             )
             self._changed.set()
         while self._error is None and now >= self._failures.not_before:

@@ -78,19 +78,26 @@ class PullService:
         """Apply these blocks and freezes to all requests from now on."""
         self.restrictions = restrictions
 
+    def is_admitted(self, repository: Repository, reference: Reference | None = None) -> bool:
+        """Return whether no block or list refuses a repository, and a tag or digest of it.
+
+        False while the operator's marks are not known.
+        """
+        return isinstance(self._decide(repository, reference), admission.Allow)
+
+    def _decide(self, repository: Repository, reference: Reference | None) -> admission.Admission:
+        restrictions = self.restrictions
+        if repository.upstream == self._hosted_name:
+            return admission.admit(repository, None, restrictions, reference)
+        content = self._content
+        return admission.admit_with_nested(
+            repository, content.upstreams, content.registry_names, restrictions, reference
+        )
+
     def _admit(
         self, repository: Repository, pull: RequestRecord, reference: Reference | None = None
     ) -> None:
-        restrictions = self.restrictions
-        if repository.upstream == self._hosted_name:
-            _apply(admission.admit(repository, None, restrictions, reference), pull)
-            return
-        content = self._content
-        names = content.registry_names
-        decision = admission.admit_with_nested(
-            repository, content.upstreams, names, restrictions, reference
-        )
-        _apply(decision, pull)
+        _apply(self._decide(repository, reference), pull)
 
     def _admit_digest(self, digest: Digest, pull: RequestRecord) -> None:
         """Raise ``Denied`` if the manifest of a tag is blocked."""
@@ -311,7 +318,12 @@ class PullService:
         if self.restrictions.unknown_why:
             raise StorageUnavailable(self.restrictions.unknown_why)
         if self._hosted is not None and upstream == self._hosted_name:
-            return await self._hosted.repositories(count, last, is_visible)
+
+            def may_list(repository: Repository) -> bool:
+                is_known = is_visible is None or is_visible(repository)
+                return is_known and self.is_admitted(repository)
+
+            return await self._hosted.repositories(count, last, may_list)
         return await self._repositories.page(upstream, count, last, is_visible)
 
     async def tags(

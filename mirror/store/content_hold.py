@@ -7,10 +7,10 @@ Theory of operation: whoever takes content out of ``blobs/`` asks whether it is 
 unlinks or renames a path. A push puts its file at the same path, commits a row, and answers its
 client. If the push came between the question and the unlink, the content would be lost. The lock of
 a file does not help, because others put their own files at the path. So each digest has two flags.
-A push sets the first one before it renames its file, waits until nobody has the second one, and
-clears it after the commit. A removal sets the second one, and leaves the content alone if anybody
-has the first one. Each side sets its own flag before it looks at the other's, so at least one sees
-the other. After the commit, a removal finds the row.
+A push sets the *hold flag* before it renames its file, waits until nobody has the *removal flag*,
+and clears its own after the commit. A removal sets the removal flag, and leaves the content alone
+if anybody has the hold flag. Each side sets its own flag before it looks at the other's, so at
+least one sees the other. After the commit, a removal finds the row.
 
 A flag is a shared lock on a byte of the directory ``blobs/<alg>``, far behind any end of a file
 (:mod:`mirror.store.range_lock`). It needs no file that a full disk could refuse, ends with its
@@ -86,7 +86,8 @@ class ContentHold:
     def acquire(self, digests: Iterable[Digest]) -> None:
         """Keep contents from removal, whether they are there already or not. Blocks.
 
-        Removals of them that run end first. Without a user, they are kept until it returns.
+        Removals of them that run end first. Outside of a ``with`` block of this hold, they are
+        released when the call returns.
 
         Raises:
             OSError: ``blobs/`` cannot be opened or locked.
@@ -95,10 +96,10 @@ class ContentHold:
         wanted = list(digests)
         with self:
             for digest in wanted:
-                _set_flag(self.directory_of(digest), _offset_of(digest))
+                _set_flag(self.directory_of(digest), _hold_offset(digest))
             deadline = time.monotonic() + _REMOVAL_TIMEOUT_S
             for digest in wanted:
-                while _has_flag(self.directory_of(digest), _offset_of(digest) + 1):
+                while _has_flag(self.directory_of(digest), _removal_offset(digest)):
                     if time.monotonic() > deadline:
                         raise StorageUnavailable("a removal of the same content does not end")
                     time.sleep(_REMOVAL_POLL_S)
@@ -140,9 +141,8 @@ def removing(layout: Layout, digest: Digest) -> Iterator[bool]:
     """
     directory = _open_directory(layout.blob(digest).parent)
     try:
-        offset = _offset_of(digest)
-        _set_flag(directory, offset + 1)
-        yield not _has_flag(directory, offset)
+        _set_flag(directory, _removal_offset(digest))
+        yield not _has_flag(directory, _hold_offset(digest))
     finally:
         os.close(directory)
 
@@ -151,8 +151,12 @@ def _open_directory(path: os.PathLike[str]) -> int:
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
-def _offset_of(digest: Digest) -> int:
+def _hold_offset(digest: Digest) -> int:
     return 2 * int(digest.hex[:_OFFSET_DIGITS], 16)
+
+
+def _removal_offset(digest: Digest) -> int:
+    return _hold_offset(digest) + 1
 
 
 def _set_flag(directory: int, offset: int) -> None:

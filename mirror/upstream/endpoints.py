@@ -1,7 +1,7 @@
 """Endpoints in order of preference, with a circuit breaker and the pauses of each.
 
-Theory of operation. A failure or a 429 counts for its :class:`Subject` only: requests of one kind
-to one repository. It counts for more when several different subjects have met it.
+Theory of operation. A failure or a 429 counts for its :class:`RequestScope` only: requests of one
+kind to one repository. It counts for more when several different scopes have met it.
 
 A circuit breaker is closed, open, or half open:
 
@@ -50,7 +50,7 @@ MAX_BACK_OFF_S: Final = 300.0
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class RequestScope:
     """The requests to an endpoint that a failure or a 429 counts for."""
 
     kind: str
@@ -69,9 +69,9 @@ class CircuitBreaker:
 
     failures: int = 0
     """Failures of the endpoint as a whole, since its last success."""
-    failed: dict[Subject, tuple[float, float]] = field(default_factory=dict)
-    """Subject that failed since the last success of the endpoint -> (time until which the endpoint
-    is asked last for it, seconds of the next such time). At most ``FAILURE_THRESHOLD`` subjects of
+    failed: dict[RequestScope, tuple[float, float]] = field(default_factory=dict)
+    """Scope that failed since the last success of the endpoint -> (time until which the endpoint
+    is asked last for it, seconds of the next such time). At most ``FAILURE_THRESHOLD`` scopes of
     each kind."""
     open_until: float = 0.0
     open_seconds: float = FIRST_OPEN_S
@@ -83,23 +83,23 @@ class CircuitBreaker:
         """Whether the circuit is open or half open, for any kind of request."""
         return self.failures >= FAILURE_THRESHOLD or any(map(self._is_open_for, self.failed))
 
-    def _is_open_for(self, subject: Subject) -> bool:
-        same_kind = sum(1 for failed in self.failed if failed.kind == subject.kind)
+    def _is_open_for(self, scope: RequestScope) -> bool:
+        same_kind = sum(1 for failed in self.failed if failed.kind == scope.kind)
         return self.failures + same_kind >= FAILURE_THRESHOLD
 
-    def may_request(self, now: float, subject: Subject) -> bool:
+    def may_request(self, now: float, scope: RequestScope) -> bool:
         """Return whether a request may be sent."""
-        if not self._is_open_for(subject):
+        if not self._is_open_for(scope):
             return True
         return not self.is_probing and now >= self.open_until
 
-    def begin_request(self, subject: Subject) -> bool:
+    def begin_request(self, scope: RequestScope) -> bool:
         """Record that a permitted request is sent. Returns True if it is the probe.
 
         The caller reports its outcome with exactly one of ``record_success``, ``record_failure``
         and ``record_cancellation``.
         """
-        is_probe = self._is_open_for(subject)
+        is_probe = self._is_open_for(scope)
         self.is_probing = self.is_probing or is_probe
         return is_probe
 
@@ -110,7 +110,7 @@ class CircuitBreaker:
         self.open_seconds, self.is_probing = FIRST_OPEN_S, False
 
     def record_failure(
-        self, now: float, subject: Subject, *, is_probe: bool, is_unreachable: bool = False
+        self, now: float, scope: RequestScope, *, is_probe: bool, is_unreachable: bool = False
     ) -> None:
         """Count a failure, and open the circuit if there are enough.
 
@@ -118,18 +118,18 @@ class CircuitBreaker:
 
         Args:
             now: The time.
-            subject: The subject of the request.
+            scope: The scope of the request.
             is_probe: The result of ``begin_request``.
             is_unreachable: Whether the endpoint as a whole failed: then each failure counts.
-                Otherwise repeated failures of one subject count once.
+                Otherwise repeated failures of one scope count once.
         """
         was_open = self.is_open
         if is_unreachable:
             self.failures += 1
-        elif subject in self.failed or not self._is_open_for(subject):
-            until, seconds = self.failed.get(subject, (now, FIRST_OPEN_S))
+        elif scope in self.failed or not self._is_open_for(scope):
+            until, seconds = self.failed.get(scope, (now, FIRST_OPEN_S))
             if until <= now:
-                self.failed[subject] = now + seconds, min(seconds * 2, MAX_OPEN_S)
+                self.failed[scope] = now + seconds, min(seconds * 2, MAX_OPEN_S)
         if is_probe or self.is_open != was_open:
             self.open_until = now + self.open_seconds
             self.open_seconds = min(self.open_seconds * 2, MAX_OPEN_S)
@@ -155,51 +155,48 @@ class Pause:
 class Pauses:
     """The pauses of one endpoint after its 429s.
 
-    A 429 pauses its subject. When ``GROUP_PAUSE_THRESHOLD`` repositories of a project pause for one
+    A 429 pauses its scope. When ``GROUP_PAUSE_THRESHOLD`` repositories of a project pause for one
     kind of request, the project pauses for it. When repositories of as many projects do, all pause.
     """
 
-    _by_subject: dict[Subject, Pause] = field(default_factory=dict)
-    _by_group: dict[Subject, Pause] = field(default_factory=dict)
+    _by_scope: dict[RequestScope, Pause] = field(default_factory=dict)
+    _by_group: dict[RequestScope, Pause] = field(default_factory=dict)
     """Pauses of a project, named like a repository, and of all repositories: the empty name."""
 
-    def add(self, now: float, subject: Subject, seconds: float | None) -> None:
+    def add(self, now: float, scope: RequestScope, seconds: float | None) -> None:
         """Pause after a 429. ``seconds``: its ``Retry-After``, or None.
 
         A second 429 never shortens a pause. Pauses that have ended are dropped here. A group that
         pauses sends nothing, so the number of pauses stays small.
         """
-        for pauses in (self._by_subject, self._by_group):
+        for pauses in (self._by_scope, self._by_group):
             for ended in [key for key, pause in pauses.items() if pause.until <= now]:
                 del pauses[ended]
         end = now + (DEFAULT_BACK_OFF_S if seconds is None else min(seconds, MAX_BACK_OFF_S))
         if end <= now:
             return
         pause = Pause(end, has_retry_after=seconds is not None)
-        _prolong(self._by_subject, subject, pause)
-        same_kind = [other for other in self._by_subject if other.kind == subject.kind]
-        if (
-            sum(1 for other in same_kind if other.project == subject.project)
-            >= GROUP_PAUSE_THRESHOLD
-        ):
-            _prolong(self._by_group, Subject(subject.kind, subject.project), pause)
+        _prolong(self._by_scope, scope, pause)
+        same_kind = [other for other in self._by_scope if other.kind == scope.kind]
+        if sum(1 for other in same_kind if other.project == scope.project) >= GROUP_PAUSE_THRESHOLD:
+            _prolong(self._by_group, RequestScope(scope.kind, scope.project), pause)
         if len({other.project for other in same_kind}) >= GROUP_PAUSE_THRESHOLD:
-            _prolong(self._by_group, Subject(subject.kind, repository=""), pause)
+            _prolong(self._by_group, RequestScope(scope.kind, repository=""), pause)
 
-    def find(self, now: float, subject: Subject) -> Pause | None:
-        """Return the pause of ``subject`` that ends last. None if requests may be sent."""
-        if not self._by_subject:
+    def find(self, now: float, scope: RequestScope) -> Pause | None:
+        """Return the pause of ``scope`` that ends last. None if requests may be sent."""
+        if not self._by_scope:
             return None
         pauses = (
-            self._by_subject.get(subject),
-            self._by_group.get(Subject(subject.kind, subject.project)),
-            self._by_group.get(Subject(subject.kind, repository="")),
+            self._by_scope.get(scope),
+            self._by_group.get(RequestScope(scope.kind, scope.project)),
+            self._by_group.get(RequestScope(scope.kind, repository="")),
         )
         running = [pause for pause in pauses if pause is not None and pause.until > now]
         return max(running, key=lambda pause: pause.until, default=None)
 
 
-def _prolong(pauses: dict[Subject, Pause], key: Subject, pause: Pause) -> None:
+def _prolong(pauses: dict[RequestScope, Pause], key: RequestScope, pause: Pause) -> None:
     current = pauses.get(key)
     if current is None or current.until < pause.until:
         pauses[key] = pause
@@ -219,61 +216,61 @@ class Endpoints:
         self.circuits = {url: CircuitBreaker() for url in self.urls}
         self.pauses = {url: Pauses() for url in self.urls}
 
-    def may_request(self, url: URL, now: float, subject: Subject) -> bool:
+    def may_request(self, url: URL, now: float, scope: RequestScope) -> bool:
         """Return whether a request may be sent to the endpoint ``url``."""
-        if self.pauses[url].find(now, subject) is not None:
+        if self.pauses[url].find(now, scope) is not None:
             return False
-        return self.circuits[url].may_request(now, subject)
+        return self.circuits[url].may_request(now, scope)
 
-    def candidates(self, now: float, subject: Subject, avoid: Collection[str] = ()) -> list[URL]:
+    def candidates(self, now: float, scope: RequestScope, avoid: Collection[str] = ()) -> list[URL]:
         """Return the endpoints to try, the best one first.
 
-        Endpoints that may get no request are left out. Those that have failed for ``subject`` come
+        Endpoints that may get no request are left out. Those that have failed for ``scope`` come
         after the others for a while: an endpoint that accepts connections and does not respond
         would delay each request. Those in ``avoid`` come last, in the order of ``avoid``.
         """
-        permitted = [url for url in self.urls if self.may_request(url, now, subject)]
+        permitted = [url for url in self.urls if self.may_request(url, now, scope)]
         ranks = {name: rank for rank, name in enumerate(avoid)}
 
         def rank(url: URL) -> tuple[int, bool]:
-            return ranks.get(str(url), -1), self.has_failed(url, now, subject)
+            return ranks.get(str(url), -1), self.has_failed(url, now, scope)
 
         return sorted(permitted, key=rank)
 
-    def has_failed(self, url: URL, now: float, subject: Subject) -> bool:
-        """Return whether the endpoint has failed for ``subject`` a moment ago."""
-        until, _ = self.circuits[url].failed.get(subject, (now, 0.0))
+    def has_failed(self, url: URL, now: float, scope: RequestScope) -> bool:
+        """Return whether the endpoint has failed for ``scope`` a moment ago."""
+        until, _ = self.circuits[url].failed.get(scope, (now, 0.0))
         return now < until
 
-    def remaining_pauses(self, now: float, subject: Subject) -> dict[URL, float | None]:
+    def remaining_pauses(self, now: float, scope: RequestScope) -> dict[URL, float | None]:
         """Return the endpoints that pause after a 429, with the remaining seconds.
 
         None stands for a pause whose length we chose: clients get no ``Retry-After`` for it.
         """
-        found = {url: pauses.find(now, subject) for url, pauses in self.pauses.items()}
+        found = {url: pauses.find(now, scope) for url, pauses in self.pauses.items()}
         return {
             url: pause.until - now if pause.has_retry_after else None
             for url, pause in found.items()
             if pause is not None
         }
 
-    def final_error(self, state: SendState, now: float, subject: Subject) -> UpstreamError:
+    def final_error(self, state: SendState, now: float, scope: RequestScope) -> UpstreamError:
         """Return the error to raise if not all endpoints refused, with what it hides."""
-        error = self._choose_error(state, now, subject)
+        error = self._choose_error(state, now, scope)
         error.others = tuple(other for other in state.errors if other is not error)
-        error.next_request_in = self._seconds_until_request(state, now, subject)
+        error.next_request_in = self._seconds_until_request(state, now, scope)
         error.is_wait = not state.failures and error.next_request_in is not None
         return error
 
     def _seconds_until_request(
-        self, state: SendState, now: float, subject: Subject
+        self, state: SendState, now: float, scope: RequestScope
     ) -> float | None:
         """Return ``next_request_in`` of the error (:class:`mirror.oci.errors.MirrorError`)."""
         pauses = (
-            self.pauses[url].find(now, subject)
+            self.pauses[url].find(now, scope)
             for url in self.urls
             if not (url in state.tried or url in state.finished)
-            and not self.may_request(url, now, subject)
+            and not self.may_request(url, now, scope)
         )
         seconds = [0.0 if pause is None else pause.until - now for pause in pauses]
         for url, error in state.finished.items():
@@ -281,7 +278,7 @@ class Endpoints:
                 seconds.append(error.next_request_in)
         return min(seconds, default=None)
 
-    def _choose_error(self, state: SendState, now: float, subject: Subject) -> UpstreamError:
+    def _choose_error(self, state: SendState, now: float, scope: RequestScope) -> UpstreamError:
         """Choose the error of a request that not all endpoints refused.
 
         A 429 takes precedence over failures of other endpoints, then the last failure. Without any
@@ -292,12 +289,12 @@ class Endpoints:
         limited = (error for error in failures if isinstance(error, UpstreamRateLimited))
         if (error := next(limited, None)) is not None:
             return error
-        if pauses := self.remaining_pauses(now, subject):
+        if pauses := self.remaining_pauses(now, scope):
             delays = (seconds for seconds in pauses.values() if seconds is not None)
             return rate_limited(min(delays, default=None))
         if failures:
             return failures[0]
-        blocked = [url for url in self.urls if not self.may_request(url, now, subject)]
+        blocked = [url for url in self.urls if not self.may_request(url, now, scope)]
         names = " and ".join(map(str, blocked or self.urls))
         return AllCircuitsOpen(
             f"no request is sent to {names} for a while; last failure: {self.last_failure}"

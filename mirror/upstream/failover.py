@@ -42,7 +42,7 @@ from mirror.oci.links import page_target
 from mirror.oci.reference import Repository
 from mirror.single_flight import SingleFlight
 from mirror.upstream.auth import Authenticator, Negotiation
-from mirror.upstream.endpoints import Endpoints, SendState, Subject, rate_limited
+from mirror.upstream.endpoints import Endpoints, RequestScope, SendState, rate_limited
 from mirror.upstream.failures import ResponseLimit
 from mirror.upstream.messages import AcceptedResponse, NextPage, RegistryRequest
 from mirror.upstream.outbound import (
@@ -96,9 +96,9 @@ class _Attempt:
     """Where the request is sent. None: to the endpoint."""
 
     @property
-    def subject(self) -> Subject:
+    def scope(self) -> RequestScope:
         """The requests that a failure of this one counts for."""
-        return _subject_of(self.request)
+        return _scope_of(self.request)
 
     def url(self) -> URL:
         """Return the URL of the request. Raises ``OutboundRefused`` if the guard refuses it."""
@@ -212,11 +212,11 @@ class FailoverClient:
         avoid: Collection[str],
     ) -> T:
         """Run attempts until one succeeds, which stays open on ``stack``. See :meth:`send`."""
-        now, urls, subject = self._clock(), self._endpoints.urls, _subject_of(request)
+        now, urls, scope = self._clock(), self._endpoints.urls, _scope_of(request)
         ruled_out = {url: request.ruled_out.get(str(url)) for url in urls}
         finished = {url: error for url, error in ruled_out.items() if error is not None}
         state = SendState(now + RETRY_BUDGET_S, finished=finished)
-        for url, seconds in self._endpoints.remaining_pauses(now, subject).items():
+        for url, seconds in self._endpoints.remaining_pauses(now, scope).items():
             request.note_failure(str(url), rate_limited(seconds))
         while True:
             attempts_before = state.attempts
@@ -237,28 +237,28 @@ class FailoverClient:
             )
             latest = state.failures[-1] if state.failures else None
             if is_last_round or not request.may_retry(latest):
-                raise self._endpoints.final_error(state, self._clock(), subject)
+                raise self._endpoints.final_error(state, self._clock(), scope)
             await asyncio.sleep(backoff_delay(state.attempts, self._jitter()))
 
     def _attempts_of_round(
         self, state: SendState, request: RegistryRequest, avoid: Collection[str]
     ) -> Iterator[_Attempt]:
         """Begin an attempt at each endpoint that may be asked, the best one first."""
-        subject = _subject_of(request)
-        permitted = self._endpoints.candidates(self._clock(), subject, avoid)
+        scope = _scope_of(request)
+        permitted = self._endpoints.candidates(self._clock(), scope, avoid)
         candidates = [endpoint for endpoint in permitted if endpoint not in state.finished]
         for position, endpoint in enumerate(candidates, 1):
             now = self._clock()
-            if not self._endpoints.may_request(endpoint, now, subject):
+            if not self._endpoints.may_request(endpoint, now, scope):
                 continue  # Another request may have become the probe since.
             if not state.may_attempt(now):
                 return
             state.attempts += 1
-            is_probe = self._endpoints.circuits[endpoint].begin_request(subject)
+            is_probe = self._endpoints.circuits[endpoint].begin_request(scope)
             # A blob gets a shorter time limit (`limits.headers`) if other requests wait for this
             # probe, or if another endpoint may respond at once.
             is_urgent = is_probe or not all(
-                self._endpoints.has_failed(other, now, subject) for other in candidates[position:]
+                self._endpoints.has_failed(other, now, scope) for other in candidates[position:]
             )
             is_repeat = endpoint in state.tried
             state.tried.add(endpoint)
@@ -430,7 +430,7 @@ class FailoverClient:
         if attempt.is_recorded:
             return
         attempt.is_recorded = True
-        endpoint, subject = attempt.policy.endpoint, attempt.subject
+        endpoint, scope = attempt.policy.endpoint, attempt.scope
         circuit, is_probe = self._endpoints.circuits[endpoint], attempt.is_probe
         was_open = circuit.is_open
         if _may_depend_on_connections(attempt, error) and attempt.request.reclaim(str(endpoint)):
@@ -439,15 +439,15 @@ class FailoverClient:
         match error:
             case UpstreamRateLimited():
                 circuit.record_success()
-                self._endpoints.pauses[endpoint].add(self._clock(), subject, error.retry_after)
+                self._endpoints.pauses[endpoint].add(self._clock(), scope, error.retry_after)
             case OutboundRefused() | UpstreamUnavailable(scope=FailureScope.NONE) | Draining():
                 circuit.record_cancellation(is_probe=is_probe)
-            case UpstreamUnavailable(scope=FailureScope.SUBJECT | FailureScope.ENDPOINT):
+            case UpstreamUnavailable(scope=FailureScope.SAME_KIND | FailureScope.ENDPOINT):
                 self._endpoints.last_failure = error.message
                 if is_probe or not attempt.is_repeat:
                     circuit.record_failure(
                         self._clock(),
-                        subject,
+                        scope,
                         is_probe=is_probe,
                         is_unreachable=error.scope is FailureScope.ENDPOINT,
                     )
@@ -465,10 +465,10 @@ def _may_depend_on_connections(attempt: _Attempt, error: BaseException | None) -
     return is_failure and attempt.status in _TOO_MANY_CONNECTIONS
 
 
-def _subject_of(request: RegistryRequest) -> Subject:
+def _scope_of(request: RegistryRequest) -> RequestScope:
     """Return the requests that a failure of this one counts for."""
     kind = f"{request.kind.value} range" if request.is_range else request.kind.value
-    return Subject(f"{request.method} {kind}", request.repository.path)
+    return RequestScope(f"{request.method} {kind}", request.repository.path)
 
 
 async def _whole_response(response: AcceptedResponse) -> AcceptedResponse:

@@ -102,7 +102,7 @@ def connection_error(error: Exception, hop: Hop) -> errors.UpstreamUnavailable:
         error, aiohttp.ConnectionTimeoutError | aiohttp.ClientConnectorError
     )
     # An endpoint that is connected may take long, or break the connection, for this content only.
-    scope = errors.FailureScope.ENDPOINT if is_unreachable else errors.FailureScope.SUBJECT
+    scope = errors.FailureScope.ENDPOINT if is_unreachable else errors.FailureScope.SAME_KIND
     is_timeout = isinstance(error, TimeoutError)
     cls = errors.UpstreamTimeout if is_timeout else errors.UpstreamUnavailable
     return cls(message, scope=scope)

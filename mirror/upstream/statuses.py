@@ -55,7 +55,7 @@ async def error_of(
             )
         case status if status >= 500 or status == 408:
             is_unable = status in _UNABLE_TO_RESPOND and not response.is_cross_origin
-            scope = errors.FailureScope.SUBJECT if is_unable else errors.FailureScope.REQUEST
+            scope = errors.FailureScope.SAME_KIND if is_unable else errors.FailureScope.REQUEST
             return errors.UpstreamUnavailable(f"{host} responded with {status}", scope=scope)
         case status:
             return errors.UpstreamProtocolError(f"{host} responded with {status}")

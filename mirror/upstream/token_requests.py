@@ -57,5 +57,5 @@ class TokenTransport:
                 return TokenResponse(response.http.status, body, retry_after_of(response.http))
         except UpstreamUnavailable as error:
             if error.scope is FailureScope.ENDPOINT:
-                error.scope = FailureScope.SUBJECT
+                error.scope = FailureScope.SAME_KIND
             raise

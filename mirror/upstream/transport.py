@@ -373,7 +373,7 @@ async def token_deadline(limit: ResponseLimit) -> AsyncIterator[None]:
             yield
     except TimeoutError as timeout:
         message = "no token within the time limit (limits.connect and limits.headers)"
-        error = errors.UpstreamTimeout(message, scope=errors.FailureScope.SUBJECT)
+        error = errors.UpstreamTimeout(message, scope=errors.FailureScope.SAME_KIND)
         error.is_without_token = True
         raise error from timeout
     except errors.MirrorError as error:
@@ -450,7 +450,7 @@ async def read_chunks(
                 if received_in_window < limits.min_rate * waited_s:
                     host = response.url.origin()
                     message = f"{host} sends less than {limits.min_rate} bytes/s (limits.min_rate)"
-                    raise errors.UpstreamTimeout(message, scope=errors.FailureScope.SUBJECT)
+                    raise errors.UpstreamTimeout(message, scope=errors.FailureScope.SAME_KIND)
                 waited_s, received_in_window = 0.0, 0
     except (TimeoutError, aiohttp.ClientError, OSError) as error:
         # The reader raises before it has handed out all received bytes. They are good, and would
@@ -460,7 +460,7 @@ async def read_chunks(
         raise _body_error(error, response) from error
     if expected is not None and received < expected:
         message = f"the body ended at {received} of {expected} bytes"
-        raise errors.UpstreamUnavailable(message, scope=errors.FailureScope.SUBJECT)
+        raise errors.UpstreamUnavailable(message, scope=errors.FailureScope.SAME_KIND)
 
 
 def _body_error(error: Exception, response: aiohttp.ClientResponse) -> errors.UpstreamUnavailable:
@@ -468,9 +468,9 @@ def _body_error(error: Exception, response: aiohttp.ClientResponse) -> errors.Up
     host = response.url.origin()
     if isinstance(error, TimeoutError):
         message = f"{host} stopped sending in the middle of a body (limits.idle)"
-        return errors.UpstreamTimeout(message, scope=errors.FailureScope.SUBJECT)
+        return errors.UpstreamTimeout(message, scope=errors.FailureScope.SAME_KIND)
     message = f"{host}: the connection broke in the middle of a body"
-    return errors.UpstreamUnavailable(message, scope=errors.FailureScope.SUBJECT)
+    return errors.UpstreamUnavailable(message, scope=errors.FailureScope.SAME_KIND)
 
 
 # --- headers --------------------------------------------------------------------------------------

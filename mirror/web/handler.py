@@ -17,6 +17,7 @@ import json
 import re
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 from typing import Final, assert_never
 
@@ -58,11 +59,18 @@ from mirror.web.client_socket import abort_connection
 from mirror.web.error_responses import NoResponse, build_error_response
 from mirror.web.health import Health
 from mirror.web.hosted_handler import HostedHandler
+from mirror.web.large_bodies import LARGE_BODIES
 from mirror.web.probe_image import PROBE_REPOSITORY, ProbeImage
-from mirror.web.pull_access import check_pull, find_visible
-from mirror.web.response_headers import IMMUTABLE, common_headers
+from mirror.web.pull_access import check_request, find_visible
+from mirror.web.response_headers import CONTENT_CACHE_CONTROL, common_headers
 from mirror.web.stored_responses import StoredResponses, make_request_id
-from mirror.web.streaming import Body, Sender, SingleWriteResponse, applicable_range
+from mirror.web.streaming import (
+    Body,
+    Sender,
+    SingleWriteResponse,
+    applicable_range,
+    cut_pieces,
+)
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 _VERSIONS: Final = frozenset({HttpVersion10, HttpVersion11})
@@ -107,9 +115,10 @@ class Handler:
         if hosted is not None and has_push_listener:
             self._hosted_handler = HostedHandler(
                 hosted,
+                service,
                 access,
                 self._forwarded_prefix,
-                is_sole=is_push_listener,
+                is_push_listener=is_push_listener,
             )
         self._access = access
         self._is_push_listener = is_push_listener
@@ -269,7 +278,7 @@ class Handler:
         else:
             parsed = self._parse(request.method, path, query, self._named_by_host(request))
             if self._access.is_enforced:
-                await check_pull(self._access, parsed, request, pull)
+                await check_request(self._access, parsed, request, pull)
         pull.kind = Kind.PING  # Requests for a repository overwrite it.
         if (
             isinstance(parsed, paths.RepositoryRequest)
@@ -343,6 +352,8 @@ class Handler:
         if result.body is None and not is_head:
             raise ManifestUnknown("the upstream no longer has the manifest")
         pull.digest = str(result.digest)
+        if result.body is not None:
+            result = replace(result, body=LARGE_BODIES.find_equal(result.digest, result.body))
         body = Body(
             result.digest,
             result.media_type,
@@ -352,7 +363,7 @@ class Handler:
         )
         extra = common_headers(pull)
         if isinstance(parsed.reference, Digest):
-            extra["Cache-Control"] = IMMUTABLE[pull.is_private]
+            extra["Cache-Control"] = CONTENT_CACHE_CONTROL[pull.is_private]
         else:
             extra["Vary"] = ", ".join(filter(None, ("Accept", extra.get("Vary"))))
         return await Sender(request, pull, self._emit).send(body, extra)
@@ -380,7 +391,7 @@ class Handler:
                 is_fresh=result.is_fresh,
             )
             extra = common_headers(pull)
-            extra["Cache-Control"] = IMMUTABLE[pull.is_private]
+            extra["Cache-Control"] = CONTENT_CACHE_CONTROL[pull.is_private]
             if pull.is_unverified:
                 extra["Cache-Control"] = "no-store"
                 extra["Warning"] = ", ".join(filter(None, (extra.get("Warning"), _UNVERIFIED)))
@@ -394,17 +405,19 @@ class Handler:
     ) -> web.StreamResponse:
         pull.kind = Kind.CATALOG
         pull.upstream = parsed.ns or ""
-        if not self._has_catalog:
+        if not self._has_catalog and not parsed.is_at_push_listener:
             raise NotFound("this mirror lists no repositories: set catalog to true to allow it")
         is_visible = await find_visible(self._access, request, pull)
         result = await self._service.repositories(parsed.ns, parsed.count, parsed.last, is_visible)
-        page = {"repositories": list(result.names)}
-        response = _build_json_response(json.dumps(page).encode(), pull)
+        headers = {"Content-Type": "application/json", **common_headers(pull)}
         if result.has_more and result.names:
-            query = {"n": parsed.count, "last": result.names[-1], "ns": parsed.ns}
+            ns = None if parsed.is_at_push_listener else parsed.ns
+            query = {"n": parsed.count, "last": result.names[-1], "ns": ns}
             path = self._path_of_next("/v2/_catalog", parsed.count, request)
-            response.headers["Link"] = build_next(path, query)
-        return response
+            headers["Link"] = build_next(path, query)
+        page = json.dumps({"repositories": result.names}).encode()
+        sender = Sender(request, pull, self._emit)
+        return await sender.send_pieces(headers, len(page), cut_pieces(page))
 
     def _path_of_next(self, path: str, count: int | None, request: web.BaseRequest) -> str:
         """Return the path of the next page of the list at ``path``, for its ``Link``.
@@ -444,6 +457,9 @@ class Handler:
         page = await self._service.referrers(
             parsed.repository, parsed.digest, parsed.artifact_type, pull, parsed.last
         )
+        if (digest := page.digest) is None:
+            digest = await parse_in_thread_if_large(Digest.of, page.index)
+        page = replace(page, index=LARGE_BODIES.find_equal(digest, page.index))
         extra, data = common_headers(pull), page.index
         if parsed.artifact_type is not None:
             extra["OCI-Filters-Applied"] = "artifactType"
@@ -452,7 +468,6 @@ class Handler:
             path = self._path_of_next(f"/v2/{name}/referrers/{parsed.digest}", None, request)
             query = {"artifactType": parsed.artifact_type, "last": page.next_last, "ns": parsed.ns}
             extra["Link"] = build_next(path, query)
-        digest = await parse_in_thread_if_large(Digest.of, data)
         body = Body(digest, OCI_INDEX, size=len(data), source=data, is_fresh=is_never_fresh)
         return await Sender(request, pull, self._emit).send(body, extra)
 

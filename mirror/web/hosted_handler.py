@@ -8,9 +8,9 @@ known. Requests that only read are left to ``handler.py``, once they are allowed
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Final, assert_never
 
@@ -18,7 +18,8 @@ from aiohttp import web
 
 from mirror.access.access_control import AccessControl
 from mirror.access.failure_limit import counted_address
-from mirror.access.identity import AccessRight, Identity
+from mirror.access.identity import Identity
+from mirror.config.access import AccessAction
 from mirror.hosted.hosted_service import HostedService
 from mirror.hosted.manifest_memory import ManifestShare
 from mirror.hosted.upload_feed import UploadFeed
@@ -28,7 +29,6 @@ from mirror.oci.descriptor import MANIFEST_LIMIT
 from mirror.oci.errors import (
     Denied,
     EncodingUnsupported,
-    LoginRequired,
     NameInvalid,
     NameUnknown,
     SizeInvalid,
@@ -37,12 +37,17 @@ from mirror.oci.errors import (
     TooLarge,
     UploadOutOfOrder,
 )
-from mirror.oci.links import build_next
 from mirror.oci.reference import Digest, Repository
+from mirror.pull.service import PullService
 from mirror.web import hosted_paths, paths
 from mirror.web.browser_guard import is_same_site, may_be_private_host
-from mirror.web.hosted_paths import BlobDeletion, ManifestChange, StartUpload, UploadRequest
-from mirror.web.pull_access import find_visible
+from mirror.web.hosted_paths import (
+    BlobDeletion,
+    ManifestChange,
+    PushRequest,
+    StartUpload,
+    UploadRequest,
+)
 from mirror.web.response_headers import common_headers
 
 CLIENT_SILENCE_S: Final = 60.0
@@ -59,32 +64,35 @@ class HostedHandler:
     def __init__(
         self,
         service: HostedService,
+        pulls: PullService,
         access: AccessControl,
         find_prefix: FindPrefix,
         *,
-        is_sole: bool,
+        is_push_listener: bool,
     ) -> None:
         """Create the handler of one listener.
 
         Args:
             service: Does what the client requests. Its settings name the listener.
+            pulls: Knows the operator's blocks.
             access: Says who the client is, and what it may do.
             find_prefix: See :data:`FindPrefix`.
-            is_sole: True on a listener of its own: every request is a push listener's.
+            is_push_listener: True on a listener of its own: each request there is for it.
         """
         self.name = service.settings.name
         self._prefixes = frozenset(service.settings.names())
         self._hosts = frozenset(host.lower() for host in service.settings.hosts)
         self._service = service
+        self._pulls = pulls
         self._access = access
         self._find_prefix = find_prefix
-        self._is_sole = is_sole
+        self._is_push_listener = is_push_listener
         own_names = self._hosts | {self.name}
         self._is_known_host = lru_cache(64)(partial(may_be_private_host, names=own_names))
 
     def is_at_push_listener(self, request: web.BaseRequest) -> bool:
         """Return whether a request has come to the push listener."""
-        if self._is_sole:
+        if self._is_push_listener:
             return True
         host = request.host.lower()
         has_port = ":" in host and not host.endswith("]")
@@ -93,60 +101,69 @@ class HostedHandler:
 
     # --- access ---------------------------------------------------------------------------------
 
-    async def _ask(
+    async def _authorize(
         self,
         request: web.BaseRequest,
-        pull: RequestRecord,
-        right: AccessRight | None = None,
+        record: RequestRecord,
+        action: AccessAction | None = None,
         repository: Repository | None = None,
         *,
         is_ping: bool = False,
     ) -> Identity:
-        """Return the client. Raises ``LoginRequired`` or ``Denied``."""
-        pulled = repository if right is AccessRight.PULL else None
+        """Check the credentials and the rules. Returns who the client is.
+
+        Records the user, and whether the response is private. Raises ``LoginRequired``, ``Denied``,
+        ``TooManyRequests``.
+        """
+        pulled = repository if action is AccessAction.PULL else None
         if self._access.is_enforced and not (pulled and self._access.is_public(pulled)):
-            pull.is_private = True
+            record.is_private = True
         authorization = request.headers.get("Authorization")
         try:
             identity = await self._access.check_at_push_listener(
-                authorization, pull.client, right, repository, is_ping=is_ping
+                authorization, record.client, action, repository, is_ping=is_ping
             )
         except Denied as error:
-            pull.user = error.user
+            record.user = error.user
             raise
-        pull.user = identity.user
+        record.user = identity.user
         return identity
 
     async def respond(
-        self, request: web.BaseRequest, pull: RequestRecord
+        self, request: web.BaseRequest, record: RequestRecord
     ) -> web.StreamResponse | paths.Request:
         """Handle a request. One that only reads is allowed and returned, and ``handler.py`` serves.
 
         Raises ``MirrorError``.
         """
         self._refuse_web_page(request)
-        path, _, query = pull.path.partition("?")
-        if hosted_paths.is_change(request.method, path):
-            return await self._change(request, pull, path, query)
-        return await self._allow_read(request, pull, path, query)
+        path, _, query = record.path.partition("?")
+        parsed = hosted_paths.parse_push(request.method, path, query, self.name)
+        if parsed is None:
+            return await self._allow_read(request, record, path, query)
+        return await self._serve_push(request, record, parsed)
 
     def _refuse_web_page(self, request: web.BaseRequest) -> None:
-        """Refuse what a page of another site makes a browser send. Raises ``Denied``.
-
-        With rules, a ``Host`` may be any name: the server may have names that it does not know of.
-        """
+        """Refuse what a page of another site makes a browser send. Raises ``Denied``."""
         host = request.headers.get("Host", "")
         if not is_same_site(request.headers, host, is_navigation=False):
-            raise Denied("a web page of another site has caused this request")
-        if not self._is_sole or self._access.is_enforced or not host or self._is_known_host(host):
-            return
-        raise Denied(
-            f"this server does not know the name {host}: add it to hosted.hosts, or use localhost"
-        )
+            raise Denied("a page of another site has caused this request: use a registry client")
+        if not self._access.is_enforced:
+            self._refuse_unknown_host(request)
+
+    def _refuse_unknown_host(self, request: web.BaseRequest) -> None:
+        """Refuse a request without a login to a name that a web page may have (DNS rebinding).
+
+        Raises ``Denied``. Such a page has no credentials, so all names are good for users.
+        """
+        host = request.headers.get("Host", "")
+        if self._is_push_listener and host and not self._is_known_host(host):
+            remedy = "log in" if self._access.is_enforced else "use localhost"
+            raise Denied(f"the name {host} is not in hosted.hosts: add it, or {remedy}")
 
     async def _allow_read(
-        self, request: web.BaseRequest, pull: RequestRecord, path: str, query: str
-    ) -> web.StreamResponse | paths.Request:
+        self, request: web.BaseRequest, record: RequestRecord, path: str, query: str
+    ) -> paths.Request:
         names = {self.name: self.name}
         try:
             parsed = paths.parse(
@@ -158,11 +175,11 @@ class HostedHandler:
             ) from None
         match parsed:
             case paths.PingRequest():
-                await self._ask(request, pull, is_ping=True)
+                await self._authorize(request, record, is_ping=True)
             case paths.RepositoriesRequest():
-                pull.kind = Kind.CATALOG
-                await self._ask(request, pull)
-                return await self._send_repositories(request, pull, parsed)
+                record.kind = Kind.CATALOG
+                await self._authorize(request, record)
+                return replace(parsed, ns=self.name, is_at_push_listener=True)
             case (
                 paths.ManifestRequest()
                 | paths.BlobRequest()
@@ -170,9 +187,9 @@ class HostedHandler:
                 | paths.ReferrersRequest()
             ):
                 repository = parsed.repository
-                identity = await self._ask(request, pull, AccessRight.PULL, repository)
+                identity = await self._authorize(request, record, AccessAction.PULL, repository)
                 # Others keep nothing from a collection: they push nothing that may name it.
-                may_push = self._access.is_allowed(identity, repository, AccessRight.PUSH)
+                may_push = self._access.is_allowed(identity, repository, AccessAction.PUSH)
                 if request.method == "HEAD" and may_push:
                     await self._mark_found(parsed)
         return parsed
@@ -188,68 +205,43 @@ class HostedHandler:
             elif isinstance(parsed, paths.ManifestRequest):
                 await self._service.manifests.mark_used(parsed.repository.path, parsed.reference)
 
-    async def _send_repositories(
-        self, request: web.BaseRequest, pull: RequestRecord, parsed: paths.RepositoriesRequest
+    # --- pushes ---------------------------------------------------------------------------------
+
+    async def _serve_push(
+        self, request: web.BaseRequest, record: RequestRecord, parsed: PushRequest
     ) -> web.StreamResponse:
-        """Send one page of the repositories that the client may pull from."""
-        is_visible = await find_visible(self._access, request, pull)
-        count = parsed.count
-        found, has_more = await self._service.lists.repositories(count, parsed.last, is_visible)
-        headers = {}
-        if has_more:
-            link = "_catalog" if count is not None else f"{self._find_prefix(request)}/v2/_catalog"
-            headers["Link"] = build_next(link, {"n": count, "last": found[-1]})
-        body = json.dumps({"repositories": found}).encode()
-        return self._reply(pull, 200, {"Content-Type": "application/json", **headers}, body)
-
-    async def _is_allowed(
-        self,
-        request: web.BaseRequest,
-        pull: RequestRecord,
-        right: AccessRight,
-        repository: Repository,
-    ) -> bool:
-        try:
-            await self._ask(request, pull, right, repository)
-        except (Denied, LoginRequired):
-            return False
-        return True
-
-    # --- changes --------------------------------------------------------------------------------
-
-    async def _change(
-        self, request: web.BaseRequest, pull: RequestRecord, path: str, query: str
-    ) -> web.StreamResponse:
-        parsed = hosted_paths.parse_change(request.method, path, query, self.name)
         codings = request.headers.getall("Content-Encoding", ())
         if any(coding.strip().lower() not in ("", "identity") for coding in codings):
             # Its digest and its lengths would be those of other bytes than are kept.
             raise EncodingUnsupported("send the body as it is: no Content-Encoding is accepted")
         is_manifest = isinstance(parsed, ManifestChange)
-        pull.kind = Kind.MANIFEST if is_manifest else Kind.BLOB
-        pull.upstream, pull.repository = self.name, parsed.repository.path
+        record.kind = Kind.MANIFEST if is_manifest else Kind.BLOB
+        record.upstream, record.repository = self.name, parsed.repository.path
         is_deletion = request.method == "DELETE" and not isinstance(parsed, UploadRequest)
-        right = AccessRight.DELETE if is_deletion else AccessRight.PUSH
-        user = (await self._ask(request, pull, right, parsed.repository)).user
-        if right is AccessRight.PUSH:
+        action = AccessAction.DELETE if is_deletion else AccessAction.PUSH
+        identity = await self._authorize(request, record, action, parsed.repository)
+        if not identity.user:
+            self._refuse_unknown_host(request)
+        if action is AccessAction.PUSH:
             self._refuse_prefix(parsed.repository)
-        actor = Actor(user=user, client=pull.client, network=counted_address(pull.client))
-        pull.outcome = Outcome.DELETED if is_deletion else Outcome.PUSHED
+        network = counted_address(record.client)
+        actor = Actor(user=identity.user, client=record.client, network=network)
+        record.outcome = Outcome.DELETED if is_deletion else Outcome.PUSHED
         match parsed:
             case StartUpload():
-                return await self._start_upload(request, pull, parsed, actor)
+                return await self._start_upload(request, record, parsed, identity, actor)
             case UploadRequest():
-                return await self._serve_upload(request, pull, parsed, user)
+                return await self._serve_upload(request, record, parsed, identity.user)
             case ManifestChange():
-                pull.reference = str(parsed.reference)
+                record.reference = str(parsed.reference)
                 if is_deletion:
-                    await self._delete(request, pull, parsed, actor)
-                    return self._reply(pull, 202)
-                return await self._put_manifest(request, pull, parsed, actor)
+                    await self._delete(parsed, identity, actor)
+                    return self._reply(record, 202)
+                return await self._put_manifest(request, record, parsed, actor)
             case BlobDeletion():
-                pull.reference = str(parsed.digest)
-                await self._delete(request, pull, parsed, actor)
-                return self._reply(pull, 202)
+                record.reference = str(parsed.digest)
+                await self._delete(parsed, identity, actor)
+                return self._reply(record, 202)
             case unknown:
                 assert_never(unknown)
 
@@ -266,63 +258,64 @@ class HostedHandler:
             )
 
     async def _start_upload(
-        self, request: web.BaseRequest, pull: RequestRecord, parsed: StartUpload, actor: Actor
+        self,
+        request: web.BaseRequest,
+        record: RequestRecord,
+        parsed: StartUpload,
+        identity: Identity,
+        actor: Actor,
     ) -> web.StreamResponse:
         repository, user = parsed.repository.path, actor.user
-        if parsed.mount is not None and await self._mount(
-            request, pull, parsed, parsed.mount, actor
-        ):
-            return self._reply_created(request, pull, parsed.repository, parsed.mount)
+        if parsed.mount is not None and await self._mount(parsed, parsed.mount, identity, actor):
+            return self._reply_created(request, record, parsed.repository, parsed.mount)
         uploads = self._service.uploads
         size = request.content_length if parsed.digest is not None else None
         upload_id = await uploads.begin(repository, user, size, parsed.algorithm, owner=actor.owner)
         if parsed.digest is None:
-            return self._reply_progress(request, pull, parsed.repository, upload_id, 0)
+            return self._reply_progress(request, record, parsed.repository, upload_id, 0)
         # One request has the whole blob.
         feed = await uploads.open(upload_id, repository, user, size=size)
         try:
-            await self._receive(request, pull, feed)
+            await self._receive(request, record, feed)
             await uploads.finish(feed, parsed.digest)
         except BaseException:
             feed.close()
             await uploads.discard(upload_id)
             raise
         feed.close()
-        return self._reply_created(request, pull, parsed.repository, parsed.digest)
+        return self._reply_created(request, record, parsed.repository, parsed.digest)
 
     async def _mount(
-        self,
-        request: web.BaseRequest,
-        pull: RequestRecord,
-        parsed: StartUpload,
-        digest: Digest,
-        actor: Actor,
+        self, parsed: StartUpload, digest: Digest, identity: Identity, actor: Actor
     ) -> bool:
         """Return whether the blob was mounted.
 
-        A client that may not read the source gets the same answer as for a blob that is not there.
-        So does one that names no source: it could find out what others have.
+        A client that may not read the source gets the same answer as for a blob that is not there,
+        also if it is blocked. So does one that names no source: it could learn what others have.
         """
         if parsed.source is None:
             return False
         try:
             source = Repository.parse(self.name, parsed.source)
-            await self._ask(request, pull, AccessRight.PULL, source)
-        except (NameInvalid, Denied, LoginRequired):
+        except NameInvalid:
+            return False
+        if not self._access.is_allowed(identity, source, AccessAction.PULL):
+            return False
+        if not self._pulls.is_admitted(source, digest):
             return False
         return await self._service.blobs.mount(source.path, parsed.repository.path, digest, actor)
 
     async def _serve_upload(
-        self, request: web.BaseRequest, pull: RequestRecord, parsed: UploadRequest, user: str
+        self, request: web.BaseRequest, record: RequestRecord, parsed: UploadRequest, user: str
     ) -> web.StreamResponse:
         uploads, repository = self._service.uploads, parsed.repository.path
         if request.method == "DELETE":
             await uploads.cancel(parsed.id, repository, user)
-            return self._reply(pull, 204)
+            return self._reply(record, 204)
         if request.method == "GET":
             position = await uploads.position(parsed.id, repository, user)
             return self._reply_progress(
-                request, pull, parsed.repository, parsed.id, position, status=204
+                request, record, parsed.repository, parsed.id, position, status=204
             )
         chunk = hosted_paths.parse_chunk_range(request.headers.get("Content-Range"))
         length = request.content_length
@@ -335,7 +328,7 @@ class HostedHandler:
             error.location = self._path(request, parsed.repository, f"blobs/uploads/{parsed.id}")
             raise
         try:
-            received = await self._receive(request, pull, feed)
+            received = await self._receive(request, record, feed)
             if chunk is not None and chunk[1] != received:
                 raise SizeInvalid("the chunk is not as long as its Content-Range")
             if parsed.digest is None:
@@ -343,15 +336,15 @@ class HostedHandler:
                 feed.close()
                 await feed.wait_closed()  # The client may go on at another process.
                 return self._reply_progress(
-                    request, pull, parsed.repository, parsed.id, feed.position
+                    request, record, parsed.repository, parsed.id, feed.position
                 )
             await uploads.finish(feed, parsed.digest)
         finally:
             feed.close()
-        return self._reply_created(request, pull, parsed.repository, parsed.digest)
+        return self._reply_created(request, record, parsed.repository, parsed.digest)
 
     async def _receive(
-        self, request: web.BaseRequest, pull: RequestRecord, feed: UploadFeed
+        self, request: web.BaseRequest, record: RequestRecord, feed: UploadFeed
     ) -> int:
         """Append the body of a request to an upload. Returns its bytes.
 
@@ -364,16 +357,16 @@ class HostedHandler:
         async with asyncio.timeout(CLIENT_SILENCE_S) as limit:
             while chunk := await request.content.readany():
                 await feed.write(chunk)
-                pull.bytes_received += len(chunk)
+                record.bytes_received += len(chunk)
                 limit.reschedule(loop.time() + CLIENT_SILENCE_S)
         return feed.position - before
 
     async def _put_manifest(
-        self, request: web.BaseRequest, pull: RequestRecord, parsed: ManifestChange, actor: Actor
+        self, request: web.BaseRequest, record: RequestRecord, parsed: ManifestChange, actor: Actor
     ) -> web.StreamResponse:
         with self._service.manifests.memory.share() as memory:
             body = await _read_manifest(request, memory)
-            pull.bytes_received = len(body)
+            record.bytes_received = len(body)
             manifest = await self._service.manifests.put(
                 parsed.repository.path,
                 parsed.reference,
@@ -382,7 +375,7 @@ class HostedHandler:
                 request.headers.get("Content-Type"),
                 actor,
             )
-        pull.digest = str(manifest.digest)
+        record.digest = str(manifest.digest)
         headers = {
             "Location": self._path(request, parsed.repository, f"manifests/{manifest.digest}"),
             "Docker-Content-Digest": str(manifest.digest),
@@ -391,14 +384,10 @@ class HostedHandler:
             headers["OCI-Subject"] = str(manifest.subject)
         if parsed.tags:
             headers["OCI-Tag"] = ", ".join(map(str, parsed.tags))
-        return self._reply(pull, 201, headers)
+        return self._reply(record, 201, headers)
 
     async def _delete(
-        self,
-        request: web.BaseRequest,
-        pull: RequestRecord,
-        parsed: ManifestChange | BlobDeletion,
-        actor: Actor,
+        self, parsed: ManifestChange | BlobDeletion, identity: Identity, actor: Actor
     ) -> None:
         repository = parsed.repository
         if isinstance(parsed, BlobDeletion):
@@ -410,7 +399,7 @@ class HostedHandler:
         try:
             await delete()
         except TagImmutable:
-            if not await self._is_allowed(request, pull, AccessRight.ADMIN, repository):
+            if not self._access.is_allowed(identity, repository, AccessAction.ADMIN):
                 raise
             await delete(may_change_immutable=True)
 
@@ -422,36 +411,40 @@ class HostedHandler:
 
     def _reply(
         self,
-        pull: RequestRecord,
+        record: RequestRecord,
         status: int,
         headers: Mapping[str, str] | None = None,
         body: bytes = b"",
     ) -> web.Response:
         return web.Response(
-            status=status, headers={**(headers or {}), **common_headers(pull)}, body=body
+            status=status, headers={**(headers or {}), **common_headers(record)}, body=body
         )
 
     def _reply_created(
-        self, request: web.BaseRequest, pull: RequestRecord, repository: Repository, digest: Digest
+        self,
+        request: web.BaseRequest,
+        record: RequestRecord,
+        repository: Repository,
+        digest: Digest,
     ) -> web.Response:
-        pull.digest = str(digest)
+        record.digest = str(digest)
         headers = {
             "Location": self._path(request, repository, f"blobs/{digest}"),
             "Docker-Content-Digest": str(digest),
         }
-        return self._reply(pull, 201, headers)
+        return self._reply(record, 201, headers)
 
     def _reply_progress(
         self,
         request: web.BaseRequest,
-        pull: RequestRecord,
+        record: RequestRecord,
         repository: Repository,
         upload_id: str,
         position: int,
         status: int = 202,
     ) -> web.Response:
         return self._reply(
-            pull, status, self._progress_headers(request, repository, upload_id, position)
+            record, status, self._progress_headers(request, repository, upload_id, position)
         )
 
     def _progress_headers(

@@ -1,4 +1,4 @@
-"""Parse a request that changes hosted repositories into one typed request. A pure function.
+"""Parse a request that pushes or deletes into one typed request. A pure function.
 
 Lives here: the paths and queries of "Push" and "Content Management" (Distribution specification).
 Must not know: aiohttp, how a request is served, requests that only read (``paths.py``).
@@ -76,18 +76,10 @@ class BlobDeletion:
     digest: Digest
 
 
-Change: TypeAlias = StartUpload | UploadRequest | ManifestChange | BlobDeletion
+PushRequest: TypeAlias = StartUpload | UploadRequest | ManifestChange | BlobDeletion
 
 
-def is_change(method: str, path: str) -> bool:
-    """Return whether a request is for :func:`parse_change`. Any other one only reads."""
-    if method in ("GET", "HEAD"):
-        match = _UPLOADS.fullmatch(path)
-        return match is not None
-    return True
-
-
-def parse_change(method: str, path: str, query: str, name: str) -> Change:
+def parse_push(method: str, path: str, query: str, name: str) -> PushRequest | None:
     """Parse the request line of a request that changes something, or is about an upload.
 
     Args:
@@ -96,17 +88,22 @@ def parse_change(method: str, path: str, query: str, name: str) -> Change:
         query: The rest of the request target, without the ``?``, as sent.
         name: The name of the hosted repositories' host.
 
+    Returns:
+        None if the request only reads: ``paths.py`` parses it.
+
     Raises:
         MethodUnsupported: The path does not have this method.
         NotFound: No such path.
         InvalidRequest: A part violates its grammar.
     """
+    match = _UPLOADS.fullmatch(path)
+    if match is None and method in ("GET", "HEAD"):
+        return None
     if method not in PUSH_LISTENER_METHODS:
         raise MethodUnsupported("this method is not supported", allowed=PUSH_LISTENER_METHODS)
     if "#" in query or not path.startswith("/v2/"):
         raise NotFound("no such path")
     parameters = _parse_query(query)
-    match = _UPLOADS.fullmatch(path)
     if match is not None:
         repository = Repository.parse(name, decode_part(match["name"], NameInvalid))
         return _parse_upload(method, repository, match["id"] or "", parameters)
@@ -131,7 +128,7 @@ def parse_change(method: str, path: str, query: str, name: str) -> Change:
 
 def _parse_upload(
     method: str, repository: Repository, upload_id: str, parameters: dict[str, list[str]]
-) -> Change:
+) -> PushRequest:
     digest = _parse_digest(parameters, "digest")
     if upload_id:
         _require(method, "GET", "PATCH", "PUT", "DELETE")

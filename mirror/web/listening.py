@@ -7,7 +7,6 @@ not know: what its requests are about.
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -17,6 +16,7 @@ from typing import Any, Final
 
 from mirror.config.settings import Tls
 from mirror.observability.events import Observer
+from mirror.store.file_stamp import file_stamp
 from mirror.web.handler import Handler
 from mirror.web.limited_server import LimitedServer
 from mirror.web.stored_responses import ReusingServer, UnsentConnections
@@ -44,7 +44,7 @@ class Listener:
 @asynccontextmanager
 async def listen(
     handler: Handler,
-    listener: socket.socket,
+    sock: socket.socket,
     *,
     is_limited: bool,
     context: ssl.SSLContext | None,
@@ -56,8 +56,8 @@ async def listen(
 
     Args:
         handler: Handles its requests.
-        listener: The listening socket. It is closed at the end.
-        is_limited: Whether the connections of one client are limited.
+        sock: The listening socket. It is closed at the end.
+        is_limited: Whether ``max_client_connections`` limits the connections of one client.
         context: The certificate. None: no TLS.
         backlog: Connections that the kernel queues until they are accepted.
         emit: Receives the events of refused connections.
@@ -70,7 +70,7 @@ async def listen(
     )
     listening = await asyncio.get_running_loop().create_server(
         server,
-        sock=listener,
+        sock=sock,
         ssl=context,
         backlog=backlog,
         ssl_handshake_timeout=options["keepalive_timeout"] if context is not None else None,
@@ -86,19 +86,17 @@ async def listen(
 
 
 class Certificate:
-    """The certificate of the listener. It is loaded again when its files have changed."""
+    """The certificate of all listeners. It is loaded again when its files have changed."""
 
     def __init__(self, tls: Tls) -> None:
         self._tls = tls
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.context.minimum_version = ssl.TLSVersion.TLSv1_2
-        self._loaded_stamp = self._stamp()
+        self._loaded_stamps = self._find_stamps()
         self.context.load_cert_chain(tls.certificate, tls.key)
 
-    def _stamp(self) -> tuple[int, ...]:
-        """Return times and inodes of the files. They differ once a file was written or replaced."""
-        files = (self._tls.certificate, self._tls.key)
-        return tuple(value for f in files for value in (os.stat(f).st_mtime_ns, os.stat(f).st_ino))
+    def _find_stamps(self) -> tuple[tuple[int, ...], ...]:
+        return file_stamp(self._tls.certificate), file_stamp(self._tls.key)
 
     def refresh(self) -> None:
         """Load a changed certificate, for new connections.
@@ -106,12 +104,12 @@ class Certificate:
         Raises ``OSError`` (``ssl.SSLError`` is a subclass) if it cannot be loaded. The previous
         certificate stays in use, and the next call tries again.
         """
-        stamp = self._stamp()
-        if stamp != self._loaded_stamp:
+        stamps = self._find_stamps()
+        if stamps != self._loaded_stamps:
             # Loaded into another context first: a key that does not match its certificate would
             # leave the context in use without a valid pair.
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
                 self._tls.certificate, self._tls.key
             )
             self.context.load_cert_chain(self._tls.certificate, self._tls.key)
-            self._loaded_stamp = stamp
+            self._loaded_stamps = stamps

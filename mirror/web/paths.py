@@ -75,6 +75,8 @@ class RepositoriesRequest:
     ns: str | None
     """Only repositories of this upstream, as ``library/alpine``. None: the repositories of all
     upstreams, as ``docker.io/library/alpine``."""
+    is_at_push_listener: bool = False
+    """Whether ``ns`` comes from the listener, and not from the request."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
-"""What the mirror's own listener asks before it serves a request: may the client read this?
+"""Decide for a request what its client may pull, or see in lists.
 
 Lives here: the question for each kind of request. Must not know: rules, how users are known, how a
-request is served.
+request is served. The push listener decides about single requests in ``hosted_handler.py``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from functools import partial
 from aiohttp import web
 
 from mirror.access.access_control import AccessControl
+from mirror.access.identity import ANONYMOUS, Identity
 from mirror.observability.events import RequestRecord
 from mirror.oci.errors import Denied
 from mirror.oci.reference import Repository
@@ -19,8 +20,8 @@ from mirror.web import paths
 from mirror.web.probe_image import PROBE_REPOSITORY
 
 
-async def check_pull(
-    access: AccessControl, parsed: paths.Request, request: web.BaseRequest, pull: RequestRecord
+async def check_request(
+    access: AccessControl, parsed: paths.Request, request: web.BaseRequest, record: RequestRecord
 ) -> None:
     """Raise ``Denied`` if the client may not pull from the repository of a request.
 
@@ -31,7 +32,7 @@ async def check_pull(
         access: The rules in force.
         parsed: The request.
         request: The same, as it was sent.
-        pull: Its record. Gets the repository, the user, and whether the response is private.
+        record: Its record. Gets the repository, the user, and whether the response is private.
 
     Raises:
         Denied: The client may not.
@@ -41,32 +42,43 @@ async def check_pull(
         return
     if parsed.repository.path == PROBE_REPOSITORY:
         return
-    pull.upstream, pull.repository = parsed.repository.upstream, parsed.repository.path
-    pull.is_private = not access.is_public(parsed.repository)
+    record.upstream, record.repository = parsed.repository.upstream, parsed.repository.path
+    record.is_private = not access.is_public(parsed.repository)
     authorization = request.headers.get("Authorization")
     try:
-        identity = await access.check_pull(authorization, pull.client, parsed.repository)
+        identity = await access.check_pull(authorization, record.client, parsed.repository)
     except Denied as error:
-        pull.user = error.user
+        record.user = error.user
         raise
-    pull.user = identity.user
-    pull.is_refused = partial(access.is_refused, identity)
+    record.user = identity.user
+    record.is_pull_refused = partial(_is_pull_refused, access, identity, record)
+
+
+def _is_pull_refused(
+    access: AccessControl, identity: Identity, record: RequestRecord, repository: Repository
+) -> bool:
+    """Return whether a rule refuses a client what another repository adds to a response.
+
+    The response is private if everybody else may get another one, also one without the addition.
+    """
+    record.is_private |= access.is_pull_refused(ANONYMOUS, repository)
+    return access.is_pull_refused(identity, repository)
 
 
 async def find_visible(
-    access: AccessControl, request: web.BaseRequest, pull: RequestRecord
+    access: AccessControl, request: web.BaseRequest, record: RequestRecord
 ) -> Callable[[Repository], bool] | None:
     """Return a function that says which repositories a list may name. None: all.
 
     Args:
         access: The rules in force.
         request: The request for a list.
-        pull: Its record. Gets the user, and whether the response is private.
+        record: Its record. Gets the user, and whether the response is private.
     """
     if not access.is_enforced:
         return None
-    pull.is_private = True
+    record.is_private = True
     authorization = request.headers.get("Authorization")
-    identity, is_visible = await access.may_list(authorization, pull.client)
-    pull.user = identity.user
+    identity, is_visible = await access.may_list(authorization, record.client)
+    record.user = identity.user
     return is_visible

@@ -14,7 +14,7 @@ from mirror.web.errors import SAFE_HEADERS
 
 _MAX_WARNING_CHARS: Final = 1024
 """Characters of the ``Warning`` header field: clients limit the size of a response's header."""
-IMMUTABLE: Final = {
+CONTENT_CACHE_CONTROL: Final = {
     is_private: f"{'private' if is_private else 'public'}, max-age=31536000, immutable"
     for is_private in (False, True)
 }
@@ -23,22 +23,22 @@ IMMUTABLE: Final = {
 With ``public``, a shared cache sends it to clients without credentials (RFC 9111, section 3.5)."""
 
 
-def common_headers(pull: RequestRecord) -> dict[str, str]:
+def common_headers(record: RequestRecord) -> dict[str, str]:
     """Return the header fields that every response has, an error response too."""
     headers = {
         "Docker-Distribution-Api-Version": "registry/2.0",
-        "X-Request-Id": pull.request_id,
+        "X-Request-Id": record.request_id,
         "Server": "oci-mirror",
-        "Server-Timing": server_timing(pull),
+        "Server-Timing": server_timing(record),
         **SAFE_HEADERS,
     }
-    if pull.is_private:
+    if record.is_private:
         # An error, too: a cache in front that ignores RFC 9111, section 3.5, would mix answers.
         headers |= {"Cache-Control": "private", "Vary": "Authorization"}
-    if pull.ns is not None:
-        headers["OCI-Namespace"] = pull.ns
-    if pull.warning:
+    if record.ns is not None:
+        headers["OCI-Namespace"] = record.ns
+    if record.warning:
         # Distribution spec, "Warnings": warn-code 299, warn-agent "-".
-        text = pull.warning.replace("\\", "").replace('"', "'")[:_MAX_WARNING_CHARS]
+        text = record.warning.replace("\\", "").replace('"', "'")[:_MAX_WARNING_CHARS]
         headers["Warning"] = f'299 - "served from the cache: {text}"'
     return headers

@@ -51,6 +51,7 @@ from mirror.observability.events import (
     RequestStarted,
 )
 from mirror.web import client_socket
+from mirror.web.client_connection import ClientConnection
 from mirror.web.client_socket import StallWatch, abort_connection
 from mirror.web.health import Health
 from mirror.web.streaming import SingleWriteResponse, format_date
@@ -261,7 +262,7 @@ class UnsentConnections:
             await self._none_left.wait()
 
 
-class ReusingConnection(web.RequestHandler):
+class ReusingConnection(ClientConnection):
     """aiohttp's connection, which reuses stored responses."""
 
     __slots__ = (

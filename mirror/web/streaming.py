@@ -14,8 +14,8 @@ import asyncio
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
-from contextlib import asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
 from email.utils import formatdate
 from functools import lru_cache
@@ -48,6 +48,7 @@ from mirror.store.reader import FileExtent, MemoryExtent, Reader
 from mirror.threads import DISK_READS
 from mirror.web import client_socket
 from mirror.web.client_socket import SocketSendfile, abort_connection, abort_stalled_client
+from mirror.web.large_bodies import LARGE_BODIES
 
 _MAX_SEND_BYTES: Final = 4 * 1024 * 1024
 """Bytes in one send. The metrics are updated after each, and would jump with larger ones."""
@@ -233,8 +234,11 @@ class Sender:
             response.enable_chunked_encoding()
         is_file = has_length and len(parts) == 1 and not isinstance(body.source, bytes)
         socket_sendfile = self._open_sendfile() if is_file else None
+        hold: AbstractAsyncContextManager[None] = nullcontext()
+        if isinstance(body.source, bytes):
+            hold = LARGE_BODIES.hold(body.digest, len(body.source), body.source)
         with socket_sendfile or nullcontext():
-            async with self._sending(response):
+            async with self._sending(response, hold):
                 for delimiter, start, stop in parts:
                     if delimiter:
                         await response.write(delimiter)
@@ -242,7 +246,7 @@ class Sender:
         return response
 
     async def send_pieces(
-        self, headers: dict[str, str], length: int, pieces: Iterable[bytes]
+        self, headers: dict[str, str], length: int, pieces: Iterable[bytes | memoryview]
     ) -> web.StreamResponse:
         """Send a 200 response that is computed while it is sent.
 
@@ -256,7 +260,7 @@ class Sender:
             TimeoutError: The client has stopped reading. The connection has been aborted.
         """
         response = web.StreamResponse(headers={**headers, "Content-Length": str(length)})
-        async with self._sending(response):
+        async with self._sending(response, LARGE_BODIES.hold(id(pieces), length)):
             if self._request.method != "HEAD":
                 for piece in pieces:
                     await response.write(piece)
@@ -266,8 +270,10 @@ class Sender:
         return response
 
     @asynccontextmanager
-    async def _sending(self, response: web.StreamResponse) -> AsyncIterator[None]:
-        """Send the header before the block, and end the response after it.
+    async def _sending(
+        self, response: web.StreamResponse, hold: AbstractAsyncContextManager[None]
+    ) -> AsyncIterator[None]:
+        """Send the header before the block, and end the response after it. ``hold`` is entered.
 
         A failure aborts the connection.
         """
@@ -277,7 +283,7 @@ class Sender:
             with pull.stage("send"):
                 pull.status = response.status
                 seconds = client_socket.CLIENT_STALL_TIMEOUT_S
-                async with abort_stalled_client(request.transport, seconds):
+                async with abort_stalled_client(request.transport, seconds), hold:
                     await response.prepare(request)
                     yield
                     await response.write_eof()
@@ -311,8 +317,9 @@ class Sender:
     ) -> None:
         """Send ``source`` from ``start`` to ``stop``, and wait for bytes that have not arrived."""
         if isinstance(source, bytes):
-            await response.write(source[start:stop])
-            self._record_sent(len(source[start:stop]))
+            for piece in cut_pieces(memoryview(source)[start:stop]):
+                await response.write(piece)
+                self._record_sent(len(piece))
             return
         assert source is not None
         position = start
@@ -372,6 +379,13 @@ class Sender:
             self._pull.first_byte = self._loop.time() - self._pull.started
         self._pull.bytes_sent += count
         self._emit(BytesSent(self._pull.upstream, count))
+
+
+def cut_pieces(body: bytes | memoryview) -> Iterator[memoryview]:
+    """Cut a body into pieces to write: the transport copies what the kernel does not take."""
+    view = memoryview(body)
+    for start in range(0, len(view), _SINGLE_WRITE_BYTES):
+        yield view[start : start + _SINGLE_WRITE_BYTES]
 
 
 def _divide(

@@ -76,7 +76,11 @@ class Mirror(Program):
 
     def ready(self) -> bool:
         try:
-            return self.ask("/readyz", timeout=5).status == 200
+            if self.ask("/readyz", timeout=5).status != 200:
+                return False
+            # The first worker can be ready before the supervisor has started the others.
+            wanted = self.settings.get("workers", 1)
+            return wanted == 1 or bool(self.prefix) or len(self.workers()) >= wanted
         except (OSError, HTTPException):
             return False
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -62,19 +62,20 @@ def check(
     every = states(operations)
     checked = every[part]
     for number, state in enumerate(checked):
-        target = data.parent / "state"
-        layout = Layout(target)
-        state.make(data, target, known)
-        found += complaints(layout, state)
-        assert recover(layout, time.time(), "of another boot") is None
-        found += complaints(layout, state)
-        assert not list((target / "ingest").glob("*/*")), (
-            "bytes that were not synced are not resumed"
-        )
-        if pull_every is not None and number % pull_every == 0:
-            asyncio.run(pull(target, registry()[0]))
+        # In memory: hundreds of states are written and removed.
+        with TemporaryDirectory(dir="/dev/shm") as directory:
+            target = Path(directory)
+            layout = Layout(target)
+            state.make(data, target, known)
             found += complaints(layout, state)
-        shutil.rmtree(target)
+            assert recover(layout, time.time(), "of another boot") is None
+            found += complaints(layout, state)
+            assert not list((target / "ingest").glob("*/*")), (
+                "bytes that were not synced are not resumed"
+            )
+            if pull_every is not None and number % pull_every == 0:
+                asyncio.run(pull(target, registry()[0]))
+                found += complaints(layout, state)
         if found and not all_of_them:
             break
     return len(every), len(checked), found

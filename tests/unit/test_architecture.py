@@ -78,11 +78,12 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     # A response is sent from the extents of a reader. ``pull`` would only pass these types on.
     "web": {
         *("web", "access.access_control", "access.failure_limit", "access.identity", "pull"),
-        *("config.values", "hosted", "observability.logs", "store.reader", *SHARED),
+        *("config.access", "config.values", "hosted", "observability.logs"),
+        *("store.file_stamp", "store.reader", *SHARED),
     },
     # The names of earlier users are a file in the data directory.
     "access": {
-        *("access", "config.access", "config.section", "store.layout"),
+        *("access", "config.access", "config.section", "store.file_stamp", "store.layout"),
         *("store.private_directory", "store.spare_file", *SHARED),
     },
     # The start line prints the quota as the configuration does.
@@ -103,7 +104,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     # Where the data directory is, and which contents it has. And a file that may be replaced.
     "history": {"history", *QUEUED_WRITES, *SHARED},
     "notifications": {
-        *("access.rules", "notifications", "store.disk", "upstream.outbound"),
+        *("access.rules", "notifications", "store.disk", "store.file_stamp", "upstream.outbound"),
         *("observability.notification_events", "upstream.registries"),
         *("upstream.transport", *QUEUED_WRITES, *SHARED),
     },
@@ -113,10 +114,12 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
         *("access.known_names", "config.values", "history", "hosted", "inventory", "pull"),
         *("store", *SHARED),
     },
-    # Its listener cuts off clients, and refuses requests of web pages, as that of ``web`` does.
+    # Its listener cuts off clients, and refuses requests of web pages, as that of ``web`` does. Its
+    # tokens are in files that count as those of ``access`` do.
     "admin": {
-        *("admin", "composition", "config.values", "history", "inventory", "operations", "pull"),
-        *("store", "web.browser_guard", "web.client_socket", *SHARED),
+        *("access.watched_file", "admin", "composition", "config.values", "history", "inventory"),
+        *("operations", "pull"),
+        *("store", "web.browser_guard", "web.client_connection", "web.client_socket", *SHARED),
     },
     "housekeeping": {
         *("access", "composition", "operations", "pull.marks_watch", "web.listening", *SHARED),

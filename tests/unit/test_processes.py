@@ -427,6 +427,7 @@ def wait_until_replaced(mirror: Mirror, workers: list[int]) -> None:
 def test_metrics_of_killed_workers_stay_and_their_files_do_not_pile_up(tmp_path: Path) -> None:
     with Mirror(NOWHERE, workers=2, env={"TMPDIR": str(tmp_path)}) as mirror:
         (directory,) = tmp_path.glob("oci-mirror-metrics-*")
+        wait_until(lambda: len(messages(mirror, "serving")) == 2, "both have their files", 20)
         for _ in range(10):
             mirror.ask(TAGS)
         # A request is counted after its response was sent.

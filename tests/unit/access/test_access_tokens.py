@@ -6,7 +6,7 @@ import hashlib
 
 import pytest
 
-from mirror.access.access_tokens import hash_token, parse_tokens
+from mirror.access.access_tokens import find_token, hash_token, parse_tokens
 
 TOKEN = "0123456789abcdef"
 
@@ -31,6 +31,14 @@ def test_tokens_are_read_in_plain_and_as_hashes() -> None:
     assert other.expires_at == 1896084000
 
 
+def test_short_token_is_none_although_the_file_has_its_hash() -> None:
+    short, long = "x" * 15, "x" * 16
+    hashes = [hashlib.sha256(token.encode()).hexdigest() for token in (short, long)]
+    parsed = parse_tokens("".join(f"- {{name: a, sha256: {one}}}\n" for one in hashes).encode())
+    assert find_token(parsed.content, short) is None
+    assert find_token(parsed.content, long) is not None
+
+
 @pytest.mark.parametrize(
     ("entry", "problem"),
     [
@@ -39,8 +47,13 @@ def test_tokens_are_read_in_plain_and_as_hashes() -> None:
         ("{name: a, token: short}", "shorter than 16 characters: make one with"),
         ("{name: a, token: 'has a space in it'}", "may have only letters"),
         ("{name: a, sha256: ABC}", "64 lower-case hex digits"),
+        (
+            f"{{name: a, sha256: {hashlib.sha256().hexdigest()}}}",
+            "sha256 is that of an empty token",
+        ),
         (f"{{token: {TOKEN}}}", "name: "),
         (f"{{name: anonymous, token: {TOKEN}}}", "anonymous has a meaning of its own"),
+        (f"{{name: retention, token: {TOKEN}}}", "retention has a meaning of its own"),
         (f"{{name: a, token: {TOKEN}, expires: soon}}", "expires must be a date"),
         (f"{{name: a, token: {TOKEN}, expire: 2030-01-01}}", "expire"),
         ("text", "must be a mapping"),

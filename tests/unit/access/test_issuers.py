@@ -81,6 +81,7 @@ def test_token_without_a_key_id_is_tried_with_the_keys_that_fit() -> None:
         ({"sub": "authenticated"}, NOW),
         ({"sub": "group:dev"}, NOW),
         ({"sub": "local:root"}, NOW),
+        ({"sub": "collection"}, NOW),
         ({"sub": "a\nb"}, NOW),
     ],
 )

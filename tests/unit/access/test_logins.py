@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import io
+import json
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +16,17 @@ import pytest
 
 from mirror.access import logins as module
 from mirror.access.access_control import AccessControl
-from mirror.access.failure_limit import MAX_LOGIN_FAILURES, RECOVERY_S
-from mirror.access.identity import AccessRight, Identity
+from mirror.access.failure_limit import MAX_ADDRESS_FAILURES, MAX_LOGIN_FAILURES, RECOVERY_S
+from mirror.access.identity import Identity
 from mirror.access.key_sets import KEYS_RETRY_S
 from mirror.access.known_names import KnownNames
 from mirror.access.login_credentials import LoginCredentials
 from mirror.access.logins import RESULT_TTL_S, ClientLogins, LoginFailed
+from mirror.config.access import AccessAction, AccessSection
 from mirror.config.load import load
+from mirror.config.settings import Log, Settings, Upstream
+from mirror.observability.library_logs import configure_logging
+from mirror.observability.logs import LogObserver
 from mirror.oci.errors import ConfigError, LoginRequired, TooManyRequests, UpstreamUnavailable
 from mirror.oci.reference import Repository
 from mirror.single_flight import SingleFlight
@@ -51,6 +57,8 @@ class LoginKit:
     clock: list[float]
     key_sets: list[bytes | Exception]
     """The next responses of the issuer's URL. The last one is repeated."""
+    credentials: Callable[[AccessSection], LoginCredentials]
+    """Returns the credentials of another configuration."""
     reports: list[str] = field(default_factory=list)
     fetches: int = 0
 
@@ -86,17 +94,15 @@ async def kit(root: Path, **issuer: Any) -> AsyncIterator[LoginKit]:
         return body
 
     async with SingleFlight() as single_flight:
-        logins = ClientLogins(lambda: clock[0])
-        found = LoginKit(logins, root, clock, [key_set(KEY)])
-        credentials = LoginCredentials(
-            access,
-            fetch,
-            single_flight,
-            lambda: clock[0],
-            found.reports.append,
-            KnownNames(root / "access" / "names"),
-        )
-        logins.use(credentials)
+        logins = ClientLogins(lambda: clock[0], lambda why: found.reports.append(why))
+
+        def credentials(access: AccessSection) -> LoginCredentials:
+            names = KnownNames(root / "access" / "names")
+            report = found.reports.append
+            return LoginCredentials(access, fetch, single_flight, lambda: clock[0], report, names)
+
+        found = LoginKit(logins, root, clock, [key_set(KEY)], credentials)
+        logins.use(credentials(access))
         logins.refresh()
         yield found
         logins.close()
@@ -265,6 +271,21 @@ async def test_files_in_the_middle_of_a_write_end_no_login(tmp_path: Path) -> No
         assert logins.reports == []
 
 
+async def test_requests_that_wait_through_a_reload_are_remembered_by_the_new_configuration(
+    tmp_path: Path,
+) -> None:
+    async with kit(tmp_path) as logins:
+        async with asyncio.TaskGroup() as group:
+            asked = [group.create_task(logins.user(basic("ann", "ann's"))) for _ in range(3)]
+            await asyncio.sleep(0)
+            assert logins.logins._waiting
+            (tmp_path / "new").write_text(htpasswd(bob="bob's"))
+            logins.logins.use(logins.credentials(access_section(users=str(tmp_path / "new"))))
+        begun, *waited = [task.result() for task in asked]
+        assert begun == "ann", "its check had begun"
+        assert [*waited, await logins.user(basic("ann", "ann's"))] == [None] * 3
+
+
 @pytest.mark.parametrize("cost", ["00", "03", "15", "99"])
 async def test_user_who_is_removed_cannot_log_in_whatever_the_new_lines_are(
     tmp_path: Path, cost: str
@@ -390,9 +411,38 @@ async def test_documented_example_starts_and_its_rules_name_users_of_the_issuer(
                 assert may_push is None
             else:
                 assert identity.user == user
-                assert access.is_allowed(identity, repository, AccessRight.PUSH) is may_push
+                assert access.is_allowed(identity, repository, AccessAction.PUSH) is may_push
         await until((tmp_path / "data" / "access" / "names").exists)
         access.close()
+
+
+async def test_bad_tokens_do_not_suppress_the_line_about_a_broken_file(tmp_path: Path) -> None:
+    users, jwks = tmp_path / "htpasswd", tmp_path / "jwks.json"
+    users.write_text(htpasswd(ann="ann's"))
+    jwks.write_bytes(key_set(KEY))
+    issuer = {"issuer": ISSUER, "jwks": str(jwks), "audience": AUDIENCE, "user_prefix": "k8s:"}
+    access = access_section(users=str(users), issuers=[issuer])
+    upstreams = {"docker.io": Upstream(endpoints=("https://r.example",))}
+    settings = Settings(data_dir=str(tmp_path), upstreams=upstreams, access=access)
+    stream = io.StringIO()
+    observer = LogObserver(configure_logging(Log(format="json"), stream))
+
+    async def fetch(url: str, ca: str | None) -> bytes:
+        raise AssertionError
+
+    async with SingleFlight() as single_flight:
+        control = AccessControl(settings, fetch, single_flight, observer.observe, lambda: NOW)
+        for number in range(8):
+            with pytest.raises(LoginRequired):
+                await control.identify(f"Bearer eyJ{number}.e30.e30", "192.0.2.1")
+        users.write_text("ann\n")
+        for _ in range(2):
+            control.refresh()
+        control.close()
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [line["message"] for line in lines].count("a token was refused") == 5
+    assert lines[-1]["message"] == "credentials cannot be used"
+    assert "line 1: needs NAME:HASH" in lines[-1]["why"]
 
 
 async def test_token_is_no_failure_of_its_client_while_the_keys_cannot_be_fetched(
@@ -422,17 +472,68 @@ async def test_tokens_that_wait_for_keys_at_the_same_time_are_limited_too(tmp_pa
         assert max(error.retry_after or 0 for error in refused) <= RECOVERY_S
 
 
-async def test_right_tokens_pass_while_their_address_has_failed_too_often(tmp_path: Path) -> None:
+async def guess(one: LoginKit, names: Sequence[str], count: int) -> list[str | None]:
+    """Try ``count`` wrong passwords. Returns the user of each, None if it is wrong, or "429"."""
+    results: list[str | None] = []
+    for number in range(count):
+        try:
+            results.append(await one.user(basic(names[number % len(names)], f"wrong {number}")))
+        except TooManyRequests:
+            results.append("429")
+    return results
+
+
+async def test_right_tokens_pass_while_their_name_has_failed_too_often(tmp_path: Path) -> None:
     """Nobody guesses a token, and one broken job must not lock out those behind its address."""
     async with kit(tmp_path) as one:
-        for number in range(MAX_LOGIN_FAILURES):
-            assert await one.user(basic("ann", f"wrong {number}")) is None
+        for _ in range(2):
+            await guess(one, ["ann"], MAX_LOGIN_FAILURES)
+            assert await one.user(f"Bearer {TOKEN}") == "ci"
+            assert await one.user(basic("ann", TOKEN)) == "ci"
+            assert await one.user(f"Bearer {KEY.sign(sub='job')}") == "k8s:job"
+
+
+async def test_who_guesses_one_name_locks_out_nobody_else_at_the_address(tmp_path: Path) -> None:
+    async with kit(tmp_path) as one:
+        for _ in range(10):
+            refused = await guess(one, ["ann"], 3 * MAX_LOGIN_FAILURES)
+            assert refused.count("429") >= 2 * MAX_LOGIN_FAILURES
+            one.logins.use(one.logins._credentials)  # Nothing is remembered.
+            assert await one.user(basic("bob", "bob's")) == "bob"
+            one.clock[0] += RECOVERY_S
+
+
+async def test_guess_that_is_right_is_refused_after_too_many_although_it_is_remembered(
+    tmp_path: Path,
+) -> None:
+    async with kit(tmp_path) as one:
+        assert await one.user(basic("ann", "ann's")) == "ann"
+        assert await guess(one, ["ann"], 12) == [None] * 10 + ["429"] * 2
         with pytest.raises(TooManyRequests):
-            await one.user(basic("bob", "bob's"))
-        assert await one.user(f"Bearer {TOKEN}") == "ci"
-        assert await one.user(f"Bearer {KEY.sign(sub='job')}") == "k8s:job"
+            await one.user(basic("ann", "ann's"))
+        assert await one.user(basic("ann", "ann's"), "192.0.2.2") == "ann", "elsewhere"
+        one.clock[0] += RECOVERY_S
+        assert await one.user(basic("ann", "ann's")) == "ann"
+
+
+async def test_who_tries_many_names_is_limited_and_locks_out_no_known_user(tmp_path: Path) -> None:
+    names = [f"name {number}" for number in range(100)]
+    async with kit(tmp_path) as one:
+        assert await one.user(basic("bob", "bob's")) == "bob"
+        assert (await guess(one, names, 100)).count("429") == 100 - MAX_ADDRESS_FAILURES
         with pytest.raises(TooManyRequests):
-            await one.user("Bearer of-nobody-0123456789")
+            await one.user(basic("ann", "ann's"))
+        one.logins.use(one.logins._credentials)
+        assert await one.user(basic("bob", "bob's")) == "bob"
+
+
+async def test_wrong_password_that_is_repeated_counts_once_a_minute(tmp_path: Path) -> None:
+    """Jobs with the old password must not lock out those with the new one."""
+    async with kit(tmp_path) as one:
+        for _ in range(300):
+            assert await one.user(basic("ann", "old")) is None
+            one.clock[0] += 1
+        assert await one.user(basic("ann", "ann's")) == "ann"
 
 
 async def test_requests_with_the_same_password_at_the_same_time_share_one_check(
@@ -460,9 +561,9 @@ async def test_clock_that_was_ahead_locks_nobody_out_and_keeps_no_old_keys(tmp_p
         assert await one.user(f"Bearer {KEY.sign(sub='job', exp=NOW + 9000)}") == "k8s:job"
         one.clock[0] = NOW
         with pytest.raises(TooManyRequests):
-            await one.user(basic("bob", "bob's"))
+            await one.user(basic("ann", "ann's"))
         one.clock[0] = NOW + RECOVERY_S
-        assert await one.user(basic("bob", "bob's")) == "bob"
+        assert await one.user(basic("ann", "ann's")) == "ann"
         rotated = Signer("two")
         one.key_sets[:] = [key_set(rotated)]
         assert await one.user(f"Bearer {rotated.sign(sub='job')}") == "k8s:job"

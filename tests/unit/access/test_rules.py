@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mirror.access.identity import ANONYMOUS, Identity
-from mirror.access.identity import AccessRight as Right
 from mirror.access.rules import Rules
+from mirror.config.access import AccessAction as Right
 from mirror.oci.reference import Repository
 from tests.unit.access.kit import access_section, rule
 

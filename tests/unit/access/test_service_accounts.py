@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 
-from mirror.access.identity import AccessRight
 from mirror.access.issuers import TokenRefused, ValidToken, check_token, is_jwt
 from mirror.access.key_sets import parse_key_set
 from mirror.access.rules import Rules
-from mirror.config.access import Issuer
+from mirror.config.access import AccessAction, Issuer
 from mirror.oci.reference import Repository
 from tests.unit.access.kit import AUDIENCE, NOW, Signer, access_section, key_set, rule
 
@@ -60,11 +59,11 @@ def test_service_account_may_do_what_its_rule_says() -> None:
         "registry.example",
     )
     team, other = (Repository("registry.example", path) for path in ("team/app", "other/app"))
-    assert rules.is_allowed(identity, team, AccessRight.PUSH)
-    assert not rules.is_allowed(identity, team, AccessRight.DELETE)
-    assert not rules.is_allowed(identity, other, AccessRight.PUSH)
+    assert rules.is_allowed(identity, team, AccessAction.PUSH)
+    assert not rules.is_allowed(identity, team, AccessAction.DELETE)
+    assert not rules.is_allowed(identity, other, AccessAction.PUSH)
     for stranger in (projected_token("default"), projected_token("ci", "builder2")):
-        assert not rules.is_allowed(check(stranger).identity, team, AccessRight.PUSH)
+        assert not rules.is_allowed(check(stranger).identity, team, AccessAction.PUSH)
 
 
 def test_several_audiences_are_allowed_and_the_default_one_is_refused() -> None:

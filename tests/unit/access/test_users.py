@@ -32,6 +32,8 @@ def test_users_are_read_with_any_name_of_bcrypt() -> None:
         (f"a:$2y$00${'.' * 53}", "the cost of the hash is not 4 to 14"),
         (f"a:$2y$05${'a' * 53}", "the hash is not bcrypt"),
         (f"anonymous:{'x'}", "anonymous has a meaning of its own"),
+        (f"retention:{'x'}", "retention has a meaning of its own"),
+        (f"collection:{'x'}", "collection has a meaning of its own"),
         (f"group:a:{'x'}", "the hash is not bcrypt"),
         ("a b:x", "a name has 1 to 256 printable characters and no space"),
         (":x", "a name has 1 to 256"),
@@ -66,6 +68,11 @@ def test_password_is_right_or_wrong() -> None:
     ):
         assert not check.is_right(user, password), (user, password)
     assert not PasswordCheck({}).is_right("a", "x")
+
+
+@pytest.mark.parametrize("password", ["", "\0", "\0\0"])
+def test_empty_password_is_of_nobody(password: str) -> None:
+    assert not PasswordCheck({"a": bcrypt.hashpw(b"", bcrypt.gensalt(4))}).is_right("a", password)
 
 
 def test_only_72_bytes_of_a_password_count_as_with_htpasswd() -> None:

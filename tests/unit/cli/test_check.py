@@ -208,7 +208,7 @@ def test_endpoint_that_is_the_mirror_itself_is_refused(
 
 @pytest.mark.parametrize(
     ("text", "why"),
-    [(None, "no token"), ("# only this\n", "no token"), ("short\n", ":1: shorter than 16")],
+    [(None, "No such file"), ("# only this\n", "no token"), ("short\n", "line 1: shorter than 16")],
 )
 def test_file_of_tokens_that_serve_refuses_is_refused(
     check: Check, tmp_path: Path, text: str | None, why: str

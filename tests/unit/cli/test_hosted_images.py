@@ -284,7 +284,7 @@ def test_uploads_without_hosted_repositories_are_an_error_with_a_remedy(site: Si
 def test_rm_of_a_tag_leaves_the_manifest_and_rm_of_the_digest_deletes_it(site: Site) -> None:
     first, stays, last = site.lines("rm", f"{NAME}/team/app:v1")
     assert first == f"removed {NAME}/team/app:v1 (0B): hosted, as asked for"
-    assert stays.endswith("its manifest stays, under its digest")
+    assert stays.endswith("its manifest stays: remove NAME@DIGEST to free its content")
     assert last == "1 image removed, 0B freed"
     assert names(site, "team/app*") == [f"{NAME}/team/app@{TAGGED}"]
     assert "no other image needs" in "".join(site.lines("rm", f"{NAME}/team/app@{TAGGED}"))
@@ -297,7 +297,7 @@ def told(site: Site) -> list[HostedChange]:
     changes: list[HostedChange] = []
 
     async def start(kit: HostedKit) -> None:
-        changes.extend(await kit.told_changes())
+        changes.extend(await kit.emitted_changes())
 
     change(site, start)
     return changes

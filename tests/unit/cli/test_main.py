@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import product
 from pathlib import Path
@@ -16,7 +19,7 @@ import pytest
 
 from mirror import __main__ as entry_point
 from mirror import __version__, processes
-from mirror.cli.main import main
+from mirror.cli.main import _describe_listen_failure, main
 from mirror.config.settings import Settings
 from mirror.oci.errors import StorageUnavailable
 from tests.real.process import need
@@ -32,6 +35,28 @@ def run(*argv: str, **more: object) -> subprocess.CompletedProcess[str]:
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environ, **more}
     command = [sys.executable, "-m", "mirror", *argv]
     return subprocess.run(command, cwd=ROOT, text=True, check=False, timeout=60, **options)  # type: ignore[call-overload,no-any-return]  # options are all its keywords
+
+
+class HealthHandler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/healthz" else 503)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def answering() -> Iterator[int]:
+    """Another program that answers requests. Yields its port."""
+    with HTTPServer(("127.0.0.1", 0), HealthHandler) as server:
+        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 @pytest.fixture
@@ -148,16 +173,27 @@ def test_serve_passes_its_settings_and_returns_the_code_of_the_server(
 
 
 def test_address_in_use_exits_with_1_and_one_line(config: Path, tmp_path: Path) -> None:
-    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as other:
+    with answering() as port:
         environ = {
             **os.environ,
-            "OCI_MIRROR_LISTEN": f"127.0.0.1:{other.server_port}",
+            "OCI_MIRROR_LISTEN": f"127.0.0.1:{port}",
             "OCI_MIRROR_DATA_DIR": str(tmp_path / "data"),
         }
         done = run("serve", "--config", str(config), env=environ)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "another program listens there already" in done.stderr
+
+
+def test_program_that_has_the_address_and_does_not_respond_is_another_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("mirror.cli.own_server._STEP_TIMEOUT_S", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        error = processes.CannotListen("listen", address, OSError(errno.EADDRINUSE, "in use"))
+        text = _describe_listen_failure(Settings(), error)
+    assert text.startswith(f"listen: {address}: another program listens there already")
 
 
 PRINTING = [
@@ -220,35 +256,20 @@ def test_standard_error_that_cannot_be_written_does_not_change_the_exit_code() -
 # --- healthcheck ----------------------------------------------------------------------------------
 
 
-class HealthHandler(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        self.send_response(200 if self.path == "/healthz" else 503)
-        self.end_headers()
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 def test_healthcheck_succeeds_only_for_status_200(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Proxies of the environment are not used.
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    with HTTPServer(("127.0.0.1", 0), HealthHandler) as own:
-        thread = Thread(target=own.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        try:
-            url = f"http://127.0.0.1:{own.server_port}"
-            assert main(["healthcheck", "--url", f"{url}/healthz"]) == 0
-            assert main(["healthcheck", "--url", url]) == 0
-            assert main(["healthcheck", "--url", f"{url}/other"]) == 1
-            assert "status 503" in capsys.readouterr().err
-            monkeypatch.setenv("OCI_MIRROR_LISTEN", f"0.0.0.0:{own.server_port}")
-            assert main(["healthcheck"]) == 0
-            assert main(["healthcheck", "--config", str(config)]) == 0
-        finally:
-            own.shutdown()
-            thread.join()
+    with answering() as port:
+        url = f"http://127.0.0.1:{port}"
+        assert main(["healthcheck", "--url", f"{url}/healthz"]) == 0
+        assert main(["healthcheck", "--url", url]) == 0
+        assert main(["healthcheck", "--url", f"{url}/other"]) == 1
+        assert "status 503" in capsys.readouterr().err
+        monkeypatch.setenv("OCI_MIRROR_LISTEN", f"0.0.0.0:{port}")
+        assert main(["healthcheck"]) == 0
+        assert main(["healthcheck", "--config", str(config)]) == 0
     assert main(["healthcheck"]) == 1
     said = capsys.readouterr().err
     assert said.count("\n") == 1

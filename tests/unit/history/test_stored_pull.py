@@ -12,7 +12,7 @@ from tests.unit.history.kit import a_pull
 
 NOT_KEPT = {"ns", "bytes_received", "is_sent_in_one_write", "is_unverified", "started", "trace"} | {
     "is_private",
-    "is_refused",
+    "is_pull_refused",
 }
 """Fields of a record that say nothing later, or become others."""
 

@@ -37,7 +37,7 @@ EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
 # --- the service ----------------------------------------------------------------------------------
 
 ANYBODY: Final = Actor()
-"""Who changes a repository where a test asks for nobody."""
+"""The actor of changes in tests that do not check who made them."""
 
 
 @dataclass
@@ -55,9 +55,9 @@ class HostedKit:
         """Tells a collection which manifests immutable tags keep."""
         return ImmutableTagRules(self.service.settings).is_protected
 
-    async def told_changes(self) -> list[HostedChange]:
+    async def emitted_changes(self) -> list[HostedChange]:
         """Return the changes since the last call, also of other processes, and forget them."""
-        await self.service.changes.tell_others()
+        await self.service.changes.relay()
         changes = [event for event in self.events if isinstance(event, HostedChange)]
         self.events.clear()
         return changes
@@ -129,7 +129,7 @@ async def hosted_kit(
         await store.close()
 
 
-def change_of(row: GarbageRow) -> HostedChange:
+def deletion_of(row: GarbageRow) -> HostedChange:
     """Return what a collection records of a row."""
     actor = Actor("collection")
     return change_rows.change_of("delete", row, registry="registry.example", actor=actor, at=NOW)

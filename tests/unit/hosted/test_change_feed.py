@@ -38,13 +38,13 @@ async def test_server_tells_of_its_own_change_at_once_and_its_record_goes(tmp_pa
         await kit.push_image(b"layer")
         assert [type(event) for event in kit.events] == [HostedChange]
         other, told = other_server(kit)
-        await other.tell_others()
+        await other.relay()
         assert await recorded(kit) == 1
         for _ in range(2):  # Observers have this time to write it down.
-            await kit.service.changes.tell_others()
+            await kit.service.changes.relay()
         assert await recorded(kit) == 0
         kit.clock[0] += 10 * RETAKE_S
-        await other.tell_others()
+        await other.relay()
         assert told == []
 
 
@@ -55,11 +55,11 @@ async def test_change_of_a_server_that_was_killed_is_told_by_another_one_under_i
         await kit.push_image(b"layer")
         other, told = other_server(kit)
         kit.clock[0] += RETAKE_S + 1  # The first one has ended before it has removed the record.
-        await other.tell_others()
+        await other.relay()
         assert told == kit.events
         assert [one.id for one in told] == [one.id for one in kit.events if one in told]
         third, told_again = other_server(kit)
-        await third.tell_others()
+        await third.relay()
         assert told_again == []
 
 
@@ -70,10 +70,10 @@ async def test_change_of_a_killed_server_is_told_though_its_clock_was_ahead(
         await kit.push_image(b"layer")
         other, told = other_server(kit)
         kit.clock[0] = NOW - 0.1  # Another process has read the clock a moment later.
-        await other.tell_others()
+        await other.relay()
         assert told == []
         kit.clock[0] = NOW - 7200
-        await other.tell_others()
+        await other.relay()
         assert told == kit.events
 
 
@@ -94,7 +94,7 @@ async def test_many_changes_of_commands_are_told_in_order(tmp_path: Path) -> Non
                     record_change(connection, one)
 
             await kit.database.write(record)
-        assert await kit.told_changes() == changes
+        assert await kit.emitted_changes() == changes
     async with hosted_kit(tmp_path) as kit:
         assert await recorded(kit) == 0
 

@@ -20,7 +20,7 @@ from tests.unit.hosted.kit import (
     CONFIG,
     NOW,
     HostedKit,
-    change_of,
+    deletion_of,
     descriptor,
     hosted_kit,
     index_of,
@@ -32,7 +32,7 @@ LATER = NOW + GRACE + USE_STEP_S + 1
 
 
 async def run(kit: HostedKit, now: float = LATER, grace: float = GRACE) -> list[GarbageRow]:
-    return await collect(kit.database, kit.store.layout, now, grace, change_of, kit.is_protected)
+    return await collect(kit.database, kit.store.layout, now, grace, deletion_of, kit.is_protected)
 
 
 async def digests(kit: HostedKit, now: float = LATER) -> set[Digest]:

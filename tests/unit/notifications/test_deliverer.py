@@ -10,7 +10,7 @@ import pytest
 
 from mirror.notifications import queue
 from mirror.notifications.deliverer import backoff
-from mirror.notifications.sender import DeliveryVerdict, judge
+from mirror.notifications.sender import DeliveryResult, result_of_status
 from mirror.observability.events import LogMessage, NotificationQueueMeasured
 from mirror.oci.errors import ConfigError
 from tests.fakes.registry import Fault
@@ -29,26 +29,26 @@ DAY = 86400.0
 
 
 @pytest.mark.parametrize(
-    ("status", "verdict"),
+    ("status", "result"),
     [
-        (200, DeliveryVerdict.ACCEPTED),
-        (202, DeliveryVerdict.ACCEPTED),
-        (204, DeliveryVerdict.ACCEPTED),
-        (301, DeliveryVerdict.REFUSED),
-        (308, DeliveryVerdict.REFUSED),
-        (400, DeliveryVerdict.REFUSED),
-        (401, DeliveryVerdict.REFUSED),
-        (404, DeliveryVerdict.REFUSED),
-        (408, DeliveryVerdict.FAILED),
-        (410, DeliveryVerdict.GONE),
-        (425, DeliveryVerdict.FAILED),
-        (429, DeliveryVerdict.FAILED),
-        (500, DeliveryVerdict.FAILED),
-        (503, DeliveryVerdict.FAILED),
+        (200, DeliveryResult.ACCEPTED),
+        (202, DeliveryResult.ACCEPTED),
+        (204, DeliveryResult.ACCEPTED),
+        (301, DeliveryResult.REFUSED),
+        (308, DeliveryResult.REFUSED),
+        (400, DeliveryResult.REFUSED),
+        (401, DeliveryResult.REFUSED),
+        (404, DeliveryResult.REFUSED),
+        (408, DeliveryResult.FAILED),
+        (410, DeliveryResult.GONE),
+        (425, DeliveryResult.FAILED),
+        (429, DeliveryResult.FAILED),
+        (500, DeliveryResult.FAILED),
+        (503, DeliveryResult.FAILED),
     ],
 )
-def test_meaning_of_a_status(status: int, verdict: DeliveryVerdict) -> None:
-    assert judge(status) is verdict
+def test_meaning_of_a_status(status: int, result: DeliveryResult) -> None:
+    assert result_of_status(status) is result
 
 
 def test_pause_doubles_up_to_five_minutes_and_has_jitter() -> None:
@@ -243,19 +243,19 @@ async def test_one_of_two_processes_delivers_what_both_have_queued(tmp_path: Pat
 async def test_accepted_notification_that_cannot_be_removed_is_not_sent_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    accept = queue.accept
+    accept = queue.remove_accepted
 
     def refuse(*arguments: Any, **more: Any) -> None:
         raise OSError(28, "No space left on device")
 
     async with Receiver() as receiver, notification_kit(tmp_path, {"url": receiver.target}) as kit:
-        monkeypatch.setattr(queue, "accept", refuse)
+        monkeypatch.setattr(queue, "remove_accepted", refuse)
         kit.push("v1")
         kit.push("v2")
         for _ in range(3):
             await kit.settle(60.0)
         assert receiver.subjects() == ["team/app:v1"]
-        monkeypatch.setattr(queue, "accept", accept)
+        monkeypatch.setattr(queue, "remove_accepted", accept)
         await kit.settle()
         assert receiver.subjects() == ["team/app:v1", "team/app:v2"]
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import pytest
@@ -17,7 +18,7 @@ import yaml
 from mirror.observability import events
 from mirror.observability.metrics import MetricsObserver
 from tests.real import images
-from tests.real.process import Program, need
+from tests.real.process import Program, need, wait_until
 from tests.real.registry import DockerRegistry
 from tests.real.server import Mirror
 from tests.unit.observability.test_metrics import a_pull
@@ -90,13 +91,13 @@ def test_promtool_accepts_rules_configuration_and_metrics() -> None:
 
 
 class Prometheus(Program):
-    """Prometheus, scraping one target with our rules."""
+    """Prometheus, scraping targets with our rules."""
 
     name = "prometheus"
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, targets: Iterable[str]) -> None:
         super().__init__()
-        self.target = target
+        self.targets = list(targets)
 
     @property
     def url(self) -> str:
@@ -106,7 +107,7 @@ class Prometheus(Program):
         settings = yaml.safe_load((CONFIG / "prometheus/prometheus.yml").read_text())
         settings["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
         settings["rule_files"] = [str(ALERTS)]
-        settings["scrape_configs"][0]["static_configs"][0]["targets"] = [self.target]
+        settings["scrape_configs"][0]["static_configs"][0]["targets"] = self.targets
         config = self.dir / "prometheus.yml"
         config.write_text(yaml.safe_dump(settings))
         return [
@@ -123,33 +124,35 @@ class Prometheus(Program):
         except OSError:
             return False
 
-    def query(self, expression: str) -> list[dict[str, object]]:
+    def query(self, expression: str) -> list[dict[str, Any]]:
         url = f"{self.url}/api/v1/query?query={quote(expression)}"
         with urllib.request.urlopen(url, timeout=5) as answer:
-            result: list[dict[str, object]] = json.load(answer)["data"]["result"]
+            result: list[dict[str, Any]] = json.load(answer)["data"]["result"]
             return result
 
+    def instances(self, expression: str) -> set[str]:
+        """Return the targets of which it has a value."""
+        return {series["metric"]["instance"] for series in self.query(expression)}
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_prometheus_scrapes_the_server_and_evaluates_every_expression(workers: int) -> None:
-    with (
-        DockerRegistry() as registry,
-        Mirror({"docker.io": registry.url}, workers=workers) as mirror,
-    ):
-        image = images.image()
-        registry.push("library/app", image, "1.0")
-        for _ in range(6):
-            assert mirror.ask("/v2/library/app/manifests/1.0", headers=images.ACCEPT).status == 200
-        with Prometheus(mirror.host) as prometheus:
-            wanted = 'sum(oci_mirror_requests_total{kind="manifest"})'
-            for _ in range(40):
-                found = prometheus.query(wanted)
-                rules = prometheus.query("oci_mirror:bytes_saved:rate5m")
-                if found and float(found[0]["value"][1]) == 6 and rules:  # type: ignore[index] # the type of JSON
-                    break
-                time.sleep(0.5)
-            assert found[0]["value"][1] == "6"  # type: ignore[index] # the type of JSON
-            assert rules
-            for expression in expressions():
-                prometheus.query(expression.replace("$__rate_interval", "1m"))
-            assert prometheus.query('up{job="oci-mirror"} == 1')
+
+def test_prometheus_scrapes_servers_of_one_and_two_workers_and_evaluates_every_expression() -> None:
+    with ExitStack() as stack:
+        registry = stack.enter_context(DockerRegistry())
+        registry.push("library/app", images.image(), "1.0")
+        mirrors = [
+            stack.enter_context(Mirror({"docker.io": registry.url}, workers=workers))
+            for workers in (1, 2)
+        ]
+        for mirror in mirrors:
+            for _ in range(6):
+                path = "/v2/library/app/manifests/1.0"
+                assert mirror.ask(path, headers=images.ACCEPT).status == 200
+        hosts = {mirror.host for mirror in mirrors}
+        prometheus = stack.enter_context(Prometheus(hosts))
+        wanted = 'sum by (instance) (oci_mirror_requests_total{kind="manifest"}) == 6'
+        recorded = "oci_mirror:bytes_saved:rate5m"
+        wait_until(lambda: prometheus.instances(wanted) == hosts, "all requests are counted", 20)
+        wait_until(lambda: bool(prometheus.query(recorded)), "the rules are evaluated", 20)
+        for expression in expressions():
+            prometheus.query(expression.replace("$__rate_interval", "1m"))
+        assert prometheus.instances('up{job="oci-mirror"} == 1') == hosts

@@ -31,7 +31,7 @@ from tests.unit.hosted.kit import (
     CONFIG,
     NOW,
     HostedKit,
-    change_of,
+    deletion_of,
     descriptor,
     hosted_kit,
     index_of,
@@ -135,7 +135,7 @@ async def test_everything_comes_back_on_an_empty_data_directory(tmp_path: Path, 
         assert restored.contents == report.contents
         assert await state_of(kit) == before
         assert await kit.read_blob(Digest.of(LAYER), "team/app") == LAYER
-        changes = await kit.told_changes()
+        changes = await kit.emitted_changes()
         assert {(one.action, one.user) for one in changes} == {("push", "local:root")}
         again = await restore(kit, target)
         assert (again.contents, again.problems) == (0, [])
@@ -151,7 +151,9 @@ async def test_second_backup_adds_what_is_new_and_removes_what_is_gone(tmp_path:
         await kit.service.manifests.delete(
             "team/app", Digest.of(manifest_of(b"by digest")), actor=ANYBODY
         )
-        await collect(kit.database, kit.store.layout, NOW + 10**6, 0.0, change_of, kit.is_protected)
+        await collect(
+            kit.database, kit.store.layout, NOW + 10**6, 0.0, deletion_of, kit.is_protected
+        )
         await kit.push_image(b"three", repository="team/app", tag="v2")
         report = backup(kit, target)
         assert report.added == 2
@@ -175,7 +177,7 @@ async def test_content_that_is_deleted_while_a_backup_reads_stays_until_its_end(
                 for row in list(snapshot.manifests(repository)):
                     await kit.service.manifests.delete(repository, row.digest, actor=ANYBODY)
             await collect(
-                kit.database, kit.store.layout, NOW + 10**6, 0.0, change_of, kit.is_protected
+                kit.database, kit.store.layout, NOW + 10**6, 0.0, deletion_of, kit.is_protected
             )
             assert (await kit.usage()).contents == 0
             await kit.store.evictor.remove([blob])
@@ -399,6 +401,30 @@ async def test_layout_of_another_program_is_restored_by_its_full_names(tmp_path:
         assert (report.images, report.problems) == (1, [])
         row = await kit.service.manifests.find("org/app", Tag("1"))
         assert row.digest == Digest.of(manifest_of())
+
+
+@pytest.mark.parametrize("copy", [None, b"", b"other bytes under its digest"])
+@pytest.mark.parametrize("pushed", ["secret/app", "org/app"])
+async def test_layout_gives_a_repository_no_content_that_only_others_have(
+    tmp_path: Path, pushed: str, copy: bytes | None
+) -> None:
+    layer = b"a private layer, of which others know the digest"
+    image = manifest_of(layer)
+    layout = write_layout(
+        tmp_path / "layout", index_with("ghcr.io/org/app:1", image), image, CONFIG
+    )
+    if copy is not None:
+        (layout / "blobs" / "sha256" / Digest.of(layer).hex).write_bytes(copy)
+    async with hosted_kit(tmp_path / "data") as kit:
+        await kit.push_blob(layer, pushed)
+        report = await restore(kit, layout)
+        if pushed == "org/app":
+            assert (report.images, report.problems) == (1, [])
+            return
+        assert report.images == 0
+        assert str(Digest.of(layer)) in report.problems[0]
+        with pytest.raises(BlobUnknown):
+            await kit.service.blobs.size("org/app", Digest.of(layer))
 
 
 @pytest.mark.parametrize(

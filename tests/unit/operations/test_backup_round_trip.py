@@ -27,7 +27,7 @@ from tests.unit.hosted.kit import (
     CONFIG,
     EMPTY_TYPE,
     HostedKit,
-    change_of,
+    deletion_of,
     descriptor,
     hosted_kit,
     index_of,
@@ -113,7 +113,7 @@ class Pusher:
                 self.kit.store.layout,
                 self.kit.clock[0],
                 grace,
-                change_of,
+                deletion_of,
                 self.kit.is_protected,
             )
         elif kind == "pull":

@@ -67,9 +67,9 @@ async def retain(
     )
     given = kit.database, hosted, marks or no_marks(), kit.clock[0]
     planned = await plan_hosted_retention(*given)
-    await kit.told_changes()
+    await kit.emitted_changes()
     report = await apply_hosted_retention(*given, RETENTION)
-    changes = await kit.told_changes()
+    changes = await kit.emitted_changes()
     assert sorted(map(repr, planned.items)) == sorted(map(repr, report.items))
     assert len(changes) == len(report.removed())
     return report.items
@@ -225,7 +225,7 @@ def inventory_of(kit: HostedKit) -> Inventory:
 
 
 async def collect_all(kit: HostedKit) -> tuple[list[Item], list[HostedChange]]:
-    await kit.told_changes()
+    await kit.emitted_changes()
     report = await collect_hosted(
         kit.store,
         kit.database,
@@ -234,7 +234,7 @@ async def collect_all(kit: HostedKit) -> tuple[list[Item], list[HostedChange]]:
         partial(inventory_of, kit),
         COLLECTION,
     )
-    return report.items, await kit.told_changes()
+    return report.items, await kit.emitted_changes()
 
 
 async def test_removed_image_goes_after_the_grace_with_its_files_and_events(
@@ -297,7 +297,7 @@ async def test_command_plans_and_collects_beside_the_server(tmp_path: Path) -> N
         assert await find_hosted_garbage(layout, hosted, kit.clock[0], 10 * DAY) == []
         read = partial(inventory_of, kit)
         done = await collect_hosted_garbage(kit.store, hosted, None, read, Actor("local:root"))
-        (told,) = await kit.told_changes()
+        (told,) = await kit.emitted_changes()
         assert (told.action, told.digest, told.user) == ("delete", blob, "local:root")
         assert planned == done
         assert [item.digest for item in done] == [str(blob)]
@@ -328,7 +328,7 @@ async def test_server_runs_the_upkeep_in_a_process_and_tells_of_each_change(tmp_
     saved = json.loads((tmp_path / HOSTED_REPORT).read_bytes())
     assert saved["items"][0]["name"] == f"{NAME}/app:v1"
     async with hosted_kit(tmp_path) as kit:
-        changes = await kit.told_changes()
+        changes = await kit.emitted_changes()
         assert [(one.tag, one.user) for one in changes] == [("v1", "retention"), ("", "collection")]
         assert changes[1].digest == Digest.of(b"alone")
         assert await tags_of(kit) == ["v2"]

@@ -152,7 +152,7 @@ async def test_tag_that_is_pushed_during_a_restore_keeps_its_manifest(
         assert report.images == 2
         row = await kit.service.manifests.find("team/app", Tag("v0"))
         assert row.digest == Digest.of(manifest_of(b"pushed"))
-        told = [one.tag for one in await kit.told_changes() if one.user == "local:root"]
+        told = [one.tag for one in await kit.emitted_changes() if one.user == "local:root"]
         assert sorted(told) == ["v1", "v2"]
 
 

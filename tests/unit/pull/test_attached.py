@@ -286,7 +286,7 @@ async def test_block_or_rule_of_the_hosted_repository_holds_in_that_of_the_upstr
         kit.service.restrict(Restrictions())
         pull = a_pull()
         asked: list[Repository] = []
-        pull.is_refused = lambda repository: asked.append(repository) or True
+        pull.is_pull_refused = lambda repository: asked.append(repository) or True
         with pytest.raises(ManifestUnknown):
             await kit.service.manifest(IMAGE, digest, (), pull, is_head=False)
         with pytest.raises(BlobUnknown):
@@ -304,6 +304,6 @@ async def test_page_after_the_first_lists_nothing_of_the_upstream_if_ours_are_re
         theirs = {"mediaType": OCI_MANIFEST, "digest": str(Digest.of(b"theirs")), "size": 6}
         kit.pulls.registry.referring[kit.image] = referrers_index([theirs])
         pull = a_pull()
-        pull.is_refused = lambda _: True
+        pull.is_pull_refused = lambda _: True
         page = await kit.service.referrers(IMAGE, kit.image, None, pull, "")
         assert parse_referrers(page.index) == []

@@ -229,9 +229,9 @@ def test_range_is_left_out_after_a_wrong_response_or_three_failures(
 @pytest.mark.parametrize(
     "error",
     [
-        UpstreamUnavailable("502", scope=FailureScope.SUBJECT),
+        UpstreamUnavailable("502", scope=FailureScope.SAME_KIND),
         UpstreamUnavailable("500", scope=FailureScope.REQUEST),
-        UpstreamTimeout("silent", scope=FailureScope.SUBJECT),
+        UpstreamTimeout("silent", scope=FailureScope.SAME_KIND),
     ],
     ids=repr,
 )
@@ -359,11 +359,11 @@ def test_request_from_the_start_that_is_refused_is_not_repeated(error: MirrorErr
     ("error", "is_repeated"),
     [
         (UpstreamUnavailable("500", scope=FailureScope.REQUEST), True),
-        (UpstreamUnavailable("502", scope=FailureScope.SUBJECT), True),
+        (UpstreamUnavailable("502", scope=FailureScope.SAME_KIND), True),
         (StorageRefused("403"), True),
         (UpstreamProtocolError("400"), True),
         (UpstreamUnavailable("no connection", scope=FailureScope.ENDPOINT), False),
-        (UpstreamTimeout("late", scope=FailureScope.SUBJECT), False),
+        (UpstreamTimeout("late", scope=FailureScope.SAME_KIND), False),
         (UpstreamRateLimited("429"), False),
         (waiting(AllCircuitsOpen("not asked")), False),
         (waiting(UpstreamRateLimited("a pause")), False),
@@ -396,7 +396,7 @@ def test_request_that_fails_beside_our_own_connections_is_repeated_3_times() -> 
         Unauthorized("401"),
         BlobUnknown("404"),
         StorageRefused("403"),
-        UpstreamUnavailable("502", scope=FailureScope.SUBJECT),
+        UpstreamUnavailable("502", scope=FailureScope.SAME_KIND),
     ],
     ids=repr,
 )

@@ -340,7 +340,7 @@ async def test_reader_is_closed_if_the_wait_for_the_restored_parts_ends(
         await kit.store.index.revoke_access(REPO, digest, "blob")
         kit.store.index.unrestored_after = 0
         opened: list[Reader] = []
-        waiting = asyncio.Event()
+        waiting, ended = asyncio.Event(), asyncio.Event()
         find = kit.store.blobs.find
 
         async def noted(*arguments: Any) -> Reader | None:
@@ -353,7 +353,7 @@ async def test_reader_is_closed_if_the_wait_for_the_restored_parts_ends(
             if how == "error":
                 raise OSError("no descriptor")
             waiting.set()
-            await asyncio.Event().wait()
+            await ended.wait()
 
         monkeypatch.setattr(kit.store.blobs, "find", noted)
         monkeypatch.setattr(kit.store, "restore_parts", restore)
@@ -368,6 +368,7 @@ async def test_reader_is_closed_if_the_wait_for_the_restored_parts_ends(
         (reader,) = opened
         with pytest.raises(ContentLost):
             await reader.wait(0)
+        ended.set()  # The end of the kit waits for the restore.
 
 
 @pytest.mark.row("U6-wrong-bit")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import random
 import subprocess
 import tempfile
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from mirror.config.settings import Storage
 from mirror.observability.events import Event
@@ -41,8 +41,12 @@ from tests.real.process import need
 
 @lru_cache(maxsize=32)
 def random_bytes(size: int, seed: int = 1) -> bytes:
-    """The same bytes for the same seed. Cached: three modules need the same 96 MiB."""
-    return random.Random(seed).randbytes(size)
+    """The same bytes for the same seed. Cached: three modules need the same 96 MiB.
+
+    AES makes them in a fifth of the time of ``random``, and each process makes some 250 MB.
+    """
+    key = seed.to_bytes(16, "big")
+    return Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor().update(bytes(size))
 
 
 DATA = random_bytes(3_000_000)

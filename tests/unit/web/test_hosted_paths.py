@@ -14,19 +14,19 @@ from mirror.web.hosted_paths import (
     PUSH_LISTENER_METHODS,
     BlobDeletion,
     ManifestChange,
+    PushRequest,
     StartUpload,
     UploadRequest,
-    is_change,
-    parse_change,
     parse_chunk_range,
+    parse_push,
 )
 
 DIGEST = Digest.of(b"x")
 REPO = Repository("registry.example", "team/app")
 
 
-def parse(method: str, path: str, query: str = "") -> object:
-    return parse_change(method, path, query, "registry.example")
+def parse(method: str, path: str, query: str = "") -> PushRequest | None:
+    return parse_push(method, path, query, "registry.example")
 
 
 def test_upload_begins_with_what_its_query_says() -> None:
@@ -60,17 +60,33 @@ def test_repository_may_have_components_that_are_words_of_paths() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "is_one"),
+    ("method", "path"),
     [
-        ("GET", "/v2/", False),
-        ("HEAD", "/v2/app/manifests/v1", False),
-        ("GET", "/v2/app/blobs/uploads/1", True),
-        ("POST", "/v2/", True),
-        ("TRACE", "/", True),
+        ("GET", "/v2/"),
+        ("HEAD", "/v2/app/manifests/v1"),
+        ("GET", f"/v2/app/manifests/{DIGEST}"),
+        ("GET", f"/v2/app/blobs/{DIGEST}"),
+        ("HEAD", f"/v2/app/blobs/{DIGEST}"),
     ],
 )
-def test_only_reads_are_left_to_the_other_parser(method: str, path: str, is_one: bool) -> None:
-    assert is_change(method, path) is is_one
+def test_request_that_only_reads_is_left_to_the_other_parser(method: str, path: str) -> None:
+    assert parse(method, path) is None
+
+
+@pytest.mark.parametrize("method", ["GET", "PATCH", "DELETE"])
+def test_each_request_for_an_upload_is_one_of_a_push(method: str) -> None:
+    app = Repository("registry.example", "app")
+    assert parse(method, "/v2/app/blobs/uploads/1") == UploadRequest(app, "1", None)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "error"), [("POST", "/v2/", NotFound), ("TRACE", "/", MethodUnsupported)]
+)
+def test_request_that_is_of_no_protocol_is_refused(
+    method: str, path: str, error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        parse(method, path)
 
 
 def test_method_that_a_path_does_not_have_names_those_that_it_has() -> None:
@@ -120,5 +136,8 @@ def test_any_request_line_is_parsed_or_refused(method: str, path: str, query: st
         parsed = parse(method, path, query)
     except MirrorError:
         return
-    repository = parsed.repository  # type: ignore[attr-defined] # all have one
+    if parsed is None:
+        assert method in ("GET", "HEAD")
+        return
+    repository = parsed.repository
     assert Repository.parse(repository.upstream, repository.path) == repository

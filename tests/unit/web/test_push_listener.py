@@ -92,6 +92,25 @@ async def test_push_listener_with_rules_has_any_name_but_no_other_site(tmp_path:
             assert (await both.push.ask("GET", "/v2/", None, fields)).status == status
 
 
+async def test_anonymous_changes_need_a_name_that_no_web_page_has(tmp_path: Path) -> None:
+    everything = rule("**", "anonymous", "pull", "push", "delete")
+    async with both_listeners(tmp_path, everything) as both:
+        await push_image(both, user="Basic Og==")
+        uploads, tag = "/v2/team/app/blobs/uploads/", "/v2/team/app/manifests/v1"
+        upload = (await both.ask("POST", uploads)).location
+        page = {"Host": EVIL, "Origin": f"http://{EVIL}", "Sec-Fetch-Site": "same-origin"}
+        for fields in (page, {"Host": EVIL}, {**page, "Authorization": "Basic Og=="}):
+            for method, path in (
+                *(("POST", uploads), ("GET", upload), ("PATCH", upload), ("DELETE", upload)),
+                *(("PUT", tag), ("DELETE", tag)),
+            ):
+                reply = await both.push.ask(method, path, b"x", fields)
+                assert (reply.status, reply.code) == (403, "DENIED"), (method, path)
+            assert (await both.push.ask("GET", tag, None, fields)).status == 200
+        for fields in ({"Host": f"{HOST}:5101"}, {"Host": EVIL, "Authorization": CI}):
+            assert (await both.push.ask("POST", uploads, None, fields)).status == 202
+
+
 async def test_pages_of_catalogs_say_nothing_of_hidden_repositories(tmp_path: Path) -> None:
     mallory = rule(f"{HOST}/**", "reader", "pull")
     secret = rule(f"{HOST}/*secret*/**", "reader")

@@ -298,7 +298,7 @@ async def test_record_of_a_repetition_has_every_field_of_the_first_record() -> N
     # A hit is no error, has no warning, and no fetch has brought a byte of it.
     values |= {"stages": [("index", 1.0)], "error": "", "warning": "", "joined_at_byte": None}
     values |= {"is_unverified": False, "aside_bytes": 0, "connections": 0, "late_parts": 0}
-    values |= {"trace": None, "command": "", "is_private": False, "is_refused": None}
+    values |= {"trace": None, "command": "", "is_private": False, "is_pull_refused": None}
     first = RequestRecord(**values)
     measured_fields = {"Server-Timing": "index;dur=1.00, total;dur=2.00", "Date": "<date>"}
     header_fields = {"X-Request-Id": "<request_id>", **measured_fields}
