@@ -18,6 +18,8 @@ from mirror.oci.reference import Digest, Tag
 
 K = TypeVar("K", Digest, Tag)
 
+blob_size: Final = name_rows.blob_size
+"""Returns the size of a blob of a repository in bytes. None if the repository does not have it."""
 set_tag: Final = name_rows.set_tag
 """Lets a tag name a manifest that the repository has."""
 

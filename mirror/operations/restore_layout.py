@@ -20,7 +20,6 @@ from typing import Any, Final, TypeVar
 
 from mirror.hosted import restored_rows
 from mirror.hosted.change_rows import record_change
-from mirror.hosted.name_rows import blob_size
 from mirror.hosted.pushed_manifest import PushedManifest, read_pushed_manifest
 from mirror.hosted.staged_names import opened_names
 from mirror.oci.errors import InvalidRequest, ManifestRefused, StorageUnavailable
@@ -87,7 +86,7 @@ class LayoutRestore:
                 self._known |= {
                     (repository, digest)
                     for digest in blobs
-                    if blob_size(connection, repository, digest) is not None
+                    if restored_rows.blob_size(connection, repository, digest) is not None
                 }
                 yield PlannedRepository(repository, copied, manifests, tags)
 
