@@ -127,8 +127,12 @@ class UploadWriter:
         return isinstance(self._error, StorageUnavailable)
 
     def silent_s(self) -> float:
-        """Return the seconds since the last bytes. 0.0 once all have come."""
-        return 0.0 if self._is_last else self._loop.time() - self.last_byte_at
+        """Return the seconds since the last bytes.
+
+        0.0 once all have come, or while they are written.
+        """
+        is_busy = self._is_last or self._job is not None
+        return 0.0 if is_busy else self._loop.time() - self.last_byte_at
 
     def fail(self, error: Exception) -> None:
         """Accept no more bytes: raise ``error`` for the next ones, and close."""

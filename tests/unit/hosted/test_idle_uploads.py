@@ -486,6 +486,7 @@ async def test_newer_request_goes_on_with_an_upload_once_the_older_one_is_silent
         older = await begin_fed(kit, 1000, b"abc")
         with pytest.raises(UploadOutOfOrder, match="another request sends bytes of this upload"):
             await uploads.open(older.row.id, "app", "", start=3)
+        await older.flush()
         older.writer.last_byte_at -= 5
         newer = await uploads.open(older.row.id, "app", "", start=3)
         with pytest.raises(UploadOutOfOrder, match="a newer request goes on"):
@@ -581,7 +582,6 @@ async def test_upload_that_another_process_has_cancelled_is_unknown_to_the_reque
 async def test_request_that_publishes_its_upload_is_not_silent(tmp_path: Path) -> None:
     async with hosted_kit(tmp_path) as kit:
         feed = await begin_fed(kit, 1000, b"abc")
-        await feed.flush()  # Else it may be silent still, while the disk is slow.
         feed.writer.last_byte_at -= 50
         finish = kit.service.uploads.finish(feed, Digest.of(b"abc"))
         finished = asyncio.get_running_loop().create_task(finish)
