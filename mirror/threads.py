@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Hashable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from threading import Thread, get_ident
@@ -40,6 +40,27 @@ async def run_in_thread(work: Callable[[*Args], T], *args: *Args) -> T:
     into :class:`HangingCalls`.
     """
     return await asyncio.get_running_loop().run_in_executor(_WORKERS, partial(work, *args))
+
+
+async def open_in_thread(
+    threads: Executor, open_one: Callable[[], T], close: Callable[[T], object]
+) -> T:
+    """Return ``open_one()``, called in a thread. Raises its exception.
+
+    If the caller is cancelled meanwhile, what was opened is closed: ``close(opened)``.
+    """
+    opening = asyncio.get_running_loop().run_in_executor(threads, open_one)
+
+    def close_unused(done: asyncio.Future[T]) -> None:
+        if done.exception() is None:
+            close(done.result())
+
+    try:
+        await asyncio.wait({opening})
+    except asyncio.CancelledError:
+        opening.add_done_callback(close_unused)
+        raise
+    return opening.result()
 
 
 async def parse_in_thread_if_large(

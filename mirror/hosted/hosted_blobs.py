@@ -77,7 +77,7 @@ class HostedBlobs:
                 size = name_rows.mount_blob(connection, source, repository, digest, self._now())
             return None if size is None else ContentRow(repository, digest, OCTET_STREAM, size)
 
-        change = self._uploads.giving_way(mount, repository, actor.user)
+        change = self._uploads.giving_way(mount, repository, actor.owner)
         return bool(await self._changes.commit(change, "mount", actor))
 
     async def size(self, repository: str, digest: Digest) -> int:

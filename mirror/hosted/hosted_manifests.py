@@ -142,8 +142,8 @@ class HostedManifests:
                 repository, digest, manifest.media_type, manifest.size, manifest.image_size
             )
 
-        change = self._uploads.giving_way(record, repository, actor.user)
-        await self._uploads.make_room_on_disk(repository, actor.user, len(body))
+        change = self._uploads.giving_way(record, repository, actor.owner)
+        await self._uploads.make_room_on_disk(repository, actor.owner, len(body))
         with ContentHold(self._store.layout) as hold:
             await self._publish_body(digest, body, hold)
             await self._changes.commit(change, "push", actor, all_tags or [None], hold)

@@ -32,6 +32,7 @@ from sqlite3 import Connection
 from typing import Final, TypeVar
 
 from mirror.hosted import upload_files, upload_rows
+from mirror.hosted.upload_feed import MIN_STEP_BYTES
 from mirror.hosted.upload_rows import UploadRow
 from mirror.oci.errors import QuotaExceeded
 from mirror.store.disk import boot_id
@@ -120,7 +121,8 @@ class IdleUploads:
             return self._try(change)
         except QuotaExceeded as error:
             refusal = error
-        if self.release_surplus(upload_rows.all_uploads(self._connection)):
+        rows = upload_rows.all_uploads(self._connection)
+        if self._release_ahead(rows) + self.release_surplus(rows):
             with suppress(QuotaExceeded):
                 return self._try(change)
         found = [one for one in self._find() if one.row.reserved and one.length]
@@ -146,10 +148,27 @@ class IdleUploads:
                 status = os.fstat(fd)
                 is_starting = not status.st_size and 0 <= self._now - status.st_mtime < _STARTING_S
                 if row.reserved > status.st_size and not is_starting:
-                    upload_rows.release_reservation(self._connection, row.id, status.st_size)
+                    upload_rows.set_reservation(self._connection, row.id, status.st_size)
                     released += 1
             finally:
                 os.close(fd)
+        return released
+
+    def _release_ahead(self, rows: Iterable[UploadRow]) -> int:
+        """Take back what fed uploads have reserved ahead, but for a little. Returns their number.
+
+        The request that feeds one does not know it. It goes on up to what it had reserved: its
+        bytes exceed the quota by no more, and not when they become a blob.
+        """
+        released = 0
+        for row in rows:
+            if row.reserved > MIN_STEP_BYTES:
+                length = upload_files.upload_length(self._layout, row.id)
+                # Without its file, an upload is about to become a blob.
+                if length is not None and row.reserved > length + MIN_STEP_BYTES:
+                    kept = length + MIN_STEP_BYTES
+                    upload_rows.set_reservation(self._connection, row.id, kept)
+                    released += 1
         return released
 
     def _try(self, change: Callable[[Connection], T]) -> T:

@@ -26,7 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from sqlite3 import Connection
-from typing import Any, Final, TypeVar, TypeVarTuple
+from typing import Any, Final, TypeVar
 
 from cachetools import LRUCache
 
@@ -38,6 +38,7 @@ from mirror.hosted.idle_uploads import IdleUploads
 from mirror.hosted.upload_feed import MIN_STEP_BYTES, UploadFeed
 from mirror.hosted.upload_files import disk_errors
 from mirror.hosted.upload_rows import UploadRow
+from mirror.hosted.upload_takeover import UploadTakeover
 from mirror.hosted.upload_writer import RunningHash, UploadWriter
 from mirror.oci.errors import (
     DigestInvalid,
@@ -52,15 +53,12 @@ from mirror.store.content_hold import ContentHold
 from mirror.store.disk import boot_id
 from mirror.store.ingest_writer import MemoryBudget
 from mirror.store.store import Store
-from mirror.threads import run_in_thread
+from mirror.threads import open_in_thread, run_in_thread
 
 T = TypeVar("T")
-Args = TypeVarTuple("Args")
 
 _BEFORE_CACHE_S: Final = 3600.0
 """Seconds (one hour) without a byte after which an upload ends before cached content is evicted."""
-_SILENT_S: Final = 5.0
-"""Seconds without a byte after which a newer request of the user takes an upload over."""
 _UPLOAD_LOCK_TRIES: Final = 5
 """Tries to lock an upload: whoever looks at it has the lock for a millisecond."""
 _UPLOAD_LOCK_INTERVAL_S: Final = 0.01
@@ -114,6 +112,7 @@ class UploadSessions:
         self._opening = ThreadPoolExecutor(4, "upload-open")
         self._writing = ThreadPoolExecutor(4, "upload")
         self._publishing = ThreadPoolExecutor(8, "publish-upload")
+        self._takeover = UploadTakeover(store.layout, self._writers, self._opening, now)
 
     async def begin(
         self,
@@ -198,7 +197,7 @@ class UploadSessions:
                 os.close(fd)
             raise
         if fd is None:
-            await self._take_over(upload_id, position)
+            await self._takeover.take_over(upload_id, position)
             return await self.open(upload_id, repository, user, start=start, size=size)
         if known is None or known.row is not row:
             # Nobody has fed it meanwhile, so others may have taken what it had reserved.
@@ -210,7 +209,8 @@ class UploadSessions:
             running_hash = known.running_hash
 
         def before_unlock(length: int) -> asyncio.Future[Any] | None:
-            if writer.has_disk_failed:  # Clients begin again, and need its space for that.
+            # Clients begin again, and need its space for that. So may others.
+            if writer.has_disk_failed or feed.is_refused:
                 feed.has_ended = True
                 return self._database.enqueue_write(
                     partial(self._delete_row_and_file, upload_id), may_use_spare_space=True
@@ -218,7 +218,7 @@ class UploadSessions:
             if feed.reserved <= length:
                 return None
             return self._database.enqueue_write(
-                partial(upload_rows.release_reservation, upload_id=upload_id, length=length)
+                partial(upload_rows.set_reservation, upload_id=upload_id, reserved=length)
             )
 
         def on_closed() -> None:
@@ -231,6 +231,7 @@ class UploadSessions:
             *(fd, position, running_hash, self._writing, self._memory, before_unlock, on_closed)
         )
         self._writers[upload_id] = writer
+        self._takeover.start()
         reserve = partial(self._reserve, repository, row.owner)
         make_room = partial(self.make_room_on_disk, repository, row.owner)
         feed = UploadFeed(row, writer, reserve, make_room)
@@ -245,10 +246,11 @@ class UploadSessions:
             raise
         return feed
 
-    async def _run(self, work: Callable[[*Args], T], *args: *Args) -> T:
-        """Return ``work(*args)``, called in a thread. A disk that refuses is StorageUnavailable."""
+    async def _find_length(self, upload_id: str) -> int | None:
+        """Return the bytes in the file of an upload. None: no file. Raises StorageUnavailable."""
+        find = partial(upload_files.upload_length, self._layout, upload_id)
         with disk_errors("the upload cannot be read"):
-            return await self._loop.run_in_executor(self._opening, partial(work, *args))
+            return await self._loop.run_in_executor(self._opening, find)
 
     async def _lock(self, upload_id: str) -> tuple[int | None, int]:
         """Open and lock the file of an upload. Returns the descriptor, and its length in bytes.
@@ -256,7 +258,11 @@ class UploadSessions:
         The descriptor is None if another request has the lock. Raises ``UploadUnknown``.
         """
         for _ in range(_UPLOAD_LOCK_TRIES):
-            opened = await self._run(upload_files.open_to_feed, self._layout, upload_id)
+            open_to_feed = partial(upload_files.open_to_feed, self._layout, upload_id)
+            with disk_errors("the upload cannot be read"):
+                opened = await open_in_thread(
+                    self._opening, open_to_feed, upload_files.close_opened
+                )
             if opened is None:
                 raise UploadUnknown(_GONE)
             fd, position = opened
@@ -265,19 +271,6 @@ class UploadSessions:
             # Whoever looks whether a request feeds it has the lock for a moment.
             await asyncio.sleep(_UPLOAD_LOCK_INTERVAL_S)
         return None, position
-
-    async def _take_over(self, upload_id: str, position: int) -> None:
-        """Let the user's new request go on with an upload that an older, silent one feeds.
-
-        Raises ``UploadOutOfOrder`` if that is at another process, or not silent.
-        """
-        writer = self._writers.get(upload_id)
-        if writer is None:
-            raise UploadOutOfOrder("a request at another process feeds this upload", position)
-        if writer.silent_s() < _SILENT_S:
-            raise UploadOutOfOrder("another request sends bytes of this upload", position)
-        writer.fail(UploadOutOfOrder("a newer request goes on with this upload", position))
-        await writer.closed.wait()
 
     def giving_way(
         self, change: Callable[[Connection], T], repository: str, owner: str
@@ -296,7 +289,9 @@ class UploadSessions:
 
         return run
 
-    async def make_room_on_disk(self, repository: str, owner: str, need: int) -> None:
+    async def make_room_on_disk(
+        self, repository: str, owner: str, need: int, ahead: int = 0
+    ) -> None:
         """Free ``need`` bytes of the disk, if that is possible. Never raises.
 
         Uploads that nobody has fed for an hour go first, then cached content, then younger ones.
@@ -304,7 +299,8 @@ class UploadSessions:
         Args:
             repository: The repository that they are for.
             owner: Whose uploads give way first.
-            need: Bytes.
+            need: Bytes. Only for these does an upload end.
+            ahead: Bytes that will be needed soon.
         """
 
         async def end_uploads(min_idle: float, missing: int) -> None:
@@ -316,22 +312,25 @@ class UploadSessions:
                 await self._database.write(end, is_durable=False, may_use_spare_space=True)
 
         await self._store.space.disk_room.make_room(
-            need, partial(end_uploads, _BEFORE_CACHE_S), partial(end_uploads, 0.0)
+            need, ahead, partial(end_uploads, _BEFORE_CACHE_S), partial(end_uploads, 0.0)
         )
 
     async def _reserve(
-        self, repository: str, owner: str, upload_id: str, size: int, announced: int
-    ) -> None:
+        self, repository: str, owner: str, upload_id: str, least: int, most: int, announced: int
+    ) -> int:
         reserve = partial(
             upload_rows.reserve,
             upload_id=upload_id,
-            reserved=size,
+            least=least,
+            most=most,
             hosted=self._hosted,
             announced=announced,
         )
         change = self.giving_way(reserve, repository, owner)
-        if not await self._database.write(change, is_durable=False):
+        reserved = await self._database.write(change, is_durable=False)
+        if reserved is None:
             raise UploadUnknown(_GONE)
+        return reserved
 
     async def _wait_for_closing(self, upload_id: str) -> None:
         """Wait until a request that was cut off has written its last bytes."""
@@ -373,7 +372,7 @@ class UploadSessions:
         """
         await self._find(upload_id, repository, user)
         await self._wait_for_closing(upload_id)
-        length = await self._run(upload_files.upload_length, self._layout, upload_id)
+        length = await self._find_length(upload_id)
         if length is None:
             raise UploadUnknown(_GONE)
         return length
@@ -472,7 +471,7 @@ class UploadSessions:
         """
         if not upload_files.is_upload_id(upload_id):
             raise UploadUnknown(_GONE)
-        size = await self._run(upload_files.upload_length, self._layout, upload_id)
+        size = await self._find_length(upload_id)
         end = partial(self._delete_row_and_file, upload_id)
         if not await self._database.write(end, is_durable=is_durable, may_use_spare_space=True):
             raise UploadUnknown(_GONE)
@@ -495,5 +494,6 @@ class UploadSessions:
 
     async def close(self) -> None:
         """End the threads. Running requests must have ended."""
+        self._takeover.close()
         for pool in (self._opening, self._writing, self._publishing):
             await run_in_thread(pool.shutdown)

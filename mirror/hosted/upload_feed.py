@@ -13,10 +13,10 @@ from mirror.hosted.upload_writer import UploadWriter
 from mirror.oci.errors import QuotaExceeded
 
 _MAX_STEP_BYTES: Final = 64 * 1024 * 1024
-"""Most bytes that are reserved at a time. Each step is one small transaction."""
+"""Most bytes that are reserved ahead. Each step is one small transaction."""
 MIN_STEP_BYTES: Final = 1024 * 1024
-"""Fewest bytes that are reserved at a time. Above, no upload reserves more than twice its bytes: so
-a client that sends slowly keeps others out of little, whatever length it has announced."""
+"""Bytes that any upload may reserve ahead. Above, none reserves more than twice its bytes: so a
+client that sends slowly keeps others out of little, whatever length it has announced."""
 _UNRESERVED_BYTES: Final = 64 * 1024
 """Bytes that an upload may reach without a reservation. The quota is checked when it is finished:
 a push of many small blobs has one transaction less for each."""
@@ -29,16 +29,16 @@ class UploadFeed:
         self,
         row: UploadRow,
         writer: UploadWriter,
-        reserve: Callable[[str, int, int], Awaitable[None]],
-        make_room: Callable[[int], Awaitable[None]],
+        reserve: Callable[[str, int, int, int], Awaitable[int]],
+        make_room: Callable[[int, int], Awaitable[None]],
     ) -> None:
         """Feed an upload. Created by :meth:`mirror.hosted.sessions.UploadSessions.open`.
 
         Args:
             row: The upload.
             writer: Appends to its file.
-            reserve: Reserves bytes of the quota for an upload, if those that it has announced fit.
-            make_room: Frees so many bytes of the disk, if it can.
+            reserve: Reserves bytes of the quota for an upload (:func:`upload_rows.reserve`).
+            make_room: Frees so many bytes of the disk, and so many for later, if it can.
         """
         self.row = row
         self.writer = writer
@@ -46,12 +46,12 @@ class UploadFeed:
         """Bytes that the upload may reach."""
         self.has_ended = False
         """Whether the upload ends with this request, as a blob or without one."""
+        self.is_refused = False
+        """Whether the quota has refused bytes."""
         self._reserve = reserve
         self._make_room = make_room
         self._announced = 0
         """Length that the upload will have, if the client has said it."""
-        self._has_room_until = 0
-        """Length of the upload up to which the disk was asked for space."""
 
     @property
     def position(self) -> int:
@@ -61,28 +61,23 @@ class UploadFeed:
     async def announce(self, end: int) -> None:
         """Refuse an upload that will have ``end`` bytes, if the quota has no room for them."""
         self._announced = end
-        await self._reserve_up_to(min(end, self.position + MIN_STEP_BYTES))
+        least = min(end, self.position + MIN_STEP_BYTES)
+        await self._reserve_up_to(least, least)
 
-    async def _reserve_up_to(self, size: int) -> None:
-        """Reserve as much of the quota as ``size`` bytes of the upload need, and of the disk."""
-        if size > max(self.reserved, _UNRESERVED_BYTES):
-            await self._reserve(self.row.id, size, self._announced)
-            self.reserved = size
-        if size > max(self._has_room_until, self.position):
-            await self._make_room(size - self.position)
-            self._has_room_until = size
+    async def _reserve_up_to(self, least: int, most: int) -> None:
+        if least > max(self.reserved, _UNRESERVED_BYTES):
+            try:
+                self.reserved = await self._reserve(self.row.id, least, most, self._announced)
+            except QuotaExceeded:
+                self.is_refused = True
+                raise
 
     async def write(self, chunk: bytes) -> None:
         """Append bytes. Raises ``QuotaExceeded``, ``StorageUnavailable``, ``UploadUnknown``."""
         end = self.position + len(chunk)
-        if end > max(self.reserved, _UNRESERVED_BYTES):
-            step_end = end + max(MIN_STEP_BYTES, min(end, _MAX_STEP_BYTES))
-            try:
-                await self._reserve_up_to(max(end, min(step_end, self._announced or step_end)))
-            except QuotaExceeded:
-                await self._reserve_up_to(end)
-        elif end > self._has_room_until:
-            await self._reserve_up_to(self.reserved)
+        most = end + max(MIN_STEP_BYTES, min(end, _MAX_STEP_BYTES))
+        await self._reserve_up_to(end, max(end, min(most, self._announced or most)))
+        await self._make_room(len(chunk), max(0, self.reserved - end))
         await self.writer.write(chunk)
 
     async def flush(self) -> None:

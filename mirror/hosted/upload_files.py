@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import stat
+import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -42,6 +43,14 @@ _EVICTION_TIMEOUT_S: Final = 10.0
 """Seconds to wait for another process that looks at the same content. It takes microseconds."""
 _NANOSECONDS: Final = 10**9
 """Nanoseconds in a second."""
+_CLOCK_STEP_S: Final = 60.0
+"""Seconds. A last byte that is later than that by the clock is of a time to come: it was set back.
+"""
+_LOCK_FORM: Final = "hhqqi4x"
+"""``struct flock`` of Linux: type, whence, start, length, process."""
+_WAITING: Final = struct.pack(_LOCK_FORM, fcntl.F_WRLCK, os.SEEK_SET, 2**62, 1, 0)
+"""The lock of a request that waits: a byte that no upload reaches. It belongs to the open file
+(``F_OFD_SETLK``), so no other request of the process ends it."""
 
 
 def is_upload_id(text: str) -> bool:
@@ -94,6 +103,12 @@ def open_to_feed(layout: Layout, upload_id: str) -> tuple[int | None, int] | Non
     return None
 
 
+def close_opened(opened: tuple[int | None, int] | None) -> None:
+    """Close and unlock what :func:`open_to_feed` has returned."""
+    if opened is not None and opened[0] is not None:
+        os.close(opened[0])
+
+
 def upload_length(layout: Layout, upload_id: str) -> int | None:
     """Return the length of an upload in bytes. None if there is no such file."""
     try:
@@ -118,6 +133,49 @@ def lock_idle(layout: Layout, upload_id: str) -> int | None:
         opened = open_to_feed(layout, upload_id)
         return None if opened is None else opened[0]
     return None
+
+
+def is_fed(layout: Layout, upload_id: str) -> bool:
+    """Return whether a request feeds an upload. Raises ``OSError``."""
+    opened = open_to_feed(layout, upload_id)
+    close_opened(opened)
+    return opened is not None and opened[0] is None
+
+
+def start_waiting(layout: Layout, upload_id: str, last: float) -> int | None:
+    """Tell the process that feeds an upload that a newer request waits for it.
+
+    Args:
+        layout: The data directory.
+        upload_id: Its id.
+        last: Seconds since the epoch. An upload that has got a byte after it is not waited for.
+
+    Returns the descriptor, until whose end the request waits. None if there is no such file, if the
+    upload was fed after ``last``, or if another request waits. Raises ``OSError``.
+    """
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        fd = os.open(path_of(layout, upload_id), flags)
+    except FileNotFoundError:
+        return None
+    try:
+        changed = os.fstat(fd).st_mtime
+        if not last < changed <= last + _CLOCK_STEP_S:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _WAITING)
+            return fd
+    except OSError as error:
+        os.close(fd)
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return None
+        raise
+    os.close(fd)
+    return None
+
+
+def has_waiting(fd: int) -> bool:
+    """Return whether a request waits for the upload whose open file this is. Does not block."""
+    found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _WAITING)
+    return bool(struct.unpack(_LOCK_FORM, found)[0] != fcntl.F_UNLCK)
 
 
 def remove_abandoned(

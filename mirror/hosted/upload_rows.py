@@ -117,31 +117,33 @@ def check_count(connection: Connection, row: UploadRow) -> None:
 
 
 def reserve(
-    connection: Connection, upload_id: str, reserved: int, hosted: Hosted, announced: int = 0
-) -> bool:
-    """Let an upload reach ``reserved`` bytes. False if there is no such upload any more.
+    connection: Connection,
+    upload_id: str,
+    least: int,
+    most: int,
+    hosted: Hosted,
+    announced: int = 0,
+) -> int | None:
+    """Let an upload reach ``least`` bytes, and up to ``most`` if these leave as many to others.
 
-    Raises ``QuotaExceeded``, also if there is no room for the ``announced`` bytes.
+    Returns the bytes that it may reach. None if there is no such upload any more. Raises
+    ``QuotaExceeded`` if there is no room for ``least``, or for the ``announced`` bytes.
     """
-    found = connection.execute(
-        "UPDATE uploads SET reserved = max(reserved, ?) WHERE id = ? RETURNING repository",
-        (reserved, upload_id),
-    ).fetchone()
-    if found is not None:
-        check_quota(connection, found[0], hosted, announced)
-    return found is not None
+    update = "UPDATE uploads SET reserved = max(reserved, ?) WHERE id = ? RETURNING"
+    found = connection.execute(f"{update} repository", (least, upload_id)).fetchone()
+    if found is None:
+        return None
+    ahead = min(most - least, check_quota(connection, found[0], hosted, announced) // 2)
+    found = connection.execute(f"{update} reserved", (least + ahead, upload_id)).fetchone()
+    return int(found[0])
 
 
-def release_reservation(connection: Connection, upload_id: str, length: int) -> None:
-    """Let an upload reserve no more than ``length`` bytes: nobody feeds it."""
-    connection.execute(
-        "UPDATE uploads SET reserved = min(reserved, ?) WHERE id = ?", (length, upload_id)
-    )
+def set_reservation(connection: Connection, upload_id: str, reserved: int) -> None:
+    """Let an upload have ``reserved`` bytes of the quota, without a check: those that it has."""
+    connection.execute("UPDATE uploads SET reserved = ? WHERE id = ?", (reserved, upload_id))
 
 
-def check_quota(
-    connection: Connection, repository: str, hosted: Hosted, announced: int = 0
-) -> None:
+def check_quota(connection: Connection, repository: str, hosted: Hosted, announced: int = 0) -> int:
     """For uploads: check that what they have reserved fits into the quota, beside what is hosted.
 
     Args:
@@ -151,13 +153,16 @@ def check_quota(
         announced: Bytes that an upload will have. They must fit beside the content, but are not
             reserved at once, so that a slow client does not block others.
 
-    Raises :class:`QuotaExceeded`.
+    Returns the bytes that are left. Raises :class:`QuotaExceeded`.
     """
+    left = hosted.max_size
     for key, used, quota in _quotas(connection, repository, hosted):
         # At its end, the row of a blob comes to its bytes.
         needed = used.stored + max(used.reserved, announced) + ROW_BYTES
         if needed > quota:
             raise _exceeded(key, used, quota, needed)
+        left = min(left, quota - used.total - ROW_BYTES)
+    return left
 
 
 @contextmanager

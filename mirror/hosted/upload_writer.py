@@ -17,7 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any, Final, TypeVar
 
-from mirror.oci.errors import StorageUnavailable
+from mirror.oci.errors import StorageUnavailable, UploadUnknown
 from mirror.oci.reference import Digest
 from mirror.store.ingest_writer import MemoryBudget, ShortWrite, append_joined, write_all
 from mirror.store.writeback import start_writeback
@@ -127,8 +127,12 @@ class UploadWriter:
         return isinstance(self._error, StorageUnavailable)
 
     def silent_s(self) -> float:
-        """Return the seconds since the last bytes. 0.0 once all have come."""
-        return 0.0 if self._is_last else self._loop.time() - self.last_byte_at
+        """Return the seconds since the last bytes.
+
+        0.0 once all have come, or while they are written.
+        """
+        is_busy = self._is_last or self._job is not None
+        return 0.0 if is_busy else self._loop.time() - self.last_byte_at
 
     def fail(self, error: Exception) -> None:
         """Accept no more bytes: raise ``error`` for the next ones, and close."""
@@ -136,11 +140,16 @@ class UploadWriter:
         self.close()
 
     async def flush(self) -> None:
-        """Return once all bytes are in the file. Raises like :meth:`write`."""
+        """Return once all bytes are in the file. Raises like :meth:`write`, and ``UploadUnknown``.
+
+        The latter if another process has ended the upload.
+        """
         while self._job is not None:
             await asyncio.wait({self._job})
         if self._error is not None:
             raise self._error
+        if not os.fstat(self.fd).st_nlink:
+            raise UploadUnknown("there is no such upload: it was cancelled")
 
     async def run_last(self, threads: Executor, work: Callable[[], T]) -> T:
         """Return ``work()``, called in a thread. No bytes may follow. Raises like ``work``.

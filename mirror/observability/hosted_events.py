@@ -31,6 +31,13 @@ class Actor:
     """Empty: anonymous."""
     client: str = ""
     """Address of the client. Empty: the server itself."""
+    network: str = ""
+    """The client's address as it is counted: of IPv6 its network."""
+
+    @property
+    def owner(self) -> str:
+        """The user, or the network of an anonymous one. Each has a limit of uploads."""
+        return self.user or self.network
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from time import monotonic
 from typing import Final, Protocol
 
@@ -50,7 +51,11 @@ class DiskRoom:
         self._promised_until = 0.0
 
     async def make_room(
-        self, need: int, before: FreeMore | None = None, after: FreeMore | None = None
+        self,
+        need: int,
+        ahead: int = 0,
+        before: FreeMore | None = None,
+        after: FreeMore | None = None,
     ) -> None:
         """Free space if the disk has fewer than ``need`` free bytes. Evicts content, and waits.
 
@@ -58,6 +63,8 @@ class DiskRoom:
 
         Args:
             need: Bytes.
+            ahead: Bytes that will be needed soon. One eviction frees them, too: it lists all
+                content, which is too much work for each chunk of a push.
             before: Called with the missing bytes. Frees what is of less use than cached content.
             after: The same for what is of more use.
         """
@@ -66,7 +73,7 @@ class DiskRoom:
             self._promised -= need
             return
         with suppress(OSError):
-            for free_more in (before, self._evict, after):
+            for free_more in (before, partial(self._evict, ahead), after):
                 disk_free, _ = await self._read()
                 if disk_free >= need:
                     # Others write, too, and small pushes need not ask the disk for each blob.
@@ -76,10 +83,13 @@ class DiskRoom:
                 if free_more is not None:
                     await free_more(need - disk_free)
 
-    async def _evict(self, missing: int) -> None:
-        """Evict content until the disk has ``missing`` more free bytes. Waits for the eviction."""
+    async def _evict(self, ahead: int, missing: int) -> None:
+        """Evict content until the disk has ``missing`` more free bytes, and ``ahead`` if it can.
+
+        Waits for the eviction.
+        """
         disk_free, reachable = await self._read()
-        need = min(disk_free + missing, reachable)
+        need = min(disk_free + missing + ahead, reachable)
         eviction = self._evictor.start(need) if need > 0 else None
         if eviction is not None:
             await asyncio.wait({eviction})

@@ -224,7 +224,8 @@ class HostedHandler:
             self._refuse_unknown_host(request)
         if action is AccessAction.PUSH:
             self._refuse_prefix(parsed.repository)
-        actor = Actor(user=identity.user, client=record.client)
+        network = counted_address(record.client)
+        actor = Actor(user=identity.user, client=record.client, network=network)
         record.outcome = Outcome.DELETED if is_deletion else Outcome.PUSHED
         match parsed:
             case StartUpload():
@@ -269,8 +270,7 @@ class HostedHandler:
             return self._reply_created(request, record, parsed.repository, parsed.mount)
         uploads = self._service.uploads
         size = request.content_length if parsed.digest is not None else None
-        owner = user or counted_address(actor.client)
-        upload_id = await uploads.begin(repository, user, size, parsed.algorithm, owner=owner)
+        upload_id = await uploads.begin(repository, user, size, parsed.algorithm, owner=actor.owner)
         if parsed.digest is None:
             return self._reply_progress(request, record, parsed.repository, upload_id, 0)
         # One request has the whole blob.

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
+from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -167,6 +168,32 @@ def test_push_that_is_cut_at_every_tenth_goes_on_where_it_ended() -> None:
         assert sent < 2 * len(data), "it never begins anew"
         assert ask(f"{url}{path}?digest={digest}", "PUT", body=b"").status == 201
         assert ask(f"{url}/v2/team/app/blobs/{digest}").body == data
+
+
+@pytest.mark.long
+def test_push_goes_on_at_another_worker_while_its_broken_request_hangs() -> None:
+    """The client's network was gone for a while. Each connection stays at one of both workers."""
+    push_host = f"127.0.0.1:{free_port()}"
+    hosted, address = {"name": NAME, "listen": push_host}, ("127.0.0.1", int(push_host[10:]))
+    upstreams = {"docker.io": "http://127.0.0.1:9"}
+    with Mirror(upstreams, hosted=hosted, workers=2), ExitStack() as stack:
+        kept = []
+        for _ in range(6):
+            url = f"http://{push_host}/v2/team/app/blobs/uploads/"
+            path = ask(url, "POST", body=b"").headers["Location"]
+            hanging = stack.enter_context(socket.create_connection(address))
+            head = f"PATCH {path} HTTP/1.1\r\nHost: {push_host}\r\nContent-Length: 100\r\n\r\n"
+            hanging.sendall(head.encode() + b"x" * 10)
+            kept.append((path, stack.enter_context(closing(HTTPConnection(push_host)))))
+
+        def goes_on(path: str, connection: HTTPConnection) -> bool:
+            connection.request("PATCH", path, b"y", {"Content-Range": "10-10"})
+            response = connection.getresponse()
+            response.read()
+            return response.status == 202
+
+        for path, connection in kept:
+            wait_until(partial(goes_on, path, connection), "the upload can go on", 20)
 
 
 def received(response: Response) -> int:

@@ -164,6 +164,19 @@ def test_clients_show_why_an_immutable_tag_is_not_moved(tmp_path: Path) -> None:
         assert b"denied: the tag v1 is immutable" in refused.stderr
 
 
+def test_push_that_the_quota_refuses_keeps_no_other_one_out(tmp_path: Path) -> None:
+    push_host = f"127.0.0.1:{free_port()}"
+    hosted = {"name": NAME, "listen": push_host, "max_size": "4MB"}
+    with Mirror({"docker.io": "http://127.0.0.1:9"}, hosted=hosted), Podman() as podman:
+        layout = images.write_layout(tmp_path, images.image(5, layers=(5_000_000,)))
+        podman.pull(f"oci:{layout}:latest")
+        pulled = podman.podman("images", "--quiet", "--no-trunc").stdout.decode().split()[0]
+        target = f"docker://{push_host}/team/large:v1"
+        refused = podman.podman("push", "--tls-verify=false", pulled, target, check=False)
+        assert b"denied: hosted.max_size" in refused.stderr
+        images.push(f"http://{push_host}", "other/app", images.image(6, layers=(3_000_000,)), "v1")
+
+
 def test_users_are_listed_with_their_last_use_and_push(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mirror.hosted import upload_files, upload_rows
+from mirror.hosted import upload_files, upload_rows, upload_takeover
 from mirror.hosted.abandoned_uploads import UPLOAD_TTL_S
 from mirror.hosted.upload_feed import UploadFeed
 from mirror.oci.descriptor import OCI_MANIFEST
@@ -22,6 +24,7 @@ from mirror.oci.errors import (
 )
 from mirror.oci.reference import Digest, Tag
 from mirror.store import space
+from mirror.threads import run_in_thread
 from tests.unit.hosted.kit import ANYBODY, NOW, HostedKit, hosted_kit, manifest_of
 from tests.unit.store.kit import random_bytes
 
@@ -215,6 +218,64 @@ async def test_small_upload_takes_the_room_of_others_when_it_is_finished(tmp_pat
         assert await rows(kit) == {}
 
 
+# --- bytes that are reserved ahead ----------------------------------------------------------------
+
+
+async def write_all(feed: UploadFeed, data: bytes) -> None:
+    """Feed an upload in chunks, as a request without a length does."""
+    for start in range(0, len(data), 65_536):
+        await feed.write(data[start : start + 65_536])
+
+
+async def begin_unannounced(kit: HostedKit, user: str = "") -> UploadFeed:
+    uploads = kit.service.uploads
+    return await uploads.open(await uploads.begin("app", user, None), "app", user)
+
+
+@pytest.mark.parametrize(("user", "idle"), [("ci", 5), ("other", 90)])
+async def test_upload_stays_while_the_bytes_of_another_one_fit_beside_it(
+    tmp_path: Path, user: str, idle: float
+) -> None:
+    first, second = random_bytes(9 * 2**19, 1), random_bytes(3 * 2**20, 2)
+    async with hosted_kit(tmp_path, max_size="8MiB") as kit:
+        left = await leave(kit, first, user=user, idle=idle)
+        feed = await begin_unannounced(kit, "ci")
+        await write_all(feed, second)
+        await finish(kit, feed, b"")
+        feed.close()
+        await finish(kit, await kit.service.uploads.open(left, "app", user), b"")
+
+
+async def test_two_uploads_without_a_length_fill_the_quota_together(tmp_path: Path) -> None:
+    """What one has reserved ahead is no reason to refuse the other one."""
+    async with hosted_kit(tmp_path, max_size="8MiB") as kit:
+        first, second = [await begin_unannounced(kit) for _ in range(2)]
+        await write_all(first, random_bytes(5 * 2**19, 1))
+        await first.flush()
+        await write_all(second, random_bytes(4 * 2**20, 2))
+        assert sum((await rows(kit)).values()) < 8 * 2**20
+        for feed in (first, second):
+            await finish(kit, feed, b"x")
+            feed.close()
+
+
+async def test_uploads_whose_reservation_was_taken_back_never_exceed_the_quota_as_blobs(
+    tmp_path: Path,
+) -> None:
+    async with hosted_kit(tmp_path, max_size="8MiB") as kit:
+        first, second = [await begin_unannounced(kit) for _ in range(2)]
+        await write_all(first, random_bytes(5 * 2**19, 1))
+        await first.flush()
+        await write_all(second, random_bytes(17 * 2**18, 2))
+        await write_all(first, bytes(27 * 2**16))
+        with pytest.raises(QuotaExceeded):
+            await finish(kit, first, b"")
+        first.close()
+        await finish(kit, second, b"")
+        second.close()
+        assert (await kit.usage()).bytes < 8 * 2**20
+
+
 async def test_upload_of_another_boot_gives_way_at_once(tmp_path: Path) -> None:
     async with hosted_kit(tmp_path, max_size="500kB") as kit:
         upload_id = await leave(kit, idle=0)
@@ -352,6 +413,26 @@ async def test_uploads_give_way_to_a_push_on_a_full_disk(
         assert old not in await rows(kit)
 
 
+async def test_upload_stays_while_the_bytes_of_another_one_fit_beside_it_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        left = await leave(kit, random_bytes(3 * 2**20, 1), idle=9000)
+        await kit.store.measure()
+        small_disk(kit, monkeypatch, 13 * 2**19)
+        feed = await begin_unannounced(kit)
+        for part in range(12):
+            await write_all(feed, random_bytes(2**18, part))
+            await feed.flush()
+        assert left in await rows(kit)
+        kit.store.space.disk_room._promised = 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(space, "free_bytes", lambda _: 65_535)
+            await feed.write(bytes(65_536))
+        assert left not in await rows(kit)
+        feed.close()
+
+
 # --- clocks ---------------------------------------------------------------------------------------
 
 
@@ -405,6 +486,7 @@ async def test_newer_request_goes_on_with_an_upload_once_the_older_one_is_silent
         older = await begin_fed(kit, 1000, b"abc")
         with pytest.raises(UploadOutOfOrder, match="another request sends bytes of this upload"):
             await uploads.open(older.row.id, "app", "", start=3)
+        await older.flush()
         older.writer.last_byte_at -= 5
         newer = await uploads.open(older.row.id, "app", "", start=3)
         with pytest.raises(UploadOutOfOrder, match="a newer request goes on"):
@@ -415,10 +497,91 @@ async def test_newer_request_goes_on_with_an_upload_once_the_older_one_is_silent
         newer.close()
 
 
+async def test_newer_request_takes_an_upload_over_from_a_silent_one_of_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server has several processes, and a client that comes back meets any of them."""
+    monkeypatch.setattr(upload_takeover, "_LOOK_INTERVAL_S", 0.01)
+    monkeypatch.setattr(upload_takeover, "_TRY_INTERVAL_S", 0.01)
+    async with hosted_kit(tmp_path) as one, hosted_kit(tmp_path) as two:
+        older = await begin_fed(one, 1000, b"abc")
+        await older.flush()
+        uploads, upload_id = two.service.uploads, older.row.id
+        for idle in (4, 6):  # The other process knows better how long its client is silent.
+            set_idle(two, upload_id, idle)
+            with pytest.raises(UploadOutOfOrder, match="another request sends bytes"):
+                await uploads.open(upload_id, "app", "", start=3)
+        with pytest.raises(UploadUnknown):
+            await uploads.open(upload_id, "app", "stranger")
+        older.writer.last_byte_at -= 5
+        newer = await uploads.open(upload_id, "app", "", start=3)
+        with pytest.raises(UploadOutOfOrder, match="a newer request goes on"):
+            await older.write(b"x")
+        older.close()
+        await newer.write(b"def")
+        assert await uploads.finish(newer, Digest.of(b"abcdef")) == 6
+        newer.close()
+
+
+async def test_request_that_waits_no_more_lets_the_older_one_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upload_takeover, "_LOOK_INTERVAL_S", 0.01)
+    monkeypatch.setattr(upload_takeover, "_TRY_INTERVAL_S", 0.001)
+    async with hosted_kit(tmp_path) as one, hosted_kit(tmp_path) as two:
+        older = await begin_fed(one, 1000, b"abc")
+        await older.flush()
+        set_idle(two, older.row.id, 6)
+        with pytest.raises(UploadOutOfOrder):
+            await two.service.uploads.open(older.row.id, "app", "")
+        older.writer.last_byte_at -= 5
+        one.service.uploads._takeover._look()
+        await older.write(b"def")
+        older.close()
+
+
+async def test_request_that_is_cancelled_while_it_opens_an_upload_leaves_it_unlocked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        upload_id = await leave(kit, idle=0)
+        begun, may_go_on, open_to_feed = threading.Event(), threading.Event(), []
+        open_to_feed.append(upload_files.open_to_feed)
+
+        def open_late(*args: Any) -> Any:
+            opened = open_to_feed[0](*args)
+            begun.set()
+            may_go_on.wait(10)
+            return opened
+
+        with monkeypatch.context() as patch:
+            patch.setattr(upload_files, "open_to_feed", open_late)
+            task = asyncio.get_running_loop().create_task(
+                kit.service.uploads.open(upload_id, "app", "")
+            )
+            await run_in_thread(begun.wait, 10)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        may_go_on.set()
+        (await kit.service.uploads.open(upload_id, "app", "")).close()
+
+
+async def test_upload_that_another_process_has_cancelled_is_unknown_to_the_request_that_feeds_it(
+    tmp_path: Path,
+) -> None:
+    async with hosted_kit(tmp_path) as one, hosted_kit(tmp_path) as two:
+        feed = await begin_fed(one, 1000, b"abc")
+        await two.service.uploads.cancel(feed.row.id, "app", "")
+        await feed.write(b"def")
+        with pytest.raises(UploadUnknown):
+            await feed.flush()
+        feed.close()
+
+
 async def test_request_that_publishes_its_upload_is_not_silent(tmp_path: Path) -> None:
     async with hosted_kit(tmp_path) as kit:
         feed = await begin_fed(kit, 1000, b"abc")
-        await feed.flush()  # Else it may be silent still, while the disk is slow.
         feed.writer.last_byte_at -= 50
         finish = kit.service.uploads.finish(feed, Digest.of(b"abc"))
         finished = asyncio.get_running_loop().create_task(finish)

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ async def test_two_processes_do_not_feed_one_upload_at_once(tmp_path: Path) -> N
         feed = await one.service.uploads.open(upload_id, "app", "")
         await feed.write(DATA[:1000])
         await feed.flush()
+        os.utime(upload_files.path_of(one.store.layout, upload_id), (NOW, NOW))
         with pytest.raises(UploadOutOfOrder) as caught:
             await two.service.uploads.open(upload_id, "app", "")
         assert caught.value.offset == 1000
@@ -154,9 +156,9 @@ async def test_large_upload_reserves_in_few_steps_and_never_more_than_it_announc
     steps: list[int] = []
     reserve = upload_rows.reserve
 
-    def record(*args: Any, reserved: int, **more: Any) -> bool:
-        steps.append(reserved)
-        return reserve(*args, reserved=reserved, **more)
+    def record(*args: Any, **more: Any) -> int | None:
+        steps.append(more["most"])
+        return reserve(*args, **more)
 
     monkeypatch.setattr(upload_rows, "reserve", record)
     async with hosted_kit(tmp_path) as kit:
@@ -171,8 +173,12 @@ async def test_large_upload_reserves_in_few_steps_and_never_more_than_it_announc
     assert len(steps) <= 5
 
 
-async def test_stream_of_unknown_length_ends_at_the_quota(tmp_path: Path) -> None:
-    async with hosted_kit(tmp_path, max_size=str(500_000 + ROW_BYTES)) as kit:
+async def test_stream_of_unknown_length_ends_at_the_quota_and_keeps_nobody_out(
+    tmp_path: Path,
+) -> None:
+    """Its client was told so, and does not go on: its bytes would keep others out for a minute."""
+    keys = {"max_size": str(500_000 + ROW_BYTES)}
+    async with hosted_kit(tmp_path, clock=[time.time() + 9], **keys) as kit:
         upload_id = await kit.service.uploads.begin("app", "", None)
         feed = await kit.service.uploads.open(upload_id, "app", "")
         for start in range(0, 500_000, 100_000):
@@ -180,7 +186,23 @@ async def test_stream_of_unknown_length_ends_at_the_quota(tmp_path: Path) -> Non
         with pytest.raises(QuotaExceeded):
             await feed.write(b"x")
         feed.close()
-        assert await kit.service.uploads.position(upload_id, "app", "") <= 500_000
+        await feed.wait_closed()
+        await kit.push_blob(DATA[:400_000], "other", "ann")
+        with pytest.raises(UploadUnknown):
+            await kit.service.uploads.position(upload_id, "app", "")
+        assert upload_files.list_ids(kit.store.layout) == []
+
+
+async def test_chunk_that_the_quota_refuses_by_its_announced_length_ends_the_upload(
+    tmp_path: Path,
+) -> None:
+    async with hosted_kit(tmp_path, clock=[time.time() + 9], max_size="1MB") as kit:
+        upload_id = await kit.service.uploads.begin("app", "", None)
+        await feed_some(kit, upload_id, DATA)
+        with pytest.raises(QuotaExceeded):
+            await kit.service.uploads.open(upload_id, "app", "", size=200_000)
+        await kit.push_blob(DATA, "other", "ann")
+        assert await reserved(kit) == {}
 
 
 async def test_quota_of_a_small_upload_is_checked_when_it_is_finished(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -736,6 +738,30 @@ async def test_full_quota_tells_the_use_of_others_to_the_log_and_not_to_clients(
         assert error["message"].startswith("hosted.max_size (6KB) has no room for this push.")
         assert "used" not in refused.body.decode()
         assert "5.0KiB are used (2.0KiB of them by metadata)" in (await server.records())[-1].error
+
+
+async def test_broken_uploads_of_a_client_without_a_login_give_way_to_its_mount_and_manifest(
+    tmp_path: Path,
+) -> None:
+    async with hosting(tmp_path, hosted={"max_repository_size": "500kB"}) as (server, client):
+        layer = random_bytes(300_000, 1)
+        digest = await PushClient(server, "base").push(layer)
+        await client.push(CONFIG)
+
+        async def break_off(size: int) -> str:
+            location = (await client.start()).location
+            assert (await client.ask("PATCH", location, bytes(size))).status == 202
+            last_byte = time.time() - 5
+            os.utime(server.store.layout.uploads / location[-32:], (last_byte, last_byte))
+            return location
+
+        left = await break_off(300_000)
+        assert (await client.start(f"?mount={digest}&from=base")).status == 201
+        assert (await client.ask("GET", left)).status == 404
+        left = await break_off(150_000)
+        body = manifest_of(layer, annotations={"a": "x" * 10_000})
+        assert (await client.put_manifest(body, "v1")).status == 201
+        assert (await client.ask("GET", left)).status == 404
 
 
 async def test_client_that_waits_for_permission_gets_100(tmp_path: Path) -> None:
