@@ -234,7 +234,7 @@ relaxed = [HealthCheck.too_slow, HealthCheck.data_too_large]
 @example(ALSO_A_LAYER, [], "backup")
 @example(DELETED_IN_ONE, [], "backup")
 @example([], ORPHAN, "backup")
-@settings(max_examples=4, deadline=None, suppress_health_check=relaxed)
+@settings(max_examples=2, deadline=None, suppress_health_check=relaxed)
 def test_every_answer_is_the_same_after_backup_and_restore(
     first: list[Any], second: list[Any], target: str
 ) -> None:
@@ -244,7 +244,7 @@ def test_every_answer_is_the_same_after_backup_and_restore(
 @pytest.mark.long
 @pytest.mark.timeout(1200)
 @given_steps
-@settings(max_examples=300, deadline=None, suppress_health_check=relaxed)
+@settings(max_examples=150, deadline=None, suppress_health_check=relaxed)
 def test_every_answer_is_the_same_after_many_backups_and_restores(
     first: list[Any], second: list[Any], target: str
 ) -> None:
