@@ -36,7 +36,7 @@ from mirror.oci.errors import TooManyRequests
 RESULT_TTL_S: Final = 60.0
 """Seconds for which the result of a check is remembered."""
 _MAX_RESULTS: Final = 10_000
-"""Results that are remembered: 3 MB."""
+"""Results that are remembered: 3 MB for the right ones, and as much for the wrong ones."""
 _THREADS: Final = 2
 """Checks of passwords at the same time: each takes a processor."""
 _MAX_WAITING: Final = 256
@@ -95,6 +95,9 @@ class ClientLogins:
         self._now = now
         self._key = secrets.token_bytes(32)
         self._results: LRUCache[bytes, _LoginResult] = LRUCache(_MAX_RESULTS)
+        self._wrong: LRUCache[bytes, _LoginResult] = LRUCache(_MAX_RESULTS)
+        """Wrong credentials. Anybody can send many, so they take no place of those that are right.
+        """
         self._failures = FailureLimit()
         self._unneeded_failures = FailureLimit()
         """Failures of requests that needed no login. Clients also send credentials of upstreams,
@@ -112,6 +115,7 @@ class ClientLogins:
         self._credentials = credentials
         self._generation += 1
         self._results.clear()
+        self._wrong.clear()
 
     def refresh(self) -> None:
         """Read the files that have changed. Blocks for them; they are small.
@@ -163,7 +167,7 @@ class ClientLogins:
         Raises ``TooManyRequests``, also for the right password: otherwise, a guess that is the
         password of a user who has just logged in would be accepted, however many came before it.
         """
-        result = self._results.get(attempt.key)
+        result = self._results.get(attempt.key) or self._wrong.get(attempt.key)
         if result is None or self._now() >= result.ends_at:
             return None
         if not result.is_token:
@@ -210,12 +214,13 @@ class ClientLogins:
                 attempt.failures.record_login(attempt.client, user)
         if result is None:
             result = _LoginResult(identity=None, ends_at=self._now() + RESULT_TTL_S)
-        if generation == self._generation:
-            self._results[attempt.key] = result
         if result.identity is None:
             # Wrong ones that are repeated are remembered, and count once: they are no new guess.
             self._refuse_if_limited(attempt)
             attempt.failures.record_failure(attempt.client, user or "", self._now())
+        if generation == self._generation:
+            results = self._wrong if result.identity is None else self._results
+            results[attempt.key] = result
         return result
 
     async def _check_token(self, credentials: LoginCredentials, secret: str) -> _LoginResult | None:
