@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterable, Set
+from collections.abc import Callable, Iterable, Set
 from pathlib import Path
 from typing import Final
 
@@ -56,9 +56,8 @@ class KnownNames:
         """
         has_changed = self._changes.has_changed()
         if has_changed:
-            self._changes.begin_read()
             try:
-                self._saved = read_known_names(self._path)
+                self._saved = _read(self._changes.read)
                 self._failure = ""
             except (OSError, ValueError) as error:
                 self._failure = f"{self._path}: {_reason(error)}: repair it, or delete it"
@@ -118,9 +117,12 @@ def add_known_names(path: Path, names: Set[str]) -> None:
 
 def read_known_names(path: Path) -> frozenset[str]:
     """Return the names of the file, none without it. Blocks. Raises ``OSError``, ``ValueError``."""
+    return _read(ChangeWatch(str(path)).read)
+
+
+def _read(read: Callable[[], bytes]) -> frozenset[str]:
     try:
-        with path.open("rb") as file:
-            return parse_known_names(file.read(_MAX_NAMES_BYTES + 1))
+        return parse_known_names(read())
     except FileNotFoundError:
         return frozenset()
 

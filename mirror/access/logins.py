@@ -26,7 +26,7 @@ from typing import Final
 
 from cachetools import LRUCache
 
-from mirror.access.access_tokens import find_token
+from mirror.access.access_tokens import bearer_token, find_token
 from mirror.access.failure_limit import FailureLimit, counted_address
 from mirror.access.identity import ANONYMOUS, Identity
 from mirror.access.issuers import KeysUnavailable, TokenRefused, is_jwt
@@ -36,7 +36,7 @@ from mirror.oci.errors import TooManyRequests
 RESULT_TTL_S: Final = 60.0
 """Seconds for which the result of a check is remembered."""
 _MAX_RESULTS: Final = 10_000
-"""Results that are remembered: 3 MB."""
+"""Results that are remembered: 3 MB for the right ones, and as much for the wrong ones."""
 _THREADS: Final = 2
 """Checks of passwords at the same time: each takes a processor."""
 _MAX_WAITING: Final = 256
@@ -46,7 +46,6 @@ _MAX_CLIENT_WAITING: Final = 64
 _EMPTY: Final = re.compile(r"basic +Og== *", re.IGNORECASE)
 """``Authorization`` of a client that was asked for credentials, and has none (skopeo): ``:``."""
 _BASIC: Final = re.compile(r"basic +([A-Za-z0-9+/_-]+={0,2}) *", re.IGNORECASE | re.ASCII)
-_BEARER: Final = re.compile(r"bearer +([A-Za-z0-9._~+/=-]+) *", re.IGNORECASE | re.ASCII)
 
 
 class LoginFailed(Exception):
@@ -95,6 +94,9 @@ class ClientLogins:
         self._now = now
         self._key = secrets.token_bytes(32)
         self._results: LRUCache[bytes, _LoginResult] = LRUCache(_MAX_RESULTS)
+        self._wrong: LRUCache[bytes, _LoginResult] = LRUCache(_MAX_RESULTS)
+        """Wrong credentials. Anybody can send many, so they take no place of those that are right.
+        """
         self._failures = FailureLimit()
         self._unneeded_failures = FailureLimit()
         """Failures of requests that needed no login. Clients also send credentials of upstreams,
@@ -112,6 +114,7 @@ class ClientLogins:
         self._credentials = credentials
         self._generation += 1
         self._results.clear()
+        self._wrong.clear()
 
     def refresh(self) -> None:
         """Read the files that have changed. Blocks for them; they are small.
@@ -163,7 +166,7 @@ class ClientLogins:
         Raises ``TooManyRequests``, also for the right password: otherwise, a guess that is the
         password of a user who has just logged in would be accepted, however many came before it.
         """
-        result = self._results.get(attempt.key)
+        result = self._results.get(attempt.key) or self._wrong.get(attempt.key)
         if result is None or self._now() >= result.ends_at:
             return None
         if not result.is_token:
@@ -210,12 +213,13 @@ class ClientLogins:
                 attempt.failures.record_login(attempt.client, user)
         if result is None:
             result = _LoginResult(identity=None, ends_at=self._now() + RESULT_TTL_S)
-        if generation == self._generation:
-            self._results[attempt.key] = result
         if result.identity is None:
             # Wrong ones that are repeated are remembered, and count once: they are no new guess.
             self._refuse_if_limited(attempt)
             attempt.failures.record_failure(attempt.client, user or "", self._now())
+        if generation == self._generation:
+            results = self._wrong if result.identity is None else self._results
+            results[attempt.key] = result
         return result
 
     async def _check_token(self, credentials: LoginCredentials, secret: str) -> _LoginResult | None:
@@ -264,9 +268,9 @@ def _parse(authorization: str) -> tuple[str | None, str]:
 
     The user is None for a bearer token.
     """
-    bearer = _BEARER.fullmatch(authorization)
-    if bearer is not None:
-        return None, bearer[1]
+    token = bearer_token(authorization)
+    if token is not None:
+        return None, token
     basic = _BASIC.fullmatch(authorization)
     if basic is None:
         raise LoginFailed("the credentials are neither Basic nor Bearer")

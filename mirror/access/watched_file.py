@@ -7,13 +7,15 @@ that is broken, and everything if the file is gone. Otherwise somebody whose lin
 go on, because another line is broken.
 
 ``cp`` and some editors write a file in place. So a change counts once two looks have found the same
-file: what was valid before stays so meanwhile, and a user who was removed for 2 s at most.
+file: what was valid before stays so meanwhile, and a user who was removed for 2 s at most (3 s if
+the file changes all the time).
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Generic, TypeAlias, TypeVar
@@ -57,12 +59,21 @@ class ChangeWatch:
         self._read_stamp: tuple[int, ...] | None = None
         self._last_stamp: tuple[int, ...] | None = None
         self._looks = 0
+        self._has_failed = False
 
     def has_changed(self) -> bool:
-        """Look at the file. Returns whether it is to be read. Called once a second."""
+        """Look at the file. Returns whether it is to be read. Called once a second.
+
+        One that could not be read is to be read once it can be: the machine may have had no free
+        descriptor for a moment.
+        """
         stamp = file_stamp(self._path)
         if stamp == self._read_stamp:
             self._looks = 0
+            if self._has_failed:
+                with suppress(OSError):
+                    self.read()
+                    return True
             return False
         self._looks += 1
         is_first = self._read_stamp is None
@@ -70,9 +81,16 @@ class ChangeWatch:
         self._last_stamp = stamp
         return is_first or is_settled
 
-    def begin_read(self) -> None:
-        """Note that the file is read now. What changes later is a change."""
-        self._read_stamp, self._looks = file_stamp(self._path), 0
+    def read(self) -> bytes:
+        """Return the bytes of the file, as many as a file of credentials may have, and one more.
+
+        What changes later is a change. Raises ``OSError``.
+        """
+        self._read_stamp, self._looks, self._has_failed = file_stamp(self._path), 0, True
+        with Path(self._path).open("rb") as file:
+            raw = file.read(_MAX_CREDENTIALS_BYTES + 1)
+        self._has_failed = False
+        return raw
 
 
 class WatchedFile(Generic[T]):
@@ -106,7 +124,6 @@ class WatchedFile(Generic[T]):
 
         ``prefix``: begins each line; it is called with the key of the configuration.
         """
-        self._changes.begin_read()
         parsed = self._read()
         self.content = parsed.content
         begin = prefix(self._key)
@@ -115,8 +132,7 @@ class WatchedFile(Generic[T]):
     def _read(self) -> ParsedFile[T]:
         """Read the file. Raises nothing: otherwise the content of before would stay in use."""
         try:
-            with Path(self.path).open("rb") as file:
-                raw = file.read(_MAX_CREDENTIALS_BYTES + 1)
+            raw = self._changes.read()
             if len(raw) <= _MAX_CREDENTIALS_BYTES:
                 return self._parse(raw)
             reason = f"larger than {_MAX_CREDENTIALS_BYTES} bytes"

@@ -10,6 +10,7 @@ import pytest
 
 from mirror.access import known_names as module
 from mirror.access.known_names import KnownNames
+from tests.unit.access.test_watched_file import no_descriptor
 
 
 @pytest.fixture
@@ -70,6 +71,21 @@ def test_damaged_file_is_kept_and_ends_what_an_issuer_may_name(path: Path) -> No
         names.refresh({"bob"})
     assert not names.reason_to_refuse("job")
     assert names.reason_to_refuse("bob")
+
+
+def test_file_that_cannot_be_opened_for_a_moment_counts_at_the_next_look(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path.parent.mkdir()
+    path.write_text("ann\n")
+    names = KnownNames(path)
+    with monkeypatch.context() as full:
+        full.setattr(Path, "open", no_descriptor)
+        assert [names.refresh({"bob"}) for _ in range(3)] == [True, False, False]
+        assert "Too many open files" in names.reason_to_refuse("job")
+    assert [names.refresh({"bob"}) for _ in range(2)] == [True, False]
+    assert not names.reason_to_refuse("job")
+    assert names.reason_to_refuse("ann")
 
 
 def test_name_is_not_forgotten_while_the_file_is_written_by_hand(path: Path) -> None:

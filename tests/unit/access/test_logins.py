@@ -6,7 +6,7 @@ import asyncio
 import io
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -534,6 +534,21 @@ async def test_wrong_password_that_is_repeated_counts_once_a_minute(tmp_path: Pa
             assert await one.user(basic("ann", "old")) is None
             one.clock[0] += 1
         assert await one.user(basic("ann", "ann's")) == "ann"
+
+
+@pytest.mark.parametrize("addresses", [1, 100])
+async def test_wrong_tokens_end_no_login_that_is_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, addresses: int
+) -> None:
+    monkeypatch.setattr(module, "_MAX_RESULTS", 20)
+    async with kit(tmp_path) as one:
+        assert await one.user(basic("ann", "ann's")) == "ann"
+        for number in range(100):
+            with suppress(TooManyRequests):
+                await one.user(f"Bearer wrong-{number}", f"192.0.2.{number % addresses}")
+        monkeypatch.setattr(bcrypt, "checkpw", None)
+        assert await one.user(basic("ann", "ann's"), "192.0.2.200") == "ann"
+        assert len(one.logins._wrong) == (MAX_LOGIN_FAILURES if addresses == 1 else 20)
 
 
 async def test_requests_with_the_same_password_at_the_same_time_share_one_check(

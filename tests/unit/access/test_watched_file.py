@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -21,6 +22,10 @@ def parse(raw: bytes) -> ParsedFile[tuple[str, ...]]:
 
 def watched(path: Path) -> WatchedFile[tuple[str, ...]]:
     return WatchedFile(("access", "users"), str(path), parse, "write words")
+
+
+def no_descriptor(*_: object, **__: object) -> None:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 def has_changed(file: WatchedFile[tuple[str, ...]]) -> bool:
@@ -119,6 +124,23 @@ def test_content_that_no_parser_expects_does_not_count(tmp_path: Path) -> None:
     path.write_text("secret")
     assert file.read() == (f"access.users: {path}: its content cannot be used: write words",)
     assert (file.content, file.has_changed()) == ((), False)
+
+
+def test_file_that_cannot_be_opened_for_a_moment_is_read_once_it_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "words"
+    path.write_text("a b")
+    file = watched(path)
+    file.read()
+    path.write_text("a c")
+    with monkeypatch.context() as full:
+        full.setattr(Path, "open", no_descriptor)
+        assert file.read() == (f"access.users: {path}: Too many open files",)
+        assert [file.has_changed() for _ in range(3)] == [False] * 3, "it is reported once"
+        assert file.content == ()
+    assert file.has_changed()
+    assert (file.read(), file.content, file.has_changed()) == ((), ("a", "c"), False)
 
 
 def test_strict_reading_refuses_what_is_wrong(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from mirror.admin.tokens import TICKET_TTL_S, CallerRole, Tickets, Tokens
 from mirror.config.settings import Admin
 from mirror.oci.errors import ConfigError
+from tests.unit.access.test_watched_file import no_descriptor
 
 FULL = "full-token-0123456789"
 READ_ONLY = "read-only-0123456789"
@@ -53,7 +54,7 @@ def test_without_files_everything_is_permitted() -> None:
         ("", "no token"),
         ("# only a comment\n", "no token"),
         ("tiny-token\n", "line 1: shorter than 16 characters"),
-        (f"{FULL}\nwith a space in it\n", "line 2: only letters"),
+        (f"{FULL}\nwith a space in it\n", "line 2: may have only letters"),
         ("x" * 70_000, "larger than 65536 bytes"),
     ],
 )
@@ -88,6 +89,21 @@ def test_emptied_or_deleted_file_revokes_its_tokens_and_says_so_once(
     assert found.role_of(f"Bearer {READ_ONLY}") is CallerRole.READ_ONLY
     path.write_text(FULL)
     reload(found)
+    assert found.role_of(f"Bearer {FULL}") is CallerRole.FULL
+
+
+def test_file_that_cannot_be_opened_for_a_moment_has_its_tokens_at_the_next_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = tokens(tmp_path)
+    (tmp_path / "token_file").write_text(f"{FULL}\n# new\n")
+    with monkeypatch.context() as full:
+        full.setattr(Path, "open", no_descriptor)
+        with pytest.raises(ConfigError, match=r"Too many open files: all tokens .* are revoked"):
+            reload(found)
+        reload(found)
+        assert found.role_of(f"Bearer {FULL}") is None
+    found.refresh()
     assert found.role_of(f"Bearer {FULL}") is CallerRole.FULL
 
 
