@@ -310,6 +310,17 @@ def test_nobody_is_taken_for_the_one_who_changes_something() -> None:
     assert [text for text in taken if re.search(r"actor: Actor[^,)\n]*=", text)] == []
 
 
+async def test_sparse_index_does_not_depend_on_content_of_other_repositories(
+    tmp_path: Path,
+) -> None:
+    async with hosted_kit(tmp_path, sparse_indexes=True) as kit:
+        child, body = await kit.push_image(repository="other"), index_of(manifest_of())
+        kit.store.layout.blob(child).unlink()
+        await kit.service.manifests.put("app", Tag("v1"), (), body, OCI_INDEX, actor=ANYBODY)
+        with pytest.raises(PartsUnknown, match="is lost"):
+            await kit.service.manifests.put("other", Tag("v2"), (), body, OCI_INDEX, actor=ANYBODY)
+
+
 async def test_refused_change_has_no_event(tmp_path: Path) -> None:
     async with hosted_kit(tmp_path) as kit:
         with pytest.raises(PartsUnknown):
