@@ -89,6 +89,7 @@ class Database:
         """Whether the writing connection waits for the disk at each commit."""
         self._writing = ThreadPoolExecutor(1, "names")
         self._reading = ThreadPoolExecutor(_READERS, "names-read")
+        self._reading_slowly = ThreadPoolExecutor(1, "names-slow")
         self._waiting: deque[_Write[Any]] = deque()
         self._local = threading.local()
         self._readers: list[Connection] = []
@@ -98,12 +99,15 @@ class Database:
         """Open a database, or create it. Raises ``NamesDamaged`` if it cannot be used."""
         return cls(path, *await run_in_thread(_open_identified, path))
 
-    async def read(self, query: Callable[[Connection], T]) -> T:
+    async def read(self, query: Callable[[Connection], T], *, is_slow: bool = False) -> T:
         """Return ``query(connection)``, called in a thread, in a state that was committed.
+
+        ``is_slow``: it may take seconds. One such read runs at a time, and no other waits for it.
 
         Raises ``NamesDamaged``, ``StorageUnavailable``, or the exception of ``query``.
         """
-        return await self._loop.run_in_executor(self._reading, self._read, query)
+        pool = self._reading_slowly if is_slow else self._reading
+        return await self._loop.run_in_executor(pool, self._read, query)
 
     async def write(
         self,
@@ -179,7 +183,7 @@ class Database:
 
     async def close(self) -> None:
         """Finish the writes that wait, and close all connections."""
-        for pool in (self._writing, self._reading):
+        for pool in (self._writing, self._reading, self._reading_slowly):
             await run_in_thread(pool.shutdown)
         for connection in (*self._readers, self._connection):
             connection.close()

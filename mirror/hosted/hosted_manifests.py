@@ -127,7 +127,7 @@ class HostedManifests:
         def check_and_find_sizes(connection: Connection) -> dict[Digest, int]:
             check(connection)
             parts = (*manifest.required_blobs, *manifest.children)
-            return name_rows.content_sizes(connection, parts)
+            return name_rows.content_sizes(connection, repository, parts)
 
         # Before anything is written. It is checked again in the transaction.
         await self._check_parts(await self._database.read(check_and_find_sizes))

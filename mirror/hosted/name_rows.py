@@ -177,12 +177,17 @@ def parts_unknown(why: str, parts: Sequence[str]) -> PartsUnknown:
     return PartsUnknown(f"{why}: push them first", detail=", ".join(parts[:_MAX_SHOWN]))
 
 
-def content_sizes(connection: Connection, digests: Iterable[Digest]) -> dict[Digest, int]:
-    """Return the bytes of those of ``digests`` that any repository has."""
-    rows = connection.execute(
-        "SELECT c.digest, c.size FROM json_each(?) n CROSS JOIN contents c ON c.digest = n.value",
-        (json.dumps([str(digest) for digest in digests]),),
+def content_sizes(
+    connection: Connection, repository: str, digests: Iterable[Digest]
+) -> dict[Digest, int]:
+    """Return the bytes of those of ``digests`` that a repository has."""
+    query = " UNION ".join(
+        f"SELECT t.digest, t.size FROM json_each(:digests) n CROSS JOIN {table} t"  # noqa: S608 - our own table names
+        " ON t.repository = :repository AND t.digest = n.value"
+        for table in ("blobs", "manifests")
     )
+    names = json.dumps([str(digest) for digest in digests])
+    rows = connection.execute(query, {"repository": repository, "digests": names})
     return {Digest.parse(row[0]): row[1] for row in rows}
 
 

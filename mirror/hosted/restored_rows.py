@@ -18,8 +18,6 @@ from mirror.oci.reference import Digest, Tag
 
 K = TypeVar("K", Digest, Tag)
 
-blob_size: Final = name_rows.blob_size
-"""Returns the size of a blob of a repository in bytes. None if the repository does not have it."""
 set_tag: Final = name_rows.set_tag
 """Lets a tag name a manifest that the repository has."""
 
@@ -35,17 +33,6 @@ def may_set_tag(connection: Connection, repository: str, tag: Tag, digest: Diges
     """
     current = name_rows.manifest_by_tag(connection, repository, tag)
     return current is None or current.digest == digest
-
-
-def has_manifest(connection: Connection, repository: str, digest: Digest) -> bool:
-    """Return whether a repository has a manifest.
-
-    Args:
-        connection: The database.
-        repository: The repository.
-        digest: The manifest.
-    """
-    return name_rows.manifest_by_digest(connection, repository, digest) is not None
 
 
 def known_blobs(connection: Connection, repository: str, blobs: Iterable[Digest]) -> set[Digest]:

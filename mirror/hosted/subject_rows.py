@@ -61,7 +61,8 @@ def find_subjects(
         connection: The database.
         repository: The repository.
         reference: The tag of a manifest, or the digest of a manifest or blob.
-        may_follow: Returns whether what a subject belongs to counts, too. It must not block.
+        may_follow: Returns whether what a subject, or a manifest above a content, belongs to
+            counts, too. It must not block.
 
     Returns:
         At most :data:`_MAX_SUBJECTS` digests, the nearest first. Those of which the repository has
@@ -77,7 +78,7 @@ def find_subjects(
     names = [] if digest is None else [str(digest)]
     found: dict[Digest, None] = {}
     for link in range(_MAX_LINKS):
-        subjects = _subjects_above(connection, repository, names, is_manifest=link > 0)
+        subjects = _subjects_above(connection, repository, names, may_follow, is_manifest=link > 0)
         new = [one for one in subjects if one not in found]
         found |= dict.fromkeys(new)
         names = [str(one) for one in new[:_MAX_ROWS] if may_follow(one)]
@@ -87,7 +88,12 @@ def find_subjects(
 
 
 def _subjects_above(
-    connection: Connection, repository: str, names: list[str], *, is_manifest: bool
+    connection: Connection,
+    repository: str,
+    names: list[str],
+    may_follow: Callable[[Digest], bool],
+    *,
+    is_manifest: bool,
 ) -> dict[Digest, None]:
     """Return the subjects of contents and of the manifests above them.
 
@@ -110,5 +116,6 @@ def _subjects_above(
             if stem is not None:
                 subjects.append(stem.replace("-", ":"))
         found |= dict.fromkeys(map(Digest.parse, subjects))
-        names = [row[0] for row in connection.execute(_MANIFESTS_ABOVE, values)]
+        above = connection.execute(_MANIFESTS_ABOVE, values)
+        names = [row[0] for row in above if may_follow(Digest.parse(row[0]))]
     return found

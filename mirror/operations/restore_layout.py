@@ -95,10 +95,10 @@ class LayoutRestore:
         manifests: dict[Digest, int],
         depth: int,
     ) -> None:
-        body = self._content.read_manifest(digest)
-        manifest = read_pushed_manifest(body, media_type, digest)
         if digest in manifests or depth > _MAX_NESTING:
             return
+        body = self._content.read_manifest(digest)
+        manifest = read_pushed_manifest(body, media_type, digest)
         manifests[digest] = len(body)
         types = _types_of(body)
         for child in manifest.children:
@@ -174,9 +174,10 @@ class LayoutRestore:
             raise InvalidRequest(f"{digest}: too many indexes within each other")
         types = _types_of(body)
         for child in manifest.children:
-            if (
-                await run_in_thread(self._content.size_of_copy, child) is not None
-            ):  # Otherwise the index is sparse.
+            if (repository, child) in self._done:
+                continue
+            # Otherwise the index is sparse.
+            if await run_in_thread(self._content.size_of_copy, child) is not None:
                 child_type = types.get(str(child), "")
                 await self._restore_manifest(repository, child, child_type, depth + 1)
         blobs = dict.fromkeys(manifest.required_blobs)
@@ -203,19 +204,20 @@ class LayoutRestore:
         while batch := list(islice(blobs, _CONTENTS_AT_A_TIME)):
             wanted = [one for one in batch if (repository, one) not in self._done]
             async with self._content.leased(wanted) as leased:
-                sizes = _check_all(leased)
-                await run_in_thread(self._check_source, repository, leased)
+                contents = _check_all(leased)
+                await run_in_thread(self._check_source, repository, contents)
+                sizes = {digest: content.size for digest, content in contents.items()}
                 await self._write(partial(self._record_blobs, repository, sizes))
             self._done.update((repository, one) for one in wanted)
 
-    def _check_source(
-        self, repository: str, leased: dict[Digest, LeasedContent | InvalidRequest]
-    ) -> None:
-        """Raise ``InvalidRequest`` for a blob that only other repositories have whole."""
-        for digest, content in leased.items():
-            is_copied = isinstance(content, LeasedContent) and content.is_copied
+    def _check_source(self, repository: str, contents: dict[Digest, LeasedContent]) -> None:
+        """Raise ``InvalidRequest`` for a blob that was here, but not in this repository.
+
+        Unless the layout has it undamaged, too.
+        """
+        for digest, content in contents.items():
             is_known = digest in self._proven or (repository, digest) in self._known
-            if not is_copied and not is_known:
+            if not content.is_copied and not is_known:
                 self._content.verify_copy(digest)
                 self._proven.add(digest)
 
@@ -225,14 +227,16 @@ class LayoutRestore:
         restored_rows.restore_blobs(connection, repository, sizes, self._context.now())
 
 
-def _check_all(leased: dict[Digest, LeasedContent | InvalidRequest]) -> dict[Digest, int]:
-    """Return the bytes of each content. Raises the first ``InvalidRequest`` among them."""
-    sizes = {}
+def _check_all(
+    leased: dict[Digest, LeasedContent | InvalidRequest],
+) -> dict[Digest, LeasedContent]:
+    """Return the same contents. Raises the first ``InvalidRequest`` among them."""
+    contents = {}
     for digest, content in leased.items():
         if isinstance(content, InvalidRequest):
             raise content
-        sizes[digest] = content.size
-    return sizes
+        contents[digest] = content
+    return contents
 
 
 def _name_of(entry: Any) -> RestoredName:

@@ -235,7 +235,7 @@ class Sender:
         is_file = has_length and len(parts) == 1 and not isinstance(body.source, bytes)
         socket_sendfile = self._open_sendfile() if is_file else None
         hold: AbstractAsyncContextManager[None] = nullcontext()
-        if isinstance(body.source, bytes):
+        if isinstance(body.source, bytes) and len(body.source) > _SINGLE_WRITE_BYTES:
             hold = LARGE_BODIES.hold(body.digest, len(body.source), body.source)
         with socket_sendfile or nullcontext():
             async with self._sending(response, hold):
@@ -265,13 +265,17 @@ class Sender:
             TimeoutError: The client has stopped reading. The connection has been aborted.
         """
         response = web.StreamResponse(headers={**headers, "Content-Length": str(length)})
-        async with self._sending(response, LARGE_BODIES.hold(id(content), length)):
-            if self._request.method != "HEAD":
-                for piece in pieces:
-                    await response.write(piece)
-                    self._record_sent(len(piece))
-                    # Writing to a fast client never waits. Other clients get their turn here.
-                    await asyncio.sleep(0)
+        hold: AbstractAsyncContextManager[None] = nullcontext()
+        if self._request.method == "HEAD":
+            pieces = ()
+        elif length > _SINGLE_WRITE_BYTES:
+            hold = LARGE_BODIES.hold(id(content), length)
+        async with self._sending(response, hold):
+            for piece in pieces:
+                await response.write(piece)
+                self._record_sent(len(piece))
+                # Writing to a fast client never waits. Other clients get their turn here.
+                await asyncio.sleep(0)
         return response
 
     @asynccontextmanager

@@ -6,16 +6,18 @@ import asyncio
 import os
 import re
 import sqlite3
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 import mirror
 from mirror.config.settings import Storage
-from mirror.hosted import database
+from mirror.hosted import database, hosted_lists
 from mirror.observability.events import HostedChange
 from mirror.observability.hosted_events import Actor
-from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
+from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST, ReferrersPage
 from mirror.oci.errors import (
     BlobUnknown,
     DigestInvalid,
@@ -308,6 +310,46 @@ def test_nobody_is_taken_for_the_one_who_changes_something() -> None:
     taken = [text for text in sources.values() if "actor: Actor" in text]
     assert len(taken) > 5
     assert [text for text in taken if re.search(r"actor: Actor[^,)\n]*=", text)] == []
+
+
+async def test_sparse_index_does_not_depend_on_content_of_other_repositories(
+    tmp_path: Path,
+) -> None:
+    async with hosted_kit(tmp_path, sparse_indexes=True) as kit:
+        child, body = await kit.push_image(repository="other"), index_of(manifest_of())
+        kit.store.layout.blob(child).unlink()
+        await kit.service.manifests.put("app", Tag("v1"), (), body, OCI_INDEX, actor=ANYBODY)
+        with pytest.raises(PartsUnknown, match="is lost"):
+            await kit.service.manifests.put("other", Tag("v2"), (), body, OCI_INDEX, actor=ANYBODY)
+
+
+async def test_no_other_read_waits_for_lists_of_referrers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_over = threading.Event()
+
+    def wait(*_: object, **__: object) -> ReferrersPage:
+        is_over.wait(20)
+        return ReferrersPage(b"")
+
+    monkeypatch.setattr(hosted_lists, "referrers_page", wait)
+    async with hosted_kit(tmp_path) as kit:
+        await kit.push_image()
+        lists = kit.service.lists
+
+        async def read_tags() -> None:
+            try:
+                async with asyncio.timeout(10):
+                    assert await lists.tags("app", None, None) == (["v1"], False)
+            finally:
+                is_over.set()
+
+        for _ in range(2):  # Their clients leave.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.05):
+                    await lists.referrers("app", DIGEST, None)
+        large = [lists.referrers("app", DIGEST, None) for _ in range(3)]
+        await asyncio.gather(*large, read_tags())
 
 
 async def test_refused_change_has_no_event(tmp_path: Path) -> None:

@@ -77,6 +77,16 @@ def test_search_goes_on_from_subjects_that_may_be_followed(names: sqlite3.Connec
     assert IMAGE not in find_subjects(names, APP, chain[3]), "a cycle ends"
 
 
+def test_content_does_not_belong_to_an_image_by_what_may_not_be_followed(
+    names: sqlite3.Connection,
+) -> None:
+    layer, blocked, other = digest("layer"), digest("blocked"), digest("other")
+    add(names, blocked, layer, subject=str(IMAGE))
+    assert find_subjects(names, APP, layer, lambda one: one != blocked) == []
+    add(names, other, layer, subject=str(CONFIG))
+    assert find_subjects(names, APP, layer, lambda one: one != blocked) == [CONFIG]
+
+
 def test_search_reads_few_rows_of_100_000_manifests(names: sqlite3.Connection) -> None:
     names.execute("BEGIN")
     hexes = [f"{number:064x}" for number in range(100_000)]

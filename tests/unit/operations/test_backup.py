@@ -8,6 +8,7 @@ import io
 import json
 import os
 import tarfile
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
 from mirror.oci.errors import BlobUnknown, QuotaExceeded, StorageUnavailable
 from mirror.oci.reference import Digest, Tag
 from mirror.operations.restore import RestoreReport, restore_backup
+from mirror.operations.restored_content import RestoredContent
 from mirror.operations.write_backup import BackupReport, write_backup
 from mirror.store import disk
 from mirror.threads import run_in_thread
@@ -377,10 +379,10 @@ async def test_quota_ends_a_restore_with_words(tmp_path: Path) -> None:
             await restore(kit, tmp_path / "backup")
 
 
-def index_with(name: str, body: bytes = b"") -> dict[str, Any]:
+def index_with(name: str, body: bytes = b"", media_type: str = OCI_MANIFEST) -> dict[str, Any]:
     body = body or manifest_of()
     annotations = {"org.opencontainers.image.ref.name": name}
-    entry = descriptor(body, OCI_MANIFEST, annotations=annotations)
+    entry = descriptor(body, media_type, annotations=annotations)
     return {"schemaVersion": 2, "manifests": [entry]}
 
 
@@ -401,6 +403,27 @@ async def test_layout_of_another_program_is_restored_by_its_full_names(tmp_path:
         assert (report.images, report.problems) == (1, [])
         row = await kit.service.manifests.find("org/app", Tag("1"))
         assert row.digest == Digest.of(manifest_of())
+
+
+async def test_manifest_that_a_layout_lists_many_times_is_read_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_manifest, reads = RestoredContent.read_manifest, Counter[Digest]()
+
+    def note(self: RestoredContent, digest: Digest) -> bytes:
+        reads[digest] += 1
+        return read_manifest(self, digest)
+
+    monkeypatch.setattr(RestoredContent, "read_manifest", note)
+    bodies = [manifest_of(), index_of(manifest_of())]
+    for _ in range(4):
+        bodies.append(index_of(manifests=[descriptor(bodies[-1], OCI_INDEX)] * 3))
+    top = index_with("ghcr.io/org/app:1", bodies[-1], OCI_INDEX)
+    layout = write_layout(tmp_path / "layout", top, *bodies, CONFIG)
+    async with hosted_kit(tmp_path / "data") as kit:
+        report = await restore(kit, layout)
+        assert (report.images, report.problems) == (1, [])
+    assert reads == dict.fromkeys(map(Digest.of, bodies), 2)
 
 
 @pytest.mark.parametrize("copy", [None, b"", b"other bytes under its digest"])

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Hashable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.reference import Digest
-from mirror.web import client_socket
+from mirror.web import client_socket, streaming
 from mirror.web.large_bodies import LARGE_BODIES, LargeBodies
 from mirror.web.stored_responses import ReusingConnection
 from tests.server_kit import Server, running
@@ -64,6 +65,31 @@ async def test_client_that_takes_a_byte_now_and_then_is_cut_off_in_the_end(
     with pytest.raises(TimeoutError):
         async with LargeBodies().hold("digest", 64):
             await asyncio.wait_for(asyncio.Event().wait(), 10)
+
+
+async def test_small_bodies_and_heads_are_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold, held = LargeBodies.hold, []
+
+    def note(self: LargeBodies, key: Hashable, size: int, *more: Any) -> Any:
+        held.append(size)
+        return hold(self, key, size, *more)
+
+    monkeypatch.setattr(LargeBodies, "hold", note)
+    async with running(tmp_path, hosted={}) as server:
+        client = PushClient(server)
+        assert (await client.push_image(LAYER)).status == 201
+        paths = [f"{client.base}/{name}" for name in ("tags/list", "manifests/v1")]
+        for path, status in zip(paths, (200, 206), strict=True):
+            got = await client.ask("GET", path, headers={"Range": "bytes=0-3"})
+            assert (got.status, held) == (status, [])
+        monkeypatch.setattr(streaming, "_SINGLE_WRITE_BYTES", 8)
+        for path in paths:
+            assert (await client.ask("HEAD", path)).status == 200
+        assert held == []
+        lengths = [len((await client.ask("GET", path)).body) for path in paths]
+        assert held == lengths
 
 
 @asynccontextmanager
