@@ -208,15 +208,17 @@ class IdleUploads:
 
         Raises ``TooManyRequests`` if requests feed all of these.
         """
-        for owner in upload_rows.owners_to_give_way(self._connection, row.owner):
-            uploads = [one for one in self._find() if one.row.owner == owner]
+        owners = upload_rows.owners_to_give_way(self._connection, row.owner)
+        ranks = {owner: rank for rank, owner in enumerate(owners)}
+
+        def rank(upload: UploadState) -> tuple[int, bool, float, str]:
             # One without a byte is no loss, unless its client is about to send the first one.
-            uploads.sort(
-                key=lambda one: (one.length > 0 or one.idle < OTHERS_IDLE_S, -one.idle, one.row.id)
-            )
-            if any(self._end(upload) for upload in uploads):
-                return
-        upload_rows.check_count(self._connection, row)
+            is_loss = upload.length > 0 or upload.idle < OTHERS_IDLE_S
+            return (ranks[upload.row.owner], is_loss, -upload.idle, upload.row.id)
+
+        found = [one for one in self._find() if one.row.owner in ranks] if owners else []
+        if not any(self._end(upload) for upload in sorted(found, key=rank)):
+            upload_rows.check_count(self._connection, row)
 
     # --- the disk -------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import errno
 import os
 import threading
 from pathlib import Path
+from sqlite3 import Connection
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from mirror.hosted import upload_files, upload_rows, upload_takeover
 from mirror.hosted.abandoned_uploads import UPLOAD_TTL_S
 from mirror.hosted.upload_feed import UploadFeed
+from mirror.hosted.upload_rows import UploadRow
 from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.errors import (
     QuotaExceeded,
@@ -276,6 +278,23 @@ async def test_uploads_whose_reservation_was_taken_back_never_exceed_the_quota_a
         assert (await kit.usage()).bytes < 8 * 2**20
 
 
+async def test_upload_whose_reservation_was_taken_back_counts_all_its_bytes_once_idle(
+    tmp_path: Path,
+) -> None:
+    async with hosted_kit(tmp_path, max_size="7MiB") as kit:
+        feed = await begin_fed(kit, 4 * 2**20, bytes(2 * 2**20))
+        other = await begin_unannounced(kit, "other")
+        await feed.flush()
+        with pytest.raises(QuotaExceeded):
+            await write_all(other, bytes(7 * 2**20))
+        assert (await rows(kit))[feed.row.id] == 3 * 2**20, "it was taken back"
+        await feed.write(bytes(2 * 2**20))
+        feed.close()
+        await feed.wait_closed()
+        assert (await rows(kit))[feed.row.id] == 4 * 2**20
+        other.close()
+
+
 async def test_upload_of_another_boot_gives_way_at_once(tmp_path: Path) -> None:
     async with hosted_kit(tmp_path, max_size="500kB") as kit:
         upload_id = await leave(kit, idle=0)
@@ -318,6 +337,44 @@ async def test_upload_that_has_just_begun_stays_though_it_has_no_byte(
         await kit.service.uploads.begin("app", "ann", None)
         assert begun in await rows(kit)
         assert left not in await rows(kit)
+
+
+async def test_upload_stays_if_the_disk_refuses_the_file_of_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upload_rows, "MAX_OWNER_UPLOADS", 1)
+    async with hosted_kit(tmp_path) as kit:
+        left = await leave(kit, idle=70)
+
+        def create(*_: object) -> None:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(upload_files, "create", create)
+            with pytest.raises(StorageUnavailable):
+                await kit.service.uploads.begin("app", "", None)
+        assert await rows(kit) == {left: len(DATA)}
+
+
+async def test_uploads_are_looked_at_once_however_many_owners_feed_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upload_rows, "MAX_UPLOADS", 4)
+    async with hosted_kit(tmp_path) as kit:
+        feeds = [await begin_fed(kit, 10, b"x", user) for user in ("ann", "bob", "cid", "dan")]
+        looks, all_uploads = [], upload_rows.all_uploads
+
+        def look(connection: Connection) -> list[UploadRow]:
+            looks.append(connection)
+            return all_uploads(connection)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(upload_rows, "all_uploads", look)
+            with pytest.raises(TooManyRequests):
+                await kit.service.uploads.begin("app", "eve", None)
+        assert len(looks) == 1
+        for feed in feeds:
+            feed.close()
 
 
 async def test_users_with_most_uploads_give_way_once_there_are_too_many(
