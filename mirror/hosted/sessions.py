@@ -147,7 +147,7 @@ class UploadSessions:
             record = partial(
                 upload_rows.begin_upload, row=row, hosted=self._hosted, announced=size or 0
             )
-            with IdleUploads(connection, self._layout, self._now()) as idle:
+            with IdleUploads(self._database, connection, self._layout, self._now()) as idle:
                 idle.end_one_for(row)
                 idle.run_within_quota(record, repository, row.owner)
                 # No thread of its own: a push of small blobs waits for each thread. A file whose
@@ -285,7 +285,7 @@ class UploadSessions:
         """
 
         def run(connection: Connection) -> T:
-            with IdleUploads(connection, self._layout, self._now()) as idle:
+            with IdleUploads(self._database, connection, self._layout, self._now()) as idle:
                 return idle.run_within_quota(change, repository, owner)
 
         return run
@@ -306,7 +306,7 @@ class UploadSessions:
 
         async def end_uploads(min_idle: float, missing: int) -> None:
             def end(connection: Connection) -> None:
-                with IdleUploads(connection, self._layout, self._now()) as idle:
+                with IdleUploads(self._database, connection, self._layout, self._now()) as idle:
                     idle.end_for_bytes(missing, min_idle, repository, owner)
 
             with suppress(MirrorError):

@@ -14,6 +14,7 @@ import pytest
 
 from mirror.hosted import upload_files, upload_rows, upload_takeover
 from mirror.hosted.abandoned_uploads import UPLOAD_TTL_S
+from mirror.hosted.idle_uploads import IdleUploads
 from mirror.hosted.upload_feed import UploadFeed
 from mirror.hosted.upload_rows import UploadRow
 from mirror.oci.descriptor import OCI_MANIFEST
@@ -28,6 +29,7 @@ from mirror.oci.reference import Digest, Tag
 from mirror.store import space
 from mirror.threads import run_in_thread
 from tests.unit.hosted.kit import ANYBODY, NOW, HostedKit, hosted_kit, manifest_of
+from tests.unit.hosted.test_spare_space import refusal
 from tests.unit.store.kit import random_bytes
 
 DATA = random_bytes(300_000, 3)
@@ -468,6 +470,37 @@ async def test_uploads_give_way_to_a_push_on_a_full_disk(
         await make_room("app", "ci", 3_000_000)
         assert set(await rows(kit)) == {young}
         assert old not in await rows(kit)
+
+
+@pytest.mark.parametrize("has_spare_space", [False, True])
+async def test_uploads_end_only_with_the_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_spare_space: bool
+) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        first, second = [await leave(kit, idle=idle) for idle in (90, 80)]
+        check, files = kit.database._check_file, []
+
+        def end(connection: Connection) -> None:
+            with IdleUploads(kit.database, connection, kit.store.layout, NOW) as idle:
+                assert idle.end_for_bytes(1, 0, "app", "") == len(DATA)
+            monkeypatch.setattr(kit.database, "_check_file", refuse_once)
+
+        def refuse_once() -> None:
+            files.append(set(upload_files.list_ids(kit.store.layout)))
+            monkeypatch.setattr(kit.database, "_check_file", check)
+            if len(files) == 1:
+                raise refusal()
+
+        write = kit.database.write(end, is_durable=False, may_use_spare_space=has_spare_space)
+        if has_spare_space:
+            await write
+            assert set(await rows(kit)) == {second}
+        else:
+            with pytest.raises(StorageUnavailable):
+                await write
+            assert set(await rows(kit)) == {first, second}
+            (await kit.service.uploads.open(first, "app", "")).close()
+        assert files == [{first, second}] * len(files)
 
 
 async def test_upload_stays_while_the_bytes_of_another_one_fit_beside_it_on_the_disk(
