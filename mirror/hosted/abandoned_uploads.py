@@ -58,7 +58,7 @@ class AbandonedUploads:
         def end(connection: Connection) -> None:
             for upload_id in ended:
                 upload_rows.end_upload(connection, upload_id)
-            with IdleUploads(connection, self._layout, self._now()) as idle:
+            with IdleUploads(self._database, connection, self._layout, self._now()) as idle:
                 idle.release_surplus(rows)
 
         has_surplus = await run_in_thread(self._has_surplus, rows)

@@ -91,6 +91,7 @@ class Database:
         self._reading = ThreadPoolExecutor(_READERS, "names-read")
         self._reading_slowly = ThreadPoolExecutor(1, "names-slow")
         self._waiting: deque[_Write[Any]] = deque()
+        self._after_commit: list[Callable[[bool], object]] = []
         self._local = threading.local()
         self._readers: list[Connection] = []
 
@@ -165,6 +166,13 @@ class Database:
         self._writing.submit(self._commit_waiting)
         return write.future
 
+    def after_commit(self, call: Callable[[bool], object]) -> None:
+        """Within a change: have ``call`` called in its thread once it is committed, or undone.
+
+        ``call`` gets whether it is committed, and must not raise.
+        """
+        self._after_commit.append(call)
+
     async def write_mark(self, change: Callable[[Connection], object]) -> bool:
         """Record a use. Waits for its commit, but only for a moment (:data:`_MARK_TIMEOUT_S`).
 
@@ -230,12 +238,21 @@ class Database:
 
     def _commit(self, batch: list[_Write[Any]]) -> None:
         """Commit writes. Raises ``sqlite3.Error``, ``StorageUnavailable``: nothing is changed."""
+        is_committed = False
         try:
             self._try_commit(batch)
+            is_committed = True
         except (sqlite3.Error, StorageUnavailable):
             with suppress(sqlite3.Error):
                 self._connection.execute("ROLLBACK")
             raise
+        finally:
+            self._end_changes(0, is_committed)
+
+    def _end_changes(self, start: int, is_committed: bool) -> None:
+        calls, self._after_commit[start:] = self._after_commit[start:], []
+        for call in calls:
+            call(is_committed)
 
     def _try_commit(self, batch: list[_Write[Any]]) -> None:
         connection = self._connection
@@ -246,7 +263,7 @@ class Database:
             self._is_durable = is_durable
         connection.execute("BEGIN IMMEDIATE")
         for write in batch:
-            write.error = None
+            write.error, before = None, len(self._after_commit)
             connection.execute("SAVEPOINT one")
             try:
                 write.result = write.change(connection)
@@ -255,6 +272,7 @@ class Database:
             except Exception as error:
                 write.error = error
                 connection.execute("ROLLBACK TO one")
+                self._end_changes(before, False)
             connection.execute("RELEASE one")
         # Again, so that nothing is acknowledged that a restart would not find.
         self._check_file()

@@ -8,7 +8,7 @@ broken one, for which nobody will ask again. A request that feeds an upload has 
 file. So an upload whose lock is free is fed by nobody, in no process, and what it has reserved
 beyond its length is of a process that has died. An upload ends in the transaction of the change
 that needs its room: its file is locked, its row is deleted, the change is made, and the file is
-removed before it is unlocked. If the change is refused anyway, nothing has ended.
+removed and unlocked after the commit. If the change or the commit is refused, nothing has ended.
 
 A client may be between two of its requests. So an upload that nobody feeds stays for some time:
 
@@ -32,6 +32,7 @@ from sqlite3 import Connection
 from typing import Final, TypeVar
 
 from mirror.hosted import upload_files, upload_rows
+from mirror.hosted.database import Database
 from mirror.hosted.upload_feed import MIN_STEP_BYTES
 from mirror.hosted.upload_rows import UploadRow
 from mirror.oci.errors import QuotaExceeded
@@ -77,17 +78,21 @@ class UploadState:
 class IdleUploads:
     """The uploads that end in one transaction. Use it as a context manager, in the transaction.
 
-    Without an exception, the files of the ended uploads are removed at the end. All methods block.
+    The files of the ended uploads are removed after the commit. All methods block.
     """
 
-    def __init__(self, connection: Connection, layout: Layout, now: float) -> None:
+    def __init__(
+        self, database: Database, connection: Connection, layout: Layout, now: float
+    ) -> None:
         """End nothing yet.
 
         Args:
+            database: Has the transaction.
             connection: In the transaction.
             layout: Has the files.
             now: Seconds since the epoch.
         """
+        self._database = database
         self._connection = connection
         self._layout = layout
         self._now = now
@@ -99,8 +104,14 @@ class IdleUploads:
         return self
 
     def __exit__(self, error_type: object, *_: object) -> None:
+        if error_type is None:
+            self._database.after_commit(self._unlock)
+        else:
+            self._unlock(has_ended=False)
+
+    def _unlock(self, has_ended: bool) -> None:
         for upload_id, fd in self._locked.items():
-            if error_type is None:
+            if has_ended:
                 with suppress(OSError):  # A sweep removes a file without a row.
                     upload_files.remove(self._layout, upload_id)
             os.close(fd)
@@ -208,15 +219,17 @@ class IdleUploads:
 
         Raises ``TooManyRequests`` if requests feed all of these.
         """
-        for owner in upload_rows.owners_to_give_way(self._connection, row.owner):
-            uploads = [one for one in self._find() if one.row.owner == owner]
+        owners = upload_rows.owners_to_give_way(self._connection, row.owner)
+        ranks = {owner: rank for rank, owner in enumerate(owners)}
+
+        def rank(upload: UploadState) -> tuple[int, bool, float, str]:
             # One without a byte is no loss, unless its client is about to send the first one.
-            uploads.sort(
-                key=lambda one: (one.length > 0 or one.idle < OTHERS_IDLE_S, -one.idle, one.row.id)
-            )
-            if any(self._end(upload) for upload in uploads):
-                return
-        upload_rows.check_count(self._connection, row)
+            is_loss = upload.length > 0 or upload.idle < OTHERS_IDLE_S
+            return (ranks[upload.row.owner], is_loss, -upload.idle, upload.row.id)
+
+        found = [one for one in self._find() if one.row.owner in ranks] if owners else []
+        if not any(self._end(upload) for upload in sorted(found, key=rank)):
+            upload_rows.check_count(self._connection, row)
 
     # --- the disk -------------------------------------------------------------------------------
 

@@ -147,13 +147,13 @@ class UploadSessions:
             record = partial(
                 upload_rows.begin_upload, row=row, hosted=self._hosted, announced=size or 0
             )
-            with IdleUploads(connection, self._layout, self._now()) as idle:
+            with IdleUploads(self._database, connection, self._layout, self._now()) as idle:
                 idle.end_one_for(row)
                 idle.run_within_quota(record, repository, row.owner)
-            # Here, and not in a thread of its own: a push of small blobs waits for each thread. A
-            # file whose row is not committed is removed like any other without a row.
-            with disk_errors("the upload cannot be stored"):
-                upload_files.create(self._layout, upload_id)
+                # No thread of its own: a push of small blobs waits for each thread. A file whose
+                # row is not committed is removed like any other without a row.
+                with disk_errors("the upload cannot be stored"):
+                    upload_files.create(self._layout, upload_id)
 
         await self.make_room_on_disk(repository, row.owner, _UPLOAD_ROW_BYTES)
         await self._database.write(begin, is_durable=False)
@@ -200,7 +200,7 @@ class UploadSessions:
             await self._takeover.take_over(upload_id, position)
             return await self.open(upload_id, repository, user, start=start, size=size)
         if known is None or known.row is not row:
-            # Nobody has fed it meanwhile, so others may have taken what it had reserved.
+            # Not as we left it: what its row has reserved above its length may be taken.
             row = replace(row, reserved=min(row.reserved, position))
         self._left.pop(upload_id, None)
         if known is None or known.running_hash.position > position:
@@ -215,7 +215,8 @@ class UploadSessions:
                 return self._database.enqueue_write(
                     partial(self._delete_row_and_file, upload_id), may_use_spare_space=True
                 )
-            if feed.reserved <= length:
+            # From larger ones, others may have taken back what was reserved for bytes that came.
+            if feed.reserved <= (length if feed.has_ended else min(length, MIN_STEP_BYTES)):
                 return None
             return self._database.enqueue_write(
                 partial(upload_rows.set_reservation, upload_id=upload_id, reserved=length)
@@ -284,7 +285,7 @@ class UploadSessions:
         """
 
         def run(connection: Connection) -> T:
-            with IdleUploads(connection, self._layout, self._now()) as idle:
+            with IdleUploads(self._database, connection, self._layout, self._now()) as idle:
                 return idle.run_within_quota(change, repository, owner)
 
         return run
@@ -305,7 +306,7 @@ class UploadSessions:
 
         async def end_uploads(min_idle: float, missing: int) -> None:
             def end(connection: Connection) -> None:
-                with IdleUploads(connection, self._layout, self._now()) as idle:
+                with IdleUploads(self._database, connection, self._layout, self._now()) as idle:
                     idle.end_for_bytes(missing, min_idle, repository, owner)
 
             with suppress(MirrorError):

@@ -14,7 +14,7 @@ import pytest
 from mirror.hosted import database as module
 from mirror.hosted.database import Database, open_checked
 from mirror.hosted.name_tables import SCHEMA_VERSION
-from mirror.oci.errors import NamesDamaged, StorageUnavailable
+from mirror.oci.errors import NamesDamaged, QuotaExceeded, StorageUnavailable
 
 
 def add(connection: Connection, digest: str, repository: str = "app", size: int = 10) -> None:
@@ -56,6 +56,21 @@ async def test_failed_write_undoes_itself_and_no_other_one_of_its_commit(tmp_pat
     assert [type(result) for result in results] == [type(None)] * 5 + [KeyError]
     assert await names.read(count) == 5
     await names.close()
+
+
+async def test_change_is_told_in_the_end_whether_it_is_committed(tmp_path: Path) -> None:
+    database, told = await Database.open(tmp_path / "names.db"), []
+
+    def change(name: str, connection: Connection) -> None:
+        database.after_commit(lambda is_committed: told.append((name, is_committed)))
+        if name == "refused":
+            raise QuotaExceeded("full")
+
+    names = ("one", "refused", "two")
+    writes = [database.enqueue_write(partial(change, name)) for name in names]
+    await asyncio.gather(*writes, return_exceptions=True)
+    assert sorted(told) == [("one", True), ("refused", False), ("two", True)]
+    await database.close()
 
 
 @pytest.mark.parametrize("view", ["unnamed_blobs", "unnamed_manifests", "orphans"])

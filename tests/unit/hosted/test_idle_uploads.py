@@ -7,13 +7,16 @@ import errno
 import os
 import threading
 from pathlib import Path
+from sqlite3 import Connection
 from typing import Any
 
 import pytest
 
 from mirror.hosted import upload_files, upload_rows, upload_takeover
 from mirror.hosted.abandoned_uploads import UPLOAD_TTL_S
+from mirror.hosted.idle_uploads import IdleUploads
 from mirror.hosted.upload_feed import UploadFeed
+from mirror.hosted.upload_rows import UploadRow
 from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.errors import (
     QuotaExceeded,
@@ -26,6 +29,7 @@ from mirror.oci.reference import Digest, Tag
 from mirror.store import space
 from mirror.threads import run_in_thread
 from tests.unit.hosted.kit import ANYBODY, NOW, HostedKit, hosted_kit, manifest_of
+from tests.unit.hosted.test_spare_space import refusal
 from tests.unit.store.kit import random_bytes
 
 DATA = random_bytes(300_000, 3)
@@ -276,6 +280,23 @@ async def test_uploads_whose_reservation_was_taken_back_never_exceed_the_quota_a
         assert (await kit.usage()).bytes < 8 * 2**20
 
 
+async def test_upload_whose_reservation_was_taken_back_counts_all_its_bytes_once_idle(
+    tmp_path: Path,
+) -> None:
+    async with hosted_kit(tmp_path, max_size="7MiB") as kit:
+        feed = await begin_fed(kit, 4 * 2**20, bytes(2 * 2**20))
+        other = await begin_unannounced(kit, "other")
+        await feed.flush()
+        with pytest.raises(QuotaExceeded):
+            await write_all(other, bytes(7 * 2**20))
+        assert (await rows(kit))[feed.row.id] == 3 * 2**20, "it was taken back"
+        await feed.write(bytes(2 * 2**20))
+        feed.close()
+        await feed.wait_closed()
+        assert (await rows(kit))[feed.row.id] == 4 * 2**20
+        other.close()
+
+
 async def test_upload_of_another_boot_gives_way_at_once(tmp_path: Path) -> None:
     async with hosted_kit(tmp_path, max_size="500kB") as kit:
         upload_id = await leave(kit, idle=0)
@@ -318,6 +339,44 @@ async def test_upload_that_has_just_begun_stays_though_it_has_no_byte(
         await kit.service.uploads.begin("app", "ann", None)
         assert begun in await rows(kit)
         assert left not in await rows(kit)
+
+
+async def test_upload_stays_if_the_disk_refuses_the_file_of_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upload_rows, "MAX_OWNER_UPLOADS", 1)
+    async with hosted_kit(tmp_path) as kit:
+        left = await leave(kit, idle=70)
+
+        def create(*_: object) -> None:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(upload_files, "create", create)
+            with pytest.raises(StorageUnavailable):
+                await kit.service.uploads.begin("app", "", None)
+        assert await rows(kit) == {left: len(DATA)}
+
+
+async def test_uploads_are_looked_at_once_however_many_owners_feed_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upload_rows, "MAX_UPLOADS", 4)
+    async with hosted_kit(tmp_path) as kit:
+        feeds = [await begin_fed(kit, 10, b"x", user) for user in ("ann", "bob", "cid", "dan")]
+        looks, all_uploads = [], upload_rows.all_uploads
+
+        def look(connection: Connection) -> list[UploadRow]:
+            looks.append(connection)
+            return all_uploads(connection)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(upload_rows, "all_uploads", look)
+            with pytest.raises(TooManyRequests):
+                await kit.service.uploads.begin("app", "eve", None)
+        assert len(looks) == 1
+        for feed in feeds:
+            feed.close()
 
 
 async def test_users_with_most_uploads_give_way_once_there_are_too_many(
@@ -411,6 +470,37 @@ async def test_uploads_give_way_to_a_push_on_a_full_disk(
         await make_room("app", "ci", 3_000_000)
         assert set(await rows(kit)) == {young}
         assert old not in await rows(kit)
+
+
+@pytest.mark.parametrize("has_spare_space", [False, True])
+async def test_uploads_end_only_with_the_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_spare_space: bool
+) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        first, second = [await leave(kit, idle=idle) for idle in (90, 80)]
+        check, files = kit.database._check_file, []
+
+        def end(connection: Connection) -> None:
+            with IdleUploads(kit.database, connection, kit.store.layout, NOW) as idle:
+                assert idle.end_for_bytes(1, 0, "app", "") == len(DATA)
+            monkeypatch.setattr(kit.database, "_check_file", refuse_once)
+
+        def refuse_once() -> None:
+            files.append(set(upload_files.list_ids(kit.store.layout)))
+            monkeypatch.setattr(kit.database, "_check_file", check)
+            if len(files) == 1:
+                raise refusal()
+
+        write = kit.database.write(end, is_durable=False, may_use_spare_space=has_spare_space)
+        if has_spare_space:
+            await write
+            assert set(await rows(kit)) == {second}
+        else:
+            with pytest.raises(StorageUnavailable):
+                await write
+            assert set(await rows(kit)) == {first, second}
+            (await kit.service.uploads.open(first, "app", "")).close()
+        assert files == [{first, second}] * len(files)
 
 
 async def test_upload_stays_while_the_bytes_of_another_one_fit_beside_it_on_the_disk(
