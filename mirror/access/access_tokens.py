@@ -1,6 +1,6 @@
 """The tokens in a file, which clients send as a bearer token or as a password.
 
-Lives here: the file, and the comparison by hash. Must not know: requests.
+Lives here: the file, the form of a token, and the comparison by hash. Must not know: requests.
 
 A token is looked up by its SHA-256. Its time may depend on the hash, which says nothing about the
 token: it has at least 16 characters that nobody can guess.
@@ -22,14 +22,17 @@ from mirror.access.identity import Identity
 from mirror.access.watched_file import ParsedFile
 from mirror.config.access import check_name
 
-MIN_TOKEN_CHARS: Final = 16
+_MIN_TOKEN_CHARS: Final = 16
 """Characters of a token at least: one that is shorter can be guessed."""
-_TOKEN: Final = re.compile(r"[A-Za-z0-9._~+/=-]+", re.ASCII)  # RFC 6750, section 2.1
+# RFC 6750, section 2.1: credentials = "Bearer" 1*SP b64token. Schemes are compared without case.
+_TOKEN: Final = re.compile(r"[A-Za-z0-9._~+/=-]+", re.ASCII)
+_BEARER: Final = re.compile(rf"bearer +({_TOKEN.pattern}) *", re.IGNORECASE | re.ASCII)
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _SHA256_OF_NOTHING: Final = hashlib.sha256().hexdigest()
 TOKENS_REMEDY: Final = "make it with a list of tokens: [{name: ci, token: ...}]"
 """How to make a file of tokens."""
-_REMEDY: Final = "make one with `openssl rand -hex 32`"
+NEW_TOKENS_REMEDY: Final = "make one with `openssl rand -hex 32`"
+"""How to make a token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +66,9 @@ class _TokenEntry(BaseModel):
         if self.sha256 is not None and not _SHA256.fullmatch(self.sha256):
             raise ValueError("sha256 must have 64 lower-case hex digits")
         if self.sha256 == _SHA256_OF_NOTHING:
-            raise ValueError(f"sha256 is that of an empty token: {_REMEDY}")
-        if self.token is not None and len(self.token) < MIN_TOKEN_CHARS:
-            raise ValueError(f"token is shorter than {MIN_TOKEN_CHARS} characters: {_REMEDY}")
-        if self.token is not None and not _TOKEN.fullmatch(self.token):
-            raise ValueError("token may have only letters, digits and . _ ~ + / = -")
+            raise ValueError(f"sha256 is that of an empty token: {NEW_TOKENS_REMEDY}")
+        if self.token is not None:
+            check_new_token(self.token)
         return self
 
     def digest(self) -> bytes:
@@ -91,11 +92,25 @@ def find_token(tokens: AccessTokens, secret: str) -> AccessToken | None:
 
     One that is too short counts for none: its hash may be in the file, which does not tell.
     """
-    return tokens.get(hash_token(secret)) if len(secret) >= MIN_TOKEN_CHARS else None
+    return tokens.get(hash_token(secret)) if len(secret) >= _MIN_TOKEN_CHARS else None
+
+
+def bearer_token(authorization: str) -> str | None:
+    """Return the token of an ``Authorization`` header field. None: it has another form."""
+    match = _BEARER.fullmatch(authorization)
+    return match and match[1]
+
+
+def check_new_token(token: str) -> None:
+    """Raise ``ValueError``, without a part of it, for a token that a file must not have."""
+    if len(token) < _MIN_TOKEN_CHARS:
+        raise ValueError(f"shorter than {_MIN_TOKEN_CHARS} characters: {NEW_TOKENS_REMEDY}")
+    if not _TOKEN.fullmatch(token):
+        raise ValueError("may have only letters, digits and . _ ~ + / = -")
 
 
 def hash_token(token: str) -> bytes:
-    """Return the SHA-256 of a token."""
+    """Return the SHA-256 of a token: all have the same length, and none is kept in memory."""
     return hashlib.sha256(token.encode(errors="replace")).digest()
 
 

@@ -26,7 +26,7 @@ from typing import Final
 
 from cachetools import LRUCache
 
-from mirror.access.access_tokens import find_token
+from mirror.access.access_tokens import bearer_token, find_token
 from mirror.access.failure_limit import FailureLimit, counted_address
 from mirror.access.identity import ANONYMOUS, Identity
 from mirror.access.issuers import KeysUnavailable, TokenRefused, is_jwt
@@ -46,7 +46,6 @@ _MAX_CLIENT_WAITING: Final = 64
 _EMPTY: Final = re.compile(r"basic +Og== *", re.IGNORECASE)
 """``Authorization`` of a client that was asked for credentials, and has none (skopeo): ``:``."""
 _BASIC: Final = re.compile(r"basic +([A-Za-z0-9+/_-]+={0,2}) *", re.IGNORECASE | re.ASCII)
-_BEARER: Final = re.compile(r"bearer +([A-Za-z0-9._~+/=-]+) *", re.IGNORECASE | re.ASCII)
 
 
 class LoginFailed(Exception):
@@ -269,9 +268,9 @@ def _parse(authorization: str) -> tuple[str | None, str]:
 
     The user is None for a bearer token.
     """
-    bearer = _BEARER.fullmatch(authorization)
-    if bearer is not None:
-        return None, bearer[1]
+    token = bearer_token(authorization)
+    if token is not None:
+        return None, token
     basic = _BASIC.fullmatch(authorization)
     if basic is None:
         raise LoginFailed("the credentials are neither Basic nor Bearer")

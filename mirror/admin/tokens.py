@@ -11,30 +11,23 @@ be sent to every port of the host.
 
 from __future__ import annotations
 
-import hashlib
 import hmac
-import re
 import secrets
 from collections.abc import Callable
 from enum import StrEnum
 from typing import Final
 
+from mirror.access.access_tokens import NEW_TOKENS_REMEDY, bearer_token, check_new_token, hash_token
 from mirror.access.watched_file import ParsedFile, WatchedFile
 from mirror.config.settings import Admin
 from mirror.oci.errors import ConfigError
 
-MIN_TOKEN_CHARS: Final = 16
-"""Characters of a token at least: one that is shorter can be guessed."""
 _MAX_TOKEN_FILE_BYTES: Final = 64 * 1024
 """Bytes of a file of tokens. A token is a line of at most some hundred characters."""
-_REMEDY: Final = "make one with `openssl rand -hex 32`"
 TICKET_TTL_S: Final = 30.0
 """Seconds in which a page opens the stream for which it has got a ticket."""
 _MAX_TICKETS: Final = 256
 """Tickets that are valid at the same time. The oldest ones end first."""
-# RFC 6750, section 2.1: credentials = "Bearer" 1*SP b64token. Schemes are compared without case.
-_BEARER: Final = re.compile(r"bearer +([A-Za-z0-9._~+/=-]+) *", re.IGNORECASE | re.ASCII)
-_TOKEN: Final = re.compile(r"[A-Za-z0-9._~+/=-]+", re.ASCII)
 
 
 class CallerRole(StrEnum):
@@ -55,7 +48,7 @@ class Tokens:
             ("read_only_token_file", admin.read_only_token_file, CallerRole.READ_ONLY),
         )
         self._files = [
-            (WatchedFile(("admin", key), path, _parse_tokens, _REMEDY), role)
+            (WatchedFile(("admin", key), path, _parse_tokens, NEW_TOKENS_REMEDY), role)
             for key, path, role in files
             if path is not None
         ]
@@ -84,8 +77,7 @@ class Tokens:
         """Return the role of an ``Authorization`` header field. None: it permits nothing."""
         if self._admin.is_open:
             return CallerRole.FULL
-        match = _BEARER.fullmatch(authorization or "")
-        given = _digest(match[1] if match else "")
+        given = hash_token(bearer_token(authorization or "") or "")
         role = None
         # No early end: the time must not depend on which token is nearly right.
         for file, its_role in self._files:
@@ -105,20 +97,15 @@ def _parse_tokens(raw: bytes) -> ParsedFile[tuple[bytes, ...]]:
         token = line.strip()
         if not token or token[0] == "#":
             continue
-        if len(token) < MIN_TOKEN_CHARS:
-            problems.append(f"line {number}: shorter than {MIN_TOKEN_CHARS} characters: {_REMEDY}")
-        elif not _TOKEN.fullmatch(token):
-            problems.append(f"line {number}: only letters, digits and . _ ~ + / = -")
+        try:
+            check_new_token(token)
+        except ValueError as error:
+            problems.append(f"line {number}: {error}")
         else:
-            digests.append(_digest(token))
+            digests.append(hash_token(token))
     if not digests and not problems:
-        problems.append(f"no token: {_REMEDY}")
+        problems.append(f"no token: {NEW_TOKENS_REMEDY}")
     return ParsedFile(tuple(digests), tuple(problems))
-
-
-def _digest(token: str) -> bytes:
-    """Return the hash of a token: all have the same length, and none is kept in memory."""
-    return hashlib.sha256(token.encode()).digest()
 
 
 class Tickets:

@@ -117,8 +117,8 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     # Its listener cuts off clients, and refuses requests of web pages, as that of ``web`` does. Its
     # tokens are in files that count as those of ``access`` do.
     "admin": {
-        *("access.watched_file", "admin", "composition", "config.values", "history", "inventory"),
-        *("operations", "pull"),
+        *("access.access_tokens", "access.watched_file", "admin", "composition", "config.values"),
+        *("history", "inventory", "operations", "pull"),
         *("store", "web.browser_guard", "web.client_connection", "web.client_socket", *SHARED),
     },
     "housekeeping": {

@@ -54,7 +54,7 @@ def test_without_files_everything_is_permitted() -> None:
         ("", "no token"),
         ("# only a comment\n", "no token"),
         ("tiny-token\n", "line 1: shorter than 16 characters"),
-        (f"{FULL}\nwith a space in it\n", "line 2: only letters"),
+        (f"{FULL}\nwith a space in it\n", "line 2: may have only letters"),
         ("x" * 70_000, "larger than 65536 bytes"),
     ],
 )
