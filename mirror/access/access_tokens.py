@@ -31,7 +31,7 @@ _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _SHA256_OF_NOTHING: Final = hashlib.sha256().hexdigest()
 TOKENS_REMEDY: Final = "make it with a list of tokens: [{name: ci, token: ...}]"
 """How to make a file of tokens."""
-HOW_TO_MAKE_ONE: Final = "make one with `openssl rand -hex 32`"
+NEW_TOKENS_REMEDY: Final = "make one with `openssl rand -hex 32`"
 """How to make a token."""
 
 
@@ -66,7 +66,7 @@ class _TokenEntry(BaseModel):
         if self.sha256 is not None and not _SHA256.fullmatch(self.sha256):
             raise ValueError("sha256 must have 64 lower-case hex digits")
         if self.sha256 == _SHA256_OF_NOTHING:
-            raise ValueError(f"sha256 is that of an empty token: {HOW_TO_MAKE_ONE}")
+            raise ValueError(f"sha256 is that of an empty token: {NEW_TOKENS_REMEDY}")
         if self.token is not None:
             check_new_token(self.token)
         return self
@@ -104,7 +104,7 @@ def bearer_token(authorization: str) -> str | None:
 def check_new_token(token: str) -> None:
     """Raise ``ValueError``, without a part of it, for a token that a file must not have."""
     if len(token) < _MIN_TOKEN_CHARS:
-        raise ValueError(f"shorter than {_MIN_TOKEN_CHARS} characters: {HOW_TO_MAKE_ONE}")
+        raise ValueError(f"shorter than {_MIN_TOKEN_CHARS} characters: {NEW_TOKENS_REMEDY}")
     if not _TOKEN.fullmatch(token):
         raise ValueError("may have only letters, digits and . _ ~ + / = -")
 

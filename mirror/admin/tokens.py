@@ -17,7 +17,7 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import Final
 
-from mirror.access.access_tokens import HOW_TO_MAKE_ONE, bearer_token, check_new_token, hash_token
+from mirror.access.access_tokens import NEW_TOKENS_REMEDY, bearer_token, check_new_token, hash_token
 from mirror.access.watched_file import ParsedFile, WatchedFile
 from mirror.config.settings import Admin
 from mirror.oci.errors import ConfigError
@@ -48,7 +48,7 @@ class Tokens:
             ("read_only_token_file", admin.read_only_token_file, CallerRole.READ_ONLY),
         )
         self._files = [
-            (WatchedFile(("admin", key), path, _parse_tokens, HOW_TO_MAKE_ONE), role)
+            (WatchedFile(("admin", key), path, _parse_tokens, NEW_TOKENS_REMEDY), role)
             for key, path, role in files
             if path is not None
         ]
@@ -104,7 +104,7 @@ def _parse_tokens(raw: bytes) -> ParsedFile[tuple[bytes, ...]]:
         else:
             digests.append(hash_token(token))
     if not digests and not problems:
-        problems.append(f"no token: {HOW_TO_MAKE_ONE}")
+        problems.append(f"no token: {NEW_TOKENS_REMEDY}")
     return ParsedFile(tuple(digests), tuple(problems))
 
 
