@@ -153,7 +153,8 @@ class IdleUploads:
         """
         released = 0
         for row in rows:
-            if not row.reserved or (fd := upload_files.lock_idle(self._layout, row.id)) is None:
+            may_release = has_surplus(self._layout, row)
+            if not may_release or (fd := upload_files.lock_idle(self._layout, row.id)) is None:
                 continue
             try:
                 status = os.fstat(fd)
@@ -282,6 +283,12 @@ class IdleUploads:
             return False
         self._locked[row.id] = fd
         return upload_rows.end_upload(self._connection, row.id)
+
+
+def has_surplus(layout: Layout, row: UploadRow) -> bool:
+    """Return whether an upload that has a file has reserved more than its bytes. Blocks."""
+    length = upload_files.upload_length(layout, row.id) if row.reserved else None
+    return length is not None and row.reserved > length
 
 
 def _in_order(uploads: list[UploadState], repository: str, owner: str) -> list[UploadState]:
