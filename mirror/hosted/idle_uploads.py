@@ -50,7 +50,7 @@ _STARTING_S: Final = 5.0
 """Seconds for which an upload without a byte keeps what it has reserved. A ``POST`` with the whole
 blob creates the upload first, and locks it a moment later."""
 _MAX_GIVING_WAY: Final = 256
-"""Uploads that end in one transaction. Each needs a descriptor."""
+"""Uploads that end in one change. Each needs a descriptor until the commit."""
 
 
 @dataclass(frozen=True, slots=True)
