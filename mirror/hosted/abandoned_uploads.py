@@ -12,7 +12,7 @@ from typing import Final
 
 from mirror.hosted import upload_files, upload_rows
 from mirror.hosted.database import Database
-from mirror.hosted.idle_uploads import IdleUploads
+from mirror.hosted.idle_uploads import IdleUploads, has_surplus
 from mirror.hosted.upload_rows import UploadRow
 from mirror.store.disk import boot_id
 from mirror.store.layout import Layout
@@ -61,15 +61,14 @@ class AbandonedUploads:
             with IdleUploads(self._database, connection, self._layout, self._now()) as idle:
                 idle.release_surplus(rows)
 
-        has_surplus = await run_in_thread(self._has_surplus, rows)
-        if ended or has_surplus:
+        may_release = await run_in_thread(self._has_surplus, rows)
+        if ended or may_release:
             await self._database.write(end, is_durable=False, may_use_spare_space=True)
         return len(ended)
 
     def _has_surplus(self, rows: list[UploadRow]) -> bool:
         """Return whether an upload has reserved more than it has, in a thread."""
-        lengths = ((row, upload_files.upload_length(self._layout, row.id)) for row in rows)
-        return any(length is not None and row.reserved > length for row, length in lengths)
+        return any(has_surplus(self._layout, row) for row in rows)
 
     def _remove_abandoned(self, rows: list[UploadRow]) -> list[str]:
         """Remove files, in a thread. Returns the ids of the rows that are to go."""

@@ -238,16 +238,14 @@ class Database:
 
     def _commit(self, batch: list[_Write[Any]]) -> None:
         """Commit writes. Raises ``sqlite3.Error``, ``StorageUnavailable``: nothing is changed."""
-        is_committed = False
         try:
             self._try_commit(batch)
-            is_committed = True
         except (sqlite3.Error, StorageUnavailable):
             with suppress(sqlite3.Error):
                 self._connection.execute("ROLLBACK")
+            self._end_changes(0, False)
             raise
-        finally:
-            self._end_changes(0, is_committed)
+        self._end_changes(0, True)
 
     def _end_changes(self, start: int, is_committed: bool) -> None:
         calls, self._after_commit[start:] = self._after_commit[start:], []

@@ -50,7 +50,7 @@ _STARTING_S: Final = 5.0
 """Seconds for which an upload without a byte keeps what it has reserved. A ``POST`` with the whole
 blob creates the upload first, and locks it a moment later."""
 _MAX_GIVING_WAY: Final = 256
-"""Uploads that end in one transaction. Each needs a descriptor."""
+"""Uploads that end in one change. Each needs a descriptor until the commit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +153,8 @@ class IdleUploads:
         """
         released = 0
         for row in rows:
-            if not row.reserved or (fd := upload_files.lock_idle(self._layout, row.id)) is None:
+            may_release = has_surplus(self._layout, row)
+            if not may_release or (fd := upload_files.lock_idle(self._layout, row.id)) is None:
                 continue
             try:
                 status = os.fstat(fd)
@@ -282,6 +283,12 @@ class IdleUploads:
             return False
         self._locked[row.id] = fd
         return upload_rows.end_upload(self._connection, row.id)
+
+
+def has_surplus(layout: Layout, row: UploadRow) -> bool:
+    """Return whether an upload that has a file has reserved more than its bytes. Blocks."""
+    length = upload_files.upload_length(layout, row.id) if row.reserved else None
+    return length is not None and row.reserved > length
 
 
 def _in_order(uploads: list[UploadState], repository: str, owner: str) -> list[UploadState]:

@@ -62,7 +62,8 @@ class UploadFeed:
         """Refuse an upload that will have ``end`` bytes, if the quota has no room for them."""
         self._announced = end
         least = min(end, self.position + MIN_STEP_BYTES)
-        await self._reserve_up_to(least, least)
+        with self.writer.working():
+            await self._reserve_up_to(least, least)
 
     async def _reserve_up_to(self, least: int, most: int) -> None:
         if least > max(self.reserved, _UNRESERVED_BYTES):
@@ -76,9 +77,10 @@ class UploadFeed:
         """Append bytes. Raises ``QuotaExceeded``, ``StorageUnavailable``, ``UploadUnknown``."""
         end = self.position + len(chunk)
         most = end + max(MIN_STEP_BYTES, min(end, _MAX_STEP_BYTES))
-        await self._reserve_up_to(end, max(end, min(most, self._announced or most)))
-        await self._make_room(len(chunk), max(0, self.reserved - end))
-        await self.writer.write(chunk)
+        with self.writer.working():
+            await self._reserve_up_to(end, max(end, min(most, self._announced or most)))
+            await self._make_room(len(chunk), max(0, self.reserved - end))
+            await self.writer.write(chunk)
 
     async def flush(self) -> None:
         """Return once all bytes are in the file. Raises ``StorageUnavailable``."""

@@ -174,8 +174,10 @@ def start_waiting(layout: Layout, upload_id: str, last: float) -> int | None:
 
 def has_waiting(fd: int) -> bool:
     """Return whether a request waits for the upload whose open file this is. Does not block."""
-    found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _WAITING)
-    return bool(struct.unpack(_LOCK_FORM, found)[0] != fcntl.F_UNLCK)
+    with suppress(OSError):
+        found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _WAITING)
+        return bool(struct.unpack(_LOCK_FORM, found)[0] != fcntl.F_UNLCK)
+    return False
 
 
 def remove_abandoned(

@@ -13,8 +13,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
 from mirror.oci.errors import StorageUnavailable, UploadUnknown
@@ -94,10 +95,10 @@ class UploadWriter:
         self._pending: list[bytes | bytearray] = []
         self._job: asyncio.Future[Any] | None = None
         self._error: Exception | None = None
-        self._is_last = False
+        self._is_busy = False
         self._is_unlocking = False
         self.last_byte_at = self._loop.time()
-        """Time of the event loop at which the last bytes were accepted."""
+        """Time of the event loop at which the last bytes were accepted: it is the client's turn."""
         self.is_closing = False
         """Whether no more bytes are accepted. A thread may still write some."""
         self.closed = asyncio.Event()
@@ -111,7 +112,6 @@ class UploadWriter:
         """
         if self._error is not None:
             raise self._error
-        self.last_byte_at = self._loop.time()
         append_joined(self._pending, chunk)
         self.position += len(chunk)
         self._start_next_batch()
@@ -129,10 +129,20 @@ class UploadWriter:
     def silent_s(self) -> float:
         """Return the seconds since the last bytes.
 
-        0.0 once all have come, or while they are written.
+        0.0 once all have come, while they are written, or in :meth:`working`.
         """
-        is_busy = self._is_last or self._job is not None
+        is_busy = self._is_busy or self._job is not None
         return 0.0 if is_busy else self._loop.time() - self.last_byte_at
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """In the block, the client waits for us: it is not silent."""
+        self._is_busy = True
+        try:
+            yield
+        finally:
+            self._is_busy = False
+            self.last_byte_at = self._loop.time()
 
     def fail(self, error: Exception) -> None:
         """Accept no more bytes: raise ``error`` for the next ones, and close."""
@@ -156,7 +166,7 @@ class UploadWriter:
 
         The file stays open for the thread, also if the caller is cancelled and closes it.
         """
-        self._is_last = True
+        self._is_busy = True
         await self.flush()
         self._job = job = self._loop.run_in_executor(threads, work)
         job.add_done_callback(self._on_last_done)

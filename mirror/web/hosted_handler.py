@@ -356,6 +356,7 @@ class HostedHandler:
         before = feed.position
         async with asyncio.timeout(CLIENT_SILENCE_S) as limit:
             while chunk := await request.content.readany():
+                limit.reschedule(None)  # Now the client waits for the quota, and for the disk.
                 await feed.write(chunk)
                 record.bytes_received += len(chunk)
                 limit.reschedule(loop.time() + CLIENT_SILENCE_S)

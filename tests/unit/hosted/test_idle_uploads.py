@@ -27,6 +27,7 @@ from mirror.oci.errors import (
 )
 from mirror.oci.reference import Digest, Tag
 from mirror.store import space
+from mirror.store.layout import Layout
 from mirror.threads import run_in_thread
 from tests.unit.hosted.kit import ANYBODY, NOW, HostedKit, hosted_kit, manifest_of
 from tests.unit.hosted.test_spare_space import refusal
@@ -132,6 +133,30 @@ async def test_upload_of_all_bytes_that_has_just_begun_keeps_its_reservation(
             await kit.push_blob(DATA)
         set_idle(kit, upload_id, 10)
         await kit.push_blob(DATA)
+
+
+async def test_only_uploads_with_a_surplus_are_locked_to_take_it_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        for _ in range(3):
+            await leave(kit, idle=90)
+        feed = await begin_fed(kit, 900_000, DATA)
+        await die(feed)
+        set_idle(kit, feed.row.id, 0)
+        locked, lock_idle = [], upload_files.lock_idle
+
+        def lock(layout: Layout, upload_id: str) -> int | None:
+            locked.append(upload_id)
+            return lock_idle(layout, upload_id)
+
+        def release(connection: Connection) -> int:
+            idle = IdleUploads(kit.database, connection, kit.store.layout, NOW)
+            return idle.release_surplus(upload_rows.all_uploads(connection))
+
+        monkeypatch.setattr(upload_files, "lock_idle", lock)
+        assert await kit.database.write(release) == 1
+        assert locked == [feed.row.id]
 
 
 async def test_push_that_is_begun_again_takes_the_room_of_its_broken_attempts(
@@ -666,6 +691,28 @@ async def test_upload_that_another_process_has_cancelled_is_unknown_to_the_reque
         await feed.write(b"def")
         with pytest.raises(UploadUnknown):
             await feed.flush()
+        feed.close()
+
+
+async def test_request_that_waits_for_the_quota_is_not_silent(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        feed = await begin_fed(kit, 300_000)
+        reserve, may_go_on = feed._reserve, asyncio.Event()
+
+        async def reserve_late(*args: Any) -> int:
+            await may_go_on.wait()
+            return await reserve(*args)
+
+        feed._reserve, feed.reserved = reserve_late, 0
+        feed.writer.last_byte_at -= 50
+        written = asyncio.get_running_loop().create_task(feed.write(DATA))
+        await asyncio.wait({written}, timeout=0)
+        with pytest.raises(UploadOutOfOrder, match="another request sends bytes"):
+            await kit.service.uploads.open(feed.row.id, "app", "")
+        may_go_on.set()
+        await written
+        await feed.flush()
+        assert feed.writer.silent_s() < 5
         feed.close()
 
 

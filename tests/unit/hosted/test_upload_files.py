@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from pathlib import Path
 
@@ -129,6 +130,16 @@ def test_push_whose_directory_sync_fails_leaves_the_file_that_another_push_has_p
     with pytest.raises(OSError, match="Input/output"):
         store(layout)
     assert layout.blob(DIGEST).read_bytes() == DATA
+
+
+def test_nobody_waits_for_an_upload_whose_locks_cannot_be_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    assert upload_files.has_waiting(0) is False
 
 
 def test_small_content_is_stored(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock, MagicMock
 
 import pytest
 
@@ -22,6 +23,7 @@ from mirror.oci.descriptor import MANIFEST_LIMIT, OCI_INDEX, OCI_MANIFEST
 from mirror.oci.links import next_link
 from mirror.oci.reference import Digest
 from mirror.web import hosted_handler
+from mirror.web.hosted_handler import HostedHandler
 from tests.server_kit import Server, running
 from tests.unit.hosted.kit import (
     CONFIG,
@@ -673,6 +675,17 @@ async def test_silent_client_is_cut_off_and_its_upload_stays(
         writer.close()
         told = await client.ask("GET", location)
         assert (told.status, told.headers["Range"]) == (204, "0-2")
+
+
+async def test_time_that_an_upload_waits_for_the_server_is_no_silence_of_the_client(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hosted_handler, "CLIENT_SILENCE_S", 0.01)
+    request, record, feed = MagicMock(headers={}), MagicMock(bytes_received=0), MagicMock()
+    request.content.readany = AsyncMock(side_effect=[DATA, b""])
+    feed.write = lambda _: asyncio.sleep(0.03)
+    await HostedHandler._receive(MagicMock(), request, record, feed)
+    assert record.bytes_received == len(DATA)
 
 
 async def test_large_manifests_that_do_not_end_keep_only_other_large_ones_out(
