@@ -80,8 +80,14 @@ def put_back_moving(layout: Layout) -> None:
             digest = Digest.parse(f"{path.parent.name}:{path.name.partition('.')[0]}")
             hold.acquire([digest])  # If a process moves it now, it goes on first.
             disk.distrust(path)
-            with suppress(FileExistsError):
+            try:
                 os.link(path, layout.blob(digest))
+            except FileExistsError:
+                pass
+            except OSError:  # The file system may have no hard links.
+                if not layout.blob(digest).exists():
+                    path.rename(layout.blob(digest))
+                    continue
             path.unlink()
 
 

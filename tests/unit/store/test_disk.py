@@ -526,14 +526,33 @@ def test_quarantine_that_is_killed_between_its_renames_keeps_intact_content_in_i
         assert not disk.has_our_mtime(found.stat()), "it is hashed before it is served"
 
 
-def test_content_that_is_there_again_stays_instead_of_a_file_whose_quarantine_was_killed(
-    layout: Layout,
-) -> None:
+def kill_quarantine(layout: Layout) -> tuple[Digest, Path]:
+    """Return content, and its file as a quarantine that was killed has left it."""
     digest, fd = damaged(layout, "content")
     os.close(fd)
     layout.quarantine(digest).parent.mkdir(parents=True)
     moving = layout.quarantine(digest).with_name(f"{digest.hex}.0123.moving")
     layout.blob(digest).rename(moving)
+    return digest, moving
+
+
+def test_file_whose_quarantine_was_killed_is_put_back_without_hard_links(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.EPERM, "no hard links")
+
+    digest, moving = kill_quarantine(layout)
+    monkeypatch.setattr(os, "link", refuse)
+    assert recover(layout, 1000, "boot") is None
+    assert layout.blob(digest).exists()
+    assert not moving.exists()
+
+
+def test_content_that_is_there_again_stays_instead_of_a_file_whose_quarantine_was_killed(
+    layout: Layout,
+) -> None:
+    digest, moving = kill_quarantine(layout)
     assert quarantine.trim_quarantine(layout, 0) == 0, "another process may be moving it"
     assert not quarantine.quarantined_files(layout)
     layout.blob(digest).write_bytes(b"content")
