@@ -4,7 +4,7 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 # Processes that share the tests. More than there are processors: most tests wait most of the time.
-WORKERS ?= 4
+WORKERS ?= 5
 # worksteal: a worker that has nothing left to do takes tests from another one. By file, the workers
 # would end at very different times: some files take a minute, most take less than a second.
 PYTEST := $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal

@@ -61,7 +61,7 @@ ROWS = (
 def put_into(text: str, name: str, lines: list[str]) -> str:
     """Replace the block of a row in a Markdown text. Its language is ``text NAME``."""
     block = re.compile(rf"^(```text {re.escape(name)}\n).*?^```$", re.MULTILINE | re.DOTALL)
-    return block.sub(lambda found: found[1] + "\n".join([*lines, "```"]), text)
+    return block.sub(lambda found: found[1] + "\n".join([*map(str.rstrip, lines), "```"]), text)
 
 
 def main() -> int:

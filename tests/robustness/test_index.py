@@ -50,7 +50,13 @@ async def assert_all_are_served(server: Server, names: dict[str, str], when: str
 
 
 @pytest.mark.row("G3-index-damage-while-running")
-@pytest.mark.parametrize("damage", damages.IN_USE)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *damages.IN_USE[:3],
+        *(pytest.param(one, marks=pytest.mark.long) for one in damages.IN_USE[3:]),
+    ],
+)
 async def test_cached_names_are_served_while_the_upstream_is_down_and_the_index_damaged(
     tmp_path: Path, damage: Damage, monkeypatch: pytest.MonkeyPatch
 ) -> None:

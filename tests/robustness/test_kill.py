@@ -124,11 +124,9 @@ def pull_image(mirror: Mirror, tag: str, image: images.Image) -> bool:
 
 
 @pytest.mark.row("C3-random-sigkills")
+@pytest.mark.long
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    ("cycles", "seed"),
-    [(1, 2), *(pytest.param(5, seed, marks=pytest.mark.long) for seed in range(20, 24))],
-)
+@pytest.mark.parametrize(("cycles", "seed"), [(1, 2), *((5, seed) for seed in range(20, 24))])
 def test_random_sigkills_with_changing_options_lose_nothing(
     cycles: int, seed: int, tried: Callable[[int], None]
 ) -> None:
