@@ -27,7 +27,7 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from sqlite3 import Connection
 from typing import Final, TypeVar
 
@@ -51,6 +51,9 @@ _STARTING_S: Final = 5.0
 blob creates the upload first, and locks it a moment later."""
 _MAX_GIVING_WAY: Final = 256
 """Uploads that end in one change. Each needs a descriptor until the commit."""
+_LOOK_TTL_S: Final = 1.0
+"""Seconds for which a look at the files of all uploads (some 20 ms, with the lock of the database)
+is remembered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +67,25 @@ class UploadState:
     """Seconds since its last byte. Infinite if nobody can go on with it (it is of another boot), or
     if that is not known (its last byte is of a time to come: the clock was set back)."""
 
-    def may_give_way(self, repository: str, owner: str) -> bool:
+    def may_give_way(self, repository: str, owner: str, age: float = 0.0) -> bool:
         """Return whether it has been idle for long enough to end for a push.
 
         Args:
             repository: The repository of the push.
             owner: Who pushes.
+            age: Seconds since it was found so. It counts as idle since then.
         """
         is_own = (self.row.repository, self.row.owner) == (repository, owner)
-        return self.idle >= (OWN_IDLE_S if is_own else OTHERS_IDLE_S)
+        return self.idle + age >= (OWN_IDLE_S if is_own else OTHERS_IDLE_S)
+
+
+@dataclass(slots=True)
+class LastLook:
+    """The uploads as a process has found them last, for a push that did not fit."""
+
+    at: float = -math.inf
+    """Seconds since the epoch."""
+    found: list[UploadState] = field(default_factory=list)
 
 
 class IdleUploads:
@@ -82,7 +95,12 @@ class IdleUploads:
     """
 
     def __init__(
-        self, database: Database, connection: Connection, layout: Layout, now: float
+        self,
+        database: Database,
+        connection: Connection,
+        layout: Layout,
+        now: float,
+        look: LastLook | None = None,
     ) -> None:
         """End nothing yet.
 
@@ -91,11 +109,13 @@ class IdleUploads:
             connection: In the transaction.
             layout: Has the files.
             now: Seconds since the epoch.
+            look: What the process remembers from one transaction to the next. None: nothing.
         """
         self._database = database
         self._connection = connection
         self._layout = layout
         self._now = now
+        self._last_look = look or LastLook()
         self._boot = boot_id()
         self._locked: dict[str, int] = {}
         """The descriptors of the ended uploads."""
@@ -132,13 +152,17 @@ class IdleUploads:
             return self._try(change)
         except QuotaExceeded as error:
             refusal = error
-        rows = upload_rows.all_uploads(self._connection)
-        if self._release_ahead(rows) + self.release_surplus(rows):
+        if not self._may_fit_with(change, self._lowest_reservations(repository, owner)):
+            raise refusal
+        found = self._find()
+        self._last_look.at, self._last_look.found = self._now, found
+        surplus = [one.row for one in found if one.row.reserved > one.length]
+        if self._release_ahead(found) + self.release_surplus(surplus):
             with suppress(QuotaExceeded):
                 return self._try(change)
-        found = [one for one in self._find() if one.row.reserved and one.length]
+        found = [one for one in found if one.row.reserved and one.length]
         candidates = _in_order(found, repository, owner)
-        if not self._may_fit_without(change, candidates):
+        if not self._may_fit_with(change, {one.row.id: 0 for one in candidates}):
             raise refusal
         for upload in candidates:
             if self._end(upload, repository, owner):
@@ -166,21 +190,18 @@ class IdleUploads:
                 os.close(fd)
         return released
 
-    def _release_ahead(self, rows: Iterable[UploadRow]) -> int:
+    def _release_ahead(self, found: Iterable[UploadState]) -> int:
         """Take back what fed uploads have reserved ahead, but for a little. Returns their number.
 
         The request that feeds one does not know it. It goes on up to what it had reserved: its
         bytes exceed the quota by no more, and not when they become a blob.
         """
         released = 0
-        for row in rows:
-            if row.reserved > MIN_STEP_BYTES:
-                length = upload_files.upload_length(self._layout, row.id)
-                # Without its file, an upload is about to become a blob.
-                if length is not None and row.reserved > length + MIN_STEP_BYTES:
-                    kept = length + MIN_STEP_BYTES
-                    upload_rows.set_reservation(self._connection, row.id, kept)
-                    released += 1
+        for upload in found:
+            kept = upload.length + MIN_STEP_BYTES
+            if upload.row.reserved > kept:
+                upload_rows.set_reservation(self._connection, upload.row.id, kept)
+                released += 1
         return released
 
     def _try(self, change: Callable[[Connection], T]) -> T:
@@ -194,14 +215,29 @@ class IdleUploads:
         self._connection.execute("RELEASE attempt")
         return result
 
-    def _may_fit_without(
-        self, change: Callable[[Connection], object], candidates: list[UploadState]
+    def _lowest_reservations(self, repository: str, owner: str) -> dict[str, int]:
+        """Return the lower reservations that uploads may have once they give way, by the last look.
+
+        Files only grow, and an upload that was fed since has been idle for less. So a look now
+        finds no more room than the last one shows, if uploads that it did not find have no byte.
+        """
+        age = self._now - self._last_look.at
+        found = self._last_look.found if 0 <= age < _LOOK_TTL_S else []
+        staying = [one for one in found if not one.may_give_way(repository, owner, age)]
+        kept = {one.row.id: one.length for one in staying}
+        rows = upload_rows.reservations(self._connection).items()
+        return {one: kept.get(one, 0) for one, reserved in rows if reserved > kept.get(one, 0)}
+
+    def _may_fit_with(
+        self, change: Callable[[Connection], object], reservations: dict[str, int]
     ) -> bool:
-        """Return whether a change fits without these uploads. Changes nothing."""
+        """Return whether a refused change fits if uploads reserve only this. Changes nothing."""
+        if not reservations:
+            return False
         self._connection.execute("SAVEPOINT question")
         try:
-            for upload in candidates:
-                upload_rows.end_upload(self._connection, upload.row.id)
+            for upload_id, reserved in reservations.items():
+                upload_rows.set_reservation(self._connection, upload_id, reserved)
             with suppress(QuotaExceeded):
                 self._try(change)
                 return True
@@ -255,9 +291,10 @@ class IdleUploads:
     def _find(self) -> list[UploadState]:
         """Return the uploads that have a file. Without one, an upload is about to become a blob."""
         found = []
+        directory = str(self._layout.uploads)  # Thousands of path objects cost more than the files.
         for row in upload_rows.all_uploads(self._connection):
             with suppress(OSError):
-                status = upload_files.path_of(self._layout, row.id).lstat()
+                status = os.lstat(f"{directory}/{row.id}")
                 found.append(self._measure(row, status))
         return found
 

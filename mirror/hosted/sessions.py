@@ -34,7 +34,7 @@ from mirror.config.settings import Hosted
 from mirror.hosted import name_rows, upload_files, upload_rows
 from mirror.hosted.abandoned_uploads import AbandonedUploads
 from mirror.hosted.database import Database
-from mirror.hosted.idle_uploads import IdleUploads
+from mirror.hosted.idle_uploads import IdleUploads, LastLook
 from mirror.hosted.upload_feed import MIN_STEP_BYTES, UploadFeed
 from mirror.hosted.upload_files import disk_errors
 from mirror.hosted.upload_rows import UploadRow
@@ -67,7 +67,6 @@ _UPLOAD_ROW_BYTES: Final = 1024 * 1024
 """Bytes of the disk that are kept free to begin an upload, and to record it."""
 _MEMORY_BYTES: Final = 8 * 1024 * 1024
 """Bytes of all uploads of a process that wait for the disk. Each may hold 256 KiB anyway.
-
 More would not make a push faster: the disk takes batches of this size well."""
 _MAX_LEFT: Final = 1000
 """Uploads that are remembered between two requests. The bytes of others are hashed once more."""
@@ -101,6 +100,7 @@ class UploadSessions:
         self._store = store
         self._layout = store.layout
         self._now = now
+        self._idle_uploads = partial(IdleUploads, database, layout=store.layout, look=LastLook())
         self._abandoned = AbandonedUploads(database, store.layout, now)
         self._boot = boot_id()
         self._loop = asyncio.get_running_loop()
@@ -147,7 +147,7 @@ class UploadSessions:
             record = partial(
                 upload_rows.begin_upload, row=row, hosted=self._hosted, announced=size or 0
             )
-            with IdleUploads(self._database, connection, self._layout, self._now()) as idle:
+            with self._idle_uploads(connection, now=self._now()) as idle:
                 idle.end_one_for(row)
                 idle.run_within_quota(record, repository, row.owner)
                 # No thread of its own: a push of small blobs waits for each thread. A file whose
@@ -285,7 +285,7 @@ class UploadSessions:
         """
 
         def run(connection: Connection) -> T:
-            with IdleUploads(self._database, connection, self._layout, self._now()) as idle:
+            with self._idle_uploads(connection, now=self._now()) as idle:
                 return idle.run_within_quota(change, repository, owner)
 
         return run
@@ -306,7 +306,7 @@ class UploadSessions:
 
         async def end_uploads(min_idle: float, missing: int) -> None:
             def end(connection: Connection) -> None:
-                with IdleUploads(self._database, connection, self._layout, self._now()) as idle:
+                with self._idle_uploads(connection, now=self._now()) as idle:
                     idle.end_for_bytes(missing, min_idle, repository, owner)
 
             with suppress(MirrorError):

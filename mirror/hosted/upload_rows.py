@@ -242,6 +242,11 @@ def all_uploads(connection: Connection) -> list[UploadRow]:
     return [UploadRow(*row) for row in rows]
 
 
+def reservations(connection: Connection) -> dict[str, int]:
+    """Return the bytes that each upload has reserved, by its id."""
+    return dict(connection.execute("SELECT id, reserved FROM uploads"))
+
+
 def end_upload(connection: Connection, upload_id: str) -> bool:
     """Delete the row of an upload. False if there is none."""
     return connection.execute("DELETE FROM uploads WHERE id = ?", (upload_id,)).rowcount > 0

@@ -200,6 +200,30 @@ async def test_uploads_stay_if_their_end_would_not_make_enough_room(tmp_path: Pa
         assert set(await rows(kit)) == ids
 
 
+async def test_uploads_are_looked_at_once_in_a_second_of_refused_pushes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks, all_uploads = [], upload_rows.all_uploads
+
+    def look(connection: Connection) -> list[UploadRow]:
+        looks.append(connection)
+        return all_uploads(connection)
+
+    async with hosted_kit(tmp_path, max_size="1MB") as kit:
+        left = [await leave(kit, user="ann", idle=idle) for idle in (59.5, 1, 1)]
+        monkeypatch.setattr(upload_rows, "all_uploads", look)
+        for repository in ("app", "other", "third"):
+            with pytest.raises(QuotaExceeded):
+                await kit.push_blob(DATA, repository, "ci")
+        assert len(looks) == 1
+        kit.clock[0] += 0.7  # The first one gives way now. But not to a push of more bytes.
+        with pytest.raises(QuotaExceeded):
+            await kit.service.uploads.begin("app", "ci", 700_000)
+        assert len(looks) == 1
+        await kit.push_blob(DATA, user="ci")
+        assert set(await rows(kit)) == set(left[1:])
+
+
 async def test_quota_of_a_repository_ends_no_upload_of_another_one(tmp_path: Path) -> None:
     async with hosted_kit(tmp_path, max_repository_size="500kB") as kit:
         other = await leave(kit, idle=9000, repository="other")
