@@ -65,7 +65,7 @@ async def pull(server: Server, digest: Digest) -> bool:
         status, _, body = await server.get(server.blob(digest))
     except aiohttp.ClientError:
         return False
-    assert status != 200 or body == DATA
+    assert status != 200 or Digest.of(body) == digest
     return status == 200
 
 
@@ -141,7 +141,11 @@ async def test_refused_range_of_a_further_connection_fails_no_pull_and_is_not_re
             return status, {}, b'{"errors":[{"code":"BLOB_UNKNOWN"}]}'
 
         fake.guard = guard
-        assert await asyncio.gather(*(pull(server, digest) for _ in range(3))) == [True] * 3
+        for number in range(1, 6):  # On a busy machine, a blob may be whole before its third range.
+            assert await asyncio.gather(*(pull(server, digest) for _ in range(3))) == [True] * 3
+            if refused:
+                break
+            digest = fake.add_blob(DATA[number:] + DATA[:number])
         assert refused
         await server.store.idle()
         assert await pull(server, digest)
