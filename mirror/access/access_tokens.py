@@ -102,7 +102,7 @@ def bearer_token(authorization: str) -> str | None:
 
 
 def check_new_token(token: str) -> None:
-    """Raise ``ValueError``, without a part of it, for a token that a file must not have."""
+    """Raise ``ValueError`` if a file must not have this token. The message has no part of it."""
     if len(token) < _MIN_TOKEN_CHARS:
         raise ValueError(f"shorter than {_MIN_TOKEN_CHARS} characters: {NEW_TOKENS_REMEDY}")
     if not _TOKEN.fullmatch(token):

@@ -31,8 +31,7 @@ MessagePrefix: TypeAlias = Callable[[KeyPath], str]
 _MAX_CREDENTIALS_BYTES: Final = 4 * 1024 * 1024
 """Bytes of a file: 40,000 users."""
 _MAX_UNSETTLED_LOOKS: Final = 3
-"""Looks after which a change counts that is followed by others: a file may be written all the time.
-"""
+"""A change counts at this look at the latest, also if the file changes at each look."""
 
 
 def dotted_prefix(key: KeyPath) -> str:

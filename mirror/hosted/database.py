@@ -47,7 +47,8 @@ A write may wait twice: for the commit before it, and for its own."""
 _MARK_TIMEOUT_S: Final = 1.0
 """Seconds that a client waits for the record of its use. One commit takes milliseconds."""
 _MAX_BATCH: Final = 256
-"""Writes of one commit. Each waits for all of them, which takes about 20 ms."""
+"""Writes of one commit. Each waits for all of them: about 20 ms, and longer if uploads have to end
+for them."""
 _READERS: Final = 2
 """Threads that read: a read takes less than a millisecond of the processor."""
 

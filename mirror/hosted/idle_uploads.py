@@ -64,8 +64,8 @@ class UploadState:
     length: int
     """Bytes in its file."""
     idle: float
-    """Seconds since its last byte. Infinite if nobody can go on with it (it is of another boot), or
-    if that is not known (its last byte is of a time to come: the clock was set back)."""
+    """Seconds since its last byte. Infinite if the machine was booted since, so that nobody goes on
+    with it, or if its last byte is in the future, because the clock was set back."""
 
     def may_give_way(self, repository: str, owner: str, age: float = 0.0) -> bool:
         """Return whether it has been idle for long enough to end for a push.

@@ -215,7 +215,7 @@ class UploadSessions:
                 return self._database.enqueue_write(
                     partial(self._delete_row_and_file, upload_id), may_use_spare_space=True
                 )
-            # From larger ones, others may have taken back what was reserved for bytes that came.
+            # Others may have taken back a part of a larger reservation, also of bytes that came.
             if feed.reserved <= (length if feed.has_ended else min(length, MIN_STEP_BYTES)):
                 return None
             return self._database.enqueue_write(

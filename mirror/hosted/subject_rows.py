@@ -23,7 +23,7 @@ from mirror.oci.reference import Digest, Reference
 _SEARCH_LEVELS: Final = 4
 """Levels below one subject: a layer, its manifest, the index of that, and an index of indexes."""
 _MAX_LINKS: Final = 4
-"""Subjects of a chain: an image, its SBOM, the attestation of that, and its signature are three."""
+"""Steps by ``subject`` from a content to its image. The signature of its SBOM needs two."""
 _MAX_ROWS: Final = 500
 """Rows of one level: a few milliseconds. Images of one repository have fewer signatures."""
 _MAX_SUBJECTS: Final = 16
@@ -37,8 +37,8 @@ _SUBJECTS: Final = (
     "SELECT DISTINCT m.subject FROM json_each(:names) n CROSS JOIN manifests m"
     " ON m.repository = :repository AND m.digest = n.value WHERE m.subject <> '' LIMIT :count"
 )
-# All tags that begin with "sha256-": the point is the character after the hyphen. A tag has only
-# the first half of a sha512 digest, so it does not say which image it is.
+# All tags that begin with "sha256-": in ASCII, "." is the character after "-". A tag has only the
+# first half of a sha512 digest, so it does not say which image it is.
 _SUBJECT_TAGS: Final = (
     "SELECT t.tag FROM json_each(:names) n CROSS JOIN tags t ON t.repository = :repository"
     " AND t.digest = n.value AND t.tag >= 'sha256-' AND t.tag < 'sha256.' LIMIT :count"

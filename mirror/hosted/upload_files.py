@@ -44,8 +44,7 @@ _EVICTION_TIMEOUT_S: Final = 10.0
 _NANOSECONDS: Final = 10**9
 """Nanoseconds in a second."""
 _CLOCK_STEP_S: Final = 60.0
-"""Seconds. A last byte that is later than that by the clock is of a time to come: it was set back.
-"""
+"""If the last byte is more than so many seconds in the future, the clock was set back."""
 _LOCK_FORM: Final = "hhqqi4x"
 """``struct flock`` of Linux: type, whence, start, length, process."""
 _WAITING: Final = struct.pack(_LOCK_FORM, fcntl.F_WRLCK, os.SEEK_SET, 2**62, 1, 0)
@@ -185,7 +184,7 @@ def remove_abandoned(
 ) -> bool:
     """Remove the file of an upload that nobody has fed for ``ttl`` seconds.
 
-    If the clock was set back, and the last byte is of a time to come, it counts as of now.
+    If the last byte is in the future, because the clock was set back, it counts as of now.
 
     Args:
         layout: The data directory.

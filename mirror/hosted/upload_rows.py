@@ -139,7 +139,7 @@ def reserve(
 
 
 def set_reservation(connection: Connection, upload_id: str, reserved: int) -> None:
-    """Let an upload have ``reserved`` bytes of the quota, without a check: those that it has."""
+    """Set the bytes that an upload has ``reserved``, without a check of the quota."""
     connection.execute("UPDATE uploads SET reserved = ? WHERE id = ?", (reserved, upload_id))
 
 
@@ -157,7 +157,7 @@ def check_quota(connection: Connection, repository: str, hosted: Hosted, announc
     """
     left = hosted.max_size
     for key, used, quota in _quotas(connection, repository, hosted):
-        # At its end, the row of a blob comes to its bytes.
+        # The upload ends with the row of a blob, which counts as well.
         needed = used.stored + max(used.reserved, announced) + ROW_BYTES
         if needed > quota:
             raise _exceeded(key, used, quota, needed)
@@ -196,7 +196,7 @@ def _quotas(
 
 
 def _exceeded(key: str, used: UsedBytes, quota: int, needed: int) -> QuotaExceeded:
-    """Return the error for a quota. ``needed``: bytes that it would have to have."""
+    """Return the error for a quota. ``needed``: bytes with which the push would fit."""
     remedy = (
         "Delete tags and images (by digest), run oci-mirror gc --grace 10m, end uploads (ls"
         f" --uploads), or raise {key}"

@@ -15,6 +15,7 @@ import pytest
 from mirror.hosted import upload_files, upload_rows, upload_takeover
 from mirror.hosted.abandoned_uploads import UPLOAD_TTL_S
 from mirror.hosted.idle_uploads import IdleUploads
+from mirror.hosted.sessions import UploadSessions
 from mirror.hosted.upload_feed import UploadFeed
 from mirror.hosted.upload_rows import UploadRow
 from mirror.oci.descriptor import OCI_MANIFEST
@@ -74,6 +75,17 @@ async def begin_fed(kit: HostedKit, size: int, written: bytes = b"", user: str =
     feed = await uploads.open(await uploads.begin("app", user, None), "app", user, size=size)
     await feed.write(written)
     return feed
+
+
+async def take_over(uploads: UploadSessions, older: UploadFeed) -> None:
+    """Finish an upload that has ``abc`` by a newer request. Asserts that the older one fails."""
+    newer = await uploads.open(older.row.id, "app", "", start=3)
+    with pytest.raises(UploadOutOfOrder, match="a newer request goes on"):
+        await older.write(b"x")
+    older.close()
+    await newer.write(b"def")
+    assert await uploads.finish(newer, Digest.of(b"abcdef")) == 6
+    newer.close()
 
 
 async def finish(kit: HostedKit, feed: UploadFeed, data: bytes) -> None:
@@ -627,13 +639,7 @@ async def test_newer_request_goes_on_with_an_upload_once_the_older_one_is_silent
             await uploads.open(older.row.id, "app", "", start=3)
         await older.flush()
         older.writer.last_byte_at -= 5
-        newer = await uploads.open(older.row.id, "app", "", start=3)
-        with pytest.raises(UploadOutOfOrder, match="a newer request goes on"):
-            await older.write(b"x")
-        older.close()
-        await newer.write(b"def")
-        assert await uploads.finish(newer, Digest.of(b"abcdef")) == 6
-        newer.close()
+        await take_over(uploads, older)
 
 
 async def test_newer_request_takes_an_upload_over_from_a_silent_one_of_another_process(
@@ -653,13 +659,7 @@ async def test_newer_request_takes_an_upload_over_from_a_silent_one_of_another_p
         with pytest.raises(UploadUnknown):
             await uploads.open(upload_id, "app", "stranger")
         older.writer.last_byte_at -= 5
-        newer = await uploads.open(upload_id, "app", "", start=3)
-        with pytest.raises(UploadOutOfOrder, match="a newer request goes on"):
-            await older.write(b"x")
-        older.close()
-        await newer.write(b"def")
-        assert await uploads.finish(newer, Digest.of(b"abcdef")) == 6
-        newer.close()
+        await take_over(uploads, older)
 
 
 async def test_request_that_waits_no_more_lets_the_older_one_go_on(

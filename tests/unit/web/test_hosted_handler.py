@@ -688,6 +688,20 @@ async def test_time_that_an_upload_waits_for_the_server_is_no_silence_of_the_cli
     assert record.bytes_received == len(DATA)
 
 
+async def begin_manifest(
+    server: Server, sent: bytes
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Begin to push a manifest of the largest size, and send only these bytes of it."""
+    _, _, port = server.push_url.rpartition(":")
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(port))
+    writer.write(
+        f"PUT /v2/team/app/manifests/v0 HTTP/1.1\r\nHost: x\r\nContent-Type: {OCI_MANIFEST}"
+        f"\r\nContent-Length: {MANIFEST_LIMIT}\r\n\r\n".encode()
+        + sent
+    )
+    return reader, writer
+
+
 async def test_large_manifests_that_do_not_end_keep_only_other_large_ones_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -698,13 +712,7 @@ async def test_large_manifests_that_do_not_end_keep_only_other_large_ones_out(
         hosted = server.running_server.mirror.hosted
         assert hosted is not None
         memory = hosted.manifests.memory = ManifestMemory(MANIFEST_LIMIT)
-        _, _, port = server.push_url.rpartition(":")
-        _, writer = await asyncio.open_connection("127.0.0.1", int(port))
-        writer.write(
-            f"PUT /v2/team/app/manifests/v0 HTTP/1.1\r\nHost: x\r\nContent-Type: {OCI_MANIFEST}"
-            f"\r\nContent-Length: {MANIFEST_LIMIT}\r\n\r\n".encode()
-            + large
-        )
+        _, writer = await begin_manifest(server, large)
         await until(lambda: not memory._free)
         refused = await client.put_manifest(large, "v1")
         assert (refused.status, refused.code) == (429, "TOOMANYREQUESTS")
@@ -726,13 +734,7 @@ async def test_large_manifest_that_stalls_gives_way_to_another_one(
         hosted = server.running_server.mirror.hosted
         assert hosted is not None
         memory = hosted.manifests.memory = ManifestMemory(MANIFEST_LIMIT)
-        _, _, port = server.push_url.rpartition(":")
-        reader, writer = await asyncio.open_connection("127.0.0.1", int(port))
-        writer.write(
-            f"PUT /v2/team/app/manifests/v0 HTTP/1.1\r\nHost: x\r\nContent-Type: {OCI_MANIFEST}"
-            f"\r\nContent-Length: {MANIFEST_LIMIT}\r\n\r\n".encode()
-            + large
-        )
+        reader, writer = await begin_manifest(server, large)
         await until(lambda: not memory._free)
         assert (await client.put_manifest(large, "v1")).status == 201
         assert (await reader.readline()).startswith(b"HTTP/1.1 429 ")
